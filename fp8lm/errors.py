@@ -1,0 +1,25 @@
+"""Mistakes a user can cure, and how a command reports them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_BAD_INPUT = 2
+
+
+class InputError(Exception):
+    """Bad config, data, tokenizer, checkpoint or environment: names the thing and the cure."""
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
+
+    `argv` defaults to the arguments of this process. Any other exception passes through, because
+    a traceback is what a failure of the program itself needs.
+    """
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
