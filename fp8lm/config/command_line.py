@@ -1,0 +1,50 @@
+"""The command line that every command with a config shares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fp8lm.config.help import help_text
+from fp8lm.config.loading import load_config
+from fp8lm.config.root import Config
+from fp8lm.config.schema import schema_text
+from fp8lm.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are `InputError` and whose help is the table of keys."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        return help_text(self.prog)
+
+
+def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") -> Config:
+    """Read `--config FILE.yaml section.key=value ...`; `--help` prints all keys and exits with 0.
+
+    Raises `InputError` for anything that is not a valid config.
+    """
+    parser = _Parser(prog=program, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("overrides", nargs="*")
+    options, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        cure = f"write {unknown[0].lstrip('-')}" if "=" in unknown[0] else "see --help"
+        raise InputError(f"unknown option {unknown[0]}: {cure}")
+    if options.config is None:
+        raise InputError(f"no config: {program} --config FILE.yaml, for one of those in configs/")
+    return load_config(options.config, options.overrides)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the JSON schema with `--schema`, else the resolved config of a command line."""
+    if list(argv) == ["--schema"]:
+        sys.stdout.write(schema_text())
+    else:
+        sys.stdout.write(parse_command_line(argv, "python -m fp8lm.config").to_yaml())
+    return 0

@@ -1,0 +1,93 @@
+"""Section `precision`: the storage format of every tensor that training keeps.
+
+The presets are the levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6) and two baselines:
+`bf16` and `te`, which computes GEMMs in FP8 and keeps everything else as BF16 training does.
+A preset only fills the keys left null; each key can be given a value of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fp8lm.config.section import Bool, Section, derived
+
+GemmFormat = Literal["fp8", "bf16"]
+ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16"]
+MainParamsDtype = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "none"]
+MainGradsDtype = Literal["fp8_e4m3", "bf16", "fp32"]
+MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
+Rounding = Literal["nearest", "stochastic"]
+PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
+
+
+def _preset(
+    gemm: GemmFormat,
+    params: ParamsDtype,
+    main_params: MainParamsDtype,
+    main_grads: MainGradsDtype,
+    exp_avg: MomentDtype,
+    exp_avg_sq: MomentDtype,
+    rounding: Rounding,
+) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {
+            "gemm": gemm,
+            "params_dtype": params,
+            "main_params_dtype": main_params,
+            "main_grads_dtype": main_grads,
+            "exp_avg_dtype": exp_avg,
+            "exp_avg_sq_dtype": exp_avg_sq,
+            "master_rounding": rounding,
+            "first_last_layers_bf16": False,
+        }
+    )
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "bf16": _preset("bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest"),
+        "te": _preset("fp8", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest"),
+        "o1": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp32", "fp32", "stochastic"),
+        "o2": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic"),
+        "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic"),
+    }
+)
+
+
+def _of_preset(key: str, description: str) -> Any:
+    return derived(
+        lambda precision: PRESETS[precision["preset"]][key], "what the preset says", description
+    )
+
+
+class PrecisionConfig(Section):
+    """Storage formats; FP8 and FP16 tensors carry one fp32 scale each."""
+
+    preset: PresetName = Field("o3", description="Fills the keys of this section left null.")
+    gemm: GemmFormat = _of_preset("gemm", "Format of the operands of a linear layer's three GEMMs.")
+    params_dtype: ParamsDtype = _of_preset(
+        "params_dtype", "Storage of the matrices that linear layers multiply with."
+    )
+    main_params_dtype: MainParamsDtype = _of_preset(
+        "main_params_dtype",
+        "Storage of the optimizer's master weights; none: the weight itself is the master.",
+    )
+    main_grads_dtype: MainGradsDtype = _of_preset(
+        "main_grads_dtype", "Storage of weight gradients, which micro-batches accumulate into."
+    )
+    exp_avg_dtype: MomentDtype = _of_preset("exp_avg_dtype", "Storage of Adam's first moment.")
+    exp_avg_sq_dtype: MomentDtype = _of_preset(
+        "exp_avg_sq_dtype", "Storage of Adam's second moment."
+    )
+    master_rounding: Rounding = _of_preset(
+        "master_rounding",
+        "How an updated master weight is rounded to its storage; stochastic rounding is seeded.",
+    )
+    first_last_layers_bf16: Bool = _of_preset(
+        "first_last_layers_bf16",
+        "Keep the first and the last transformer layer's linear layers in BF16.",
+    )

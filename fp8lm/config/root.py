@@ -1,0 +1,62 @@
+"""`Config`: all sections of one run, validated together and fully resolved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import Field, model_validator
+
+from fp8lm.config.checks import find_problems
+from fp8lm.config.model import ModelConfig
+from fp8lm.config.precision import PrecisionConfig
+from fp8lm.config.section import Section
+from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
+from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
+from fp8lm.config.yaml_format import ConfigDumper
+from fp8lm.errors import InputError
+
+
+class Config(Section):
+    """One run. Sections that disagree raise `InputError` naming every disagreement."""
+
+    model: ModelConfig = Field(description="Shape of the network.")
+    precision: PrecisionConfig = Field(
+        default_factory=PrecisionConfig, description="Storage format of every tensor kept."
+    )
+    train: TrainConfig = Field(description="Batches, length of the run, evaluation, device.")
+    optimizer: OptimizerConfig = Field(description="AdamW.")
+    scheduler: SchedulerConfig = Field(
+        default_factory=SchedulerConfig, description="The learning rate over time."
+    )
+    data: DataConfig = Field(default_factory=DataConfig, description="Where tokens come from.")
+    tokenizer: TokenizerConfig = Field(
+        default_factory=TokenizerConfig, description="What turned the text into tokens."
+    )
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="Where and when state is kept."
+    )
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig, description="What a run reports, and where."
+    )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if problems := find_problems(self):
+            raise InputError("; ".join(problems))
+        return self
+
+    def to_yaml(self) -> str:
+        """Write every key with its resolved value; loading the text gives an equal config."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=ConfigDumper, sort_keys=False)
+
+    def save_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_yaml()` to a file that is either complete or not there."""
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_text(
+            "# The resolved config of a run: --config takes it back.\n" + self.to_yaml(),
+            encoding="utf-8",
+        )
+        os.replace(aside, path)

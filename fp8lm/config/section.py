@@ -1,0 +1,53 @@
+"""The base of every config section, and the scalar types its keys are made of.
+
+Scalars are strict: `true` is not a number and `"10"` is not 10; only an integer may stand where a
+number is asked for. A *derived* key has a rule instead of a default: leaving it out, or writing
+null, takes what the rule gives from the keys above it, so a validated section is fully resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Size = Annotated[int, Strict(), Field(ge=0)]
+Number = Annotated[float, Strict()]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+NonNegative = Annotated[float, Strict(), Field(ge=0)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen keys of one topic; an unknown key is an error, null stands for a derived value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_derived(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        derived = {name for name, field in cls.model_fields.items() if field.default_factory}
+        return {k: v for k, v in values.items() if v is not None or k not in derived}
+
+
+def derived(rule: Callable[[dict[str, Any]], Any], rule_text: str, description: str) -> Any:
+    """Declare a key whose value is `rule(the section's earlier keys)` unless it is given."""
+    return Field(
+        default_factory=rule,
+        description=f"{description} Null: {rule_text}.",
+        json_schema_extra=_allow_null,
+    )
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    described = {key: schema.pop(key) for key in ("description", "title") if key in schema}
+    value_schema = dict(schema)
+    schema.clear()
+    schema.update(described, anyOf=[value_schema, {"type": "null"}], default=None)

@@ -1,0 +1,88 @@
+"""Sections `data`, `tokenizer`, `checkpoint` and `logging`: what a run reads and leaves behind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Strict
+
+from fp8lm.config.section import Bool, Count, Section, Size, Text
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+DataPath = Annotated[
+    tuple[Annotated[float, Strict(), Field(gt=0)] | Text, ...],
+    BeforeValidator(_as_list, json_schema_input_type=list[float | str] | str),
+]
+
+
+class DataConfig(Section):
+    """Where tokens come from."""
+
+    data_path: DataPath | None = Field(
+        None,
+        description="[prefix], or [weight1, prefix1, weight2, prefix2, ...] for a blend, of .bin "
+        "and .idx files; give this or mock_data.",
+    )
+    split: Text = Field("99,1,0", description="Shares for training, validation and test.")
+    data_cache_path: Text | None = Field(
+        None, description="Folder for the sample indices; null: beside the data."
+    )
+    mock_data: Bool = Field(False, description="Seeded synthetic tokens, no files needed.")
+    num_workers: Size = Field(0, description="Processes that load batches; 0: the training one.")
+    eod_mask_loss: Bool = Field(False, description="Take no loss on end-of-document tokens.")
+
+
+class TokenizerConfig(Section):
+    """What turned the text into tokens."""
+
+    tokenizer_type: Literal[
+        "SentencePieceTokenizer",
+        "HuggingFaceTokenizer",
+        "GPT2BPETokenizer",
+        "TikTokenizer",
+        "NullTokenizer",
+    ] = Field("SentencePieceTokenizer", description="Kind of tokenizer.")
+    tokenizer_model: Text | None = Field(
+        None, description="Local file or folder of the tokenizer; NullTokenizer has none."
+    )
+    vocab_size: Count | None = Field(
+        None,
+        description="Tokens of a NullTokenizer, which adds its end-of-document token; the other "
+        "kinds know their size.",
+    )
+
+
+class CheckpointConfig(Section):
+    """Where and when the state of a run is kept."""
+
+    save: Text | None = Field(None, description="Folder to save to; null: nothing is saved.")
+    load: Text | None = Field(
+        None, description="Folder to resume from; the same one as save continues a run."
+    )
+    save_interval: Count | None = Field(
+        None, description="Iterations between checkpoints; null: only at the end."
+    )
+
+
+class LoggingConfig(Section):
+    """What a run reports, and where."""
+
+    dir: Text | None = Field(
+        None,
+        description="Folder for config.yaml, metrics.jsonl and tensorboard/; null: only the log.",
+    )
+    log_interval: Count = Field(100, description="Iterations between reports.")
+    tensorboard: Bool = Field(True, description="Write TensorBoard events into dir.")
+    wandb_project: Text | None = Field(
+        None, description="Project at Weights & Biases; null: not used."
+    )
+    wandb_exp_name: Text | None = Field(
+        None, description="Name of the run there; null: chosen by wandb."
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] = Field(
+        "online", description="offline keeps the run on disk for `wandb sync`."
+    )

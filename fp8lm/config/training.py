@@ -1,0 +1,99 @@
+"""Sections `train`, `optimizer` and `scheduler`: how long, in which steps, how fast."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fp8lm.config.section import (
+    Count,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Size,
+    derived,
+)
+
+
+class TrainConfig(Section):
+    """Batches, length of the run, evaluation, device."""
+
+    micro_batch_size: Count = Field(description="Samples of one forward and backward pass.")
+    global_batch_size: Count = Field(description="Samples of one optimizer step, all ranks.")
+    rampup_batch_size: tuple[Count, Count, Count] | None = Field(
+        None,
+        description="[start, increment, samples]: grow the global batch from start to "
+        "global_batch_size by increment over that many samples; needs train_samples.",
+    )
+    train_iters: Count | None = Field(
+        None, description="Length of the run in iterations; give this or train_samples."
+    )
+    train_samples: Count | None = Field(
+        None, description="Length of the run in samples; give this or train_iters."
+    )
+    exit_interval: Count | None = Field(
+        None, description="Save and stop when the iteration is a multiple of this."
+    )
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None,
+        description="Recompute in the backward pass: whole layers (full), attention (selective).",
+    )
+    seed: Size = Field(1234, description="Seed of weights, dropout, rounding and data order.")
+    eval_interval: Count = Field(1000, description="Iterations between evaluations.")
+    eval_iters: Size = Field(100, description="Batches of one evaluation; 0: no evaluation.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to train; auto takes CUDA where there is one."
+    )
+    max_consecutive_skips: Count = Field(
+        100, description="Stop after this many steps in a row skipped on non-finite values."
+    )
+    num_threads: Count | None = Field(
+        None, description="CPU threads of one process; null leaves PyTorch's choice."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay."""
+
+    lr: Positive = Field(description="Peak learning rate.")
+    min_lr: NonNegative = derived(
+        lambda optimizer: 0.1 * optimizer["lr"], "a tenth of lr", "Learning rate after the decay."
+    )
+    weight_decay: NonNegative = Field(
+        0.1, description="Decay of matrices; norms and biases do not decay."
+    )
+    clip_grad: NonNegative = Field(1.0, description="Bound of the global gradient norm; 0: none.")
+    adam_beta1: Share = Field(0.9, description="Decay of the first moment.")
+    adam_beta2: Share = Field(0.95, description="Decay of the second moment.")
+    adam_eps: Positive = Field(1e-8, description="Added to the square root of the second moment.")
+
+
+class SchedulerConfig(Section):
+    """The learning rate over time; lengths in iterations or, with train_samples, in samples."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = Field(
+        "cosine", description="Shape of the decay from lr to min_lr."
+    )
+    lr_decay_iters: Count | None = Field(
+        None, description="Iterations until min_lr; null: train_iters."
+    )
+    lr_decay_samples: Count | None = Field(
+        None, description="Samples until min_lr; null: train_samples."
+    )
+    lr_warmup_iters: Size = Field(0, description="Iterations of linear warm-up.")
+    lr_warmup_samples: Size = Field(0, description="Samples of linear warm-up.")
+    lr_warmup_fraction: Share | None = Field(
+        None, description="Warm-up as a share of the decay, instead of a length."
+    )
+    lr_warmup_init: NonNegative = Field(0.0, description="Learning rate the warm-up starts from.")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        "exponential", description="Shape of the final decay of WSD."
+    )
+    lr_wsd_decay_iters: Count | None = Field(
+        None, description="Iterations of the final decay of WSD."
+    )
+    lr_wsd_decay_samples: Count | None = Field(
+        None, description="Samples of the final decay of WSD."
+    )

@@ -1,0 +1,103 @@
+"""YAML as the project reads and writes it.
+
+PyYAML follows YAML 1.1, where `1e-4` is text, `on` is true and `010` is eight. The loader here
+follows the core schema of YAML 1.2, which editors check files against; the dumper quotes whatever
+either version would read as something other than text. A key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8lm.errors import InputError
+
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_SCALARS = (  # the first pattern that matches the whole scalar wins, so integers precede floats
+    ("tag:yaml.org,2002:null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    ("tag:yaml.org,2002:int", _INT, list("-+0123456789")),
+    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+)
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Safe loader of YAML 1.2 scalars that refuses a key given twice."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own declaration)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping; raise a `ConstructorError` with its place for a repeated key."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, Hashable) else None)
+        return super().construct_mapping(node, deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Read decimal, 0o octal or 0x hexadecimal digits."""
+        text = self.construct_scalar(node)
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Safe dumper whose plain text is text to YAML 1.1 and 1.2 alike."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent list items below their key."""
+        return super().increase_indent(flow, False)
+
+
+ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.construct_int)
+for _tag, _pattern, _first in _SCALARS:
+    _whole = re.compile(rf"^(?:{_pattern.pattern})$")
+    ConfigLoader.add_implicit_resolver(_tag, _whole, _first)
+    ConfigDumper.add_implicit_resolver(_tag, _whole, _first)
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Read one YAML value, as on the command line; `where` names it in the error."""
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not a YAML value ({_problem(error)}); quote it") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; empty files count as empty mappings."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=ConfigLoader)
+    except FileNotFoundError as error:
+        raise InputError(f"config file {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}{_line(error)}: not valid YAML: {_problem(error)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"config file {path} must hold sections of keys, not {content!r:.60}")
+    return content
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f":{mark.line + 1}" if mark else ""
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error)
