@@ -1,0 +1,71 @@
+"""The main gradient of one weight, summed over micro-batches in its storage format.
+
+    E4M3:   g <- quantize(dequantize(g) + dw)      one byte per parameter, scale just in time
+    BF16:   g <- bf16(g + dw)                      sum in fp32, rounded once per micro-batch
+    FP32:   g <- g + dw
+
+(FP8-LM, arXiv 2310.18313, section 2.1.) A NaN or Inf in any micro-batch makes the scale NaN, and
+a NaN scale stays NaN under further accumulation, so nothing non-finite is ever forgotten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.numerics import FP32, Format
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+
+class GradientAccumulator:
+    """Accumulates weight gradients of `shape` into `value` (`ScaledTensor` in `fmt`)."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        fmt: Format,
+        kernels: ReferenceKernels,
+        device: torch.device,
+    ) -> None:
+        self.value = ScaledTensor.zeros(shape, fmt, device)
+        self._kernels = kernels
+        self._is_zero = True
+
+    def zero(self) -> None:
+        """Start a new sum. The buffer is not touched: the first `add` overwrites it."""
+        self._is_zero = True
+
+    def add(self, dw: Tensor) -> None:
+        """Add the gradient `dw` (bf16 or fp32, shape of the weight) of one micro-batch."""
+        if self.value.format == FP32:
+            self._add_fp32(dw)
+        elif self._is_zero:
+            self.value.copy_(quantize(dw, self.value.format, self._kernels))
+        else:
+            total = self.value.dequantize(self._kernels).add_(dw)
+            self.value.copy_(quantize(total, self.value.format, self._kernels))
+        self._is_zero = False
+
+    def add_rows(self, rows: Tensor, dw: Tensor) -> None:
+        """Add `dw[i]` to row `rows[i]` (an embedding's gradient; fp32 buffers only).
+
+        Frequent tokens collect thousands of terms, which only an fp32 sum keeps.
+        """
+        if self.value.format != FP32:
+            raise TypeError(f"rows are accumulated in fp32, not in {self.value.format}")
+        self.settle()
+        self.value.payload.index_add_(0, rows, dw.float())
+
+    def settle(self) -> None:
+        """Make `value` right when no gradient arrived since `zero` (an unused weight)."""
+        if self._is_zero:
+            self.value.payload.zero_()
+            self.value.scale.fill_(1.0)
+            self._is_zero = False
+
+    def _add_fp32(self, dw: Tensor) -> None:
+        if self._is_zero:
+            self.value.payload.copy_(dw)
+        else:
+            self.value.payload.add_(dw)

@@ -1,0 +1,107 @@
+"""One AdamW step over tensors in any storage format: fp32 inside, precision only at the edges.
+
+    m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
+    w <- (1 - lr wd) w - lr * (m / bc1) / (sqrt(v / bc2) + eps)
+
+(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Tensors are walked in blocks that
+stay in cache, so a step costs one pass over memory although it is many operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8lm.numerics import Format
+
+BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class AdamCoefficients:
+    """Scalars of one step; tensors are 0-d on the device, so that none needs a host sync."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    lr: float
+    weight_decay: float
+    clip_factor: Tensor  # multiplies the gradient
+    bias_correction1: Tensor  # 1 - beta1^step
+    bias_correction2: Tensor  # 1 - beta2^step
+    skip: Tensor  # bool: leave every byte as it is
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A payload, the scale it was written with, and the scale to write it with next."""
+
+    payload: Tensor
+    scale: Tensor
+    new_scale: Tensor
+    format: Format
+
+
+def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
+    """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
+    g.mul_(c.clip_factor)
+    m.lerp_(g, 1.0 - c.beta1)
+    v.mul_(c.beta2).addcmul_(g, g, value=1.0 - c.beta2)
+    denominator = torch.div(v, c.bias_correction2).sqrt_().add_(c.eps)
+    update = torch.div(m, denominator, out=denominator).div_(c.bias_correction1)
+    w.mul_(1.0 - c.lr * c.weight_decay).add_(update, alpha=-c.lr)
+
+
+def adam_step(
+    kernels,  # noqa: ANN001  (any object with the kernels' cast and decode)
+    gradient: tuple[Tensor, Tensor, Format],
+    states: tuple[StoredTensor, StoredTensor, StoredTensor],
+    compute: StoredTensor | None,
+    coefficients: AdamCoefficients,
+    cast_master: Callable[[Tensor, StoredTensor, int], Tensor],
+) -> Tensor:
+    """One step over a whole tensor; payloads are rewritten in place unless `skip` is set.
+
+    `states` are (master weight, first moment, second moment); `compute` is the copy that GEMMs
+    read, None if the master is that copy. `cast_master(values, master, first_element)` rounds a
+    block of the master weight. Returns fp32 [3]: the true amax of new master, m and v (of stored
+    formats without a scale: 0). Scales are the caller's to replace afterwards.
+    """
+    master, exp_avg, exp_avg_sq = states
+    amax = torch.zeros(3, device=master.payload.device)
+    for start in range(0, master.payload.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        w, m, v = (_read(kernels, state, block) for state in states)
+        g_payload, g_scale, g_format = gradient
+        g = kernels.decode(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
+        g = g.clone() if g_format.dtype == torch.float32 else g
+        adam_(w, g, m, v, coefficients)
+        for kind, (state, value) in enumerate(zip(states, (w, m, v), strict=True)):
+            if state.format.scaled:
+                amax[kind] = torch.maximum(amax[kind], kernels.amax(value))
+        _write(cast_master(w, master, start), master, block, coefficients.skip)
+        _write(_cast(kernels, m, exp_avg), exp_avg, block, coefficients.skip)
+        _write(_cast(kernels, v, exp_avg_sq), exp_avg_sq, block, coefficients.skip)
+        if compute is not None:
+            _write(_cast(kernels, w, compute), compute, block, coefficients.skip)
+    return amax
+
+
+def _read(kernels, stored: StoredTensor, block: slice) -> Tensor:  # noqa: ANN001
+    payload = stored.payload.view(-1)[block]
+    values = kernels.decode(payload, stored.scale, stored.format, torch.float32)
+    # An fp32 payload is decoded to itself; a skipped step must find it unchanged.
+    return values.clone() if stored.format.dtype == torch.float32 else values
+
+
+def _cast(kernels, values: Tensor, stored: StoredTensor) -> Tensor:  # noqa: ANN001
+    return kernels.cast(values, stored.new_scale, stored.format)
+
+
+def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor) -> None:
+    target = stored.payload.view(-1)[block]
+    torch.where(skip, target, payload, out=target)
+

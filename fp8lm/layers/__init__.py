@@ -1,0 +1,1 @@
+"""Layers whose GEMMs and gradients are in low precision."""

@@ -1,0 +1,45 @@
+"""LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside torch's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.weight import VectorWeight, vector_spec
+from fp8lm.numerics import Format
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension."""
+
+    def __init__(
+        self, size: int, eps: float, fmt: Format, kernels: ReferenceKernels, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = VectorWeight(vector_spec(size, 1.0, fmt), kernels, device)
+        self.bias = VectorWeight(vector_spec(size, 0.0, fmt), kernels, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return functional.layer_norm(x, x.shape[-1:], self.weight.data, self.bias.data, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+
+    def __init__(
+        self, size: int, eps: float, fmt: Format, kernels: ReferenceKernels, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = VectorWeight(vector_spec(size, 1.0, fmt), kernels, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return functional.rms_norm(x, x.shape[-1:], self.weight.data, self.eps)
+
+
+NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

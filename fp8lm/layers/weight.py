@@ -1,0 +1,125 @@
+"""The trainable tensors of a model, whatever their format.
+
+A `Weight` is the unit that optimizer, data parallelism and checkpoint work on: a compute copy
+(what forward and backward read), a description of the logical tensor, and the accumulator its
+gradient goes to. Two kinds:
+
+    GemmWeight     a matrix; layers read it through `operand()` and add its gradient themselves
+    VectorWeight   a norm's or bias's vector; an ordinary autograd parameter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp8lm.gradient.accumulator import GradientAccumulator
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.numerics import BF16, FP32, Format
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+Initializer = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What a weight is, independent of where and how it is stored."""
+
+    shape: tuple[int, ...]
+    init: Initializer
+    format: Format
+    grad_format: Format
+    decay: bool = True
+
+
+class Weight(nn.Module):
+    """Common part: `spec`, `grad`, and `compute`, the compute copy as a ScaledTensor."""
+
+    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kernels = kernels
+        self.grad = GradientAccumulator(spec.shape, spec.grad_format, kernels, device)
+
+    @property
+    def compute(self) -> ScaledTensor:
+        """Views of payload and scale: writing to them changes the weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.spec.shape)}, {self.spec.format}, grad={self.spec.grad_format}"
+
+
+class GemmWeight(Weight):
+    """A matrix held as payload and scale.
+
+    The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
+    it into unscaled numbers; the scale is kept in fp32 through any such call.
+    """
+
+    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+        super().__init__(spec, kernels, device)
+        initial = ScaledTensor.zeros(spec.shape, spec.format, device)
+        self.register_buffer("payload", initial.payload)
+        self.register_buffer("scale", initial.scale)
+        # Something for autograd to differentiate, so that a layer's backward runs even when its
+        # input needs no gradient; it is empty and its gradient is always None.
+        self.anchor = nn.Parameter(torch.empty(0, device=device))
+
+    @property
+    def compute(self) -> ScaledTensor:
+        """The stored payload and scale."""
+        return ScaledTensor(self.payload, self.scale, self.spec.format)
+
+    def operand(self, fmt: Format) -> ScaledTensor:
+        """The weight in the format the GEMM wants; requantized only if stored in another one."""
+        if fmt == self.spec.format:
+            return self.compute
+        exact = torch.bfloat16 if self.spec.format == BF16 else torch.float32
+        return quantize(self.compute.dequantize(self.kernels, exact), fmt, self.kernels)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> GemmWeight:
+        # Follow changes of device, never changes of dtype: a payload without the scale it was
+        # cast with is a different number.
+        device = fn(torch.empty(0, device=self.payload.device)).device
+        self.payload = self.payload.to(device)
+        self.scale = self.scale.to(device)
+        self.anchor.data = self.anchor.data.to(device)
+        return self
+
+
+class VectorWeight(Weight):
+    """A small tensor used through autograd; its gradient moves to the accumulator at once."""
+
+    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+        super().__init__(spec, kernels, device)
+        self.data = nn.Parameter(torch.zeros(spec.shape, dtype=spec.format.dtype, device=device))
+        # Autograd would sum micro-batches in the parameter's bf16.
+        self.data.register_post_accumulate_grad_hook(self._collect)
+
+    @property
+    def compute(self) -> ScaledTensor:
+        """The parameter's data, with scale 1."""
+        data = self.data.data
+        return ScaledTensor(data, torch.ones((), device=data.device), self.spec.format)
+
+    def _collect(self, parameter: Tensor) -> None:
+        self.grad.add(parameter.grad)
+        parameter.grad = None
+
+
+def vector_spec(size: int, value: float, fmt: Format) -> WeightSpec:
+    """Spec of a norm's or bias's vector: constant start, fp32 gradient, no weight decay."""
+
+    def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return tensor.fill_(value)
+
+    return WeightSpec((size,), init, fmt, FP32, decay=False)
+
+
+def named_weights(module: nn.Module) -> dict[str, Weight]:
+    """All weights of `module` by their path, which is the Megatron parameter name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, Weight)}

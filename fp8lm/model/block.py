@@ -1,0 +1,33 @@
+"""One pre-norm transformer layer: `h = x + attn(norm(x)); y = h + mlp(norm(h))`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fp8lm.layers.norm import NORMS
+from fp8lm.layers.recipe import Recipe
+from fp8lm.model.attention import SelfAttention
+from fp8lm.model.mlp import MLP
+
+
+class TransformerLayer(nn.Module):
+    """[S,B,H] -> [S,B,H]."""
+
+    def __init__(self, config, recipe: Recipe, *, recompute_core: bool) -> None:  # noqa: ANN001
+        super().__init__()
+        norm = NORMS[config.normalization]
+        shape = (config.hidden_size, config.norm_epsilon, recipe.dense)
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = norm(*shape, recipe.kernels, recipe.device)
+        self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
+        self.pre_mlp_layernorm = norm(*shape, recipe.kernels, recipe.device)
+        self.mlp = MLP(config, recipe)
+
+    def forward(self, x_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None."""
+        h = x_SBH + self._drop(self.self_attention(self.input_layernorm(x_SBH), rope))
+        return h + self._drop(self.mlp(self.pre_mlp_layernorm(h)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -1,0 +1,131 @@
+"""The GPT language model, from token ids to logits.
+
+Shapes: B micro-batch, S sequence, H hidden, V padded vocabulary. Hidden states are [S,B,H], so
+that a slice of the sequence is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fp8lm.layers.embedding import embed
+from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
+from fp8lm.layers.norm import NORMS
+from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.weight import GemmWeight
+from fp8lm.model.block import TransformerLayer
+from fp8lm.model.init import normal_init, table_spec
+from fp8lm.model.rope import rope_tables
+from fp8lm.numerics import FP32
+
+
+class Table(nn.Module):
+    """Holder of one embedding or output matrix, so that its name ends in `.weight`."""
+
+    def __init__(self, rows: int, config, recipe: Recipe) -> None:  # noqa: ANN001
+        super().__init__()
+        spec = table_spec(rows, config.hidden_size, normal_init(config.init_method_std), recipe)
+        self.weight = GemmWeight(spec, recipe.kernels, recipe.device)
+
+
+class Embedding(nn.Module):
+    """Token table, optional learned positions, dropout."""
+
+    def __init__(self, config, vocab_size: int, recipe: Recipe) -> None:  # noqa: ANN001
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.word_embeddings = Table(vocab_size, config, recipe)
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position_embeddings = Table(config.max_position_embeddings, config, recipe)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[B,S] int64 -> [S,B,H]."""
+        tokens_SB = tokens_BS.t().contiguous()
+        h_SBH = embed(tokens_SB, self.word_embeddings.weight)
+        if self.position_embeddings is not None:
+            positions = torch.arange(len(tokens_SB), device=tokens_SB.device)
+            h_SBH = h_SBH + embed(positions, self.position_embeddings.weight)[:, None]
+        return functional.dropout(h_SBH, self.dropout, self.training) if self.dropout else h_SBH
+
+
+class Decoder(nn.Module):
+    """The transformer layers and the final norm."""
+
+    def __init__(self, config, recipe: Recipe, recompute: str | None) -> None:  # noqa: ANN001
+        super().__init__()
+        self.recompute_layers = recompute == "full"
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                config,
+                recipe.for_layer(index, config.num_layers),
+                recompute_core=recompute == "selective",
+            )
+            for index in range(config.num_layers)
+        )
+        norm = NORMS[config.normalization]
+        self.final_layernorm = norm(
+            config.hidden_size, config.norm_epsilon, recipe.dense, recipe.kernels, recipe.device
+        )
+
+    def forward(self, h_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[S,B,H] -> [S,B,H]."""
+        for layer in self.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                h_SBH = checkpoint(layer, h_SBH, rope, use_reentrant=False)
+            else:
+                h_SBH = layer(h_SBH, rope)
+        return self.final_layernorm(h_SBH)
+
+
+class GPTModel(nn.Module):
+    """Token ids to logits; `vocab_size` is the padded one, `config` the config section `model`."""
+
+    def __init__(
+        self,
+        config,  # noqa: ANN001
+        vocab_size: int,
+        recipe: Recipe,
+        recompute_granularity: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_precision = FP32_GEMM if recipe.dense == FP32 else BF16_GEMM
+        self.embedding = Embedding(config, vocab_size, recipe)
+        self.decoder = Decoder(config, recipe, recompute_granularity)
+        self.output_layer = None
+        if config.untie_embeddings_and_output_weights:
+            self.output_layer = Table(vocab_size, config, recipe)
+        self.rope_dtype = recipe.dense.dtype
+        self.rope = None
+        if config.position_embedding_type == "rope":
+            self.rope = rope_tables(
+                config.max_position_embeddings,
+                config.kv_channels,
+                config.rotary_base,
+                config.rotary_percent,
+                recipe.device,
+            )
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[B,S] int64 -> logits [S,B,V] in the dtype of activations."""
+        h_SBH = self.decoder(self.embedding(tokens_BS), self._rope(tokens_BS.shape[1]))
+        table = self.output_layer or self.embedding.word_embeddings
+        return linear(h_SBH, table.weight, self.head_precision)
+
+    def _rope(self, seq_length: int) -> tuple[Tensor, Tensor] | None:
+        if self.rope is None:
+            return None
+        cos, sin = (table[:seq_length].to(self.rope_dtype) for table in self.rope)
+        return cos, sin
+
+
+def language_model_loss(logits_SBV: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Mean cross-entropy of the unmasked tokens (0-d fp32), the softmax taken in fp32."""
+    losses = functional.cross_entropy(
+        logits_SBV.flatten(0, 1).float(), labels_BS.t().reshape(-1), reduction="none"
+    )
+    mask = mask_BS.t().reshape(-1)
+    return torch.dot(losses, mask) / mask.sum().clamp(min=1.0)  # all masked: loss 0, not NaN

@@ -1,0 +1,44 @@
+"""Initial weights: a pure function of the seed and a weight's name, whatever the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.weight import Initializer, WeightSpec
+from fp8lm.numerics import FP32
+
+
+def normal_init(std: float) -> Initializer:
+    """Normal with mean 0 and standard deviation `std`."""
+
+    def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return tensor.normal_(0.0, std, generator=generator)
+
+    return init
+
+
+def output_init(std: float, num_layers: int) -> Initializer:
+    """As `normal_init`, divided by sqrt(2 * layers): for matrices that write to the residual."""
+    return normal_init(std / math.sqrt(2.0 * num_layers))
+
+
+def matrix_spec(out_features: int, in_features: int, init: Initializer, r: Recipe) -> WeightSpec:
+    """Spec of a linear layer's weight [out, in] in the recipe's formats."""
+    return WeightSpec((out_features, in_features), init, r.weight, r.weight_grad)
+
+
+def table_spec(rows: int, size: int, init: Initializer, recipe: Recipe) -> WeightSpec:
+    """Spec of an embedding or output table [rows, size]: dense format, fp32 gradient."""
+    return WeightSpec((rows, size), init, recipe.dense, FP32)
+
+
+def initial_value(name: str, spec: WeightSpec, seed: int) -> Tensor:
+    """The fp32 value of weight `name` before the first step, made on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return spec.init(torch.empty(spec.shape, dtype=torch.float32), generator)

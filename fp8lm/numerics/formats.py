@@ -1,0 +1,59 @@
+"""The number formats a tensor can be stored in.
+
+    format  sign/exponent/mantissa   max      smallest normal   smallest subnormal   scaled
+    E4M3    1/4/3                    448      2^-6              2^-9                 yes
+    E5M2    1/5/2                    57344    2^-14             2^-16                yes
+    FP16    1/5/10                   65504    2^-14             2^-24                yes
+    BF16    1/8/7                    3.4e38   2^-126            2^-133               no
+    FP32    1/8/23                   3.4e38   2^-126            2^-149               no
+
+A *scaled* format has too little range for a tensor's values as they are, so each tensor carries
+one fp32 scale (see `fp8lm.numerics.scaling`). BF16 and FP32 carry scale 1, which lets every
+buffer, wire and optimizer state treat all five alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """One storage format; `storage` is the dtype buffers, wires and checkpoints hold.
+
+    FP8 is stored as uint8: `module.float()`, gloo, numpy and pickle all leave uint8 alone, and
+    arithmetic on it by accident is visible, while an FP8 dtype silently loses its scale.
+    """
+
+    name: str
+    dtype: torch.dtype
+    storage: torch.dtype
+    max: float
+    smallest_normal: float
+    smallest_subnormal: float
+    mantissa_bits: int
+    scaled: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+E4M3 = Format("fp8_e4m3", torch.float8_e4m3fn, torch.uint8, 448.0, 2.0**-6, 2.0**-9, 3, True)
+E5M2 = Format("fp8_e5m2", torch.float8_e5m2, torch.uint8, 57344.0, 2.0**-14, 2.0**-16, 2, True)
+FP16 = Format("fp16", torch.float16, torch.float16, 65504.0, 2.0**-14, 2.0**-24, 10, True)
+_BF16_MAX = torch.finfo(torch.bfloat16).max
+BF16 = Format("bf16", torch.bfloat16, torch.bfloat16, _BF16_MAX, 2.0**-126, 2.0**-133, 7, False)
+_FP32_MAX = torch.finfo(torch.float32).max
+FP32 = Format("fp32", torch.float32, torch.float32, _FP32_MAX, 2.0**-126, 2.0**-149, 23, False)
+
+
+def format_by_name(name: str) -> Format:
+    """The format a config value such as `fp8_e4m3` names; KeyError if there is none."""
+    return {fmt.name: fmt for fmt in (E4M3, E5M2, FP16, BF16, FP32)}[name]

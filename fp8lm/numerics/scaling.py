@@ -1,0 +1,46 @@
+"""From an absolute maximum to a scale.
+
+    scale = 2^floor(log2(format_max / amax))          payload = cast(x * scale),  x ~ payload / scale
+
+Powers of two make a change of scale an exponent shift: exact outside subnormals and saturation.
+Three special cases, none of them silent:
+
+    amax = 0           scale 1 (there is nothing to scale)
+    amax tiny          the exponent is clamped to 2^+-126, so that 1/scale is a normal fp32 number
+    amax Inf or NaN    scale NaN: everything decoded with it is NaN, so the event travels by itself
+                       into loss and gradient norm, without a flag or a host synchronisation
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from fp8lm.numerics.formats import Format
+
+_EXPONENT_SHIFT = 23
+_EXPONENT_BIAS = 127
+_MAX_EXPONENT = 126
+_INF_BITS = 0x7F800000
+
+
+def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
+    """Power-of-two scales for absolute maxima `amax` (fp32, any shape); same shape, fp32.
+
+    Works on the bits: the integer difference of two positive floats, shifted right by the
+    mantissa, is the floor of the log2 of their ratio. No transcendental, exact on every device.
+    """
+    if not fmt.scaled:
+        return torch.ones_like(amax)
+    bits = amax.view(torch.int32)
+    exponent = (_float_bits(fmt.max) - bits) >> _EXPONENT_SHIFT
+    exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
+    scale = ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
+    scale = scale.masked_fill_(bits >= _INF_BITS, float("nan"))
+    return scale.masked_fill_(bits == 0, 1.0)
+
+
+def _float_bits(value: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", value))[0]

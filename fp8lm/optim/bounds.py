@@ -1,0 +1,57 @@
+"""Scales for a step's results before the step is computed: one pass, no overflow, no host sync.
+
+    amax(m') <= b1 amax(m) + (1 - b1) amax(g)
+    amax(v') <= b2 amax(v) + (1 - b2) amax(g)^2
+    amax(w') <= (1 - lr wd) amax(w) + lr U,      U >= |m'/bc1| / sqrt(v'/bc2)
+
+U is Cauchy-Schwarz on the two exponential sums, with a factor 2 for the rounding of the stored
+moments. A bound is at most a few binades above the truth, which costs a floating format nothing
+but that part of its range; the true amax, collected in the same pass, starts the next step's bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8lm.kernels.adam import AdamCoefficients
+from fp8lm.numerics import Format
+
+_MOMENT_ROUNDING = 2.0
+
+
+def bound_amax(
+    amax: Tensor, grad_amax: Tensor, decay: Tensor, c: AdamCoefficients, formats: tuple[Format, ...]
+) -> Tensor:
+    """Upper bounds (fp32 [W,3]) for the new master, m and v of W weights.
+
+    `amax` [W,3] are the old true ones, `grad_amax` [W] those of the unclipped gradients, `decay`
+    [W] the weight decays; `formats` are those of the three states, whose stored values can exceed
+    the collected amax by half a unit in the last place.
+    """
+    rounding = [1.0 + 2.0**-fmt.mantissa_bits for fmt in formats]
+    w, m, v = (amax * torch.tensor(rounding, device=amax.device)).unbind(dim=1)
+    g = grad_amax * c.clip_factor
+    bounds = (
+        w * (1.0 - c.lr * decay) + c.lr * update_bound(c),
+        c.beta1 * m + (1.0 - c.beta1) * g,
+        c.beta2 * v + (1.0 - c.beta2) * g * g,
+    )
+    return torch.stack(bounds, dim=1) * (1.0 + 2.0**-20)  # the fp32 roundings of the step itself
+
+
+def update_bound(c: AdamCoefficients) -> Tensor:
+    """U (0-d fp32): the largest Adam update any gradient history can give.
+
+    |m| <= (1-b1) sum b1^i |g_i| and v = (1-b2) sum b2^i g_i^2, so by Cauchy-Schwarz
+    |m| / sqrt(v) <= (1-b1) / sqrt(1-b2) * sqrt(sum (b1^2/b2)^i).
+    """
+    ratio = c.beta1**2 / c.beta2
+    if ratio >= 1.0:
+        # The sum grows with the number of steps n = log(1 - bc2) / log b2: sqrt(n) at worst.
+        steps = torch.log1p(-c.bias_correction2) / torch.log(torch.tensor(c.beta2))
+        geometric = steps * ratio**steps
+    else:
+        geometric = torch.full_like(c.bias_correction1, 1.0 / (1.0 - ratio))
+    exact = (1.0 - c.beta1) / (1.0 - c.beta2) ** 0.5 * geometric.sqrt()
+    return _MOMENT_ROUNDING * exact * c.bias_correction2.sqrt() / c.bias_correction1

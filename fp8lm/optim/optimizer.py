@@ -1,0 +1,226 @@
+"""AdamW whose master weight and moments are each stored in a format of their own.
+
+(FP8-LM, arXiv 2310.18313, section 2.2.) The default for FP8 matrices is 2 bytes of master weight
+(FP16 and a scale), 1 byte of first moment (E4M3), 2 bytes of second moment (FP16 and a scale).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fp8lm.kernels.adam import AdamCoefficients, StoredTensor, adam_step
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.rounding import cast_stochastic, noise_bits
+from fp8lm.layers.weight import Weight
+from fp8lm.numerics import Format, format_by_name, scale_from_amax
+from fp8lm.optim.bounds import bound_amax
+from fp8lm.optim.clipping import GradientNorm, gradient_norm
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+
+@dataclass(frozen=True)
+class StatePrecision:
+    """Formats of the optimizer's states; `master` None: the weight itself is the master."""
+
+    master: Format | None
+    exp_avg: Format
+    exp_avg_sq: Format
+    stochastic_master: bool
+
+    @classmethod
+    def from_config(cls, precision) -> StatePrecision:  # noqa: ANN001
+        """What config section `precision` describes."""
+        master = precision.main_params_dtype
+        return cls(
+            master=None if master == "none" else format_by_name(master),
+            exp_avg=format_by_name(precision.exp_avg_dtype),
+            exp_avg_sq=format_by_name(precision.exp_avg_sq_dtype),
+            stochastic_master=precision.master_rounding == "stochastic",
+        )
+
+
+@dataclass
+class AdamState:
+    """States of one weight; `owns_master` False: `master` is the weight's compute copy."""
+
+    master: ScaledTensor
+    exp_avg: ScaledTensor
+    exp_avg_sq: ScaledTensor
+    owns_master: bool
+
+    @property
+    def stored(self) -> tuple[ScaledTensor, ScaledTensor, ScaledTensor]:
+        """Master, m and v."""
+        return self.master, self.exp_avg, self.exp_avg_sq
+
+
+class AdamW:
+    """Steps all `weights` (by name); see `AdamCoefficients` for the arithmetic.
+
+    `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Weight],
+        config,  # noqa: ANN001
+        precision: StatePrecision,
+        kernels: ReferenceKernels,
+        *,
+        seed: int,
+    ) -> None:
+        self.weights = weights
+        self.config = config
+        self.precision = precision
+        self.kernels = kernels
+        self.seed = seed
+        self.states: dict[str, AdamState] = {}
+        device = next(iter(weights.values())).compute.device
+        self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
+        # Row i: the true amax of master, m and v of the i-th weight.
+        self.amax = torch.zeros(len(weights), 3, device=device)
+        decays = [config.weight_decay * weight.spec.decay for weight in weights.values()]
+        self._decay = torch.tensor(decays, device=device)
+
+    def initialize(self, name: str, value: Tensor) -> None:
+        """Set weight `name` to the fp32 `value` and start its states."""
+        weight, p = self.weights[name], self.precision
+        compute = weight.compute
+        value = value.to(compute.device)
+        compute.copy_(quantize(value, compute.format, self.kernels))
+        # A dense weight that is not stored with enough bits to be its own master gets one.
+        owns_master = p.master is not None or not compute.format.scaled
+        master = compute
+        if owns_master:
+            master = quantize(value.clone(), p.master or format_by_name("fp16"), self.kernels)
+        self.states[name] = AdamState(
+            master=master,
+            exp_avg=ScaledTensor.zeros(value.shape, p.exp_avg, compute.device),
+            exp_avg_sq=ScaledTensor.zeros(value.shape, p.exp_avg_sq, compute.device),
+            owns_master=owns_master,
+        )
+        self.amax[list(self.weights).index(name), 0] = self.kernels.amax(value)
+
+    def step(self, lr: float) -> GradientNorm:
+        """One update from the weights' accumulated gradients; returns norm and skip flag.
+
+        A skipped step changes no byte of weights, states, scales or step count.
+        """
+        gradients = [weight.grad.value for weight in self.weights.values()]
+        norm = gradient_norm(gradients, self.config.clip_grad, self.kernels)
+        self.num_steps += (~norm.skip).long()
+        coefficients = self._coefficients(lr, norm)
+        bounds = bound_amax(self.amax, norm.amax, self._decay, coefficients, self._formats)
+        scales = self._next_scales(bounds)
+        amax = torch.stack(
+            [
+                self._step_weight(name, {kind: scale[i] for kind, scale in scales.items()}, c)
+                for i, (name, c) in enumerate(self._per_weight(coefficients))
+            ]
+        )
+        amax = torch.minimum(amax, bounds)  # beyond its bound a value was saturated
+        torch.where(norm.skip, self.amax, amax, out=self.amax)
+        return norm
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the states, by name, for a checkpoint; compute copies not included."""
+        yield "num_steps", self.num_steps
+        for name, state in self.states.items():
+            stored = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+            if state.owns_master:
+                stored["master"] = state.master
+            for kind, tensor in stored.items():
+                yield f"{kind}.{name}.payload", tensor.payload
+                yield f"{kind}.{name}.scale", tensor.scale
+        yield "amax", self.amax
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held for master weights and moments (scales included)."""
+        states = self.states.values()
+        return {
+            "master": sum(s.master.nbytes for s in states if s.owns_master),
+            "exp_avg": sum(s.exp_avg.nbytes for s in states),
+            "exp_avg_sq": sum(s.exp_avg_sq.nbytes for s in states),
+        }
+
+    @property
+    def _formats(self) -> tuple[Format, Format, Format]:
+        first = next(iter(self.states.values()))
+        return tuple(tensor.format for tensor in first.stored)
+
+    def _coefficients(self, lr: float, norm: GradientNorm) -> AdamCoefficients:
+        config = self.config
+        # A skipped very first step would divide by zero; its result is not kept anyway.
+        steps = self.num_steps.clamp(min=1).double()
+        return AdamCoefficients(
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_eps,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            clip_factor=norm.clip_factor,
+            bias_correction1=(1.0 - config.adam_beta1**steps).float(),
+            bias_correction2=(1.0 - config.adam_beta2**steps).float(),
+            skip=norm.skip,
+        )
+
+    def _per_weight(self, c: AdamCoefficients) -> Iterator[tuple[str, AdamCoefficients]]:
+        no_decay = replace(c, weight_decay=0.0)
+        for name, weight in self.weights.items():
+            yield name, c if weight.spec.decay else no_decay
+
+    def _next_scales(self, bounds: Tensor) -> dict[str | Format, Tensor]:
+        """Scales [W] of the new master, m and v, and of compute copies by their format."""
+        w, m, v = bounds.unbind(dim=1)
+        master, exp_avg, exp_avg_sq = self._formats
+        scales: dict[str | Format, Tensor] = {
+            fmt: scale_from_amax(w, fmt)
+            for fmt in {weight.spec.format for weight in self.weights.values()}
+        }
+        scales["master"] = scale_from_amax(w, master)
+        scales["exp_avg"] = scale_from_amax(m, exp_avg)
+        scales["exp_avg_sq"] = scale_from_amax(v, exp_avg_sq)
+        return scales
+
+    def _step_weight(
+        self, name: str, scales: dict[str | Format, Tensor], c: AdamCoefficients
+    ) -> Tensor:
+        weight, state = self.weights[name], self.states[name]
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        states = tuple(
+            StoredTensor(tensor.payload, tensor.scale, scales[kind], tensor.format)
+            for kind, tensor in zip(kinds, state.stored, strict=True)
+        )
+        compute = None
+        if state.owns_master:
+            copy = weight.compute
+            compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
+        gradient = weight.grad.value.operand
+        amax = adam_step(self.kernels, gradient, states, compute, c, self._master_cast(name))
+        for tensor in states if compute is None else (*states, compute):
+            if tensor.format.scaled:
+                torch.where(c.skip, tensor.scale, tensor.new_scale, out=tensor.scale)
+        return amax
+
+    def _master_cast(self, name: str):  # noqa: ANN202
+        if not self.precision.stochastic_master:
+            return lambda w, master, start: self.kernels.cast(w, master.new_scale, master.format)
+        base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
+        key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
+
+        def cast(w: Tensor, master: StoredTensor, start: int) -> Tensor:
+            index = torch.arange(start, start + w.numel(), dtype=torch.int32, device=w.device)
+            noise = noise_bits(index, key)
+            return cast_stochastic(w, master.new_scale, master.format, noise)
+
+        return cast
+
+
+def _target(tensor: ScaledTensor, bound: Tensor) -> StoredTensor:
+    new_scale = scale_from_amax(bound, tensor.format)
+    return StoredTensor(tensor.payload, tensor.scale, new_scale, tensor.format)
