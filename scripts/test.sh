@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Lint and test: scripts/test.sh [fast|full|lint] [pytest arguments]
+#   fast  ruff and the tests not marked slow or gpu (the default)
+#   full  ruff and every test; those marked gpu are skipped without CUDA
+#   lint  ruff only
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+mode=fast
+case ${1:-} in
+fast | full | lint)
+    mode=$1
+    shift
+    ;;
+esac
+
+# shellcheck source=scripts/_env.sh
+source scripts/_env.sh
+
+"$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m ruff format --check --quiet . || {
+    echo "error: formatting differs: run ruff format" >&2
+    exit 1
+}
+
+case $mode in
+fast) exec "$PYTHON" -m pytest -q -m "not slow and not gpu" "$@" ;;
+full) exec "$PYTHON" -m pytest -q "$@" ;;
+lint) echo "ruff: no complaints" ;;
+esac
