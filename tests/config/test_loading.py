@@ -27,7 +27,7 @@ def test_resolved_config_loads_again_as_an_equal_one(config_file, tmp_path):
         "data.data_path=[1, a, 2, on]",
         "optimizer.lr=3e-4",
     ]
-    config = load_config(config_file, [*names, "optimizer.lr=3e-4"])
+    config = load_config(config_file, overrides)
     config.save_yaml(tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
     assert config.logging.wandb_exp_name == "1e3"
