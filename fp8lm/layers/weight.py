@@ -10,6 +10,7 @@ gradient goes to. Two kinds:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class WeightSpec:
     format: Format
     grad_format: Format
     decay: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 class Weight(nn.Module):

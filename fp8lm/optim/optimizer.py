@@ -139,15 +139,6 @@ class AdamW:
                 yield f"{kind}.{name}.scale", tensor.scale
         yield "amax", self.amax
 
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes held for master weights and moments (scales included)."""
-        states = self.states.values()
-        return {
-            "master": sum(s.master.nbytes for s in states if s.owns_master),
-            "exp_avg": sum(s.exp_avg.nbytes for s in states),
-            "exp_avg_sq": sum(s.exp_avg_sq.nbytes for s in states),
-        }
-
     @property
     def _formats(self) -> tuple[Format, Format, Format]:
         first = next(iter(self.states.values()))

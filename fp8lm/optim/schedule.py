@@ -1,0 +1,82 @@
+"""Learning rate and batch size over the run, by megatron-core, as functions of samples consumed.
+
+Being functions, they need no state in a checkpoint and cannot drift from the data position.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from megatron.core.num_microbatches_calculator import (
+    ConstantNumMicroBatchesCalculator,
+    RampupBatchsizeNumMicroBatchesCalculator,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+class LearningRate:
+    """`rate(consumed_samples)`, from the config sections optimizer, scheduler and train."""
+
+    def __init__(self, optimizer, scheduler, train) -> None:  # noqa: ANN001
+        def samples(iterations: int | None, samples: int | None) -> int | None:
+            return samples if iterations is None else iterations * train.global_batch_size
+
+        decay = samples(scheduler.lr_decay_iters, scheduler.lr_decay_samples)
+        decay = decay or samples(train.train_iters, train.train_samples)
+        warmup = scheduler.lr_warmup_samples or samples(scheduler.lr_warmup_iters, None)
+        if scheduler.lr_warmup_fraction is not None:
+            warmup = scheduler.lr_warmup_fraction * decay
+        wsd_decay = samples(scheduler.lr_wsd_decay_iters, scheduler.lr_wsd_decay_samples)
+        self._scheduler = OptimizerParamScheduler(
+            SimpleNamespace(param_groups=[{}]),
+            init_lr=scheduler.lr_warmup_init,
+            max_lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=decay,
+            lr_decay_style=scheduler.lr_decay_style,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=decay,
+            wd_incr_style="constant",
+            wsd_decay_steps=wsd_decay,
+            lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
+        )
+
+    def rate(self, consumed_samples: int) -> float:
+        """The learning rate of the step that starts after `consumed_samples`."""
+        self._scheduler.num_steps = consumed_samples
+        return self._scheduler.get_lr({})
+
+
+class BatchSize:
+    """`global_batch_size(consumed_samples)`, constant or ramping up, from config section train."""
+
+    def __init__(self, train, data_parallel_size: int) -> None:  # noqa: ANN001
+        self._stride = train.micro_batch_size * data_parallel_size
+        common = dict(
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            decrease_batch_size_if_needed=False,
+            rank=-1,  # it only decides who logs
+        )
+        if train.rampup_batch_size is None:
+            self._calculator = ConstantNumMicroBatchesCalculator(**common)
+        else:
+            start, increment, samples = train.rampup_batch_size
+            self._calculator = RampupBatchsizeNumMicroBatchesCalculator(
+                **common,
+                start_global_batch_size=start,
+                batch_size_increment=increment,
+                ramup_samples=samples,
+            )
+
+    def global_batch_size(self, consumed_samples: int) -> int:
+        """Samples, over all data-parallel ranks, of the step after `consumed_samples`."""
+        self._calculator.update(consumed_samples, consistency_check=False)
+        return self._calculator.get_current_global_batch_size()
+
+    def num_microbatches(self, consumed_samples: int) -> int:
+        """Micro-batches of each rank in that step."""
+        return self.global_batch_size(consumed_samples) // self._stride

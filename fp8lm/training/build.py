@@ -1,0 +1,108 @@
+"""From a config to everything a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fp8lm.comm.groups import ProcessGroups
+from fp8lm.config import Config
+from fp8lm.data.datasets import build_datasets
+from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.model import GPTModel
+from fp8lm.model.init import initial_value
+from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.optim.schedule import BatchSize, LearningRate
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one run; `weights` are the model's by Megatron name."""
+
+    config: Config
+    groups: ProcessGroups
+    device: torch.device
+    tokenizer: Tokenizer
+    vocab_size: int
+    model: nn.Module
+    weights: dict[str, Weight]
+    optimizer: AdamW
+    learning_rate: LearningRate
+    batch_size: BatchSize
+    datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run, over all ranks."""
+        return _total_samples(self.config.train)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `train.device` names; `auto` takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def build_model(
+    config: Config, vocab_size: int, kernels: ReferenceKernels, device: torch.device
+) -> tuple[GPTModel, AdamW]:
+    """The model with initial weights and the optimizer that holds their states."""
+    model = GPTModel(
+        config.model,
+        vocab_size,
+        Recipe.from_config(config.precision, kernels, device),
+        config.train.recompute_granularity,
+    )
+    precision = StatePrecision.from_config(config.precision)
+    weights, seed = named_weights(model), config.train.seed
+    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed)
+    for name, weight in weights.items():
+        optimizer.initialize(name, initial_value(name, weight.spec, seed))
+    return model, optimizer
+
+
+def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
+    """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocab_size = padded_vocab_size(
+        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size=1
+    )
+    datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
+    torch.manual_seed(config.train.seed)  # dropout; weights have generators of their own
+    model, optimizer = build_model(config, vocab_size, select_kernels(device), device)
+    return Run(
+        config=config,
+        groups=groups,
+        device=device,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        model=model,
+        weights=optimizer.weights,
+        optimizer=optimizer,
+        learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
+        batch_size=BatchSize(config.train, groups.data_parallel.size()),
+        datasets=datasets,
+    )
+
+
+def _dataset_sizes(config: Config) -> tuple[int, int, int]:
+    # A last step may reach beyond the run's samples by less than one batch.
+    train = _total_samples(config.train) + config.train.global_batch_size
+    evaluation = config.train.eval_iters * config.train.global_batch_size
+    shares = [float(share) for share in config.data.split.split(",")] + [0.0, 0.0]
+    return train, evaluation * (shares[1] > 0), evaluation * (shares[2] > 0)
+
+
+def _total_samples(train) -> int:  # noqa: ANN001
+    if train.train_samples is not None:
+        return train.train_samples
+    return train.train_iters * train.global_batch_size

@@ -1,0 +1,79 @@
+"""What a run is, byte for byte: the tensors a checkpoint holds, and how much memory they take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8lm.layers.weight import GemmWeight, Weight
+from fp8lm.optim import AdamW
+
+KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
+
+
+def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
+    """Payloads, and scales where the format has one, of all compute copies, by name."""
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"model.{name}.payload"] = weight.compute.payload
+        if weight.compute.format.scaled:
+            tensors[f"model.{name}.scale"] = weight.compute.scale
+    return tensors
+
+
+def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """Master weights, moments, amaxes and the step count, by name."""
+    return {f"optimizer.{name}": tensor for name, tensor in optimizer.named_tensors()}
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Copies of the random states dropout draws from."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Take up the random states that `rng_tensors` copied."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, int]:
+    """Bytes this process holds for its weights (all, or those in `names`), by kind.
+
+    Counted from the buffers themselves, scales included.
+    """
+    names = list(optimizer.weights) if names is None else names
+    weights = [optimizer.weights[name] for name in names]
+    states = [optimizer.states[name] for name in names]
+    return {
+        "weights": sum(weight.compute.nbytes for weight in weights),
+        "grads": sum(weight.grad.value.nbytes for weight in weights),
+        "master": sum(state.master.nbytes for state in states if state.owns_master),
+        "exp_avg": sum(state.exp_avg.nbytes for state in states),
+        "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in states),
+    }
+
+
+def linear_weights(weights: dict[str, Weight]) -> list[str]:
+    """Names of the matrices of linear layers, which the low-precision formats are for."""
+    return [
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, GemmWeight) and "embedding" not in name and "output" not in name
+    ]
+
+
+def describe_state(optimizer: AdamW) -> str:
+    """One line: bytes of state per parameter of the linear layers, by kind."""
+    names = linear_weights(optimizer.weights)
+    parameters = sum(optimizer.weights[name].spec.numel for name in names)
+    held = {kind: size / parameters for kind, size in state_bytes(optimizer, names).items()}
+    parts = ", ".join(f"{kind} {size:.2f}" for kind, size in held.items())
+    return (
+        f" linear layers: {parameters} parameters, {sum(held.values()):.2f} bytes of state each "
+        f"({parts})"
+    )

@@ -1,0 +1,72 @@
+"""One training step and one evaluation: what reads like the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp8lm.layers.weight import Weight
+from fp8lm.model.gpt import language_model_loss
+from fp8lm.optim import AdamW
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """0-d tensors on the device: `loss` (mean over micro-batches), `grad_norm`, `skipped`."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+def train_step(
+    model: nn.Module, optimizer: AdamW, microbatches: list[Batch], lr: float
+) -> StepResult:
+    """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
+
+    A non-finite loss, gradient or amax leaves all state as it was, bit for bit.
+    """
+    model.train()
+    zero_gradients(optimizer.weights)
+    loss = accumulate_gradients(model, microbatches)
+    settle_gradients(optimizer.weights)
+    norm = optimizer.step(lr)
+    return StepResult(loss, norm.norm, norm.skip)
+
+
+def accumulate_gradients(model: nn.Module, microbatches: list[Batch]) -> Tensor:
+    """Forward and backward of every micro-batch; their mean loss (0-d fp32, detached)."""
+    losses = []
+    for batch in microbatches:
+        loss = batch_loss(model, batch) / len(microbatches)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss of one micro-batch: dict of `tokens`, `labels`, `loss_mask` [B,S]."""
+    return language_model_loss(model(batch["tokens"]), batch["labels"], batch["loss_mask"])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, microbatches: list[Batch]) -> Tensor:
+    """Mean loss over `microbatches` without dropout (0-d fp32)."""
+    model.eval()
+    return torch.stack([batch_loss(model, batch) for batch in microbatches]).mean()
+
+
+def zero_gradients(weights: dict[str, Weight]) -> None:
+    """Start new sums."""
+    for weight in weights.values():
+        weight.grad.zero()
+
+
+def settle_gradients(weights: dict[str, Weight]) -> None:
+    """Give weights that no micro-batch used a gradient of zero."""
+    for weight in weights.values():
+        weight.grad.settle()
