@@ -98,9 +98,8 @@ class ScaledTensor:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs=None):  # noqa: ANN001, ANN206
-        raise TypeError(
-            f"{getattr(func, '__name__', func)} is not defined on a ScaledTensor: dequantize it first"
-        )
+        name = getattr(func, "__name__", func)
+        raise TypeError(f"{name} is not defined on a ScaledTensor: dequantize it first")
 
 
 def quantize(

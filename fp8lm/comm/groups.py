@@ -32,10 +32,8 @@ def init_process_groups(device: torch.device) -> ProcessGroups:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise InputError(
-            f"WORLD_SIZE={world_size}: this version trains on one process; start it without torchrun"
+            f"WORLD_SIZE={world_size}: one process is supported: start it without torchrun"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
-    )
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     return ProcessGroups(world=dist.group.WORLD, data_parallel=dist.group.WORLD)

@@ -224,17 +224,15 @@ def _checkpoint(config: Config) -> Iterator[str]:
 
 def _formats(config: Config) -> Iterator[str]:
     precision = config.precision
-    if precision.params_dtype != "fp8_e4m3":
-        return
-    if precision.gemm != "fp8":
+    if precision.params_dtype == "fp8_e4m3" and precision.gemm != "fp8":
         yield (
             "precision.params_dtype = fp8_e4m3 needs precision.gemm = fp8, "
             f"not {precision.gemm}: FP8 weights only enter FP8 GEMMs"
         )
-    if precision.main_params_dtype == "none":
+    if precision.main_params_dtype == "none" and precision.params_dtype != "fp16":
         yield (
-            "precision.params_dtype = fp8_e4m3 needs a master weight: "
-            "precision.main_params_dtype = none would update FP8 in place"
+            f"precision.params_dtype = {precision.params_dtype} needs a master weight: "
+            "precision.main_params_dtype = none is for params_dtype = fp16"
         )
 
 

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from fp8lm.config.section import Bool, Section, derived
 
-GemmFormat = Literal["fp8", "bf16"]
-ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16"]
+GemmFormat = Literal["fp8", "bf16", "fp32"]
+ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16", "fp32"]
 MainParamsDtype = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "none"]
 MainGradsDtype = Literal["fp8_e4m3", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]

@@ -104,4 +104,3 @@ def _cast(kernels, values: Tensor, stored: StoredTensor) -> Tensor:  # noqa: ANN
 def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor) -> None:
     target = stored.payload.view(-1)[block]
     torch.where(skip, target, payload, out=target)
-

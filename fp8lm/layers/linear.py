@@ -63,7 +63,9 @@ class Linear(nn.Module):
         self.bias = None
         if bias:
             bias_format = FP32 if precision.output == torch.float32 else BF16
-            self.bias = VectorWeight(vector_spec(weight.shape[0], 0.0, bias_format), kernels, device)
+            self.bias = VectorWeight(
+                vector_spec(weight.shape[0], 0.0, bias_format), kernels, device
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""

@@ -1,6 +1,6 @@
 """From an absolute maximum to a scale.
 
-    scale = 2^floor(log2(format_max / amax))          payload = cast(x * scale),  x ~ payload / scale
+    scale = 2^floor(log2(format_max / amax))    payload = cast(x * scale)    x ~ payload / scale
 
 Powers of two make a change of scale an exponent shift: exact outside subnormals and saturation.
 Three special cases, none of them silent:
