@@ -1,0 +1,46 @@
+"""Small things about files: digests, and writing a file aside before it takes its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fp8lm.errors import InputError
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """Hex digest of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """A temporary folder on `target`'s file system, removed on leaving the block.
+
+    Write into it, then `os.replace` the finished files to their names: a failure or an interrupt
+    leaves nothing. Creates `target`'s parent; raises `InputError` where it cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
+    except OSError as err:
+        raise InputError(f"cannot write to {target.parent}: {err.strerror or err}") from None
+    with aside as name:
+        yield Path(name)
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it when it is whole."""
+    with folder_aside(path) as aside:
+        part = aside / path.name
+        part.write_bytes(data)
+        os.replace(part, path)

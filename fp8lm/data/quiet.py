@@ -1,0 +1,26 @@
+"""Keep megatron-core's own chatter off the user's terminal while we call into it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_megatron() -> Iterator[None]:
+    """Silence warnings, and megatron's log records below ERROR, inside the `with` block.
+
+    Importing megatron-core without TransformerEngine and apex warns four times about fallbacks
+    that this project never uses. The filters are restored on leaving the block.
+    """
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
