@@ -1,0 +1,122 @@
+"""Documents to token ids, in worker processes, in the order of the input.
+
+Batches of records go to the workers and come back through a bounded window, so that memory does
+not grow with the corpus and the result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+
+from fp8lm.data.documents import Record, parse_record
+from fp8lm.data.tokenizer import Tokenizer, load_tokenizer
+from fp8lm.errors import InputError
+
+BATCH_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """All a worker needs: the tokenizer's three arguments, and how to treat a document."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None
+    vocab_size: int | None
+    keys: tuple[str, ...]
+    append_eod: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """Token ids of one document by key, and the bytes of input they came from."""
+
+    ids: dict[str, np.ndarray]
+    num_bytes: int
+
+
+def encode_records(
+    records: Iterable[Record], settings: EncodeSettings, workers: int
+) -> Iterator[EncodedDocument]:
+    """Yield every record's token ids, in order; a bad record raises `InputError` in its turn.
+
+    A document without text has no ids, not even the end of document. Close the generator to stop
+    the workers early.
+    """
+    encode = partial(_encode_batch, settings)
+    if workers == 1:
+        for batch in _batched(records):
+            yield from encode(batch)
+        return
+    # Spawned rather than forked: the same on every system, and the caller may have threads.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent)
+    try:
+        pending = deque()
+        for batch in _batched(records):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 4 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C, which reaches every process of the terminal, to the parent; end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        # A killed parent closes no queue: without this its workers would wait for ever.
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _encode_batch(settings: EncodeSettings, batch: list[Record]) -> list[EncodedDocument]:
+    tokenizer = _loaded_tokenizer(
+        settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size
+    )
+    return [_encode(tokenizer, settings, record) for record in batch]
+
+
+@lru_cache(maxsize=1)
+def _loaded_tokenizer(*arguments: str | int | None) -> Tokenizer:
+    """The tokenizer of this process, loaded at the first batch."""
+    return load_tokenizer(*arguments)
+
+
+def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> EncodedDocument:
+    ids_by_key = {}
+    for key, text in parse_record(record, settings.keys).items():
+        try:
+            ids = tokenizer.tokenize(text)
+        except InputError as err:
+            raise InputError(f"{record.place}: {err}") from None
+        if ids and settings.append_eod:
+            ids.append(tokenizer.eod)
+        ids_by_key[key] = np.array(ids, dtype=settings.dtype)
+    return EncodedDocument(ids_by_key, len(record.data))
