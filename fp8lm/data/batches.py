@@ -1,0 +1,100 @@
+"""Micro-batches in Megatron's order, resumable at any sample.
+
+Sample order is the dataset's own (GPTDataset shuffles when it is built). With d data-parallel
+ranks of micro-batch b, micro-batch k after `consumed_samples` c takes the samples
+c + k*b*d .. c + (k+1)*b*d - 1, and rank r the r-th run of b among them. Nothing else is state:
+the number of micro-batches per step may vary, and an iterator made at c continues one that
+reached c.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fp8lm.errors import InputError
+
+FIELDS = ("tokens", "labels", "loss_mask")
+
+
+class MicroBatchSampler:
+    """The dataset indices of one rank, a micro-batch at a time; a last partial one is dropped."""
+
+    def __init__(
+        self, num_samples: int, micro_batch_size: int, rank: int, world_size: int, start: int
+    ) -> None:
+        self.micro_batch_size = micro_batch_size
+        self.stride = micro_batch_size * world_size
+        self.first = start + rank * micro_batch_size
+        self.count = max(0, num_samples - start) // self.stride
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for k in range(self.count):
+            begin = self.first + k * self.stride
+            yield list(range(begin, begin + self.micro_batch_size))
+
+
+class BatchIterator:
+    """Hands out micro-batches: dicts of `tokens`, `labels` [B, S] int64, `loss_mask` [B, S] fp32.
+
+    `num_workers` > 0 prefetches in that many processes, with the same result. Draws no random
+    numbers. For evaluation make one at `consumed_samples=0` each time.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        consumed_samples: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.consumed_samples = consumed_samples
+        self._num_samples = len(dataset)
+        sampler = MicroBatchSampler(
+            self._num_samples, micro_batch_size, rank, world_size, consumed_samples
+        )
+        self._stride, self._left = sampler.stride, len(sampler)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_stack,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupt,
+            # Its own generator: the loader draws a seed for its workers, and the global RNG is
+            # part of what a resumed run must find unchanged.
+            generator=torch.Generator(),
+        )
+        self._iterator = iter(loader)
+
+    def next(self, num_microbatches: int) -> list[dict[str, torch.Tensor]]:
+        """The next micro-batches of this rank; `InputError` when the dataset has too few left."""
+        if num_microbatches > self._left:
+            raise InputError(
+                f"the dataset's {self._num_samples} samples are used up: "
+                f"{self.consumed_samples} consumed, {num_microbatches * self._stride} wanted: "
+                "train.train_iters or train.train_samples asks for more than was built"
+            )
+        batches = [next(self._iterator) for _ in range(num_microbatches)]
+        self._left -= num_microbatches
+        self.consumed_samples += num_microbatches * self._stride
+        return batches
+
+
+def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {field: torch.stack([item[field] for item in items]) for field in FIELDS}
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the parent alone answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,150 @@
+"""Train, valid and test datasets from the config: megatron-core's GPT datasets, or mock data.
+
+What megatron-core would meet with an assertion, an endless loop or a stale cache is checked here
+first, on every rank, so that no rank waits at a barrier for one that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from fp8lm.data.indexed import IndexedFile, check_tokenizer, inspect_indexed
+from fp8lm.data.mock import MockDataset
+from fp8lm.data.quiet import quiet_megatron
+from fp8lm.data.tokenizer import Tokenizer
+from fp8lm.errors import InputError
+
+with quiet_megatron():
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+if TYPE_CHECKING:
+    from fp8lm.config import Config
+
+SPLITS = ("train", "valid", "test")
+Sizes = tuple[int, int, int]
+Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+
+
+def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
+    """Datasets of at least `sizes` (train, valid, test) samples; None where the size is 0.
+
+    Items are dicts of `tokens`, `labels`, `position_ids` [seq_length] int64 and `loss_mask`
+    [seq_length] fp32. Call it on every rank. A blend with `data.data_cache_path` needs an
+    initialised process group, even of one process. Raises `InputError` for missing or damaged
+    files, a tokenizer that did not make them, and a split without the documents it needs.
+    """
+    if config.data.mock_data:
+        return tuple(
+            _mock(config, tokenizer, split, size) if size else None
+            for split, size in enumerate(sizes)
+        )
+    prefixes, weights = _blend(config.data.data_path)
+    files = [inspect_indexed(prefix) for prefix in prefixes]
+    for file in files:
+        check_tokenizer(file, tokenizer)
+    with quiet_megatron():
+        gpt_config = GPTDatasetConfig(
+            random_seed=config.train.seed,
+            sequence_length=config.model.seq_length,
+            blend=(prefixes, weights),
+            split=_plain_split(config.data.split),
+            path_to_cache=config.data.data_cache_path,
+            tokenizer=_tokenizer_for(tokenizer, files),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=config.data.eod_mask_loss,
+            create_attention_mask=False,
+        )
+    _keep_wanted_splits(gpt_config, files, sizes)
+    return tuple(_build(gpt_config, sizes))
+
+
+def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of `[prefix]` or `[weight, prefix, ...]`; one prefix needs no weight."""
+    if len(data_path) <= 2:
+        return [str(data_path[-1])], None
+    return list(map(str, data_path[1::2])), list(map(float, data_path[::2]))
+
+
+def _plain_split(split: str) -> str:
+    """The shares without exponents, which megatron-core would read as two numbers."""
+    return ",".join(np.format_float_positional(float(share)) for share in split.split(","))
+
+
+@dataclass(frozen=True)
+class _DatasetTokenizer:
+    """What GPTDataset asks of a tokenizer; `unique_identifiers` become part of its cache's name.
+
+    They carry the data's fingerprints too: megatron-core names a cache by the path alone, and
+    would read stale sample indices after the data was preprocessed again.
+    """
+
+    vocab_size: int
+    eod: int
+    unique_identifiers: dict
+
+
+def _tokenizer_for(tokenizer: Tokenizer, files: list[IndexedFile]) -> _DatasetTokenizer:
+    identifiers = {**tokenizer.identity, "data": [file.fingerprint for file in files]}
+    return _DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod, identifiers)
+
+
+def _keep_wanted_splits(config: GPTDatasetConfig, files: list[IndexedFile], sizes: Sizes) -> None:
+    """Drop the splits of size 0; `InputError` for one that wants samples and has no tokens.
+
+    Megatron-core counts epochs until there are tokens enough: without any it never returns.
+    """
+    for split, (name, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        share = config.split_matrix[split]
+        if size == 0:
+            config.split_matrix[split] = None
+            continue
+        for file in files:
+            begin, end = (round(edge * len(file.lengths)) for edge in share or (0, 0))
+            if not file.lengths[begin:end].any():
+                raise InputError(
+                    f"data.split {config.split!r} leaves no documents of {file.prefix} "
+                    f"({len(file.lengths)} documents) for {name}, which wants {size} samples: "
+                    "change data.split, or use more documents"
+                )
+
+
+def _build(config: GPTDatasetConfig, sizes: Sizes) -> list[Dataset | None]:
+    where = config.path_to_cache or "the folder beside the data"
+    try:
+        with quiet_megatron():
+            return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    except (EOFError, ValueError) as err:
+        raise InputError(
+            f"cannot read the sample indices kept in {where}: {err}: remove that folder, it is "
+            "made again"
+        ) from err
+    except Exception as err:
+        # With a process group megatron-core wraps the OSError of an unwritable cache.
+        cause = err.__cause__ if isinstance(err.__cause__, OSError) else err
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(
+            f"cannot keep the sample indices in {where}: {cause}: set data.data_cache_path to a "
+            "folder that can be written to"
+        ) from err
+
+
+def _mock(config: Config, tokenizer: Tokenizer, split: int, size: int) -> MockDataset:
+    return MockDataset(
+        vocab_size=tokenizer.vocab_size,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        split=split,
+        size=size,
+        eod=tokenizer.eod,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )

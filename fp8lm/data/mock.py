@@ -1,0 +1,71 @@
+"""Synthetic tokens that a model can learn: a seeded Markov chain, no files.
+
+Each id has SUCCESSORS likely followers, drawn once from the seed and skewed towards small ids, so
+that a model first learns which ids are frequent and then which follows which. Now and then the
+chain restarts anywhere, so that it cannot be caught in a short cycle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+SUCCESSORS = 4
+FOLLOW = (0.55, 0.25, 0.1, 0.05)
+RESTART = 0.05
+
+
+class MockDataset(Dataset):
+    """Items like GPTDataset's; item i is a pure function of (vocabulary, seed, split, i).
+
+    All splits follow the same chain, so what is learnt on one holds on another.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        seq_length: int,
+        seed: int,
+        split: int,
+        size: int,
+        eod: int,
+        eod_mask_loss: bool = False,
+    ) -> None:
+        self.vocab_size, self.seq_length, self.size = vocab_size, seq_length, size
+        self.seed, self.split = seed, split
+        self.eod, self.eod_mask_loss = eod, eod_mask_loss
+        skewed = np.random.default_rng(seed).random((vocab_size, SUCCESSORS)) ** 3
+        # A plain list: the chain is walked id by id, where numpy's scalars would be slow.
+        self._followers = (vocab_size * skewed).astype(np.int64).ravel().tolist()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"mock sample {index} of {self.size}")
+        text = torch.tensor(self._walk(index), dtype=torch.int64)
+        tokens, labels = text[:-1], text[1:]
+        loss_mask = torch.ones(self.seq_length)
+        if self.eod_mask_loss:
+            loss_mask[tokens == self.eod] = 0.0
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(self.seq_length),
+        }
+
+    def _walk(self, index: int) -> list[int]:
+        """seq_length + 1 ids: one more than the tokens, for the last label."""
+        rng = np.random.default_rng((self.seed, self.split, index))
+        length = self.seq_length + 1
+        branches = rng.choice(SUCCESSORS + 1, size=length, p=(*FOLLOW, RESTART)).tolist()
+        anywhere = rng.integers(self.vocab_size, size=length).tolist()
+        follow, ids, token = self._followers, [], anywhere[0]
+        for branch, fresh in zip(branches, anywhere, strict=True):
+            ids.append(token)
+            token = fresh if branch == SUCCESSORS else follow[token * SUCCESSORS + branch]
+        return ids

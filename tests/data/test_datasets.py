@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fp8lm.data.datasets import build_datasets
+from fp8lm.data.quiet import quiet_megatron
+from fp8lm.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+SEQ = 16
+
+
+@pytest.fixture
+def counting(write_documents):
+    """20 documents of 20 ids: document i counts up from i, modulo 50."""
+    return write_documents([[(i + j) % 50 for j in range(20)] for i in range(20)])
+
+
+def test_samples_are_the_documents_tokens(make_config, tokenizer, write_documents):
+    text = np.random.default_rng(0).permutation(50)[: SEQ + 1].tolist()
+    prefix = write_documents([text])
+    train, valid, test = build_datasets(
+        make_config(data_path=[prefix], split="1"), tokenizer, (1, 0, 0)
+    )
+    assert valid is None and test is None
+    item = train[0]
+    assert item["tokens"].tolist() == text[:-1]
+    assert item["labels"].tolist() == text[1:]
+    assert item["loss_mask"].tolist() == [1.0] * SEQ
+    assert item["position_ids"].tolist() == list(range(SEQ))
+    assert item["tokens"].dtype == item["labels"].dtype == torch.int64
+
+
+def test_labels_are_the_tokens_shifted_by_one(make_config, tokenizer, counting):
+    train, _, _ = build_datasets(make_config(data_path=[counting]), tokenizer, (30, 0, 0))
+    assert len(train) >= 30
+    for i in range(30):
+        assert torch.equal(train[i]["tokens"][1:], train[i]["labels"][:-1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_eod_mask_loss_leaves_out_what_follows_a_document(
+    make_config, tokenizer, write_documents, masked
+):
+    prefix = write_documents([[*range(10), tokenizer.eod], [*range(10, 20), tokenizer.eod]])
+    config = make_config(data_path=[prefix], split="1", eod_mask_loss=masked)
+    train, _, _ = build_datasets(config, tokenizer, (4, 0, 0))
+    for i in range(4):
+        at_eod = train[i]["tokens"] == tokenizer.eod
+        assert at_eod.any()
+        assert torch.equal(train[i]["loss_mask"] == 0, at_eod & masked)
+
+
+def test_splits_hold_different_documents(make_config, tokenizer, write_documents):
+    prefix = write_documents([[i] * 20 for i in range(20)])
+    config = make_config(data_path=[prefix], split="60,20,20")
+    parts = build_datasets(config, tokenizer, (12, 4, 4))
+    seen = [{int(token) for i in range(len(part)) for token in part[i]["tokens"]} for part in parts]
+    assert seen[0] <= set(range(12)) and seen[1] <= set(range(12, 16))
+    assert seen[2] <= set(range(16, 20)) and all(seen)
+
+
+def test_blend_follows_the_weights(make_config, tokenizer, write_documents, tmp_path):
+    ones = write_documents([[1] * 50] * 4, name="ones")
+    twos = write_documents([[2] * 50] * 4, name="twos")
+    config = make_config(
+        data_path=[3.0, ones, 1, twos], split="50,50,0", data_cache_path=str(tmp_path / "cache")
+    )
+    for _ in range(2):  # built, then read from the cache
+        train, valid, _ = build_datasets(config, tokenizer, (40, 8, 0))
+        first = [int(train[i]["tokens"][0]) for i in range(40)]
+        assert first.count(1) == 30 and first.count(2) == 10
+        assert len(valid) >= 8
+
+
+def test_the_order_is_the_seeds(make_config, tokenizer, counting):
+    def order(seed):
+        config = make_config(seed=seed, data_path=[counting])
+        train, _, _ = build_datasets(config, tokenizer, (30, 0, 0))
+        return [train[i]["tokens"].tolist() for i in range(30)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_cache_is_used_and_not_after_the_data_changed(
+    make_config, tokenizer, write_documents, tmp_path
+):
+    cache = tmp_path / "cache"
+
+    def build(documents):
+        prefix = write_documents(documents)
+        config = make_config(data_path=[prefix], split="1", data_cache_path=str(cache))
+        return build_datasets(config, tokenizer, (3, 0, 0))[0]
+
+    build([[1] * 40])
+    files = sorted(cache.iterdir())
+    stamps = [file.stat().st_mtime_ns for file in files]
+    build([[2] * 40])
+    assert [file.stat().st_mtime_ns for file in sorted(cache.iterdir())] == stamps
+    changed = build([[3] * 5, [4] * 7])
+    assert set(changed[0]["tokens"].tolist()) == {3, 4}
+    assert len(sorted(cache.iterdir())) == 2 * len(files)
+
+
+def test_a_small_corpus_is_repeated(make_config, tokenizer, write_documents):
+    prefix = write_documents([[1, 2, 3]])
+    train, _, _ = build_datasets(make_config(data_path=[prefix], split="1"), tokenizer, (10, 0, 0))
+    assert train[9]["tokens"].tolist()[:3] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("split", ["99,1,0", "1", "1,0,1"])
+def test_a_split_without_documents_is_an_error_and_not_an_endless_loop(
+    make_config, tokenizer, write_documents, split
+):
+    prefix = write_documents([[1] * 40, [2] * 40])
+    config = make_config(data_path=[prefix], split=split)
+    with pytest.raises(InputError, match=r"data\.split .* no documents of .* for valid"):
+        build_datasets(config, tokenizer, (1, 1, 0))
+    assert build_datasets(config, tokenizer, (1, 0, 0))[0] is not None
+
+
+def test_split_in_any_notation(make_config, tokenizer, counting):
+    config = make_config(data_path=[counting], split="9e1, 1e1")
+    train, valid, _ = build_datasets(config, tokenizer, (2, 1, 0))
+    assert (len(train.indices), len(valid.indices)) == (18, 2)
+
+
+def test_bad_data_is_one_message(make_config, tokenizer, counting):
+    os.truncate(counting + ".bin", 100)
+    with pytest.raises(InputError, match=r"P\.bin is truncated"):
+        build_datasets(make_config(data_path=[counting]), tokenizer, (1, 0, 0))
+
+
+def test_a_cache_that_cannot_be_written_is_named(make_config, tokenizer, counting, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = make_config(data_path=[counting], data_cache_path=str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"data\.data_cache_path"):
+        build_datasets(config, tokenizer, (1, 0, 0))
+
+
+def test_a_damaged_cache_is_named(make_config, tokenizer, counting, tmp_path):
+    config = make_config(data_path=[counting], data_cache_path=str(tmp_path / "cache"))
+    build_datasets(config, tokenizer, (1, 0, 0))
+    for file in Path(tmp_path / "cache").glob("*.npy"):
+        os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match=r"cache: .*: remove that folder"):
+        build_datasets(config, tokenizer, (1, 0, 0))
+
+
+def test_quiet_is_not_for_ever():
+    logger = logging.getLogger("megatron")
+    before = logger.level, list(warnings.filters)
+    with quiet_megatron():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert (logger.level, list(warnings.filters)) == before
