@@ -24,6 +24,7 @@ _EXPONENT_SHIFT = 23
 _EXPONENT_BIAS = 127
 _MAX_EXPONENT = 126
 _INF_BITS = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
 
 
 def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
@@ -34,7 +35,8 @@ def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
     """
     if not fmt.scaled:
         return torch.ones_like(amax)
-    bits = amax.view(torch.int32)
+    # Without the sign: -0.0 is zero, and x86 makes the NaN of Inf * 0 negative.
+    bits = amax.view(torch.int32) & _MAGNITUDE
     exponent = (_float_bits(fmt.max) - bits) >> _EXPONENT_SHIFT
     exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
     scale = ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
