@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fp8lm.numerics import E4M3, E5M2, Format
+from fp8lm.numerics import E4M3, E5M2, FP16, Format
 
 # Bits of an FP8 code moved to where bf16 keeps its exponent and mantissa, and the power of two
 # that corrects for the different exponent bias (127 - 7 and 127 - 15). Subnormals come out right
@@ -46,7 +46,8 @@ class ReferenceKernels:
         """
         if not fmt.scaled:
             return x.to(fmt.dtype)
-        scaled = torch.mul(x, scale)
+        # In bf16 FP16's largest number would itself be rounded up, beyond FP16.
+        scaled = torch.mul(x.float() if fmt == FP16 else x, scale)
         if saturate:
             scaled = scaled.clamp_(-fmt.max, fmt.max)
         return scaled.to(fmt.dtype).view(fmt.storage)
