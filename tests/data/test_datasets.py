@@ -11,6 +11,7 @@ import torch
 
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.quiet import quiet_megatron
+from fp8lm.data.tokenizer import NullTokenizer
 from fp8lm.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -138,6 +139,11 @@ def test_bad_data_is_one_message(make_config, tokenizer, counting):
     os.truncate(counting + ".bin", 100)
     with pytest.raises(InputError, match=r"P\.bin is truncated"):
         build_datasets(make_config(data_path=[counting]), tokenizer, (1, 0, 0))
+
+
+def test_data_of_another_tokenizer_is_refused(make_config, counting):
+    with pytest.raises(InputError, match="tokenized with NullTokenizer"):
+        build_datasets(make_config(data_path=[counting]), NullTokenizer(60), (1, 0, 0))
 
 
 def test_a_cache_that_cannot_be_written_is_named(make_config, tokenizer, counting, tmp_path):
