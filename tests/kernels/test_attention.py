@@ -1,0 +1,71 @@
+"""Causal attention against a softmax written out in float64, grouped queries and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fp8lm.kernels import ReferenceKernels
+
+KERNELS = ReferenceKernels()
+HEADS = [(4, 4), (4, 2), (6, 2), (4, 1)]
+
+
+def inputs(heads, groups, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 9, 8), (2, groups, 9, 8), (2, groups, 9, 8), (2, heads, 9, 8)]
+    q, k, v, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [x.requires_grad_() for x in (q, k, v)], dy
+
+
+def naive(q, k, v):
+    heads_per_group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(heads_per_group, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+
+
+def run(attention, operands, dy):
+    y = attention(*operands)
+    return y, *torch.autograd.grad(y, operands, dy)
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients(heads, groups, dtype):
+    operands, dy = inputs(heads, groups, dtype)
+    results = run(lambda q, k, v: KERNELS.attention(q, k, v, 0.0), operands, dy)
+    doubles = [x.detach().double().requires_grad_() for x in operands]
+    expected = run(naive, doubles, dy.double())
+    # Computed in fp32: what is left is fp32 rounding, and that of the result to its dtype.
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == dtype
+        tolerance = dict(rtol=torch.finfo(dtype).eps, atol=3e-6)
+        torch.testing.assert_close(result.double(), reference, **tolerance)
+
+
+def test_no_position_sees_the_future():
+    (q, k, v), _ = inputs(4, 2, torch.float32)
+    before = KERNELS.attention(q, k, v, 0.0)
+    with torch.no_grad():
+        k[:, :, 5:] += 1.0
+        v[:, :, 5:] -= 1.0
+    after = KERNELS.attention(q, k, v, 0.0)
+    assert torch.equal(before[:, :, :5], after[:, :, :5])
+    assert not torch.equal(before[:, :, 5:], after[:, :, 5:])
+
+
+def test_dropout_draws_from_the_random_state_and_keeps_the_mean():
+    (q, k, v), _ = inputs(4, 2, torch.float32)
+    torch.manual_seed(1)
+    draws = [KERNELS.attention(q, k, v, 0.25) for _ in range(2)]
+    torch.manual_seed(1)
+    assert torch.equal(KERNELS.attention(q, k, v, 0.25), draws[0])
+    assert not torch.equal(*draws)
+    ones = torch.ones_like(v)
+    means = torch.stack([KERNELS.attention(q, k, ones, 0.25).mean() for _ in range(100)])
+    # Of one row with a single key: sd sqrt(p / (1 - p)) = 0.58; 72 rows, 100 draws.
+    assert abs(means.mean() - 1.0) < 4 * 0.58 / math.sqrt(72 * 100)

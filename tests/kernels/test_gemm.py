@@ -1,0 +1,141 @@
+"""GEMMs of decoded operands against float64, and the operands that tensor cores refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.errors import InputError
+from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.kernels.hopper import HopperKernels
+from fp8lm.kernels.reference import check_gemm_operands
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+KERNELS = ReferenceKernels()
+CPU = torch.device("cpu")
+FP8_PAIRS = [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)]
+OUTPUTS = [
+    *((formats, dtype) for formats in FP8_PAIRS for dtype in (torch.bfloat16, torch.float32)),
+    ((BF16, BF16), torch.bfloat16),
+    ((FP32, FP32), torch.float32),
+]
+
+
+def operand(rows, columns, fmt, *, seed, amplitude=1.0):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return quantize(x * amplitude, fmt, KERNELS)
+
+
+def exact_product(a, b):
+    """(product, product of magnitudes) of the dequantized operands in float64."""
+    a, b = (x.dequantize(KERNELS).double() for x in (a, b))
+    return a @ b.t(), a.abs() @ b.abs().t()
+
+
+@pytest.mark.parametrize(("formats", "out_dtype"), OUTPUTS, ids=repr)
+@pytest.mark.parametrize("amplitudes", [(1.0, 1.0), (1e-6, 300.0), (1e5, 1e5)])
+def test_product(formats, out_dtype, amplitudes):
+    a = operand(48, 64, formats[0], seed=1, amplitude=amplitudes[0])
+    b = operand(32, 64, formats[1], seed=2, amplitude=amplitudes[1])
+    result = KERNELS.gemm(a.operand, b.operand, out_dtype=out_dtype)
+    product, magnitude = exact_product(a, b)
+    # One rounding of the output, and the fp32 roundings of 64 additions.
+    bound = torch.finfo(out_dtype).eps / 2 * product.abs() + 64 * 2.0**-24 * magnitude
+    assert (result.dtype, result.shape) == (out_dtype, (48, 32))
+    assert ((result.double() - product).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("formats", FP8_PAIRS, ids=repr)
+@pytest.mark.parametrize("fast_accumulation", [False, True])
+def test_small_integers_are_exact(formats, fast_accumulation):
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-2, 3, (16, 48), generator=generator).float() for _ in range(2))
+    operands = (quantize(x, fmt, KERNELS).operand for x, fmt in zip((a, b), formats, strict=True))
+    result = KERNELS.gemm(*operands, fast_accumulation=fast_accumulation)
+    assert torch.equal(result.float(), a @ b.t())  # at most 192: bf16 counts to 256
+
+
+def test_accumulates_in_fp32():
+    # 256 + 16 * 1: in bf16 256 + 1 is 256.
+    a = torch.ones(16, 32)
+    a[:, 0] = 256.0
+    b = torch.ones(16, 32)
+    b[:, 17:] = 0.0
+    product = KERNELS.gemm(quantize(a, E4M3, KERNELS).operand, quantize(b, E4M3, KERNELS).operand)
+    assert (product == 272.0).all()
+
+
+@pytest.mark.parametrize("formats", FP8_PAIRS, ids=repr)
+def test_transposed_views(formats):
+    a = operand(48, 64, formats[0], seed=4)
+    b = operand(48, 32, formats[1], seed=5)
+    contiguous = (ScaledTensor(x.payload.t().contiguous(), x.scale, x.format) for x in (a, b))
+    expected = KERNELS.gemm(*(x.operand for x in contiguous))
+    assert torch.equal(KERNELS.gemm(a.t().operand, b.t().operand), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_scale_reaches_every_element(which):
+    operands = [operand(16, 16, E4M3, seed=6), operand(16, 16, E4M3, seed=7)]
+    operands[which].scale.fill_(torch.nan)
+    assert KERNELS.gemm(*(x.operand for x in operands)).isnan().all()
+
+
+def zeros(rows, columns, fmt):
+    return ScaledTensor.zeros((rows, columns), fmt, CPU).operand
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "complaint"),
+    [
+        ((16, 32, E5M2), (16, 32, E5M2), "E5M2 by E5M2"),
+        ((16, 32, E4M3), (16, 48, E4M3), "contraction differs"),
+        ((16, 32, BF16), (16, 48, BF16), "contraction differs"),
+        ((8, 32, E4M3), (16, 32, E4M3), "divisible by 16"),
+        ((16, 32, E4M3), (24, 32, E4M3), "divisible by 16"),
+        ((16, 40, E5M2), (16, 40, E4M3), "divisible by 16"),
+    ],
+)
+def test_refused_operands(a, b, complaint):
+    for refuse in (check_gemm_operands, KERNELS.gemm, HopperKernels().gemm):
+        with pytest.raises(ValueError, match=complaint):
+            refuse(zeros(*a), zeros(*b))
+
+
+@pytest.mark.parametrize("fmt", [BF16, FP16, FP32], ids=repr)
+def test_other_formats_have_no_restriction_of_size(fmt):
+    check_gemm_operands(zeros(3, 5, fmt), zeros(7, 5, fmt))
+
+
+def test_cpu_gets_the_reference():
+    assert type(select_kernels(CPU)) is ReferenceKernels
+
+
+def test_gpu_without_fp8_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(InputError, match=r"A100 has compute capability 8\.0"):
+        select_kernels(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_gpu_with_fp8_multiplies_on_tensor_cores(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert type(select_kernels(torch.device("cuda", 0))) is HopperKernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", FP8_PAIRS, ids=repr)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("fast_accumulation", [False, True])
+def test_tensor_cores_match_the_reference(formats, transposed, fast_accumulation):
+    a, b = operand(64, 64, formats[0], seed=8), operand(64, 64, formats[1], seed=9)
+    if transposed:
+        a, b = a.t(), b.t()
+    on_gpu = ((x.payload.cuda(), x.scale.cuda(), x.format) for x in (a, b))
+    result = HopperKernels().gemm(*on_gpu, fast_accumulation=fast_accumulation).cpu()
+    product, magnitude = exact_product(a, b)
+    # Hopper adds products in 14 bits (fast: over the whole sum).
+    bound = 2.0**-8 * product.abs() + 64 * 2.0**-14 * magnitude
+    assert ((result.double() - product).abs() <= bound).all()

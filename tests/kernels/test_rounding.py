@@ -1,0 +1,175 @@
+"""Stochastic rounding: only neighbours, unbiased, and noise that is a function of (key, index)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.rounding import cast_stochastic, noise_bits
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+
+KERNELS = ReferenceKernels()
+FORMATS = [E4M3, E5M2, FP16, BF16]
+ONE = torch.ones(())
+
+
+def indices(count, start=0):
+    return torch.arange(start, start + count, dtype=torch.int32)
+
+
+def noise(count, key, start=0):
+    return noise_bits(indices(count, start), torch.tensor(key, dtype=torch.int32))
+
+
+def rounded(x, fmt, key, scale=1.0):
+    scale = torch.tensor(scale)
+    payload = cast_stochastic(x, scale, fmt, noise(x.numel(), key).view(x.shape))
+    return KERNELS.decode(payload, scale, fmt, torch.float32)
+
+
+def normal_numbers(fmt, count=2000):
+    """Random numbers of all magnitudes between smallest normal and maximum of `fmt`."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = math.log2(fmt.smallest_normal), math.log2(fmt.max)
+    low, high = max(low, -60.0), min(high, 60.0)
+    magnitude = torch.rand(count, generator=generator) * (high - low) + low
+    sign = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+    return sign * 2.0**magnitude
+
+
+def neighbours(x, fmt):
+    """The numbers of `fmt` on both sides of normal numbers `x`, in float64."""
+    x = x.double()
+    ulp = 2.0 ** (torch.floor(torch.log2(x.abs())) - fmt.mantissa_bits)
+    low = torch.floor(x / ulp) * ulp
+    return low, low + ulp
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("key", [0, 1, -7, 2**31 - 1])
+def test_only_the_two_neighbours(fmt, key):
+    x = normal_numbers(fmt)
+    low, high = neighbours(x, fmt)
+    result = rounded(x, fmt, key).double()
+    assert ((result == low) | (result == high)).all()
+    assert (result == low).any()
+    assert (result == high).any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_unbiased(fmt):
+    x = normal_numbers(fmt, 64)
+    low, high = neighbours(x, fmt)
+    share = (x.double() - low) / (high - low)
+    keys = 600
+    ups = sum((rounded(x, fmt, key).double() == high).double() for key in range(keys))
+    sigma = (share * (1 - share) / keys).sqrt().clamp(min=1 / keys)
+    deviation = (ups / keys - share) / sigma
+    assert deviation.abs().max() < 4.5  # 64 draws of a normal: probability 4e-4
+    assert abs(deviation.mean()) < 4.0 / math.sqrt(64)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, FP32], ids=repr)
+def test_numbers_of_the_format_never_move(fmt):
+    exact = normal_numbers(fmt).to(fmt.dtype).float()
+    for key in range(5):
+        assert torch.equal(rounded(exact, fmt, key), exact)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
+@pytest.mark.parametrize("scale", [2.0**-7, 2.0**12])
+def test_scale_is_an_exponent_shift(fmt, scale):
+    x = normal_numbers(fmt)
+    assert torch.equal(rounded(x / scale, fmt, 3, scale), rounded(x, fmt, 3) / scale)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
+def test_subnormals_go_to_the_nearest(fmt):
+    x = torch.linspace(-0.999, 0.999, 500) * fmt.smallest_normal
+    nearest = KERNELS.cast(x, ONE, fmt)
+    for key in range(5):
+        payload = cast_stochastic(x, ONE, fmt, noise(500, key))
+        assert torch.equal(payload.view(nearest.dtype), nearest)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_saturates_and_keeps_nan(fmt):
+    x = torch.tensor([fmt.max, -fmt.max, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan])
+    just_below = torch.nextafter(torch.tensor(fmt.max), torch.tensor(0.0))
+    for key in range(5):
+        payload = cast_stochastic(x, ONE, fmt, noise(7, key))
+        values = payload.view(fmt.dtype).float()
+        assert values[:6].tolist() == [fmt.max, -fmt.max] * 3
+        assert values[6].isnan()
+        below = rounded(just_below.repeat(100), fmt, key)
+        assert (below <= fmt.max).all()
+
+
+def test_nan_scale_gives_nan():
+    payload = cast_stochastic(torch.ones(4), torch.tensor(math.nan), FP16, noise(4, 0))
+    assert payload.isnan().all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_independent_of_how_the_tensor_is_split(fmt):
+    x = normal_numbers(fmt, 1000)
+    whole = cast_stochastic(x, ONE, fmt, noise(1000, 5))
+    parts = [
+        cast_stochastic(x[start:stop], ONE, fmt, noise(stop - start, 5, start))
+        for start, stop in ((0, 1), (1, 500), (500, 1000))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_inputs_are_only_read():
+    x, index, key = torch.randn(50), indices(50), torch.tensor(9, dtype=torch.int32)
+    bits = noise_bits(index, key)
+    copies = [t.clone() for t in (x, index, key, bits)]
+    cast_stochastic(x, ONE, E4M3, bits)
+    noise_bits(index, key)
+    for tensor, copy in zip((x, index, key, bits), copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def chi_square(values, buckets):
+    """Chi-square of `values` over `buckets`, in standard deviations from its expectation."""
+    counts = torch.bincount(values.long(), minlength=buckets).double()
+    expected = len(values) / buckets
+    statistic = ((counts - expected) ** 2 / expected).sum() - (buckets - 1)
+    return abs(statistic.item()) / math.sqrt(2 * (buckets - 1))
+
+
+# The same bits that rounding to E4M3, FP16 and BF16 uses are among these.
+@pytest.mark.parametrize("key", [0, 1, -1, 123456789, -(2**31)])
+@pytest.mark.parametrize("start", [0, 2**20, 2**31 - 2**16])
+@pytest.mark.parametrize("shift", [0, 5, 12, 24])
+def test_noise_is_uniform(key, start, shift):
+    bits = noise(2**16, key, start).bitwise_right_shift(shift) & 0xFF
+    assert chi_square(bits, 256) < 5
+
+
+def test_every_bit_is_fair():
+    count = 2**16
+    bits = noise(count, 42)
+    for position in range(32):
+        ones = ((bits >> position) & 1).sum().item()
+        assert abs(ones - count / 2) < 4.5 * math.sqrt(count) / 2
+
+
+def test_neighbouring_elements_are_independent():
+    bits = noise(2**16, 7) & 0xF
+    assert chi_square(bits[:-1] * 16 + bits[1:], 256) < 5
+
+
+@pytest.mark.parametrize("other", [1, 2, 0x632BE5AB, -1])
+def test_noise_of_two_keys_is_independent(other):
+    first, second = noise(2**16, 0) & 0xF, noise(2**16, other) & 0xF
+    assert chi_square(first * 16 + second, 256) < 5
+
+
+def test_noise_is_a_function_of_key_and_index():
+    assert torch.equal(noise(100, 3), noise(100, 3))
+    assert torch.equal(noise(100, 3)[40:], noise(60, 3, start=40))
