@@ -1,4 +1,4 @@
-"""Small things about files: digests, and writing a file aside before it takes its name."""
+"""Small things about files: digests, and writing aside before taking the name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ def sha256_of(paths: Iterable[Path]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def identify(
+    tokenizer_type: str, vocab_size: int, files: Iterable[Path] = ()
+) -> dict[str, str | int | None]:
+    """What tells one tokenizer from another: its type, its size, the digest of its files."""
+    digest = sha256_of(files) if files else None
+    return {
+        "tokenizer_type": tokenizer_type,
+        "vocab_size": vocab_size,
+        "model_sha256": digest,
+    }
 
 
 @contextmanager
