@@ -1,0 +1,1 @@
+"""Building a run from a config, its loop, its log, its checkpoints."""

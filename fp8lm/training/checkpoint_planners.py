@@ -1,0 +1,223 @@
+"""Planners of torch.distributed.checkpoint for `Shard`s: who writes what, who reads what.
+
+Saving: every rank offers its blocks; of those that hold the same block, the one with the fewest
+bytes so far writes it. Loading: every rank reads whatever parts of the stored blocks cover its
+own, so the sharding of the run that saved does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from fp8lm.errors import InputError
+from fp8lm.training.shard import Shard
+
+Shards = Mapping[str, Shard]
+
+
+class ShardSavePlanner(SavePlanner):
+    """Plans the writing of a dict of `Shard`s, each block by one rank."""
+
+    def set_up_planner(
+        self,
+        state_dict: Shards,
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take this rank's shards."""
+        self._shards = state_dict
+
+    def create_local_plan(self) -> SavePlan:
+        """Offer every block of this rank that is not empty."""
+        shards = self._shards.items()
+        return SavePlan([_write_item(name, shard) for name, shard in shards if not shard.is_empty])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Choose one writer per block; `ValueError` if the ranks' blocks make no whole tensor."""
+        _check_agreement(item for plan in all_plans for item in plan.items)
+        plans, metadata = create_default_global_save_plan(_choose_writers(all_plans))
+        _check_cover(metadata)
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Write what the coordinator chose."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The block as it is; the storage copies it to the host."""
+        return self._shards[write_item.index.fqn].tensor.detach()
+
+
+class ShardLoadPlanner(LoadPlanner):
+    """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones."""
+
+    def set_up_planner(
+        self,
+        state_dict: Shards,
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take this rank's shards and the checkpoint's tensors."""
+        self._shards = state_dict
+        self._stored = metadata.state_dict_metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        """Find the stored parts that cover every block of this rank."""
+        problems = [
+            problem
+            for name, shard in self._shards.items()
+            if (problem := _mismatch(name, shard, self._stored.get(name)))
+        ]
+        _raise_first(problems)
+        items = [
+            item
+            for name, shard in self._shards.items()
+            for item in _read_items(name, shard, self._stored[name])
+        ]
+        return LoadPlan(items, planner_data=list(self._shards))
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Check that some rank asks for every stored tensor."""
+        wanted = {name for plan in global_plan for name in plan.planner_data}
+        _raise_first(
+            [
+                f"{name}: expected no such tensor, found {_describe(stored)}"
+                for name, stored in self._stored.items()
+                if name not in wanted
+            ]
+        )
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Read what was planned."""
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: object) -> None:
+        """Refuse what is not a tensor."""
+        raise InputError(f"the checkpoint holds an object, not a tensor: {read_item.dest_index}")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The view of this rank's block that one read fills."""
+        target = self._shards[read_item.dest_index.fqn].tensor.detach()
+        return select(target, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the view was filled in place."""
+
+
+def select(tensor: Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:
+    """The view of `lengths` elements that starts at `offsets`."""
+    for dim, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, offset, length)
+    return tensor
+
+
+def _write_item(name: str, shard: Shard) -> WriteItem:
+    offset, tensor = torch.Size(shard.offset), shard.tensor
+    return WriteItem(
+        index=MetadataIndex(name, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=tensor.shape),
+            properties=TensorProperties(dtype=tensor.dtype),
+            size=torch.Size(shard.global_shape),
+        ),
+    )
+
+
+def _choose_writers(plans: list[SavePlan]) -> list[SavePlan]:
+    holders: dict[tuple[MetadataIndex, torch.Size], list[int]] = defaultdict(list)
+    offered = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            key = (item.index, item.tensor_data.chunk.sizes)
+            holders[key].append(rank)
+            offered[key] = item
+    chosen: list[list[WriteItem]] = [[] for _ in plans]
+    written = [0] * len(plans)
+    for key, item in offered.items():
+        writer = min(holders[key], key=written.__getitem__)
+        chosen[writer].append(item)
+        itemsize = item.tensor_data.properties.dtype.itemsize
+        written[writer] += math.prod(item.tensor_data.chunk.sizes) * itemsize
+    return [
+        dataclasses.replace(plan, items=items) for plan, items in zip(plans, chosen, strict=True)
+    ]
+
+
+def _check_agreement(items: Iterable[WriteItem]) -> None:
+    seen: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for item in items:
+        view = (item.tensor_data.size, item.tensor_data.properties.dtype)
+        if seen.setdefault(item.index.fqn, view) != view:
+            raise ValueError(f"ranks disagree on {item.index.fqn}: {seen[item.index.fqn]}, {view}")
+
+
+def _check_cover(metadata: Metadata) -> None:
+    for name, stored in metadata.state_dict_metadata.items():
+        held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+        if held != math.prod(stored.size):
+            raise ValueError(
+                f"{name}: the ranks' blocks hold {held} elements of {math.prod(stored.size)}"
+            )
+
+
+def _mismatch(name: str, shard: Shard, stored: TensorStorageMetadata | None) -> str | None:
+    expected = _describe_view(shard.tensor.dtype, shard.global_shape)
+    if stored is None:
+        return f"{name}: expected {expected}, found no such tensor"
+    found = _describe(stored)
+    return None if found == expected else f"{name}: expected {expected}, found {found}"
+
+
+def _describe(stored: TensorStorageMetadata) -> str:
+    return _describe_view(stored.properties.dtype, stored.size)
+
+
+def _describe_view(dtype: torch.dtype, shape: Iterable[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _raise_first(problems: list[str]) -> None:
+    if problems:
+        others = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
+        raise InputError(f"a checkpoint from another model: {problems[0]}{others}")
+
+
+def _read_items(name: str, shard: Shard, stored: TensorStorageMetadata) -> list[ReadItem]:
+    if shard.tensor.numel() == 0:
+        return []
+    block = ChunkStorageMetadata(torch.Size(shard.offset), shard.tensor.shape)
+    items = create_read_items_for_chunk_list(name, stored, [block])
+    found = sum(math.prod(item.lengths) for item in items)
+    if found != shard.tensor.numel():
+        raise InputError(
+            f"the checkpoint is incomplete: {name} has {found} of {shard.tensor.numel()} elements"
+        )
+    return items

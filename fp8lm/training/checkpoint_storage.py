@@ -1,0 +1,186 @@
+"""The files that hold a checkpoint's tensors, through torch.distributed.checkpoint.
+
+Payloads are stored as they are, dtype for dtype. Files are fsynced as they are written, and read
+with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from fp8lm.errors import InputError
+from fp8lm.training.checkpoint_planners import ShardLoadPlanner, ShardSavePlanner, select
+from fp8lm.training.shard import Shard
+
+Group = dist.ProcessGroup | None
+
+
+def write_shards(folder: Path, shards: Mapping[str, Shard], group: Group) -> None:
+    """Write all ranks' shards into `folder`; an error of one rank is raised on all of them."""
+    with _plain_errors():
+        dcp.save(
+            dict(shards),
+            storage_writer=_Writer(folder),
+            planner=ShardSavePlanner(),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+
+
+def check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise `InputError` if a file that `metadata` speaks of is missing or too short."""
+    ends = defaultdict(int)
+    for where in metadata.storage_data.values():
+        end = where.offset + where.length
+        ends[where.relative_path] = max(ends[where.relative_path], end)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: no {name}")
+        if (size := path.stat().st_size) < end:
+            raise InputError(f"{path} is truncated: {size} bytes, expected {end}")
+
+
+def read_shards(
+    folder: Path, metadata: Metadata, shards: Mapping[str, Shard], group: Group
+) -> None:
+    """Fill all ranks' shards in place; an error of one rank is raised on all of them.
+
+    Nothing is filled if some tensor does not fit (`InputError`).
+    """
+    with _plain_errors():
+        dcp.load(
+            dict(shards),
+            storage_reader=_Reader(folder, metadata),
+            planner=ShardLoadPlanner(),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = error.failures[min(error.failures)]
+            raise cause from error
+
+
+class _Files(FileSystem):
+    """Remembers why a write failed: torch.save reports only that the position is off."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
+        # Unbuffered: the failing write is seen here, and torch.save writes large blocks.
+        with Path(path).open(mode, buffering=0) as stream:
+            yield _Recorder(stream, self)
+
+
+class _Recorder(io.IOBase):
+    def __init__(self, stream: io.RawIOBase, files: _Files) -> None:
+        self._stream = stream
+        self._files = files
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`."""
+        view = memoryview(data).cast("B")
+        written = 0
+        try:
+            while written < len(view):
+                written += self._stream.write(view[written:])
+        except OSError as error:
+            self._files.error = self._files.error or error
+            raise
+        return written
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _Files()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if self.fs.error is not None:
+                raise self.fs.error from error
+            raise
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None  # it would name the temporary folder
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for path, reads in self._by_file(plan).items():
+            with path.open("rb") as file:
+                for where, item in sorted(reads, key=lambda read: read[0].offset):
+                    file.seek(where.offset)
+                    target = planner.resolve_tensor(item)
+                    target.copy_(_decode(file.read(where.length), path, item, target.dtype))
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _by_file(self, plan: LoadPlan) -> dict[Path, list[tuple[_StorageInfo, ReadItem]]]:
+        files = defaultdict(list)
+        for item in plan.items:
+            where = self.storage_data.get(item.storage_index)
+            if where is None:
+                raise InputError(f"{self.path} does not say where {item.storage_index} is")
+            files[self.path / where.relative_path].append((where, item))
+        return files
+
+
+def _decode(data: bytes, path: Path, item: ReadItem, dtype: torch.dtype) -> Tensor:
+    try:
+        stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        part = select(stored, item.storage_offsets, item.lengths)
+        if part.dtype != dtype:
+            raise TypeError(f"found {part.dtype}, expected {dtype}")
+    except Exception as error:  # damaged bytes can fail in any way
+        raise InputError(f"{path} is damaged at {item.storage_index.fqn}: {error}") from error
+    return part
