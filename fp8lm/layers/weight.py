@@ -90,7 +90,7 @@ class GemmWeight(Weight):
     def _apply(self, fn: Callable, recurse: bool = True) -> GemmWeight:
         # Follow changes of device, never changes of dtype: a payload without the scale it was
         # cast with is a different number.
-        device = fn(torch.empty(0, device=self.payload.device)).device
+        device = _device_after(fn, self.payload.device)
         self.payload = self.payload.to(device)
         self.scale = self.scale.to(device)
         self.anchor.data = self.anchor.data.to(device)
@@ -112,9 +112,18 @@ class VectorWeight(Weight):
         data = self.data.data
         return ScaledTensor(data, torch.ones((), device=data.device), self.spec.format)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> VectorWeight:
+        # As a GemmWeight: another dtype would promote activations and not be what `spec` says.
+        self.data.data = self.data.data.to(_device_after(fn, self.data.device))
+        return self
+
     def _collect(self, parameter: Tensor) -> None:
         self.grad.add(parameter.grad)
         parameter.grad = None
+
+
+def _device_after(fn: Callable, device: torch.device) -> torch.device:
+    return fn(torch.empty(0, device=device)).device
 
 
 def vector_spec(size: int, value: float, fmt: Format) -> WeightSpec:
