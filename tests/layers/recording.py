@@ -1,4 +1,4 @@
-"""Kernels that note the GEMMs they are asked for."""
+"""Kernels that note what they are asked for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from fp8lm.kernels import ReferenceKernels
 
 
 class RecordingKernels(ReferenceKernels):
-    """`gemms`: (format of a, format of b, fast_accumulation) of every GEMM, in order."""
+    """`gemms`: (format of a, format of b, fast_accumulation) of each; `attentions`: how many."""
 
     def __init__(self):
         self.gemms = []
+        self.attentions = 0
 
     def gemm(self, a, b, **options):
         self.gemms.append((a[2], b[2], options.get("fast_accumulation", False)))
         return super().gemm(a, b, **options)
+
+    def attention(self, *arguments):
+        self.attentions += 1
+        return super().attention(*arguments)

@@ -1,0 +1,61 @@
+"""Which formats a layer gets from the config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.config import PrecisionConfig
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM
+from fp8lm.layers.recipe import Recipe
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+
+FP32_KEYS = dict(gemm="fp32", params_dtype="fp32")
+
+
+def recipe(**precision):
+    kernels = ReferenceKernels()
+    return Recipe.from_config(PrecisionConfig(**precision), kernels, torch.device("cpu"))
+
+
+def formats(r):
+    return r.gemm, r.weight, r.weight_grad, r.dense
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        (dict(preset="bf16"), (BF16_GEMM, BF16, FP32, BF16)),
+        (dict(preset="te"), (FP8_GEMM, BF16, FP32, BF16)),
+        (dict(preset="o1"), (FP8_GEMM, FP16, E4M3, BF16)),
+        (dict(preset="o2"), (FP8_GEMM, FP16, E4M3, BF16)),
+        (dict(preset="o3"), (FP8_GEMM, E4M3, E4M3, BF16)),
+        (dict(preset="o3", main_grads_dtype="bf16"), (FP8_GEMM, E4M3, BF16, BF16)),
+        (dict(preset="bf16", **FP32_KEYS), (FP32_GEMM, FP32, FP32, FP32)),
+    ],
+)
+def test_formats_of_the_presets(precision, expected):
+    assert formats(recipe(**precision)) == expected
+
+
+def test_operands_of_fp8_gemms():
+    assert (FP8_GEMM.input, FP8_GEMM.weight, FP8_GEMM.grad_output) == (E4M3, E4M3, E5M2)
+
+
+def test_first_and_last_layer_in_bf16():
+    r = recipe(preset="o3", first_last_layers_bf16=True)
+    bf16 = (BF16_GEMM, BF16, FP32, BF16)
+    inner = formats(r)
+    assert [formats(r.for_layer(i, 4)) for i in range(4)] == [bf16, inner, inner, bf16]
+    assert formats(r.for_layer(0, 1)) == bf16
+
+
+def test_all_layers_alike_by_default():
+    r = recipe(preset="o3")
+    assert all(r.for_layer(i, 4) is r for i in range(4))
+
+
+def test_first_and_last_layer_of_an_fp32_model_stay_fp32():
+    r = recipe(preset="bf16", **FP32_KEYS, first_last_layers_bf16=True)
+    assert formats(r.for_layer(0, 4)) == (FP32_GEMM, FP32, FP32, FP32)

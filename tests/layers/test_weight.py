@@ -1,0 +1,123 @@
+"""What optimizer and checkpoint see of a weight, and how gradients reach its accumulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, named_weights, vector_spec
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.scaled_tensor import quantize
+
+KERNELS = ReferenceKernels()
+CPU = torch.device("cpu")
+
+
+def matrix(fmt, shape=(6, 10)):
+    weight = GemmWeight(WeightSpec(shape, lambda t, generator: t, fmt, FP32), KERNELS, CPU)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight.compute.copy_(quantize(values, fmt, KERNELS))
+    return weight
+
+
+def vector(fmt=BF16, size=5):
+    return VectorWeight(vector_spec(size, 1.0, fmt), KERNELS, CPU)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, FP16, BF16, FP32], ids=repr)
+def test_compute_is_a_view_of_the_weight(fmt):
+    weight = matrix(fmt)
+    weight.compute.payload.zero_()
+    weight.compute.scale.fill_(8.0)
+    assert (weight.payload == 0).all()
+    assert weight.scale == 8.0
+
+
+@pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)
+def test_compute_of_a_vector_is_a_view_of_the_parameter(fmt):
+    weight = vector(fmt)
+    weight.compute.payload.fill_(3.0)
+    assert weight.data.tolist() == [3.0] * 5
+    assert weight.compute.scale == 1.0
+
+
+@pytest.mark.parametrize("fmt", [E4M3, BF16, FP32], ids=repr)
+def test_operand_in_the_stored_format_is_the_weight_itself(fmt):
+    weight = matrix(fmt)
+    assert weight.operand(fmt).payload is weight.payload
+    assert weight.operand(fmt).scale is weight.scale
+
+
+@pytest.mark.parametrize("stored", [FP16, BF16, FP32], ids=repr)
+@pytest.mark.parametrize("wanted", [E4M3, E5M2, BF16], ids=repr)
+def test_operand_in_another_format_is_requantized(stored, wanted):
+    weight = matrix(stored)
+    before = weight.compute.clone()
+    operand = weight.operand(wanted)
+    expected = quantize(weight.compute.dequantize(KERNELS), wanted, KERNELS)
+    assert torch.equal(operand.payload, expected.payload)
+    assert (operand.scale, operand.format) == (expected.scale, wanted)
+    assert torch.equal(weight.payload, before.payload)  # only read
+    assert weight.scale == before.scale
+
+
+def test_operand_follows_a_changed_weight():
+    weight = matrix(FP16)
+    first = weight.operand(E4M3)
+    weight.compute.copy_(quantize(torch.full((6, 10), 1000.0), FP16, KERNELS))
+    second = weight.operand(E4M3)
+    assert second.scale != first.scale
+    assert second.dequantize(KERNELS).unique().tolist() == [1024.0]  # E4M3 has 960 and 1024
+
+
+def test_vector_gradient_moves_to_the_accumulator():
+    weight = vector()
+    (weight.data * torch.arange(5.0).bfloat16()).sum().backward()
+    assert weight.data.grad is None
+    assert weight.grad.value.payload.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_vector_gradients_of_micro_batches_are_summed_in_fp32():
+    weight = vector()
+    for _ in range(300):
+        weight.data.sum().backward()
+    assert weight.grad.value.payload.tolist() == [300.0] * 5  # bf16 would stop at 256
+
+
+def test_vector_uses_within_one_backward_are_summed():
+    weight = vector(FP32)
+    (weight.data * 2.0 + weight.data * 3.0).sum().backward()
+    assert weight.grad.value.payload.tolist() == [5.0] * 5
+
+
+@pytest.mark.parametrize("convert", ["float", "half", "bfloat16", "double"])
+@pytest.mark.parametrize("make", [matrix, vector])
+@pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)
+def test_dtype_conversion_is_ignored(convert, make, fmt):
+    weight = make(fmt)
+    module = nn.ModuleList([weight])
+    before = weight.compute.clone()
+    getattr(module, convert)()
+    assert weight.compute.payload.dtype == fmt.dtype
+    assert torch.equal(weight.compute.payload, before.payload)
+
+
+def test_named_weights_counts_a_shared_weight_once():
+    module = nn.Module()
+    module.first, module.norm = matrix(E4M3), vector()
+    module.inner = nn.Module()
+    module.inner.second, module.inner.shared = matrix(BF16), module.first
+    weights = named_weights(module)
+    assert list(weights) == ["first", "norm", "inner.second"]
+    assert weights["first"] is module.first
+
+
+def test_state_dict_holds_bytes_and_fp32_scales():
+    state = matrix(E4M3).state_dict()
+    assert (state["payload"].dtype, state["scale"].dtype) == (torch.uint8, torch.float32)
+
+
+def test_repr_names_shape_and_formats():
+    assert "(6, 10), fp8_e4m3, grad=fp32" in repr(matrix(E4M3))
