@@ -366,3 +366,12 @@ def test_metadata_cannot_point_outside_the_checkpoint(saved):
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(InputError, match=r"stored at .*elsewhere"):
         load(root, blank(tensors))
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu(tmp_path):
+    tensors = {name: tensor.cuda() for name, tensor in make_tensors().items()}
+    save_checkpoint(tmp_path, 1, shards_of(tensors), META)
+    loaded = blank(tensors)
+    load(tmp_path, loaded)
+    assert_same_bytes(loaded, tensors)

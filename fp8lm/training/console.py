@@ -1,0 +1,73 @@
+"""What a run prints: Megatron's lines, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TextIO
+
+from tqdm import tqdm
+
+MILLISECONDS = 1000.0
+
+
+class Console:
+    """Prints lines to `stream` (None: stdout), above a progress bar if that is a terminal."""
+
+    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total, initial=initial, file=self._stream, dynamic_ncols=True)
+
+    def write(self, line: str) -> None:
+        """Print one line at once."""
+        tqdm.write(line, file=self._stream)
+        self._stream.flush()
+
+    def advance(self) -> None:
+        """Count one iteration."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def training_line(values: Mapping[str, float], total: int, when: datetime | None = None) -> str:
+    """Megatron's log line of one report; `total` is the number of iterations of the run.
+
+    Reads the keys of metrics.jsonl, `iteration-time` in seconds among them.
+    """
+    when = when or datetime.now()
+    parts = (
+        f" [{when:%Y-%m-%d %H:%M:%S}] iteration {values['iteration']:8d}/{total:8d}",
+        f"consumed samples: {values['consumed_samples']:6d}",
+        f"elapsed time per iteration (ms): {values['iteration-time'] * MILLISECONDS:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f}",
+        f"learning rate: {values['learning-rate']:.4E}",
+        f"global batch size: {values['batch-size']:5d}",
+        f"lm loss: {values['lm loss']:.4E}",
+        f"grad norm: {values['grad-norm']:.3f}",
+        f"number of skipped iterations: {values['skipped iterations']:3d}",
+        f"number of nan iterations: {values['nan iterations']:3d}",
+    )
+    return " | ".join(parts) + " |"
+
+
+def evaluation_line(split: str, iteration: int, loss: float) -> str:
+    """Megatron's line of one evaluation; the perplexity saturates as Megatron's does."""
+    perplexity = math.exp(min(20.0, loss))
+    return (
+        f" {split} loss at iteration {iteration} | lm loss value: {loss:.4E} | "
+        f"lm loss PPL: {perplexity:.4E} |"
+    )
+
+
+def saved_line(iteration: int, folder: str) -> str:
+    """Megatron's line of one saved checkpoint."""
+    return f"  successfully saved checkpoint from iteration {iteration} to {folder}"

@@ -1,0 +1,64 @@
+"""Arithmetic of a training step, and how much of the GPU's peak it reaches.
+
+FLOPs of one step over T tokens in sequences of L_i, the causal half of attention counted; L layers,
+hidden size h, q and k the widths of the query and of the key projection, f = 3 matrices in the MLP
+with SwiGLU else 2, padded vocabulary V:
+
+    6 T [L (h (q + 2k) + q h + f h ffn) + h V] + 6 L q sum(L_i^2)
+
+Six is two (multiply, add) times three GEMMs (forward, dgrad, wgrad). Recomputation is not counted:
+these are the model's FLOPs, not the hardware's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fp8lm.config import ModelConfig
+
+TERA = 1e12
+
+
+def training_flops(model: ModelConfig, vocab_size: int, sequence_lengths: Iterable[int]) -> int:
+    """FLOPs of forward and backward over sequences of these lengths; `vocab_size` is padded."""
+    lengths = list(sequence_lengths)
+    h, q, k = model.hidden_size, model.query_projection_size, model.kv_projection_size
+    f = 3 if model.swiglu else 2
+    layer = h * (q + 2 * k) + q * h + f * h * model.ffn_hidden_size
+    dense = sum(lengths) * (model.num_layers * layer + h * vocab_size)
+    attention = model.num_layers * q * sum(length**2 for length in lengths)
+    return 6 * dense + 6 * attention
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense peak of one GPU in FLOP/s, and what it is the peak of."""
+
+    name: str
+    flops: float
+
+    def utilization(self, flops_per_second: float) -> float:
+        """The share of the peak that `flops_per_second` per GPU is: MFU."""
+        return flops_per_second / self.flops
+
+    def __str__(self) -> str:
+        return f"{self.flops / TERA:.0f} TFLOPS, {self.name} dense on H100 and H200"
+
+
+BF16_PEAK = Peak("BF16", 989 * TERA)
+FP8_PEAK = Peak("FP8", 1979 * TERA)
+
+
+def peak_of(gemm: str, device: torch.device) -> Peak | None:
+    """The peak for GEMMs in the format `precision.gemm`; None on a CPU, where none is known."""
+    if device.type != "cuda":
+        return None
+    return FP8_PEAK if gemm == "fp8" else BF16_PEAK
+
+
+def throughput(flops: float, seconds: float, world_size: int) -> float:
+    """TFLOP/s per GPU of `flops` done by `world_size` of them in `seconds`."""
+    return flops / seconds / world_size / TERA

@@ -1,0 +1,101 @@
+"""Reports of a run: log lines, metrics.jsonl, TensorBoard and wandb, from the main process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from fp8lm.config import LoggingConfig
+from fp8lm.training.console import Console, evaluation_line, saved_line, training_line
+from fp8lm.training.metrics_file import MetricsFile
+from fp8lm.training.trackers import TensorBoard, WandB
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the reports need to know of a run.
+
+    `first_iteration` is the one a resumed run was saved at, 0 for a new one; `is_main` says
+    whether this process reports; `config` is the resolved config, kept by wandb.
+    """
+
+    total_iterations: int
+    first_iteration: int = 0
+    is_main: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TrainLogger:
+    """Writes reports to wherever `config` says; silent in a process that is not the main one.
+
+    Raises `InputError` if `config.dir` cannot be written to.
+    """
+
+    def __init__(self, config: LoggingConfig, run: RunInfo, stream: TextIO | None = None) -> None:
+        self._run = run
+        self._console = self._file = None
+        self._trackers: list[TensorBoard | WandB] = []
+        if not run.is_main:
+            return
+        if config.dir is not None:
+            folder = Path(config.dir)
+            self._file = MetricsFile(folder, run.first_iteration)
+            if config.tensorboard:
+                self._trackers.append(TensorBoard(folder / "tensorboard", run.first_iteration))
+        if config.wandb_project is not None:
+            self._trackers.append(WandB(config, run.config, run.first_iteration))
+        self._console = Console(run.total_iterations, run.first_iteration, stream)
+
+    def __enter__(self) -> TrainLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def advance(self) -> None:
+        """Move the progress bar by one iteration."""
+        if self._console is not None:
+            self._console.advance()
+
+    def log_step(self, values: Mapping[str, float]) -> None:
+        """Report the iterations since the last report, keyed as in metrics.jsonl.
+
+        `values` has `iteration`, `consumed_samples`, `iteration-time` (seconds), `throughput`
+        (TFLOP/s/GPU), `learning-rate`, `batch-size`, `lm loss`, `grad-norm`, `skipped iterations`,
+        `nan iterations`, and whatever else is to be recorded.
+        """
+        if self._console is not None:
+            self._console.write(training_line(values, self._run.total_iterations))
+            self._record(values)
+
+    def log_validation(self, iteration: int, loss: float, split: str = "validation") -> None:
+        """Report the mean loss (nats per token) of an evaluation on `split`."""
+        if self._console is not None:
+            self._console.write(evaluation_line(split, iteration, loss))
+            self._record({"iteration": iteration, f"lm loss {split}": loss})
+
+    def log_saved(self, iteration: int, folder: str) -> None:
+        """Report a saved checkpoint."""
+        self.log_text(saved_line(iteration, folder))
+
+    def log_text(self, line: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        if self._console is not None:
+            self._console.write(line)
+
+    def close(self) -> None:
+        """Finish all files and trackers."""
+        for part in (self._console, self._file, *self._trackers):
+            if part is not None:
+                part.close()
+        self._console = self._file = None
+        self._trackers = []
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(values)
+        numbers = {key: value for key, value in values.items() if key != "iteration"}
+        for tracker in self._trackers:
+            tracker.log(numbers, values["iteration"])
