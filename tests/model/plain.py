@@ -34,10 +34,8 @@ def norm(x, w, name, config):
 
 def attention(x, w, name, config):
     """One head after the other, each with a copy of its group's key and value."""
-    size, heads_per_group = (
-        config.kv_channels,
-        config.num_attention_heads // config.num_query_groups,
-    )
+    size = config.kv_channels
+    heads = config.num_attention_heads // config.num_query_groups  # of a group
     chunks = affine(x, w, f"{name}.linear_qkv").split(size, dim=-1)
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     contexts = []
