@@ -84,14 +84,16 @@ def load_checkpoint(
     shards: Mapping[str, Shard],
     iteration: int | None = None,
     group: Group = None,
+    *,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Fill the tensors of `shards` in place, bit for bit; returns what was saved as `meta`.
 
-    `iteration` None is the latest. Raises `InputError` for a missing, damaged or newer
+    `iteration` None is the latest. With `partial`, the checkpoint may hold more. Raises `InputError` for a missing, damaged or newer
     checkpoint, and for one of another model, which names the first tensor that differs.
     """
     folder, common, metadata = _on_main(group, lambda: _open(Path(root), iteration))
-    read_shards(folder, metadata, shards, group)
+    read_shards(folder, metadata, shards, group, partial)
     return common
 
 

@@ -75,7 +75,13 @@ class ShardSavePlanner(SavePlanner):
 
 
 class ShardLoadPlanner(LoadPlanner):
-    """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones."""
+    """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones.
+
+    With `partial`, tensors of the checkpoint that nobody asks for are passed over.
+    """
+
+    def __init__(self, partial: bool = False) -> None:
+        self._partial = partial
 
     def set_up_planner(
         self,
@@ -104,6 +110,8 @@ class ShardLoadPlanner(LoadPlanner):
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Check that some rank asks for every stored tensor."""
+        if self._partial:
+            return global_plan
         wanted = {name for plan in global_plan for name in plan.planner_data}
         _raise_first(
             [

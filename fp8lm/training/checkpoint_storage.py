@@ -64,17 +64,21 @@ def check_files(folder: Path, metadata: Metadata) -> None:
 
 
 def read_shards(
-    folder: Path, metadata: Metadata, shards: Mapping[str, Shard], group: Group
+    folder: Path,
+    metadata: Metadata,
+    shards: Mapping[str, Shard],
+    group: Group,
+    partial: bool = False,
 ) -> None:
     """Fill all ranks' shards in place; an error of one rank is raised on all of them.
 
-    Nothing is filled if some tensor does not fit (`InputError`).
+    With `partial`, the checkpoint may hold more than the shards. Nothing is filled if some tensor does not fit (`InputError`).
     """
     with _plain_errors():
         dcp.load(
             dict(shards),
             storage_reader=_Reader(folder, metadata),
-            planner=ShardLoadPlanner(),
+            planner=ShardLoadPlanner(partial),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
