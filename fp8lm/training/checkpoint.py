@@ -89,8 +89,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill the tensors of `shards` in place, bit for bit; returns what was saved as `meta`.
 
-    `iteration` None is the latest. With `partial`, the checkpoint may hold more. Raises `InputError` for a missing, damaged or newer
-    checkpoint, and for one of another model, which names the first tensor that differs.
+    `iteration` None is the latest; with `partial`, the checkpoint may hold more tensors than
+    `shards` names, as one with optimizer states does for a model alone. Raises `InputError` for a
+    missing, damaged or newer checkpoint, and for one of another model, which names the first
+    tensor that differs.
     """
     folder, common, metadata = _on_main(group, lambda: _open(Path(root), iteration))
     read_shards(folder, metadata, shards, group, partial)

@@ -72,7 +72,8 @@ def read_shards(
 ) -> None:
     """Fill all ranks' shards in place; an error of one rank is raised on all of them.
 
-    With `partial`, the checkpoint may hold more than the shards. Nothing is filled if some tensor does not fit (`InputError`).
+    Nothing is filled if some tensor does not fit (`InputError`); with `partial`, the checkpoint
+    may hold more than the shards.
     """
     with _plain_errors():
         dcp.load(

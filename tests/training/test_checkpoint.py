@@ -227,6 +227,15 @@ def test_checkpoint_of_another_model(saved, changes, problem):
     assert not any(tensor.any() for tensor in other.values()), "loaded in part"
 
 
+def test_a_part_of_a_checkpoint(saved):
+    root, tensors = saved
+    part = {"half": torch.zeros_like(tensors["half"])}
+    load(root, part, partial=True)
+    assert_same_bytes(part, {"half": tensors["half"]})
+    with pytest.raises(InputError, match="new: expected"):
+        load(root, {**part, "new": torch.zeros(1)}, partial=True)
+
+
 def damage_latest(root):
     (root / LATEST).write_text("release\n")
 
