@@ -67,10 +67,12 @@ def adam_step(
 
     `states` are (master weight, first moment, second moment); `compute` is the copy that GEMMs
     read, None if the master is that copy. `cast_master(values, master, first_element)` rounds a
-    block of the master weight. Returns fp32 [3]: the true amax of new master, m and v (of stored
-    formats without a scale: 0). Scales are the caller's to replace afterwards.
+    block of the master weight. Returns fp32 [3]: the true amax of new master, m and v (0 where no
+    copy of them has a scale). Scales are the caller's to replace afterwards.
     """
     master, exp_avg, exp_avg_sq = states
+    needs_amax = [state.format.scaled for state in states]
+    needs_amax[0] |= compute is not None and compute.format.scaled
     amax = torch.zeros(3, device=master.payload.device)
     for start in range(0, master.payload.numel(), BLOCK):
         block = slice(start, start + BLOCK)
@@ -79,8 +81,8 @@ def adam_step(
         g = kernels.decode(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
         g = g.clone() if g_format.dtype == torch.float32 else g
         adam_(w, g, m, v, coefficients)
-        for kind, (state, value) in enumerate(zip(states, (w, m, v), strict=True)):
-            if state.format.scaled:
+        for kind, value in enumerate((w, m, v)):
+            if needs_amax[kind]:
                 amax[kind] = torch.maximum(amax[kind], kernels.amax(value))
         _write(cast_master(w, master, start), master, block, coefficients.skip)
         _write(_cast(kernels, m, exp_avg), exp_avg, block, coefficients.skip)
