@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,7 +29,8 @@ class ProcessGroups:
         return self.world.rank() == 0
 
 
-def init_process_groups(device: torch.device) -> ProcessGroups:
+@contextmanager
+def process_groups(device: torch.device) -> Iterator[ProcessGroups]:
     """Join the job that torchrun's environment describes, or make one of a single process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
@@ -36,4 +39,7 @@ def init_process_groups(device: torch.device) -> ProcessGroups:
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    return ProcessGroups(world=dist.group.WORLD, data_parallel=dist.group.WORLD)
+    try:
+        yield ProcessGroups(world=dist.group.WORLD, data_parallel=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from fp8lm.data.indexed import IndexedFile, check_tokenizer, inspect_indexed
 from fp8lm.data.mock import MockDataset
-from fp8lm.data.quiet import quiet_megatron
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.errors import InputError
+from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.blended_megatron_dataset_builder import (

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8lm.data.quiet import quiet_megatron
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.errors import InputError
+from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.indexed_dataset import DType

@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 
 from fp8lm.data.files import folder_aside
-from fp8lm.data.quiet import quiet_megatron
+from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -100,7 +100,7 @@ class TikTokenizer:
             import tiktoken  # noqa: F401
         except ImportError:
             raise InputError("TikTokenizer needs tiktoken: pip install tiktoken") from None
-        from fp8lm.data.quiet import quiet_megatron
+        from fp8lm.quiet import quiet_megatron
 
         with quiet_megatron():
             from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from megatron.core.num_microbatches_calculator import (
-    ConstantNumMicroBatchesCalculator,
-    RampupBatchsizeNumMicroBatchesCalculator,
-)
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from fp8lm.quiet import quiet_megatron
+
+with quiet_megatron():
+    from megatron.core.num_microbatches_calculator import (
+        ConstantNumMicroBatchesCalculator,
+        RampupBatchsizeNumMicroBatchesCalculator,
+    )
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 class LearningRate:

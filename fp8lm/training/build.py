@@ -42,6 +42,17 @@ class Run:
         """Samples of the whole run, over all ranks."""
         return _total_samples(self.config.train)
 
+    @property
+    def total_iterations(self) -> int:
+        """Iterations of the whole run; with a ramp-up, counted by going through it."""
+        if self.config.train.train_iters is not None:
+            return self.config.train.train_iters
+        iterations = samples = 0
+        while samples < self.total_samples:
+            samples += self.batch_size.global_batch_size(samples)
+            iterations += 1
+        return iterations
+
 
 def resolve_device(name: str) -> torch.device:
     """The device that `train.device` names; `auto` takes CUDA where there is one."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fp8lm.layers.weight import GemmWeight, Weight
+from fp8lm.layers.linear import Linear
+from fp8lm.layers.weight import Weight
 from fp8lm.optim import AdamW
-
-KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
 
 
 def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
@@ -58,22 +57,25 @@ def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, i
     }
 
 
-def linear_weights(weights: dict[str, Weight]) -> list[str]:
+def linear_weights(model: nn.Module) -> list[str]:
     """Names of the matrices of linear layers, which the low-precision formats are for."""
-    return [
-        name
-        for name, weight in weights.items()
-        if isinstance(weight, GemmWeight) and "embedding" not in name and "output" not in name
-    ]
+    return [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Linear)]
 
 
-def describe_state(optimizer: AdamW) -> str:
-    """One line: bytes of state per parameter of the linear layers, by kind."""
-    names = linear_weights(optimizer.weights)
-    parameters = sum(optimizer.weights[name].spec.numel for name in names)
-    held = {kind: size / parameters for kind, size in state_bytes(optimizer, names).items()}
-    parts = ", ".join(f"{kind} {size:.2f}" for kind, size in held.items())
-    return (
-        f" linear layers: {parameters} parameters, {sum(held.values()):.2f} bytes of state each "
-        f"({parts})"
+def bytes_per_parameter(optimizer: AdamW, names: list[str]) -> float:
+    """Bytes of state this process holds for each parameter of the weights in `names`."""
+    return sum(state_bytes(optimizer, names).values()) / _count(optimizer, names)
+
+
+def describe_state(optimizer: AdamW, names: list[str]) -> str:
+    """One line: bytes of state per parameter of the weights in `names`, by kind."""
+    count = _count(optimizer, names)
+    parts = ", ".join(
+        f"{kind} {size / count:.2f}" for kind, size in state_bytes(optimizer, names).items()
     )
+    total = bytes_per_parameter(optimizer, names)
+    return f" linear layers: {count} parameters, {total:.2f} bytes of state each ({parts})"
+
+
+def _count(optimizer: AdamW, names: list[str]) -> int:
+    return sum(optimizer.weights[name].spec.numel for name in names)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fp8lm.data.datasets import build_datasets
-from fp8lm.data.quiet import quiet_megatron
 from fp8lm.data.tokenizer import NullTokenizer
 from fp8lm.errors import InputError
+from fp8lm.quiet import quiet_megatron
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -1,0 +1,61 @@
+"""Saving and resuming a run: which tensors, which facts, and what to check on the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fp8lm.training.build import Run
+from fp8lm.training.checkpoint import Shard, latest_iteration, load_checkpoint, save_checkpoint
+from fp8lm.training.progress import Progress, Window
+from fp8lm.training.state import model_tensors, optimizer_tensors, restore_rng, rng_tensors
+
+
+def save_run(run: Run, window: Window, progress: Progress) -> None:
+    """Write a checkpoint of everything the rest of the run depends on."""
+    meta: dict[str, Any] = {
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "batch_size": progress.batch_size,
+        "config": run.config.model_dump(mode="json"),
+    }
+    save_checkpoint(
+        run.config.checkpoint.save,
+        progress.iteration,
+        _shards(run, window, rng_tensors(run.device)),
+        meta,
+    )
+
+
+def load_run(run: Run, window: Window, progress: Progress) -> None:
+    """Fill `run`, `window` and `progress` from the newest checkpoint of `checkpoint.load`.
+
+    A folder without a checkpoint starts a new run, so that one command serves to start and to
+    resume. Raises `InputError` for a checkpoint that does not fit this model or precision.
+    """
+    folder = run.config.checkpoint.load
+    if folder is None:
+        return
+    if latest_iteration(folder) is None:
+        if run.groups.is_main:
+            print(f" no checkpoint in {folder}: starting from initial weights", flush=True)
+        return
+    rng = rng_tensors(run.device)
+    meta = load_checkpoint(folder, _shards(run, window, rng))
+    restore_rng(rng, run.device)
+    progress.iteration = meta["iteration"]
+    progress.consumed_samples = meta["consumed_samples"]
+    progress.batch_size = meta["batch_size"]
+    if run.groups.is_main:
+        print(f" loaded checkpoint of iteration {progress.iteration} from {folder}", flush=True)
+
+
+def _shards(run: Run, window: Window, rng: dict[str, Tensor]) -> dict[str, Shard]:
+    tensors = {
+        **model_tensors(run.weights),
+        **optimizer_tensors(run.optimizer),
+        **rng,
+        "window": window.sums,
+    }
+    return {name: Shard.whole(tensor) for name, tensor in tensors.items()}

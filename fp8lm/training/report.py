@@ -1,0 +1,95 @@
+"""What a run reports of itself, and where its resolved config goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp8lm.errors import InputError
+from fp8lm.training.build import Run
+from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
+from fp8lm.training.logger import RunInfo, TrainLogger
+from fp8lm.training.memory import memory_bytes
+from fp8lm.training.progress import Lap, Progress
+from fp8lm.training.state import bytes_per_parameter, describe_state, linear_weights, state_bytes
+
+
+class Reporter:
+    """Turns steps, evaluations and checkpoints of `run` into reports; a context manager."""
+
+    def __init__(self, run: Run, first_iteration: int) -> None:
+        config = run.config
+        self._run = run
+        self._write_config()
+        info = RunInfo(
+            total_iterations=run.total_iterations,
+            first_iteration=first_iteration,
+            is_main=run.groups.is_main,
+            config=config.model_dump(mode="json"),
+        )
+        self._logger = TrainLogger(config.logging, info)
+        self._flops_per_sample = training_flops(
+            config.model, run.vocab_size, [config.model.seq_length]
+        )
+        self._peak = peak_of(config.precision.gemm, run.device)
+        linear = linear_weights(run.model)
+        self._logger.log_text(describe_state(run.optimizer, linear))
+        if self._peak is not None:
+            self._logger.log_text(f" MFU is the share of {self._peak}")
+        self._constants = {
+            f"state_bytes/{kind}": size for kind, size in state_bytes(run.optimizer).items()
+        } | {
+            "parameters": sum(weight.spec.numel for weight in run.weights.values()),
+            "state_bytes_per_parameter": bytes_per_parameter(run.optimizer, list(run.weights)),
+            "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
+        }
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.close()
+
+    def advance(self) -> None:
+        """One iteration is done."""
+        self._logger.advance()
+
+    def log_training(
+        self, progress: Progress, lap: Lap, window: dict[str, float], grad_norm: float, lr: float
+    ) -> None:
+        """Report the iterations since the last report; `window` is what `Window.read` gave."""
+        world_size = self._run.groups.world.size()
+        tflops = throughput(self._flops_per_sample * lap.samples, lap.seconds, world_size)
+        values = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "lm loss": window["loss"] / window["steps"] if window["steps"] else float("nan"),
+            "learning-rate": lr,
+            "batch-size": progress.batch_size,
+            "grad-norm": grad_norm,
+            "skipped iterations": int(window["skipped"]),
+            "nan iterations": int(window["nan"]),
+            "iteration-time": lap.seconds / lap.iterations,
+            "tokens-per-second": lap.samples * self._run.config.model.seq_length / lap.seconds,
+            "throughput": tflops,
+        }
+        if self._peak is not None:
+            values["mfu"] = self._peak.utilization(tflops * TERA)
+        self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
+
+    def log_evaluation(self, split: str, iteration: int, loss: float) -> None:
+        """Report an evaluation."""
+        self._logger.log_validation(iteration, loss, split)
+
+    def log_saved(self, iteration: int, folder: str) -> None:
+        """Report a saved checkpoint."""
+        self._logger.log_saved(iteration, folder)
+
+    def _write_config(self) -> None:
+        folder = self._run.config.logging.dir
+        if folder is None or not self._run.groups.is_main:
+            return
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._run.config.save_yaml(Path(folder) / "config.yaml")
+        except OSError as error:
+            raise InputError(f"logging.dir={folder} cannot be written to: {error}") from error

@@ -1,0 +1,28 @@
+"""Pretrain a GPT model in FP8.
+
+python pretrain_gpt.py --config configs/gpt_tiny.yaml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fp8lm.config import parse_command_line
+from fp8lm.errors import run_command
+
+
+def main(argv: list[str]) -> None:
+    """Read the config, build the run, train it."""
+    config = parse_command_line(argv)
+    # Imported once the config is known to be good: `--help` and mistakes answer at once.
+    from fp8lm.comm.groups import process_groups
+    from fp8lm.training.build import build, resolve_device
+    from fp8lm.training.trainer import Trainer
+
+    device = resolve_device(config.train.device)
+    with process_groups(device) as groups:
+        Trainer(build(config, groups, device)).train()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,189 @@
+"""Time one training step of each precision preset beside a plain PyTorch loop, in one run.
+
+python tools/bench_step.py [--hidden-size 512 --num-layers 4 ...] [--output result.json]
+
+All contestants take turns, step by step, so that whatever else the machine does hits them alike;
+the table gives the median time of a step and its ratio to the plain loop's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fp8lm.config import build_config
+from fp8lm.errors import run_command
+from fp8lm.kernels import select_kernels
+from fp8lm.training.build import build_model, resolve_device
+from fp8lm.training.step import train_step
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plain_gpt import PlainGPT, PlainTraining
+
+PLAIN = "plain PyTorch"
+LR = 1e-3
+
+
+def main(argv: list[str]) -> None:
+    """Build all contestants, time them, print the table."""
+    options = parse_options(argv)
+    device = resolve_device(options.device)
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    contestants = build_contestants(options, device)
+    times = measure(contestants, options.steps, device)
+    rows = summarize(times, options)
+    print_table(rows, options, device)
+    if options.output:
+        facts = {"options": vars(options), "device": describe_device(device), "rows": rows}
+        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Sizes of the model and the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-attention-heads", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--num-microbatches", type=int, default=1)
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--presets", default="bf16,te,o1,o2,o3")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps after 2 for warm-up")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--output", help="write the numbers to this JSON file")
+    return parser.parse_args(argv)
+
+
+def build_contestants(
+    options: argparse.Namespace, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """A function per contestant that takes one training step on the same batch."""
+    batch = make_batch(options, device)
+    plain = PlainTraining(
+        PlainGPT(
+            options.num_layers,
+            options.hidden_size,
+            options.num_attention_heads,
+            options.vocab_size,
+            options.seq_length,
+        ).to(device),
+        LR,
+    )
+    contestants = {PLAIN: lambda: plain.step(batch)}
+    for preset in options.presets.split(","):
+        config = make_config(options, preset)
+        kernels = select_kernels(device)
+        model, optimizer = build_model(config, options.vocab_size, kernels, device)
+        contestants[preset] = lambda m=model, o=optimizer: train_step(m, o, batch, LR).loss
+    return contestants
+
+
+def make_batch(options: argparse.Namespace, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of random tokens, predicted by their successors."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.micro_batch_size, options.seq_length + 1)
+    batches = []
+    for _ in range(options.num_microbatches):
+        tokens = torch.randint(options.vocab_size, shape, generator=generator).to(device)
+        mask = torch.ones(tokens[:, 1:].shape, device=device)
+        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask})
+    return batches
+
+
+def make_config(options: argparse.Namespace, preset: str):  # noqa: ANN201
+    """The config of the same model under `preset`."""
+    batch = options.micro_batch_size * options.num_microbatches
+    return build_config(
+        {
+            "model": {
+                "num_layers": options.num_layers,
+                "hidden_size": options.hidden_size,
+                "num_attention_heads": options.num_attention_heads,
+                "seq_length": options.seq_length,
+            },
+            "precision": {"preset": preset},
+            "train": {
+                "micro_batch_size": options.micro_batch_size,
+                "global_batch_size": batch,
+                "train_iters": options.steps,
+            },
+            "optimizer": {"lr": LR},
+            "data": {"mock_data": True},
+            "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": options.vocab_size},
+        }
+    )
+
+
+def measure(
+    contestants: dict[str, Callable[[], torch.Tensor]], steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each timed step by contestant; they take turns within every round."""
+    times = {name: [] for name in contestants}
+    for round_index in range(steps + 2):
+        for name, step in contestants.items():
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            if round_index >= 2:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarize(times: dict[str, list[float]], options: argparse.Namespace) -> list[dict]:
+    """Median milliseconds, tokens per second and ratios; ratios are medians of paired rounds."""
+    tokens = options.micro_batch_size * options.seq_length * options.num_microbatches
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row = {"name": name, "ms": 1e3 * median, "tokens_per_s": tokens / median}
+        for base in (PLAIN, "bf16"):
+            if base in times:
+                pairs = zip(seconds, times[base], strict=True)
+                row[f"ratio to {base}"] = statistics.median(a / b for a, b in pairs)
+        rows.append(row | {"all_ms": [round(1e3 * s, 2) for s in seconds]})
+    return rows
+
+
+def print_table(rows: list[dict], options: argparse.Namespace, device: torch.device) -> None:
+    """The table on stdout."""
+    shape = f"h{options.hidden_size} L{options.num_layers} s{options.seq_length}"
+    tokens = options.micro_batch_size * options.seq_length
+    print(
+        f"{describe_device(device)}; {shape}, {options.num_microbatches} x {tokens} tokens a step, "
+        f"median of {options.steps} interleaved steps"
+    )
+    ratios = [key for key in rows[0] if key.startswith("ratio")]
+    print(f"{'':16}{'ms/step':>10}{'tokens/s':>12}" + "".join(f"{key:>24}" for key in ratios))
+    for row in rows:
+        cells = "".join(f"{row[key]:>24.3f}" for key in ratios)
+        print(f"{row['name']:16}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}{cells}")
+
+
+def describe_device(device: torch.device) -> str:
+    """Device and versions in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"CPU {platform.machine()}, {threads} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,146 @@
+"""Compare finished runs: final losses, gaps, memory; a JSON summary and a picture of the curves.
+
+python tools/compare_runs.py bf16=runs/a fp8=runs/b [--summary summary.json] [--plot loss.png]
+
+Each argument is NAME=FOLDER[,FOLDER...], folders with a metrics.jsonl; several are seeds of
+one setting, reported as mean and spread. Gaps are against the first NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8lm.errors import InputError, run_command
+
+TRAIN, VALID = "lm loss", "lm loss validation"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One run: (iteration, loss) of training and validation, and its last report."""
+
+    train: list[tuple[int, float]]
+    valid: list[tuple[int, float]]
+    last: dict[str, float]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients, master weights and moments."""
+        return sum(size for key, size in self.last.items() if key.startswith("state_bytes/"))
+
+
+def main(argv: list[str]) -> None:
+    """Read, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
+    parser.add_argument("--summary", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    options = parser.parse_args(argv)
+    settings = dict(read_setting(argument) for argument in options.runs)
+    summary = summarize(settings)
+    print_table(summary)
+    if options.summary:
+        options.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(settings, options.plot)
+
+
+def read_setting(argument: str) -> tuple[str, list[Curves]]:
+    """NAME and the curves of its folders."""
+    name, separator, folders = argument.partition("=")
+    if not separator:
+        raise InputError(f"{argument}: expected NAME=FOLDER")
+    return name, [read_curves(Path(folder)) for folder in folders.split(",")]
+
+
+def read_curves(folder: Path) -> Curves:
+    """The curves in FOLDER/metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: train with logging.dir={folder}")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    points = {
+        key: [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
+        for key in (TRAIN, VALID)
+    }
+    if not points[TRAIN] or not points[VALID]:
+        raise InputError(f"{path} has no training or no validation losses yet")
+    last = next(line for line in reversed(lines) if TRAIN in line)
+    return Curves(points[TRAIN], points[VALID], last)
+
+
+def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
+    """Per setting: losses per seed, their mean and spread, gap in percent, bytes of state."""
+    summary: dict[str, dict] = {}
+    for name, runs in settings.items():
+        losses = [run.valid[-1][1] for run in runs]
+        mean = statistics.fmean(losses)
+        base = next(iter(summary.values()), None)
+        first = runs[0]
+        summary[name] = {
+            "iterations": first.valid[-1][0],
+            "untrained validation loss": first.valid[0][1],
+            "validation losses": losses,
+            "validation loss": mean,
+            "spread": max(losses) - min(losses),
+            "gap %": 100 * (mean / base["validation loss"] - 1) if base else 0.0,
+            "state bytes": first.state_bytes,
+            "state bytes saved": base["state bytes"] - first.state_bytes if base else 0,
+            "state bytes per parameter": first.last["state_bytes_per_parameter"],
+            "state bytes per linear parameter": first.last["state_bytes_per_linear_parameter"],
+        }
+    return summary
+
+
+def print_table(summary: dict[str, dict]) -> None:
+    """The summary as text."""
+    width = max(len(name) for name in summary) + 2
+    header = ("untrained", "validation", "gap", "spread", "B/linear", "state", "saved")
+    print(f"{'':{width}}" + "".join(f"{title:>12}" for title in header))
+    for name, row in summary.items():
+        cells = (
+            f"{row['untrained validation loss']:.4f}",
+            f"{row['validation loss']:.4f}",
+            f"{row['gap %']:+.2f} %",
+            f"{row['spread']:.4f}" if len(row["validation losses"]) > 1 else "",
+            f"{row['state bytes per linear parameter']:.2f}",
+            f"{row['state bytes'] / 1e6:.1f} MB",
+            f"{row['state bytes saved'] / 1e6:.1f} MB",
+        )
+        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    print("B/linear: bytes of state per parameter of the linear layers; state: of all parameters")
+
+
+def plot(settings: dict[str, list[Curves]], path: Path) -> None:
+    """Training curves as thin lines, validation as markers; one colour per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for index, (name, runs) in enumerate(settings.items()):
+        color = f"C{index}"
+        for number, run in enumerate(runs):
+            axis.plot(*zip(*run.train, strict=True), color=color, alpha=0.35, linewidth=0.8)
+            label = f"{name}: {run.valid[-1][1]:.4f}" if number == 0 else None
+            if number == 0 and len(runs) > 1:
+                label = f"{name}: {statistics.fmean(r.valid[-1][1] for r in runs):.4f} (mean)"
+            marker = dict(marker="os^Dv"[index % 5], markersize=4, linewidth=1.4)
+            axis.plot(*zip(*run.valid, strict=True), color=color, label=label, **marker)
+    axis.set_xlabel("iteration")
+    axis.set_ylabel("loss (thin: training, markers: validation)")
+    axis.grid(alpha=0.3)
+    axis.legend(title="final validation loss")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,106 @@
+"""Write text with a trained model.
+
+python tools/generate.py --load runs/x/checkpoints --prompt "def " [--max-new-tokens 100]
+
+Samples from the model as it was trained (FP8 weights stay FP8). The same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from fp8lm.errors import InputError, run_command
+from fp8lm.training.build import resolve_device
+from fp8lm.training.restore import restore_model
+
+TOKENS_PER_GEMM = 16  # FP8 GEMMs take token counts that are multiples of this
+
+
+def main(argv: list[str]) -> None:
+    """Load, sample, print prompt and continuation."""
+    options = parse_options(argv)
+    model, tokenizer, config = restore_model(options.load, resolve_device(options.device))
+    prompt = tokenizer.tokenize(options.prompt)
+    if not prompt:
+        raise InputError("--prompt is empty: give the text to continue")
+    ids = sample(
+        model,
+        prompt,
+        options.max_new_tokens,
+        window=config.model.max_position_embeddings,
+        vocab_size=tokenizer.vocab_size,
+        stop=tokenizer.eod,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    print(tokenizer.detokenize(ids))
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", required=True, help="folder of checkpoints")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-k", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    ids: list[int],
+    count: int,
+    *,
+    window: int,
+    vocab_size: int,
+    stop: int,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+) -> list[int]:
+    """`ids` followed by up to `count` sampled ones; ends before token `stop`.
+
+    `window` is how many last tokens the model sees, `vocab_size` the unpadded one.
+    """
+    ids = list(ids)
+    for _ in range(count):
+        logits = next_logits(model, ids[-window:])[:vocab_size]
+        token = choose(logits, temperature, top_k, generator)
+        if token == stop:
+            break
+        ids.append(token)
+    return ids
+
+
+def next_logits(model: nn.Module, ids: list[int]) -> Tensor:
+    """Logits [V] (fp32, CPU) of the token after `ids`.
+
+    Padded on the right to the sizes FP8 GEMMs take; causal attention keeps that from mattering,
+    except through the amax that the padding's activations share with the text's.
+    """
+    padding = -len(ids) % TOKENS_PER_GEMM
+    device = next(model.buffers()).device
+    tokens = torch.tensor([ids + [ids[-1]] * padding], device=device)
+    return model(tokens)[len(ids) - 1, 0].float().cpu()
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id: the likeliest at temperature 0, else sampled from the `top_k` likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, indices = logits.topk(min(top_k, len(logits)))
+    probabilities = torch.softmax(values / temperature, dim=0)
+    return int(indices[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
