@@ -152,6 +152,8 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb_without_a_key_goes_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -159,6 +161,7 @@ def test_wandb_without_a_key_goes_offline(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "run"
     log(folder, [10, 20], wandb_project="project", wandb_mode="online")
+    wandb.teardown()  # its own process writes the file, at the latest when it ends
     error = capsys.readouterr().err
     assert error.count("warning: wandb is offline") == 1 and "No API key" in error
     (record,) = Path(folder, "wandb").glob("offline-run-*/run-*.wandb")
