@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Lint and test: scripts/test.sh [fast|full|lint] [pytest arguments]
-#   fast  ruff and the tests not marked slow or gpu (the default)
-#   full  ruff and every test; those marked gpu are skipped without CUDA
+#   fast  ruff and the tests not marked slow or gpu: a first look in under three minutes
+#   full  ruff and every test (the default); those marked gpu are skipped without CUDA
 #   lint  ruff only
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-mode=fast
+mode=full
 case ${1:-} in
 fast | full | lint)
     mode=$1

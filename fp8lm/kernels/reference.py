@@ -10,6 +10,8 @@ decoded operands *is* the FP8 GEMM up to the rounding of its output.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +28,13 @@ _BF16_DECODE = {
 
 
 class ReferenceKernels:
-    """Kernels in eager PyTorch; device-agnostic, no host synchronisation on a GPU."""
+    """Kernels in eager PyTorch; device-agnostic, no host synchronisation on a GPU.
+
+    Large tensors are cast and decoded in blocks of `block_elements`: the several operations of a
+    cast then run in cache, and only its input and output touch memory.
+    """
+
+    block_elements = 1 << 17
 
     def amax(self, x: Tensor) -> Tensor:
         """Absolute maximum of `x` (any float dtype) as a 0-d fp32 tensor; NaN and Inf survive.
@@ -46,11 +54,16 @@ class ReferenceKernels:
         """
         if not fmt.scaled:
             return x.to(fmt.dtype)
+        payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
+        source, target = x.reshape(-1), payload.view(fmt.dtype).view(-1)
         # In bf16 FP16's largest number would itself be rounded up, beyond FP16.
-        scaled = torch.mul(x.float() if fmt == FP16 else x, scale)
-        if saturate:
-            scaled = scaled.clamp_(-fmt.max, fmt.max)
-        return scaled.to(fmt.dtype).view(fmt.storage)
+        work_dtype = torch.float32 if fmt == FP16 else x.dtype
+        for block in self._blocks(x.numel()):
+            scaled = torch.mul(source[block].to(work_dtype), scale)
+            if saturate:
+                scaled = scaled.clamp_(-fmt.max, fmt.max)
+            target[block].copy_(scaled)
+        return payload
 
     def decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
         """Values of `payload` (dtype `fmt.storage`) in `dtype` (bf16 or fp32), `payload / scale`.
@@ -61,9 +74,15 @@ class ReferenceKernels:
         """
         if not fmt.scaled:
             return payload.to(dtype)
-        if fmt.name in _BF16_DECODE:
-            return _decode_fp8(payload, scale, fmt).to(dtype)
-        return payload.float().div_(scale).to(dtype)
+        if not payload.is_contiguous():  # a transposed operand: decode it as it lies in memory
+            return self.decode(payload.t(), scale, fmt, dtype).t()
+        values = torch.empty(payload.shape, dtype=dtype, device=payload.device)
+        source, target = payload.view(-1), values.view(-1)
+        factor = scale.reciprocal()
+        for block in self._blocks(payload.numel()):
+            decode_block = _decode_fp16 if fmt == FP16 else _decode_fp8
+            decode_block(source[block], factor, fmt, target[block])
+        return values
 
     def gemm(
         self,
@@ -88,6 +107,10 @@ class ReferenceKernels:
         """
         context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
         return context.to(q_BNSD.dtype)
+
+    def _blocks(self, numel: int) -> Iterator[slice]:
+        for start in range(0, numel, self.block_elements):
+            yield slice(start, start + self.block_elements)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -114,10 +137,16 @@ def check_gemm_operands(a: tuple[Tensor, Tensor, Format], b: tuple[Tensor, Tenso
         raise ValueError(f"an FP8 GEMM needs M, N, K divisible by 16, not {sizes}")
 
 
-def _decode_fp8(payload: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:
     shift, mask, correction = _BF16_DECODE[fmt.name]
-    bits = payload.view(torch.int8).to(torch.int16)  # widening repeats the sign bit to the left
-    bits = bits.bitwise_left_shift_(shift).bitwise_and_(mask)
-    values = bits.view(torch.bfloat16)
-    # Two factors: 2^120 / scale alone can leave bf16's range although the product does not.
-    return values.mul_(correction).mul_(scale.reciprocal())
+    values = out if out.dtype == torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)
+    bits = values.view(torch.int16).copy_(payload.view(torch.int8))  # repeats the sign bit
+    bits.bitwise_left_shift_(shift).bitwise_and_(mask)
+    # Two factors: their product can leave bf16's range although the result does not.
+    values.mul_(correction).mul_(factor)
+    if values is not out:
+        out.copy_(values)
+
+
+def _decode_fp16(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:
+    out.copy_(payload.float().mul_(factor))

@@ -123,7 +123,7 @@ class AdamW:
                 for i, (name, c) in enumerate(self._per_weight(coefficients))
             ]
         )
-        amax = torch.minimum(amax, bounds)  # beyond its bound a value was saturated
+        amax = torch.minimum(amax, self._largest_stored(scales))
         torch.where(norm.skip, self.amax, amax, out=self.amax)
         return norm
 
@@ -178,6 +178,11 @@ class AdamW:
         scales["exp_avg_sq"] = scale_from_amax(v, exp_avg_sq)
         return scales
 
+    def _largest_stored(self, scales: dict[str | Format, Tensor]) -> Tensor:
+        """The amaxes [W,3] at which states with these scales were saturated."""
+        kinds = zip(("master", "exp_avg", "exp_avg_sq"), self._formats, strict=True)
+        return torch.stack([fmt.max / scales[kind] for kind, fmt in kinds], dim=1)
+
     def _step_weight(
         self, name: str, scales: dict[str | Format, Tensor], c: AdamCoefficients
     ) -> Tensor:
@@ -210,8 +215,3 @@ class AdamW:
             return cast_stochastic(w, master.new_scale, master.format, noise)
 
         return cast
-
-
-def _target(tensor: ScaledTensor, bound: Tensor) -> StoredTensor:
-    new_scale = scale_from_amax(bound, tensor.format)
-    return StoredTensor(tensor.payload, tensor.scale, new_scale, tensor.format)
