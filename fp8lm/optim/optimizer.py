@@ -123,9 +123,14 @@ class AdamW:
                 for i, (name, c) in enumerate(self._per_weight(coefficients))
             ]
         )
-        amax = torch.minimum(amax, self._largest_stored(scales))
+        amax = self._saturated(amax, bounds)
         torch.where(norm.skip, self.amax, amax, out=self.amax)
         return norm
+
+    def params_norm(self) -> Tensor:
+        """Euclidean norm of all master weights (0-d fp32)."""
+        masters = [state.master for state in self.states.values()]
+        return gradient_norm(masters, 0.0, self.kernels).norm
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the states, by name, for a checkpoint; compute copies not included."""
@@ -178,10 +183,13 @@ class AdamW:
         scales["exp_avg_sq"] = scale_from_amax(v, exp_avg_sq)
         return scales
 
-    def _largest_stored(self, scales: dict[str | Format, Tensor]) -> Tensor:
-        """The amaxes [W,3] at which states with these scales were saturated."""
-        kinds = zip(("master", "exp_avg", "exp_avg_sq"), self._formats, strict=True)
-        return torch.stack([fmt.max / scales[kind] for kind, fmt in kinds], dim=1)
+    def _saturated(self, amax: Tensor, bounds: Tensor) -> Tensor:
+        """`amax` [W,3] of what was stored: formats with a scale saturate beyond their bounds."""
+        limits = [
+            bounds[:, kind] if fmt.scaled else torch.full_like(bounds[:, kind], fmt.max)
+            for kind, fmt in enumerate(self._formats)
+        ]
+        return torch.minimum(amax, torch.stack(limits, dim=1))
 
     def _step_weight(
         self, name: str, scales: dict[str | Format, Tensor], c: AdamCoefficients
