@@ -18,6 +18,8 @@ from fp8lm.kernels.adam import AdamCoefficients
 from fp8lm.numerics import Format
 
 _MOMENT_ROUNDING = 2.0
+# Of b1^2 / b2. At 1 an update can grow without limit after a spike: beyond this it saturates.
+_LARGEST_RATIO = 0.9999
 
 
 def bound_amax(
@@ -44,14 +46,8 @@ def update_bound(c: AdamCoefficients) -> Tensor:
     """U (0-d fp32): the largest Adam update any gradient history can give.
 
     |m| <= (1-b1) sum b1^i |g_i| and v = (1-b2) sum b2^i g_i^2, so by Cauchy-Schwarz
-    |m| / sqrt(v) <= (1-b1) / sqrt(1-b2) * sqrt(sum (b1^2/b2)^i).
+    |m| / sqrt(v) <= (1-b1) / sqrt(1-b2) * sqrt(sum (b1^2/b2)^i) <= ... / sqrt(1 - b1^2/b2).
     """
-    ratio = c.beta1**2 / c.beta2
-    if ratio >= 1.0:
-        # The sum grows with the number of steps n = log(1 - bc2) / log b2: sqrt(n) at worst.
-        steps = torch.log1p(-c.bias_correction2) / torch.log(torch.tensor(c.beta2))
-        geometric = steps * ratio**steps
-    else:
-        geometric = torch.full_like(c.bias_correction1, 1.0 / (1.0 - ratio))
-    exact = (1.0 - c.beta1) / (1.0 - c.beta2) ** 0.5 * geometric.sqrt()
+    ratio = min(c.beta1**2 / max(c.beta2, 1e-30), _LARGEST_RATIO)
+    exact = (1.0 - c.beta1) / (1.0 - c.beta2) ** 0.5 / (1.0 - ratio) ** 0.5
     return _MOMENT_ROUNDING * exact * c.bias_correction2.sqrt() / c.bias_correction1
