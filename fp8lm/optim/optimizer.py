@@ -156,9 +156,7 @@ class AdamW:
         first = next(iter(self.states.values()))
         return tuple(tensor.format for tensor in first.stored)
 
-    def _coefficients(
-        self, lr: float, norm: GradientNorm, skip: Tensor | None
-    ) -> AdamCoefficients:
+    def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
         config = self.config
         # A skipped very first step would divide by zero; its result is not kept anyway.
         steps = self.num_steps.clamp(min=1).double()

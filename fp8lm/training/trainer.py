@@ -33,7 +33,8 @@ class Trainer:
         batches = self._batches(self.run.datasets[0], progress.consumed_samples)
         with Reporter(self.run, progress.iteration) as self._reporter:
             if self._finished:
-                self._reporter.log_text(f" nothing left to do: {progress.iteration} iterations done")
+                done = f"{progress.iteration} iterations done"
+                self._reporter.log_text(f" nothing left to do: {done}")
                 return
             if progress.iteration == 0:
                 self._evaluate("validation")  # where the curve starts
