@@ -179,5 +179,5 @@ def test_every_preset_learns(preset, tiny_config, train_run, read_metrics, tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_one_clear_message():
-    with pytest.raises(InputError, match="train.device=cuda, but .* sees no GPU"):
+    with pytest.raises(InputError, match=r"train.device=cuda, but .* sees no GPU"):
         resolve_device("cuda")
