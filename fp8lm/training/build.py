@@ -12,6 +12,7 @@ from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import Weight, named_weights
@@ -81,6 +82,10 @@ def build_model(
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
+    if groups.world.size() > 1:
+        raise InputError(
+            f"WORLD_SIZE={groups.world.size()}: one process is supported: start it without torchrun"
+        )
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     tokenizer = build_tokenizer(config.tokenizer)
