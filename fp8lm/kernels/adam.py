@@ -32,7 +32,7 @@ class AdamCoefficients:
     clip_factor: Tensor  # multiplies the gradient
     bias_correction1: Tensor  # 1 - beta1^step
     bias_correction2: Tensor  # 1 - beta2^step
-    skip: Tensor  # bool: leave every byte as it is
+    skip: Tensor | None  # bool: leave every byte as it is; None: the step is known to happen
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def adam_step(
     amax = torch.zeros(3, device=master.payload.device)
     for start in range(0, master.payload.numel(), BLOCK):
         block = slice(start, start + BLOCK)
-        w, m, v = (_read(kernels, state, block) for state in states)
+        w, m, v = (_read(kernels, state, block, coefficients.skip) for state in states)
         g_payload, g_scale, g_format = gradient
         g = kernels.decode(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
         g = g.clone() if g_format.dtype == torch.float32 else g
@@ -92,17 +92,21 @@ def adam_step(
     return amax
 
 
-def _read(kernels, stored: StoredTensor, block: slice) -> Tensor:  # noqa: ANN001
+def _read(kernels, stored: StoredTensor, block: slice, skip: Tensor | None) -> Tensor:  # noqa: ANN001
     payload = stored.payload.view(-1)[block]
     values = kernels.decode(payload, stored.scale, stored.format, torch.float32)
-    # An fp32 payload is decoded to itself; a skipped step must find it unchanged.
-    return values.clone() if stored.format.dtype == torch.float32 else values
+    # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.
+    in_place = stored.format.dtype == torch.float32 and skip is not None
+    return values.clone() if in_place else values
 
 
 def _cast(kernels, values: Tensor, stored: StoredTensor) -> Tensor:  # noqa: ANN001
     return kernels.cast(values, stored.new_scale, stored.format)
 
 
-def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor) -> None:
+def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor | None) -> None:
     target = stored.payload.view(-1)[block]
-    torch.where(skip, target, payload, out=target)
+    if skip is not None:
+        torch.where(skip, target, payload, out=target)
+    elif payload.data_ptr() != target.data_ptr():  # else the update was made in place
+        target.copy_(payload)

@@ -69,19 +69,26 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        y = linear(x, self.weight, self.precision)
-        return y if self.bias is None else y + self.bias.data
+        bias = None if self.bias is None else self.bias.data
+        return linear(x, self.weight, self.precision, bias)
 
 
-def linear(x: Tensor, weight: GemmWeight, precision: GemmPrecision) -> Tensor:
-    """`x W^T` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic."""
-    return _LinearFunction.apply(x, weight.anchor, weight, precision)
+def linear(
+    x: Tensor, weight: GemmWeight, precision: GemmPrecision, bias: Tensor | None = None
+) -> Tensor:
+    """`x W^T + b` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic."""
+    return _LinearFunction.apply(x, weight.anchor, bias, weight, precision)
 
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: GemmWeight, precision: GemmPrecision
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        weight: GemmWeight,
+        precision: GemmPrecision,
     ) -> Tensor:
         kernels = weight.kernels
         x_TI = quantize(x.reshape(-1, x.shape[-1]), precision.input, kernels)
@@ -89,16 +96,20 @@ class _LinearFunction(torch.autograd.Function):
         y_TO = kernels.gemm(
             x_TI.operand, w_OI.operand, out_dtype=precision.output, fast_accumulation=True
         )
+        if bias is not None:
+            y_TO.add_(bias)
         ctx.save_for_backward(x_TI.payload, x_TI.scale)
         ctx.weight, ctx.precision, ctx.input_shape = weight, precision, x.shape
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         weight, precision = ctx.weight, ctx.precision
         kernels, dtype = weight.kernels, precision.output
-        dy_TO = quantize(dy.reshape(-1, dy.shape[-1]), precision.grad_output, kernels)
+        dy = dy.reshape(-1, dy.shape[-1])
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None
+        dy_TO = quantize(dy, precision.grad_output, kernels)
         dx = None
         if ctx.needs_input_grad[0]:
             w_OI = weight.operand(precision.weight)
@@ -106,4 +117,4 @@ class _LinearFunction(torch.autograd.Function):
             dx = dx_TI.view(ctx.input_shape)
         x_TI = ScaledTensor(*ctx.saved_tensors, precision.input)
         weight.grad.add(kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype))
-        return dx, None, None, None
+        return dx, None, db, None, None

@@ -113,19 +113,26 @@ class AdamW:
         """
         gradients = [weight.grad.value for weight in self.weights.values()]
         norm = gradient_norm(gradients, self.config.clip_grad, self.kernels)
+        skip: Tensor | None = norm.skip
+        if skip.device.type == "cpu":  # the flag is on the host already
+            if skip:
+                return norm
+            skip = None
         self.num_steps += (~norm.skip).long()
-        coefficients = self._coefficients(lr, norm)
-        bounds = bound_amax(self.amax, norm.amax, self._decay, coefficients, self._formats)
+        self._update(self._coefficients(lr, norm, skip), norm.amax)
+        return norm
+
+    def _update(self, c: AdamCoefficients, grad_amax: Tensor) -> None:
+        bounds = bound_amax(self.amax, grad_amax, self._decay, c, self._formats)
         scales = self._next_scales(bounds)
         amax = torch.stack(
             [
-                self._step_weight(name, {kind: scale[i] for kind, scale in scales.items()}, c)
-                for i, (name, c) in enumerate(self._per_weight(coefficients))
+                self._step_weight(name, {kind: scale[i] for kind, scale in scales.items()}, own)
+                for i, (name, own) in enumerate(self._per_weight(c))
             ]
         )
         amax = self._saturated(amax, bounds)
-        torch.where(norm.skip, self.amax, amax, out=self.amax)
-        return norm
+        _replace(self.amax, amax, c.skip)
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
@@ -149,7 +156,7 @@ class AdamW:
         first = next(iter(self.states.values()))
         return tuple(tensor.format for tensor in first.stored)
 
-    def _coefficients(self, lr: float, norm: GradientNorm) -> AdamCoefficients:
+    def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
         config = self.config
         # A skipped very first step would divide by zero; its result is not kept anyway.
         steps = self.num_steps.clamp(min=1).double()
@@ -162,7 +169,7 @@ class AdamW:
             clip_factor=norm.clip_factor,
             bias_correction1=(1.0 - config.adam_beta1**steps).float(),
             bias_correction2=(1.0 - config.adam_beta2**steps).float(),
-            skip=norm.skip,
+            skip=skip,
         )
 
     def _per_weight(self, c: AdamCoefficients) -> Iterator[tuple[str, AdamCoefficients]]:
@@ -208,7 +215,7 @@ class AdamW:
         amax = adam_step(self.kernels, gradient, states, compute, c, self._master_cast(name))
         for tensor in states if compute is None else (*states, compute):
             if tensor.format.scaled:
-                torch.where(c.skip, tensor.scale, tensor.new_scale, out=tensor.scale)
+                _replace(tensor.scale, tensor.new_scale, c.skip)
         return amax
 
     def _master_cast(self, name: str):  # noqa: ANN202
@@ -223,3 +230,7 @@ class AdamW:
             return cast_stochastic(w, master.new_scale, master.format, noise)
 
         return cast
+
+
+def _replace(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    target.copy_(value if skip is None else torch.where(skip, target, value))

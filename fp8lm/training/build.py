@@ -56,9 +56,17 @@ class Run:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `train.device` names; `auto` takes CUDA where there is one."""
+    """The device that `train.device` names; `auto` takes CUDA where there is one.
+
+    Raises `InputError` for CUDA where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"train.device=cuda, but this PyTorch ({torch.__version__}) sees no GPU: check the "
+            "driver and that PyTorch is a CUDA build, or use train.device=cpu"
+        )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 

@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from fp8lm.training.build import Run
-from fp8lm.training.checkpoint import Shard, latest_iteration, load_checkpoint, save_checkpoint
+from fp8lm.training.checkpoint import (
+    Shard,
+    latest_iteration,
+    load_checkpoint,
+    read_common,
+    save_checkpoint,
+)
 from fp8lm.training.progress import Progress, Window
 from fp8lm.training.state import model_tensors, optimizer_tensors, restore_rng, rng_tensors
 
@@ -18,6 +24,7 @@ def save_run(run: Run, window: Window, progress: Progress) -> None:
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
         "batch_size": progress.batch_size,
+        "device": run.device.type,
         "config": run.config.model_dump(mode="json"),
     }
     save_checkpoint(
@@ -41,9 +48,12 @@ def load_run(run: Run, window: Window, progress: Progress) -> None:
         if run.groups.is_main:
             print(f" no checkpoint in {folder}: starting from initial weights", flush=True)
         return
-    rng = rng_tensors(run.device)
-    meta = load_checkpoint(folder, _shards(run, window, rng))
-    restore_rng(rng, run.device)
+    # Random states of another kind of device mean nothing here: dropout then starts anew.
+    same_device = read_common(folder)["device"] == run.device.type
+    rng = rng_tensors(run.device) if same_device else {}
+    meta = load_checkpoint(folder, _shards(run, window, rng), partial=not same_device)
+    if same_device:
+        restore_rng(rng, run.device)
     progress.iteration = meta["iteration"]
     progress.consumed_samples = meta["consumed_samples"]
     progress.batch_size = meta["batch_size"]

@@ -66,6 +66,7 @@ class Reporter:
             "learning-rate": lr,
             "batch-size": progress.batch_size,
             "grad-norm": grad_norm,
+            "params-norm": self._run.optimizer.params_norm().item(),
             "skipped iterations": int(window["skipped"]),
             "nan iterations": int(window["nan"]),
             "iteration-time": lap.seconds / lap.iterations,
@@ -75,6 +76,10 @@ class Reporter:
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
+
+    def log_text(self, line: str) -> None:
+        """Print a line."""
+        self._logger.log_text(line)
 
     def log_evaluation(self, split: str, iteration: int, loss: float) -> None:
         """Report an evaluation."""

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from fp8lm.data.batches import BatchIterator
 from fp8lm.training.build import Run
+from fp8lm.training.checkpoint import check_save_folder
 from fp8lm.training.checkpointing import load_run, save_run
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
@@ -20,6 +21,8 @@ class Trainer:
         self.run = run
         self.window = Window(run.device)
         self.progress = Progress()
+        if run.config.checkpoint.save is not None:
+            check_save_folder(run.config.checkpoint.save)  # now, not after hours of training
         load_run(run, self.window, self.progress)
         self._saved_iteration = self.progress.iteration
         self._stopwatch = Stopwatch(self.progress)
@@ -29,6 +32,10 @@ class Trainer:
         config, progress = self.run.config, self.progress
         batches = self._batches(self.run.datasets[0], progress.consumed_samples)
         with Reporter(self.run, progress.iteration) as self._reporter:
+            if self._finished:
+                done = f"{progress.iteration} iterations done"
+                self._reporter.log_text(f" nothing left to do: {done}")
+                return
             if progress.iteration == 0:
                 self._evaluate("validation")  # where the curve starts
             self._stopwatch = Stopwatch(progress)

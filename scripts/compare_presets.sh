@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The comparison of docs/numerics.md: BF16 and FP8 (preset o3, its master weight rounded
+# stochastically or to nearest) from the same seeds, 20 M tokens a run, one run per core at a time.
+# An hour and a half on two cores. Finished runs are kept, so that it can be called again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/_env.sh
+source scripts/_env.sh
+
+run=runs/compare
+data=$run/data
+jobs=$(nproc)
+mkdir -p "$data"
+if [[ ! -e $data/stdlib_text_document.idx ]]; then
+  "$PYTHON" tools/build_corpus.py --output "$data"
+  "$PYTHON" tools/train_tokenizer.py --input "$data/corpus.jsonl" --vocab-size 512 \
+    --output-prefix "$data/tokenizer"
+  "$PYTHON" tools/preprocess_data.py --input "$data/corpus.jsonl" --json-keys text \
+    --output-prefix "$data/stdlib" --tokenizer-type SentencePieceTokenizer \
+    --tokenizer-model "$data/tokenizer.model" --append-eod
+fi
+
+train() { # name, preset, master rounding, seed
+  local folder=$run/$1-$4
+  [[ -e $folder/done ]] && return
+  mkdir -p "$folder"
+  "$PYTHON" pretrain_gpt.py --config configs/gpt_mini.yaml "precision.preset=$2" \
+    "precision.master_rounding=$3" "train.seed=$4" "logging.dir=$folder" >"$folder/log.txt" 2>&1
+  touch "$folder/done"
+}
+export -f train
+export PYTHON run
+for seed in 1 2 3; do
+  printf '%s\n' "bf16 bf16 nearest $seed" "o3 o3 stochastic $seed" "o3-nearest o3 nearest $seed"
+done | xargs -P "$jobs" -L 1 bash -euc 'train "$@"' train
+
+"$PYTHON" tools/compare_runs.py "bf16=$run/bf16-1,$run/bf16-2,$run/bf16-3" \
+  "o3=$run/o3-1,$run/o3-2,$run/o3-3" \
+  "o3, nearest=$run/o3-nearest-1,$run/o3-nearest-2,$run/o3-nearest-3" \
+  --summary "$run/summary.json" --plot "$run/loss.png"

@@ -1,0 +1,96 @@
+"""Interrupted and resumed equals uninterrupted: every later report, every byte of state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.errors import InputError
+from fp8lm.training.state import model_tensors, optimizer_tensors
+
+TIMING = {"iteration-time", "throughput", "tokens-per-second"}
+
+VARIANTS = {
+    "bf16": {"precision": {"preset": "bf16"}},
+    "te": {"precision": {"preset": "te"}},
+    "o1": {"precision": {"preset": "o1"}},
+    "o2": {"precision": {"preset": "o2"}},
+    "o3": {"precision": {"preset": "o3"}},
+    "nearest master": {"precision": {"preset": "o3", "master_rounding": "nearest"}},
+    "dropout": {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
+    "dropout, full recompute": {
+        "model": {"hidden_dropout": 0.1},
+        "train": {"recompute_granularity": "full"},
+    },
+    "batch ramp-up": {
+        "train": {"train_samples": 28, "rampup_batch_size": [2, 2, 12], "train_iters": None},
+        "scheduler": {"lr_warmup_iters": 0, "lr_warmup_samples": 4},
+    },
+    "llama": {
+        "model": {
+            "normalization": "RMSNorm",
+            "swiglu": True,
+            "disable_bias_linear": True,
+            "num_query_groups": 1,
+            "untie_embeddings_and_output_weights": True,
+        }
+    },
+}
+
+
+def comparable(lines):
+    """Reports without what measures time or memory."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMING and "memory" not in key}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_equals_uninterrupted(name, tiny_config, train_run, read_metrics, tmp_path):
+    def config(run, **train):
+        folders = {
+            "checkpoint": {key: str(tmp_path / run / "ck") for key in ("save", "load")},
+            "logging": {"dir": str(tmp_path / run)},
+        }
+        return tiny_config(VARIANTS[name], folders, {"train": train})
+
+    whole = train_run(config("whole"))
+    train_run(config("parts", exit_interval=4))
+    # Whatever else drew random numbers in between must not matter.
+    torch.manual_seed(0)
+    resumed = train_run(config("parts"))
+
+    for tensors in (
+        lambda run: model_tensors(run.weights),
+        lambda run: optimizer_tensors(run.optimizer),
+    ):
+        expected, actual = tensors(whole.run), tensors(resumed.run)
+        assert expected.keys() == actual.keys()
+        different = [key for key in expected if not torch.equal(expected[key], actual[key])]
+        assert not different
+    expected = comparable(read_metrics(tmp_path / "whole"))
+    assert comparable(read_metrics(tmp_path / "parts")) == expected
+    assert len(expected) > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": {"num_layers": 3}}, "layers.2"),
+        ({"model": {"hidden_size": 64}}, "expected"),
+        ({"precision": {"preset": "bf16"}}, "expected"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(change, named, tiny_config, train_run, tmp_path):
+    folders = {"checkpoint": {key: str(tmp_path) for key in ("save", "load")}}
+    train_run(tiny_config(folders, {"train": {"train_iters": 4}}))
+    with pytest.raises(InputError, match=named):
+        train_run(tiny_config(folders, change))
+
+
+def test_a_different_seed_gives_a_different_run(tiny_config, train_run):
+    """The comparison above can fail: state does depend on what is resumed."""
+    one, two = (train_run(tiny_config({"train": {"seed": seed}})) for seed in (1, 2))
+    tensors = model_tensors(one.run.weights), model_tensors(two.run.weights)
+    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])

@@ -1,0 +1,183 @@
+"""The training loop: what it reports, what it skips, when it stops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fp8lm.config import load_config
+from fp8lm.errors import InputError
+from fp8lm.training.build import resolve_device
+from fp8lm.training.checkpoint import latest_iteration
+from fp8lm.training.state import model_tensors, optimizer_tensors
+
+REPORTED = {
+    "iteration",
+    "consumed_samples",
+    "lm loss",
+    "learning-rate",
+    "batch-size",
+    "grad-norm",
+    "params-norm",
+    "throughput",
+    "iteration-time",
+    "skipped iterations",
+    "nan iterations",
+    *(f"state_bytes/{kind}" for kind in ("weights", "grads", "master", "exp_avg", "exp_avg_sq")),
+}
+
+
+class PoisonedDataset(torch.utils.data.Dataset):
+    """A dataset whose samples in `poisoned` have a NaN in their loss mask."""
+
+    def __init__(self, dataset, poisoned):
+        self.dataset, self.poisoned = dataset, poisoned
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        item = dict(self.dataset[index])
+        if index in self.poisoned:
+            item["loss_mask"] = torch.full_like(item["loss_mask"], float("nan"))
+        return item
+
+
+def poison(trainer, samples):
+    """Give `trainer` a training set with NaN in `samples`."""
+    train, *rest = trainer.run.datasets
+    object.__setattr__(trainer.run, "datasets", (PoisonedDataset(train, samples), *rest))
+
+
+def all_state(trainer):
+    run = trainer.run
+    tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_metrics_have_every_promised_key(tiny_config, train_run, read_metrics, tmp_path):
+    config = tiny_config({"logging": {"dir": str(tmp_path), "log_interval": 1}})
+    train_run(config)
+    reports = [line for line in read_metrics(tmp_path) if "lm loss" in line]
+    assert [line["iteration"] for line in reports] == list(range(1, 9))
+    assert all(line.keys() >= REPORTED for line in reports)
+    assert [line["consumed_samples"] for line in reports] == list(range(4, 33, 4))
+    validation = [line for line in read_metrics(tmp_path) if "lm loss validation" in line]
+    assert [line["iteration"] for line in validation] == [0, 4, 8]
+    # Untrained: close to uniform over the padded vocabulary of 128.
+    assert abs(validation[0]["lm loss validation"] - math.log(128)) < 0.1
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("o3", 7), ("o2", 6), ("bf16", 18)])
+def test_state_bytes_per_parameter_of_linear_layers(
+    preset, expected, tiny_config, train_run, read_metrics, tmp_path
+):
+    # o2: weight 2 (the master itself), gradient 1, m 1, v 2; bf16: 2 + 4 + 4 + 4 + 4.
+    sizes = {"hidden_size": 64, "num_attention_heads": 2}
+    logging = {"dir": str(tmp_path), "log_interval": 1}
+    config = tiny_config(
+        {"precision": {"preset": preset}, "model": sizes, "logging": logging},
+        {"train": {"train_iters": 1, "eval_iters": 0}, "scheduler": {"lr_warmup_iters": 0}},
+    )
+    train_run(config)
+    (report,) = read_metrics(tmp_path)
+    # One fp32 scale per tensor is all that comes on top.
+    assert expected <= report["state_bytes_per_linear_parameter"] < expected + 0.005
+
+
+def test_a_nan_step_is_skipped_counted_and_changes_no_byte(
+    tiny_config, train_run, read_metrics, tmp_path
+):
+    config = tiny_config({"logging": {"dir": str(tmp_path), "log_interval": 1}})
+    states = []
+
+    def prepare(trainer):
+        poison(trainer, {9})  # in the third step
+        step = trainer._step
+
+        def recording_step(batches):
+            states.append(all_state(trainer))
+            return step(batches)
+
+        trainer._step = recording_step
+
+    train_run(config, prepare)
+    reports = [line for line in read_metrics(tmp_path) if "lm loss" in line]
+    assert [line["skipped iterations"] for line in reports] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [line["nan iterations"] for line in reports] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert reports[2]["lm loss"] is None and reports[2]["grad-norm"] is None
+    before, after, later = states[2], states[3], states[4]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in after)
+    assert math.isfinite(reports[-1]["lm loss"])
+
+
+def test_the_average_of_a_report_leaves_skipped_steps_out(
+    tiny_config, train_run, read_metrics, tmp_path
+):
+    folders = {name: tmp_path / name for name in ("single", "averaged")}
+    for name, interval in (("single", 1), ("averaged", 4)):
+        logging = {"dir": str(folders[name]), "log_interval": interval}
+        train_run(tiny_config({"logging": logging}), lambda trainer: poison(trainer, {9}))
+    single = [line["lm loss"] for line in read_metrics(folders["single"]) if "lm loss" in line]
+    averaged = [line for line in read_metrics(folders["averaged"]) if "lm loss" in line]
+    kept = [loss for loss in single[:4] if loss is not None]
+    assert averaged[0]["lm loss"] == pytest.approx(sum(kept) / 3, rel=1e-12)
+    assert averaged[0]["skipped iterations"] == 1
+
+
+def test_too_many_skips_in_a_row_stop_the_run_with_a_checkpoint(tiny_config, train_run, tmp_path):
+    config = tiny_config(
+        {"train": {"max_consecutive_skips": 2}, "logging": {"log_interval": 1}},
+        {"checkpoint": {"save": str(tmp_path)}},
+    )
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        train_run(config, lambda trainer: poison(trainer, range(8, 100)))
+    assert latest_iteration(tmp_path) == 4
+
+
+def test_a_finished_run_does_nothing_again(tiny_config, train_run, read_metrics, tmp_path, capsys):
+    folders = {"checkpoint": {key: str(tmp_path / "ck") for key in ("save", "load")}}
+    config = tiny_config(folders, {"logging": {"dir": str(tmp_path)}})
+    train_run(config)
+    lines = read_metrics(tmp_path)
+    train_run(config)
+    assert read_metrics(tmp_path) == lines
+    assert "nothing left to do: 8 iterations done" in capsys.readouterr().out
+
+
+def test_exit_interval_saves_and_stops(tiny_config, train_run, tmp_path):
+    changes = {"train": {"exit_interval": 3}, "checkpoint": {"save": str(tmp_path)}}
+    trainer = train_run(tiny_config(changes))
+    assert trainer.progress.iteration == 3
+    assert latest_iteration(tmp_path) == 3
+
+
+def test_an_unwritable_save_folder_is_found_before_training(tiny_config, train_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny_config({"checkpoint": {"save": str(tmp_path / "file" / "ck")}})
+    with pytest.raises(InputError, match="file"):
+        train_run(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
+def test_every_preset_learns(preset, tiny_config, train_run, read_metrics, tmp_path):
+    """The chain's entropy is near 1.7 nats; 120 steps must get from 4.9 to well below 3.5."""
+    config = tiny_config(
+        {"precision": {"preset": preset}, "logging": {"dir": str(tmp_path)}},
+        {"train": {"train_iters": 120, "eval_interval": 120, "global_batch_size": 16}},
+        {"train": {"micro_batch_size": 16}},
+    )
+    train_run(config)
+    losses = [line["lm loss"] for line in read_metrics(tmp_path) if "lm loss" in line]
+    assert losses[-1] < 3.5 < 4.5 < losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_one_clear_message():
+    with pytest.raises(InputError, match=r"train.device=cuda, but .* sees no GPU"):
+        resolve_device("cuda")
