@@ -90,6 +90,10 @@ def build_model(
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
+    if groups.world.size() > 1:
+        raise InputError(
+            f"WORLD_SIZE={groups.world.size()}: one process is supported: start it without torchrun"
+        )
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     tokenizer = build_tokenizer(config.tokenizer)
