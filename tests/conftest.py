@@ -1,9 +1,18 @@
-"""What every test shares: tests marked `gpu` are skipped on a machine without CUDA."""
+"""What every test shares: processes to run on, and no tests marked `gpu` without CUDA."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from tests.distributed.pool import Pools
+
+
+@pytest.fixture(scope="session")
+def run_distributed():
+    """`run_distributed(function, world_size, *args)`: see `tests.distributed.pool`."""
+    with Pools() as pools:
+        yield pools.run
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,9 @@
-"""The process groups of a run. A group of size one is an ordinary case."""
+"""The process groups of a run. A group of size one is an ordinary case.
+
+Ranks are numbered as Megatron does: tensor parallel first, then data parallel, then pipeline
+parallel. With t and p ranks in the first and the last and d = W / (t p), rank
+`(stage * d + replica) * t + shard` holds that shard of that stage of that replica.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.launch import Launch
 from fp8lm.errors import InputError
+from fp8lm.quiet import quiet_megatron
+
+with quiet_megatron():
+    from megatron.core import parallel_state
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -21,7 +31,9 @@ class ProcessGroups:
     """Groups this process belongs to, passed to whatever communicates."""
 
     world: dist.ProcessGroup
+    tensor_parallel: dist.ProcessGroup
     data_parallel: dist.ProcessGroup
+    pipeline_parallel: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -30,16 +42,86 @@ class ProcessGroups:
 
 
 @contextmanager
-def process_groups(device: torch.device) -> Iterator[ProcessGroups]:
-    """Join the job that torchrun's environment describes, or make one of a single process."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise InputError(
-            f"WORLD_SIZE={world_size}: one process is supported: start it without torchrun"
-        )
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+def process_groups(
+    device: torch.device,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    backend: str | None = None,
+) -> Iterator[ProcessGroups]:
+    """Join the job that torchrun's environment describes, or make one of a single process.
+
+    `device` is this rank's own (see `rank_device`). The backend is NCCL for a GPU and gloo for
+    the CPU. NCCL wants a GPU for each rank; to let several ranks share one, for tests, pass
+    `backend="gloo"`: it moves bytes of GPU tensors through the host. InputError, before any group
+    is made, if the environment is incomplete or the sizes do not divide the number of processes.
+    """
+    launch = Launch.from_environment(os.environ)
+    _check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        _check_gpus(launch, backend, torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    # Without a launcher nobody could connect, and no port has to be found free.
+    store = None if launch.by_launcher else dist.HashStore()
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+    )
     try:
-        yield ProcessGroups(world=dist.group.WORLD, data_parallel=dist.group.WORLD)
+        with model_parallel_groups(
+            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
+        ) as groups:
+            yield groups
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel_groups(
+    *, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> Iterator[ProcessGroups]:
+    """Divide the processes of the job that this one has joined."""
+    _check_sizes(dist.get_world_size(), tensor_parallel, pipeline_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_parallel,
+        pipeline_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
+    )
+    try:
+        yield ProcessGroups(
+            world=dist.group.WORLD,
+            tensor_parallel=parallel_state.get_tensor_model_parallel_group(),
+            data_parallel=parallel_state.get_data_parallel_group(),
+            pipeline_parallel=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:
+    """The device of this rank: the CPU, or the GPU that LOCAL_RANK counts off, round and round."""
+    if device.type != "cuda":
+        return device
+    num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+    return torch.device("cuda", Launch.from_environment(os.environ).local_rank % num_gpus)
+
+
+def _check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    if tensor_parallel < 1 or pipeline_parallel < 1 or world_size % (
+        tensor_parallel * pipeline_parallel
+    ):
+        raise InputError(
+            f"{world_size} process{'es' * (world_size > 1)} cannot be divided by "
+            f"tensor_model_parallel_size={tensor_parallel} times "
+            f"pipeline_model_parallel_size={pipeline_parallel}: start a multiple of "
+            f"{tensor_parallel * pipeline_parallel}, or change the sizes"
+        )
+
+
+def _check_gpus(launch: Launch, backend: str, num_gpus: int) -> None:
+    if backend == "nccl" and launch.local_rank >= num_gpus:
+        raise InputError(
+            f"LOCAL_RANK={launch.local_rank} on a machine with {num_gpus} GPUs: NCCL needs one for "
+            f"each process: start {num_gpus} there"
+        )

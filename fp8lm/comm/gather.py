@@ -1,0 +1,78 @@
+"""All-gather and broadcast of scaled tensors: the bytes themselves travel, nothing is rounded.
+
+A tensor whose scale is NaN (its amax was not finite) arrives with that scale, so everything
+decoded from it is NaN on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm.accounting import Wire
+from fp8lm.comm.handles import Handle
+from fp8lm.comm.message import MessageLayout
+from fp8lm.comm.transport import all_gather_bytes, as_bytes, broadcast_bytes
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.scaled_tensor import ScaledTensor
+
+
+def all_gather(x: ScaledTensor, group: dist.ProcessGroup, wire: Wire) -> Handle[ScaledTensor]:
+    """Shards [n, ...] -> the tensor [n * W, ...], in rank order.
+
+    All ranks must have cast with one scale (see `max_over_group`), which therefore does not
+    travel, and have the same n. In a group of one rank the result shares the memory of `x`.
+    """
+    if not x.shape:
+        raise ValueError("a gathered tensor needs a first dimension")
+    shape = (group.size() * x.shape[0], *x.shape[1:])
+    scale, fmt = x.scale, x.format
+
+    def join_payloads(gathered: Tensor) -> ScaledTensor:
+        return ScaledTensor(gathered.view(-1).view(fmt.storage).view(shape), scale, fmt)
+
+    return all_gather_bytes(as_bytes(x.payload), group, wire).then(join_payloads)
+
+
+def all_gather_values(
+    x: ScaledTensor, group: dist.ProcessGroup, wire: Wire
+) -> Handle[list[ScaledTensor]]:
+    """Tensors of one shape, each cast with its own rank's scale -> all of them, in rank order.
+
+    Scales travel in band. The results are views of one buffer; `join` concatenates their values.
+    """
+    layout = MessageLayout.of([x])
+
+    def unpack(gathered: Tensor) -> list[ScaledTensor]:
+        return [layout.views(message)[0] for message in gathered]
+
+    return all_gather_bytes(layout.pack([x]), group, wire).then(unpack)
+
+
+def join(
+    shards: Sequence[ScaledTensor], kernels: ReferenceKernels, dtype: torch.dtype
+) -> Tensor:
+    """Values of `shards` (each [n, ...], any scales) in `dtype`, concatenated to [n * W, ...]."""
+    return torch.cat([shard.dequantize(kernels, dtype) for shard in shards])
+
+
+def broadcast(
+    x: ScaledTensor, src: int, group: dist.ProcessGroup, wire: Wire
+) -> Handle[ScaledTensor]:
+    """The `x` of the rank that is number `src` in `group`, payload and scale in one message.
+
+    On the others `x` gives shape and format and is left as it is.
+    """
+    if not 0 <= src < group.size():
+        raise ValueError(f"rank {src} does not exist in a group of {group.size()}")
+    if group.size() == 1:
+        return Handle.done(x)
+    layout = MessageLayout.of([x])
+    if group.rank() == src:
+        message = layout.pack([x])
+    else:
+        message = torch.empty(layout.nbytes, dtype=torch.uint8, device=x.device)
+    return broadcast_bytes(message, src, group, wire).then(lambda m: layout.views(m)[0])

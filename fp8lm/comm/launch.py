@@ -1,0 +1,50 @@
+"""Which process of the job this is, as the launcher's environment says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fp8lm.errors import InputError
+
+# One of these means that a launcher started the process; then all are needed. MASTER_ADDR and
+# MASTER_PORT alone do not: clusters export them to every shell.
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_CURE = "start with torchrun, or unset them to run one process"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Number of this process in the job and on its machine, and the number of processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    by_launcher: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """What torchrun (or any launcher that sets the same variables) says; else one process.
+
+        InputError if variables are missing or make no sense.
+        """
+        if not any(environment.get(name) for name in _NUMBERS):
+            return cls()
+        missing = [name for name in _NUMBERS + _ADDRESS if not environment.get(name)]
+        if missing:
+            present = ", ".join(name for name in _NUMBERS if environment.get(name))
+            raise InputError(f"{present} set but not {', '.join(missing)}: {_CURE}")
+        rank, world_size, local_rank = (_number(name, environment[name]) for name in _NUMBERS)
+        if not (rank < world_size and local_rank < world_size):
+            raise InputError(
+                f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: "
+                f"{_CURE}"
+            )
+        return cls(rank, world_size, local_rank, by_launcher=True)
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdecimal():
+        raise InputError(f"{name}={value} is not a number: {_CURE}")
+    return int(value)

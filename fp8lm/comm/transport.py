@@ -1,0 +1,96 @@
+"""Raw bytes between ranks: what every collective of scaled tensors is made of.
+
+All buffers are contiguous uint8, the one dtype that gloo and NCCL both move in every operation.
+Each function starts its transfer, counts what leaves this rank and returns a handle, which holds
+the buffers. A group of one rank sends nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm import accounting
+from fp8lm.comm.accounting import Wire
+from fp8lm.comm.handles import Handle
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The memory of `x` as uint8 [x.nbytes]; a view if `x` is contiguous, else of a copy."""
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def all_gather_bytes(
+    own: Tensor, group: dist.ProcessGroup, wire: Wire, *, out: Tensor | None = None
+) -> Handle[Tensor]:
+    """uint8 [n] of every rank -> uint8 [W, n].
+
+    With `out` (uint8 [W, n]) the result is written there, and `own` may be its row of this rank,
+    which then moves nowhere. n must be the same on all ranks: gloo aborts the job otherwise.
+    """
+    world_size = group.size()
+    if out is None:
+        if world_size == 1:
+            return Handle.done(own.view(1, -1))
+        out = own.new_empty(world_size, own.numel())
+    elif out.shape != (world_size, own.numel()):
+        raise ValueError(f"{world_size} x {own.numel()} bytes do not fit {tuple(out.shape)}")
+    wire.count(accounting.all_gather_sent(world_size, own.numel()))
+    work = _all_gather_function()(out.view(-1), own, group=group, async_op=True)
+    return _handle(work, own, out)
+
+
+def all_to_all_bytes(
+    send: Tensor,
+    send_sizes: list[int],
+    receive_sizes: list[int],
+    group: dist.ProcessGroup,
+    wire: Wire,
+) -> Handle[list[Tensor]]:
+    """`send_sizes[r]` bytes of `send` to each rank r -> what came from each, views of one buffer.
+
+    A size may be 0; that of this rank itself usually is. `receive_sizes[r]` must be what r sends.
+    """
+    received = send.new_empty(sum(receive_sizes))
+    if group.size() == 1:
+        return Handle.done(list(received.copy_(send).split(receive_sizes)))
+    wire.count(accounting.all_to_all_sent(group.rank(), send_sizes))
+    work = dist.all_to_all_single(
+        received, send, receive_sizes, send_sizes, group=group, async_op=True
+    )
+    return _handle(work, send, received).then(lambda bytes_: list(bytes_.split(receive_sizes)))
+
+
+def broadcast_bytes(
+    buffer: Tensor, src: int, group: dist.ProcessGroup, wire: Wire
+) -> Handle[Tensor]:
+    """`buffer` of the rank that is number `src` in `group`, in place on all others."""
+    if group.size() == 1:
+        return Handle.done(buffer)
+    wire.count(accounting.broadcast_sent(group.size(), group.rank(), src, buffer.numel()))
+    work = dist.broadcast(buffer, group=group, group_src=src, async_op=True)
+    return _handle(work, buffer, buffer)
+
+
+def all_reduce_max(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Handle[Tensor]:
+    """Elementwise maximum of int32 `values` over the ranks, in place."""
+    if group.size() == 1:
+        return Handle.done(values)
+    wire.count(accounting.all_reduce_sent(group.size(), values.nbytes))
+    work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group, async_op=True)
+    return _handle(work, values, values)
+
+
+def _handle(work: dist.Work, sent: Tensor, result: Tensor) -> Handle[Tensor]:
+    def finish() -> Tensor:
+        work.wait()
+        _ = sent  # held until here
+        return result
+
+    return Handle(finish)
+
+
+def _all_gather_function():  # noqa: ANN202
+    # torch 2.13 renamed it, and warns of the old name, the only one that 2.11 and 2.12 have.
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
