@@ -74,8 +74,11 @@ class ReferenceKernels:
         """
         if not fmt.scaled:
             return payload.to(dtype)
-        if not payload.is_contiguous():  # a transposed operand: decode it as it lies in memory
-            return self.decode(payload.t(), scale, fmt, dtype).t()
+        if payload.ndim == 2 and payload.t().is_contiguous():  # decode it as it lies in memory
+            return self._decode(payload.t(), scale, fmt, dtype).t()
+        return self._decode(payload.contiguous(), scale, fmt, dtype)
+
+    def _decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
         values = torch.empty(payload.shape, dtype=dtype, device=payload.device)
         source, target = payload.view(-1), values.view(-1)
         factor = scale.reciprocal()

@@ -131,7 +131,7 @@ class AdamW:
                 for i, (name, own) in enumerate(self._per_weight(c))
             ]
         )
-        amax = torch.minimum(amax, bounds)  # beyond its bound a value was saturated
+        amax = self._saturated(amax, bounds)
         _replace(self.amax, amax, c.skip)
 
     def params_norm(self) -> Tensor:

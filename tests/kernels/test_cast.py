@@ -65,10 +65,43 @@ def test_decode_agrees_with_torch_on_every_finite_code(fmt):
     assert torch.equal(decode(codes, fmt), codes.view(fmt.dtype).float())
 
 
-@pytest.mark.parametrize("fmt", FP8, ids=repr)
-def test_decode_reads_any_strides(fmt):
-    codes = finite_codes(fmt)[:192].view(12, 16)
-    assert torch.equal(decode(codes.t(), fmt), decode(codes, fmt).t())
+VIEWS = {
+    "transposed": lambda t: t.view(12, 16).t(),
+    "columns": lambda t: t.view(12, 16)[:, 2:7],
+    "every other row": lambda t: t.view(12, 16)[::2],
+    "transposed columns": lambda t: t.view(12, 16)[:, 2:7].t(),
+    "permuted": lambda t: t.view(4, 6, 8).permute(2, 0, 1),
+    "strided vector": lambda t: t[::3],
+    "expanded": lambda t: t[:8].expand(5, 8),
+    "one element": lambda t: t[70],
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=repr)
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_strides(fmt, view):
+    view = VIEWS[view]
+    x = torch.randn(192, generator=torch.Generator().manual_seed(3))
+    payload = cast(x, fmt)
+    assert torch.equal(cast(view(x), fmt), view(payload))
+    assert torch.equal(decode(view(payload), fmt), view(decode(payload, fmt)))
+
+
+class SmallBlocks(ReferenceKernels):
+    block_elements = 7
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [6, 7, 8, 14, 100])
+def test_blocks_do_not_show(fmt, dtype, count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(4)).to(dtype)
+    scale = torch.tensor(2.0**5)
+    payload = KERNELS.cast(x, scale, fmt)
+    assert torch.equal(SmallBlocks().cast(x, scale, fmt), payload)
+    values = KERNELS.decode(payload, scale, fmt, dtype)
+    assert torch.equal(SmallBlocks().decode(payload, scale, fmt, dtype), values)
 
 
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)

@@ -177,6 +177,25 @@ def test_updates_without_a_bound_saturate_instead_of_overflowing(setting):
     assert saturated or setting != "#4"  # otherwise this test shows nothing
 
 
+@pytest.mark.parametrize("master", ["fp32", "bf16"])
+def test_a_master_without_a_scale_does_not_saturate_and_its_copy_follows(master):
+    w = {"linear": matrix(E4M3, E4M3, (8, 24))}
+    adam = optimizer(w, state_precision(master, "fp8_e4m3", "fp8_e4m3"), clip_grad=0.0)
+    for seed in range(3):
+        step(adam, seed)
+    # What rounding in FP8 can do to v: the next update is far beyond any bound.
+    adam.states["linear"].exp_avg_sq.payload.zero_()
+    set_gradients(w, {"linear": torch.zeros(8, 24)})
+    exact = two_pass(adam, "linear", LR)[0]
+    adam.step(LR)
+    assert exact.abs().max() * w["linear"].scale > 2 * E4M3.max  # the copy could not know
+    assert_stored(adam.states["linear"].master, exact, 0.5)
+    assert adam.amax[0, 0] == pytest.approx(exact.abs().max().item(), rel=1e-5)
+    step(adam, 3)
+    master_value = adam.states["linear"].master.dequantize(KERNELS).double()
+    assert_stored(w["linear"].compute, master_value, 0.75)  # the master was rounded itself
+
+
 def largest_update(beta1, beta2, steps):
     """|m_hat| / sqrt(v_hat) of the gradient history that makes it largest, in float64."""
     age = torch.arange(steps, dtype=torch.float64)
