@@ -52,9 +52,7 @@ def all_gather_values(
     return all_gather_bytes(layout.pack([x]), group, wire).then(unpack)
 
 
-def join(
-    shards: Sequence[ScaledTensor], kernels: ReferenceKernels, dtype: torch.dtype
-) -> Tensor:
+def join(shards: Sequence[ScaledTensor], kernels: ReferenceKernels, dtype: torch.dtype) -> Tensor:
     """Values of `shards` (each [n, ...], any scales) in `dtype`, concatenated to [n * W, ...]."""
     return torch.cat([shard.dequantize(kernels, dtype) for shard in shards])
 

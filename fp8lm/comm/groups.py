@@ -108,8 +108,10 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
 
 
 def _check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
-    if tensor_parallel < 1 or pipeline_parallel < 1 or world_size % (
-        tensor_parallel * pipeline_parallel
+    if (
+        tensor_parallel < 1
+        or pipeline_parallel < 1
+        or world_size % (tensor_parallel * pipeline_parallel)
     ):
         raise InputError(
             f"{world_size} process{'es' * (world_size > 1)} cannot be divided by "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fp8lm.comm.handles import Handle
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.split import WHOLE, Split
+from fp8lm.layers.split import Split
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
@@ -46,6 +46,9 @@ class Edge:
         return amax
 
 
+NO_EXCHANGE = (Edge(), Edge())
+
+
 class Partition:
     """How a model is divided within a layer. This one: not at all, one rank holds it."""
 
@@ -55,7 +58,7 @@ class Partition:
 
     def split(self, dim: int, parts: int = 1) -> Split:
         """This rank's part of a weight along `dim` (see `Split`)."""
-        return WHOLE
+        return Split(dim, parts)
 
     def boundary(self) -> Edge:
         """The edge of a layer towards replicated or sequence-split activations."""
@@ -69,9 +72,12 @@ class Partition:
         """Elementwise maximum over the ranks (fp32, not negative; NaN wins)."""
         return values
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over the ranks in fp32, the same bits on each."""
-        return values
+    def gather(self, values: Tensor) -> Tensor:
+        """Values (fp32, any shape) of every rank, in rank order: [size, ...]."""
+        return values[None]
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Replace every fp32 tensor by its sum over the ranks, in one exchange."""
+
+
+ALONE = Partition()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.edge import Edge
+from fp8lm.layers.edge import NO_EXCHANGE, Edge
 from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def linear(
     weight: GemmWeight,
     precision: GemmPrecision,
     bias: Tensor | None = None,
-    edges: tuple[Edge, Edge] = (Edge(), Edge()),
+    edges: tuple[Edge, Edge] = NO_EXCHANGE,
 ) -> Tensor:
     """`x W^T + b` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic.
 

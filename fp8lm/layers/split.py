@@ -66,11 +66,21 @@ class Split:
 
         With several parts the split dimension becomes two, [parts, n / parts].
         """
-        head, tail = shape[: self.dim], shape[self.dim + 1 :]
+        tail = shape[self.dim + 1 :]
+        whole = self._with_parts(shape)
+        rows = whole[len(whole) - len(tail) - 1] // self.size
+        offset = (0,) * (len(whole) - len(tail) - 1) + (rows * self.rank,)
+        return whole, (*offset, *(0,) * len(tail))
+
+    def as_block(self, local: Tensor) -> Tensor:
+        """This rank's part `local` as the block that `sections` describes, a view."""
+        return local.view(self._with_parts(tuple(local.shape)))
+
+    def _with_parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.parts == 1:
+            return tuple(shape)
         rows = shape[self.dim] // self.parts
-        middle = (rows,) if self.parts == 1 else (self.parts, rows)
-        offset = (0,) * (len(head) + len(middle) - 1) + (rows // self.size * self.rank,)
-        return (*head, *middle, *tail), (*offset, *(0,) * len(tail))
+        return (*shape[: self.dim], self.parts, rows, *shape[self.dim + 1 :])
 
 
 WHOLE = Split()

@@ -69,7 +69,8 @@ class Weight(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"{spec.local_shape} of {spec.shape}, {spec.format}, grad={spec.grad_format}"
+        part = "" if spec.split.is_whole else f" of {spec.shape}"
+        return f"{spec.local_shape}{part}, {spec.format}, grad={spec.grad_format}"
 
 
 class GemmWeight(Weight):
@@ -93,7 +94,9 @@ class GemmWeight(Weight):
         """The stored payload and scale."""
         return ScaledTensor(self.payload, self.scale, self.spec.format)
 
-    def operand(self, fmt: Format, share_amax: Callable[[Tensor], Tensor]) -> ScaledTensor:
+    def operand(
+        self, fmt: Format, share_amax: Callable[[Tensor], Tensor] = lambda amax: amax
+    ) -> ScaledTensor:
         """The weight in the format the GEMM wants; requantized only if stored in another one.
 
         `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other parts.
@@ -120,7 +123,8 @@ class VectorWeight(Weight):
 
     def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
-        self.data = nn.Parameter(torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device))
+        initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
+        self.data = nn.Parameter(initial)
         # Autograd would sum micro-batches in the parameter's bf16.
         self.data.register_post_accumulate_grad_hook(self._collect)
 
@@ -152,9 +156,7 @@ def vector_spec(
     def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.fill_(value)
 
-    return WeightSpec(
-        (size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad
-    )
+    return WeightSpec((size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad)
 
 
 def named_weights(module: nn.Module) -> dict[str, Weight]:

@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8lm.comm import Wire, all_gather, all_reduce, max_over_group, reduce_scatter
+from fp8lm.comm import (
+    Wire,
+    all_gather,
+    all_gather_bytes,
+    all_reduce,
+    max_over_group,
+    reduce_scatter,
+)
 from fp8lm.comm.handles import Handle
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.edge import Edge, Partition
@@ -32,7 +39,7 @@ from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorParallel(Partition):
     """The group, whether the sequence is split between layers, and its two wires."""
 
@@ -40,7 +47,6 @@ class TensorParallel(Partition):
     sequence_parallel: bool
     gather_wire: Wire
     reduce_wire: Wire
-
     kernels: ReferenceKernels
 
     @property
@@ -69,16 +75,19 @@ class TensorParallel(Partition):
         """See `Partition`."""
         return max_over_group(values, self.group, self.gather_wire).wait()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """See `Partition`."""
-        return all_reduce(values, FP32, self.group, self.reduce_wire, self.kernels).wait()
+        sent = values.contiguous().view(-1).view(torch.uint8)
+        gathered = all_gather_bytes(sent, self.group, self.gather_wire).wait()
+        return gathered.view(-1).view(values.dtype).view(self.size, *values.shape)
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """See `Partition`."""
         tensors = list(tensors)
         if self.size == 1 or not tensors:
             return
-        total = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        total = all_reduce(packed, FP32, self.group, self.reduce_wire, self.kernels).wait()
         for tensor, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
