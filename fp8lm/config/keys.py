@@ -79,7 +79,7 @@ def type_text(schema: Mapping[str, Any]) -> str:
 
 def suggest(path: str, keys: Mapping[str, Key]) -> str:
     """Say what an unknown `section.name`, section or bare name most likely means."""
-    section, _, name = path.rpartition(".")
+    section, _, name = path.partition(".") if "." in path else ("", "", path)
     sections = list(dict.fromkeys(key.section for key in keys.values()))
     if not section and (near := difflib.get_close_matches(name, sections, 1)):
         return f"did you mean {near[0]}?"

@@ -9,9 +9,10 @@
 With sequence parallelism a rank holds T/t of T tokens between the layers: forward gathers their
 E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel
 one; backward mirrors it with E5M2 gradients. Without, activations are replicated and partial sums
-are all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 4 of them a scale:
+are all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 16 of them a scale
+and its padding (gathered bytes have one scale, which an all-reduce of 4 bytes found):
 
-    gather (t-1) T/t F        reduce-scatter (t-1) (T/t F + 4)      all-reduce 2 (t-1) (T/t F + 4)
+    gather (t-1) T/t F        reduce-scatter (t-1) (T/t F + 16)     all-reduce 2 (t-1) (T/t F + 16)
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import E4M3, E5M2, FP32
 from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, error, own_rows, random, sent, tensor_parallel
@@ -120,3 +123,40 @@ def test_partition(run_distributed):
         assert second.tolist() == [[10.0] * 2] * 2
         assert largest.tolist() == [2.0, 5.0]
         assert gathered.tolist() == [[1.0, 5.0], [2.0, 4.0]]
+
+
+def gather_in_each_replica():
+    """Two replicas of two ranks; what the second gathers is 1000 times larger."""
+    with model_parallel_groups(tensor_parallel=2) as groups:
+        tp = replace(tensor_parallel(), group=groups.tensor_parallel)
+        size = 1000.0 if groups.data_parallel.rank() else 1.0
+        whole = (random(TOKENS, FEATURES, seed=4) * size).bfloat16()
+        edge = tp.boundary()
+        cast = edge.cast(own_rows(whole, tp), E4M3, KERNELS)
+        gathered = edge.gather(cast, E4M3, KERNELS).wait()
+    return gathered, quantize(whole, E4M3, KERNELS)
+
+
+def test_scales_are_shared_within_the_tensor_parallel_group_only(run_distributed):
+    results = run_distributed(gather_in_each_replica, 4)
+    for gathered, expected in results:
+        assert gathered.scale == expected.scale
+        assert torch.equal(gathered.payload, expected.payload)
+    assert len({gathered.scale.item() for gathered, _ in results}) == 2
+
+
+def bytes_of(precision, sequence_parallel):
+    tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=precision, reduce=precision)
+    edge, y = tp.boundary(), random(64, 64, seed=5).bfloat16()
+    edge.gather(edge.cast(own_rows(y, tp), E4M3, KERNELS), E4M3, KERNELS).wait()
+    edge.reduce(y, KERNELS).wait()
+    return sum(sent(tp))
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), CASES)
+def test_fp8_wires_send_half_the_bytes(run_distributed, size, sequence_parallel):
+    fp8, bf16 = (
+        run_distributed(bytes_of, size, precision, sequence_parallel)[0]
+        for precision in ("fp8", "bf16")
+    )
+    assert bf16 / 2 < fp8 <= 0.51 * bf16
