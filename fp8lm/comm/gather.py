@@ -24,7 +24,8 @@ def all_gather(x: ScaledTensor, group: dist.ProcessGroup, wire: Wire) -> Handle[
     """Shards [n, ...] -> the tensor [n * W, ...], in rank order.
 
     All ranks must have cast with one scale (see `max_over_group`), which therefore does not
-    travel, and have the same n. In a group of one rank the result shares the memory of `x`.
+    travel, and have the same n. `x` must not be written to before `wait()`; in a group of one
+    rank the result shares its memory.
     """
     if not x.shape:
         raise ValueError("a gathered tensor needs a first dimension")

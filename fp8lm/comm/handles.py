@@ -16,6 +16,9 @@ class Handle(Generic[T]):
     `finish` waits for the bytes and completes the arithmetic. It also holds what is being sent:
     gloo reads a buffer after the call that sends it has returned, and memory freed and reused
     meanwhile would be sent instead. After `wait()` nothing is held.
+
+    All ranks of a group start their collectives in the same order. They also wait in the same
+    order where `wait()` starts a second transfer (`all_reduce`).
     """
 
     __slots__ = ("_finish",)

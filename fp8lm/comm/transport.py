@@ -30,12 +30,12 @@ def all_gather_bytes(
     which then moves nowhere. n must be the same on all ranks: gloo aborts the job otherwise.
     """
     world_size = group.size()
-    if out is None:
-        if world_size == 1:
-            return Handle.done(own.view(1, -1))
-        out = own.new_empty(world_size, own.numel())
-    elif out.shape != (world_size, own.numel()):
+    if out is not None and out.shape != (world_size, own.numel()):
         raise ValueError(f"{world_size} x {own.numel()} bytes do not fit {tuple(out.shape)}")
+    if world_size == 1:
+        return Handle.done(own.view(1, -1) if out is None else out.copy_(own))
+    if out is None:
+        out = own.new_empty(world_size, own.numel())
     wire.count(accounting.all_gather_sent(world_size, own.numel()))
     work = _all_gather_function()(out.view(-1), own, group=group, async_op=True)
     return _handle(work, own, out)

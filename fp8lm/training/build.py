@@ -61,9 +61,17 @@ class Run:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `train.device` names; `auto` takes CUDA where there is one."""
+    """The device that `train.device` names; `auto` takes CUDA where there is one.
+
+    Raises `InputError` for CUDA where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"train.device=cuda, but this PyTorch ({torch.__version__}) sees no GPU: check the "
+            "driver and that PyTorch is a CUDA build, or use train.device=cpu"
+        )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
@@ -125,6 +133,10 @@ def build_model(
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
+    if groups.world.size() > 1:
+        raise InputError(
+            f"WORLD_SIZE={groups.world.size()}: one process is supported: start it without torchrun"
+        )
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     _check_ranks(config, groups)

@@ -55,7 +55,7 @@ def check_save_folder(root: str | os.PathLike[str]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK | os.X_OK):
             raise PermissionError(f"no permission to write in {root}")
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise InputError(f"cannot save checkpoints in {root}: {error}") from error
     settle(root)
 

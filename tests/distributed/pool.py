@@ -16,10 +16,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 60.0
+START_TIMEOUT = 100.0  # the first workers wait for seconds of imports
 
 
 class Pools:
@@ -70,13 +71,14 @@ class Pool:
     """`world_size` processes joined in a gloo group."""
 
     def __init__(self, context, world_size):
-        self._folder = tempfile.TemporaryDirectory()  # of its own: parallel sessions never meet
+        # Here, not in rank 0, and on any free port: parallel sessions never meet.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._connections, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=serve,
-                args=(theirs, f"{self._folder.name}/store", rank, world_size),
+                args=(theirs, self._store.port, rank, world_size),
                 name=f"rank {rank} of {world_size}",
                 daemon=True,
             )
@@ -84,22 +86,29 @@ class Pool:
             theirs.close()  # so that a worker's death is the end of the file here
             self._connections.append(ours)
             self._processes.append(process)
+        try:
+            self._answers("start", START_TIMEOUT)
+        except BaseException:
+            self.kill()
+            raise
 
     def run(self, function, args, timeout):
         """See `Pools.run`."""
         task = pickle.dumps((function, args))
-        deadline = time.monotonic() + timeout
-        results, silent = {}, dict(enumerate(self._connections))
-        try:
+        # A worker that has died since the last call is told of with the answers.
+        with suppress(BrokenPipeError):
             for pipe in self._connections:
                 pipe.send_bytes(task)
-        except BrokenPipeError:
-            pass  # a worker has died since the last call: told below
+        return self._answers(function.__name__, timeout)
+
+    def _answers(self, to, timeout):
+        deadline = time.monotonic() + timeout
+        results, silent = {}, dict(enumerate(self._connections))
         while silent:
             ready = connection.wait(silent.values(), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(
-                    f"{function.__name__}: no answer from rank {', '.join(map(str, silent))} of "
+                    f"{to}: no answer from rank {', '.join(map(str, silent))} of "
                     f"{len(self._connections)} within {timeout:g} s"
                 )
             for rank in [rank for rank, pipe in silent.items() if pipe in ready]:
@@ -124,15 +133,14 @@ class Pool:
         for process, pipe in zip(self._processes, self._connections, strict=True):
             process.join()
             pipe.close()
-        self._folder.cleanup()
 
 
-def serve(pipe, store, rank, world_size):
+def serve(pipe, port, rank, world_size):
     """A worker: join the group, then answer calls until the other end closes."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
-    )
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    pipe.send_bytes(pickle.dumps((None, None)))
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

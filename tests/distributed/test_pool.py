@@ -83,7 +83,7 @@ def test_exception_that_cannot_be_pickled(run_distributed):
 
 def test_silent_ranks_are_named(run_distributed):
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match="hang_on: no answer from rank 0, 1 of 2 within 0.5 s"):
+    with pytest.raises(TimeoutError, match=r"hang_on: no answer from rank 0, 1 of 2 within 0\.5 s"):
         run_distributed(hang_on, 2, [1], timeout=0.5)  # rank 0 waits for rank 1 at the end
     assert time.monotonic() - start < 10
 

@@ -27,21 +27,21 @@ def state_precision(master="fp16", exp_avg="fp8_e4m3", exp_avg_sq="fp16", *, sto
 FP32_STATES = state_precision("fp32", "fp32", "fp32")
 
 
-def matrix(fmt=E4M3, grad=E4M3, shape=(24, 40)):
+def matrix(fmt=E4M3, grad=E4M3, shape=(24, 40), device=CPU):
     spec = WeightSpec(shape, lambda tensor, generator: tensor, fmt, grad)
-    return GemmWeight(spec, KERNELS, CPU)
+    return GemmWeight(spec, KERNELS, device)
 
 
-def vector(fmt=BF16, size=40):
-    return VectorWeight(vector_spec(size, 0.0, fmt), KERNELS, CPU)
+def vector(fmt=BF16, size=40, device=CPU):
+    return VectorWeight(vector_spec(size, 0.0, fmt), KERNELS, device)
 
 
-def weights(fmt=E4M3, grad=E4M3, dense=BF16):
+def weights(fmt=E4M3, grad=E4M3, dense=BF16, device=CPU):
     """A matrix of a linear layer, an embedding, a norm."""
     return {
-        "linear": matrix(fmt, grad),
-        "embedding": matrix(dense, FP32, (50, 16)),
-        "norm": vector(dense),
+        "linear": matrix(fmt, grad, device=device),
+        "embedding": matrix(dense, FP32, (50, 16), device),
+        "norm": vector(dense, device=device),
     }
 
 
@@ -72,8 +72,9 @@ def random_gradients(weight_dict, seed, amplitude=1e-2):
 
 def set_gradients(weight_dict, gradients):
     for name, gradient in gradients.items():
-        weight_dict[name].grad.zero()
-        weight_dict[name].grad.add(gradient)
+        grad = weight_dict[name].grad
+        grad.zero()
+        grad.add(gradient.to(grad.value.device))
 
 
 def step(adam, seed, amplitude=1e-2, lr=LR):

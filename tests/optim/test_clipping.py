@@ -9,6 +9,7 @@ import torch
 
 from fp8lm.layers.weight import named_weights
 from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.optim import clipping
 from fp8lm.optim.clipping import gradient_norm
 from tests.model.tiny import batch, build, loss_and_gradients
 from tests.optim.bench import (
@@ -41,6 +42,17 @@ def test_norm_and_amax_of_the_dequantized_gradients(grad, amplitude):
     assert norm.norm.item() == pytest.approx(exact_norm(gradients), rel=1e-5)
     assert norm.amax.tolist() == [g.dequantize(KERNELS).abs().max().item() for g in gradients]
     assert not norm.skip
+
+
+@pytest.mark.parametrize("block", [1, 100, 960])
+@pytest.mark.parametrize("grad", [E4M3, FP32], ids=repr)
+def test_norm_over_several_blocks(monkeypatch, block, grad):
+    gradients = gradients_of(weights(grad=grad))
+    whole = gradient_norm(gradients, 1.0, KERNELS)
+    monkeypatch.setattr(clipping, "BLOCK", block)
+    norm = gradient_norm(gradients, 1.0, KERNELS)
+    torch.testing.assert_close(norm.norm, whole.norm, rtol=1e-6, atol=0)
+    assert torch.equal(norm.amax, whole.amax)
 
 
 @pytest.mark.parametrize("clip", [0.1, 1.0, 100.0])

@@ -30,9 +30,9 @@ SETTINGS = {
 EVENTS = [math.nan, math.inf, -math.inf]
 
 
-def make(setting):
+def make(setting, device="cpu"):
     fmt, grad, states = SETTINGS[setting]
-    w = weights(fmt, grad, FP32 if fmt == FP32 else BF16)
+    w = weights(fmt, grad, FP32 if fmt == FP32 else BF16, torch.device(device))
     return optimizer(w, state_precision(*states, stochastic=True))
 
 
@@ -96,3 +96,17 @@ def test_skip_flag_is_a_tensor():
     for value in (norm.norm, norm.clip_factor, norm.skip):
         assert isinstance(value, torch.Tensor)
         assert value.ndim == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("event", EVENTS)
+def test_not_a_byte_changes_where_the_flag_stays_on_the_device(setting, event):
+    adam, undisturbed = make(setting, "cuda"), make(setting, "cuda")
+    for seed in range(3):
+        before = all_bytes(adam)
+        assert bad_step(adam, "linear", event).skip
+        assert_same_bytes(before, all_bytes(adam))
+        step(adam, seed)
+        step(undisturbed, seed)
+    assert_same_bytes(all_bytes(adam), all_bytes(undisturbed))

@@ -211,7 +211,7 @@ def processes_left(group):
 )
 def test_stopped_it_leaves_no_data_and_no_process(tmp_path, model, sent):
     # When the first document is written one worker is at the long one, the other has nothing.
-    long = [{"text": TEXTS[6] * count} for count in (5000, 40000)]
+    long = [{"text": TEXTS[6] * count} for count in (5000, 200000)]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", *long)
     command = [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "P"]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]

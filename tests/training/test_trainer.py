@@ -9,6 +9,7 @@ import torch
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError
+from fp8lm.training.build import resolve_device
 from fp8lm.training.checkpoint import latest_iteration
 from fp8lm.training.state import model_tensors, optimizer_tensors
 
@@ -174,3 +175,9 @@ def test_every_preset_learns(preset, tiny_config, train_run, read_metrics, tmp_p
     train_run(config)
     losses = [line["lm loss"] for line in read_metrics(tmp_path) if "lm loss" in line]
     assert losses[-1] < 3.5 < 4.5 < losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_one_clear_message():
+    with pytest.raises(InputError, match=r"train.device=cuda, but .* sees no GPU"):
+        resolve_device("cuda")

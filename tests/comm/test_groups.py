@@ -1,0 +1,106 @@
+"""Process groups in Megatron's order, from a launcher's environment or without one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fp8lm.comm.groups import model_parallel_groups, process_groups, rank_device
+from fp8lm.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def members(groups):
+    """Ranks of the world in each group, and whether this rank writes."""
+    names = ("tensor_parallel", "data_parallel", "pipeline_parallel", "world")
+    return [dist.get_process_group_ranks(getattr(groups, n)) for n in names], groups.is_main
+
+
+def divide(tensor_parallel, pipeline_parallel):
+    sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    with model_parallel_groups(**sizes) as groups:
+        return members(groups)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tp", "pp"), [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 4, 1), (8, 2, 2)]
+)
+def test_tensor_then_data_then_pipeline(run_distributed, world_size, tp, pp):
+    dp = world_size // (tp * pp)
+    grid = torch.arange(world_size).view(pp, dp, tp)
+    for rank, (groups, is_main) in enumerate(run_distributed(divide, world_size, tp, pp)):
+        stage, replica, shard = (grid == rank).nonzero()[0].tolist()
+        assert groups == [
+            grid[stage, replica, :].tolist(),
+            grid[stage, :, shard].tolist(),
+            grid[:, replica, shard].tolist(),
+            list(range(world_size)),
+        ]
+        assert is_main == (rank == 0)
+
+
+def test_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):  # leaves nothing behind that the next would trip over
+        with process_groups(CPU) as groups:
+            assert members(groups) == ([[0]] * 4, True)
+    assert not dist.is_initialized()
+
+
+def threads_after(repeats):
+    for _ in range(repeats):
+        divide(2, 1)
+    return threading.active_count(), len(os.listdir("/proc/self/task"))
+
+
+def test_groups_leave_nothing_behind(run_distributed):
+    few, many = (run_distributed(threads_after, 2, repeats) for repeats in (1, 4))
+    assert few == many
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (0, 1)])
+def test_one_process_cannot_be_divided(tp, pp):
+    with (
+        pytest.raises(InputError, match=f"1 process cannot .*tensor_model_parallel_size={tp}"),
+        process_groups(CPU, tensor_parallel=tp, pipeline_parallel=pp),
+    ):
+        pass
+    assert not dist.is_initialized()
+
+
+def under_a_launcher(port, rejoin):
+    """Leave the pool's group, run as torchrun would start this rank, and come back."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with mock.patch.dict(os.environ, environment):
+        with pytest.raises(InputError, match="start a multiple of 3"):
+            process_groups(CPU, tensor_parallel=3).__enter__()
+        with process_groups(rank_device(CPU), tensor_parallel=2) as groups:
+            found = members(groups)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rejoin}", rank=rank, world_size=world_size
+    )
+    return found
+
+
+def test_environment_of_a_launcher(run_distributed, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = run_distributed(under_a_launcher, 2, port, str(tmp_path / "rejoin"))
+    assert found == [([[0, 1], [rank], [rank], [0, 1]], rank == 0) for rank in range(2)]
