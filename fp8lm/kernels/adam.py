@@ -45,6 +45,9 @@ class StoredTensor:
     format: Format
 
 
+Cast = Callable[[Tensor, StoredTensor, int], Tensor]
+
+
 def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
     """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
     g.mul_(c.clip_factor)
@@ -61,20 +64,19 @@ def adam_step(
     states: tuple[StoredTensor, StoredTensor, StoredTensor],
     compute: StoredTensor | None,
     coefficients: AdamCoefficients,
-    cast_master: Callable[[Tensor, StoredTensor, int], Tensor],
+    casts: tuple[Cast, Cast, Cast],
 ) -> Tensor:
     """One step over a whole tensor; payloads are rewritten in place unless `skip` is set.
 
     `states` are (master weight, first moment, second moment); `compute` is the copy that GEMMs
-    read, None if the master is that copy. `cast_master(values, master, first_element)` rounds a
-    block of the master weight. Returns fp32 [3]: the true amax of new master, m and v (0 where no
-    copy of them has a scale). Scales are the caller's to replace afterwards.
+    read, None if the master is that copy. `casts` round a block of each state,
+    `cast(values, state, first_element)`. Returns fp32 [3]: the true amax of new master, m and v
+    (0 where no copy of them has a scale). Scales are the caller's to replace afterwards.
     """
-    master, exp_avg, exp_avg_sq = states
     needs_amax = [state.format.scaled for state in states]
     needs_amax[0] |= compute is not None and compute.format.scaled
-    amax = torch.zeros(3, device=master.payload.device)
-    for start in range(0, master.payload.numel(), BLOCK):
+    amax = torch.zeros(3, device=gradient[0].device)
+    for start in range(0, gradient[0].numel(), BLOCK):
         block = slice(start, start + BLOCK)
         w, m, v = (_read(kernels, state, block, coefficients.skip) for state in states)
         g_payload, g_scale, g_format = gradient
@@ -84,11 +86,11 @@ def adam_step(
         for kind, value in enumerate((w, m, v)):
             if needs_amax[kind]:
                 amax[kind] = torch.maximum(amax[kind], kernels.amax(value))
-        _write(cast_master(w, master, start), master, block, coefficients.skip)
-        _write(_cast(kernels, m, exp_avg), exp_avg, block, coefficients.skip)
-        _write(_cast(kernels, v, exp_avg_sq), exp_avg_sq, block, coefficients.skip)
+        for cast, state, value in zip(casts, states, (w, m, v), strict=True):
+            _write(cast(value, state, start), state, block, coefficients.skip)
         if compute is not None:
-            _write(_cast(kernels, w, compute), compute, block, coefficients.skip)
+            payload = kernels.cast(w, compute.new_scale, compute.format)
+            _write(payload, compute, block, coefficients.skip)
     return amax
 
 
@@ -98,10 +100,6 @@ def _read(kernels, stored: StoredTensor, block: slice, skip: Tensor | None) -> T
     # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.
     in_place = stored.format.dtype == torch.float32 and skip is not None
     return values.clone() if in_place else values
-
-
-def _cast(kernels, values: Tensor, stored: StoredTensor) -> Tensor:  # noqa: ANN001
-    return kernels.cast(values, stored.new_scale, stored.format)
 
 
 def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor | None) -> None:

@@ -25,19 +25,34 @@ def noise_bits(index: Tensor, key: Tensor) -> Tensor:
     return _xorshift(x, 16)
 
 
-def cast_stochastic(x: Tensor, scale: Tensor, fmt: Format, noise: Tensor) -> Tensor:
+def cast_stochastic(
+    x: Tensor, scale: Tensor, fmt: Format, noise: Tensor, *, subnormals_only: bool = False
+) -> Tensor:
     """`x * scale` (fp32) in `fmt`, rounded up with the probability of the distance cut off.
 
     Random bits are added below the last mantissa bit that `fmt` keeps, and what is below is
-    dropped. Saturates; NaN stays NaN; in `fmt`'s subnormal range rounding is to nearest (there
-    the format keeps fewer bits than are cut). Payload of dtype `fmt.storage`.
+    dropped. With `subnormals_only`, numbers that `fmt` holds with its full precision are rounded
+    to nearest. Saturates; NaN stays NaN. Payload of dtype `fmt.storage`.
     """
     scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
+    normal = scaled if subnormals_only else _round_normal(scaled, fmt, noise)
+    is_subnormal = scaled.abs() < fmt.smallest_normal  # false for NaN
+    rounded = torch.where(is_subnormal, _round_subnormal(scaled, fmt, noise), normal)
+    return rounded.to(fmt.dtype).view(fmt.storage)
+
+
+def _round_normal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     dropped = _FP32_MANTISSA_BITS - fmt.mantissa_bits
-    bits = scaled.view(torch.int32)
-    rounded = bits.add(noise.bitwise_and((1 << dropped) - 1)).bitwise_and_(-(1 << dropped))
-    keep = torch.isfinite(scaled) & (scaled.abs() >= fmt.smallest_normal)
-    return torch.where(keep, rounded.view(torch.float32), scaled).to(fmt.dtype).view(fmt.storage)
+    bits = scaled.view(torch.int32).add(noise.bitwise_and((1 << dropped) - 1))
+    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
+    return torch.where(torch.isfinite(scaled), rounded, scaled)
+
+
+def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
+    # The other half of the noise: the master weight's lower bits use the lower one.
+    uniform = noise.bitwise_right_shift(16).bitwise_and_(0xFFFF).float().add_(0.5).mul_(2.0**-16)
+    steps = torch.mul(scaled, 1.0 / fmt.smallest_subnormal).add_(uniform).floor_()
+    return steps.mul_(fmt.smallest_subnormal)
 
 
 def _xorshift(x: Tensor, shift: int) -> Tensor:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.adam import AdamCoefficients, StoredTensor, adam_step
+from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.kernels.rounding import cast_stochastic, noise_bits
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.weight import Weight
 from fp8lm.numerics import Format, format_by_name, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
 from fp8lm.optim.clipping import GradientNorm, gradient_norm
+from fp8lm.optim.rounding import StateRounding
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
@@ -227,25 +227,19 @@ class AdamW:
             copy = weight.compute
             compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
         gradient = weight.grad.value.operand
-        amax = adam_step(self.kernels, gradient, states, compute, c, self._master_cast(name))
+        amax = adam_step(self.kernels, gradient, states, compute, c, self._casts(name))
         for tensor in states if compute is None else (*states, compute):
             if tensor.format.scaled:
                 _replace(tensor.scale, tensor.new_scale, c.skip)
         return amax
 
-    def _master_cast(self, name: str):  # noqa: ANN202
-        if not self.precision.stochastic_master:
-            return lambda w, master, start: self.kernels.cast(w, master.new_scale, master.format)
+    def _casts(self, name: str) -> tuple[Cast, Cast, Cast]:
+        """How the states of weight `name` are rounded in this step (see `StateRounding`)."""
         base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
         key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
-        spec = self.weights[name].spec
-
-        def cast(w: Tensor, master: StoredTensor, start: int) -> Tensor:
-            index = spec.split.element_index(spec.shape, start, w.numel(), w.device)
-            noise = noise_bits(index, key)
-            return cast_stochastic(w, master.new_scale, master.format, noise)
-
-        return cast
+        rounding = StateRounding(self.kernels, key, self.weights[name].spec)
+        master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
+        return master, rounding.stochastic_subnormals, rounding.nearest
 
 
 def _replace(target: Tensor, value: Tensor, skip: Tensor | None) -> None:

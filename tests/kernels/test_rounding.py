@@ -87,12 +87,25 @@ def test_scale_is_an_exponent_shift(fmt, scale):
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
-def test_subnormals_go_to_the_nearest(fmt):
-    x = torch.linspace(-0.999, 0.999, 500) * fmt.smallest_normal
-    nearest = KERNELS.cast(x, ONE, fmt)
-    for key in range(5):
-        payload = cast_stochastic(x, ONE, fmt, noise(500, key))
-        assert torch.equal(payload.view(nearest.dtype), nearest)
+@pytest.mark.parametrize("subnormals_only", [False, True])
+def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
+    keys, step = 400, fmt.smallest_subnormal
+    x = torch.linspace(-0.999, 0.999, 301) * fmt.smallest_normal
+    total = torch.zeros_like(x)
+    for key in range(keys):
+        payload = cast_stochastic(x, ONE, fmt, noise(len(x), key), subnormals_only=subnormals_only)
+        values = KERNELS.decode(payload, ONE, fmt, torch.float32)
+        assert ((values - x).abs() < step).all()
+        total += values
+    # A Bernoulli step has a standard deviation of at most half a step; 5 sigma over all means.
+    assert ((total / keys - x).abs() <= 5 * 0.5 * step / keys**0.5).all()
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
+def test_subnormals_only_leaves_normal_numbers_to_the_nearest(fmt):
+    x = normal_numbers(fmt)
+    payload = cast_stochastic(x, ONE, fmt, noise(len(x), 1), subnormals_only=True)
+    assert torch.equal(payload, KERNELS.cast(x, ONE, fmt))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)
