@@ -133,10 +133,6 @@ def build_model(
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
-    if groups.world.size() > 1:
-        raise InputError(
-            f"WORLD_SIZE={groups.world.size()}: one process is supported: start it without torchrun"
-        )
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     _check_ranks(config, groups)
@@ -173,8 +169,8 @@ def _check_ranks(config: Config, groups: ProcessGroups) -> None:
     ranks, world_size = config.parallel.tensor_model_parallel_size, groups.world.size()
     if world_size != ranks:
         raise InputError(
-            f"{world_size} processes for parallel.tensor_model_parallel_size = {ranks}: start "
-            f"{ranks}, one for each part of the model"
+            f"WORLD_SIZE={world_size} for parallel.tensor_model_parallel_size = {ranks}: start "
+            f"{ranks} processes, one for each part of the model"
         )
 
 

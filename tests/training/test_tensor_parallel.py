@@ -193,4 +193,4 @@ def train_refused(config):
 
 def test_processes_that_hold_no_part_are_refused(tiny_config, run_distributed):
     for message in run_distributed(train_refused, 2, tiny_config()):
-        assert "2 processes for parallel.tensor_model_parallel_size = 1: start 1" in message
+        assert "WORLD_SIZE=2 for parallel.tensor_model_parallel_size = 1: start 1" in message
