@@ -15,12 +15,13 @@ def main(argv: list[str]) -> None:
     """Read the config, build the run, train it."""
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
-    from fp8lm.comm.groups import process_groups
+    from fp8lm.comm.groups import process_groups, rank_device
     from fp8lm.training.build import build, resolve_device
     from fp8lm.training.trainer import Trainer
 
-    device = resolve_device(config.train.device)
-    with process_groups(device) as groups:
+    device = rank_device(resolve_device(config.train.device))
+    ranks = config.parallel.tensor_model_parallel_size
+    with process_groups(device, tensor_parallel=ranks) as groups:
         Trainer(build(config, groups, device)).train()
 
 

@@ -3,6 +3,7 @@
 from fp8lm.config.command_line import parse_command_line
 from fp8lm.config.loading import build_config, load_config
 from fp8lm.config.model import ModelConfig
+from fp8lm.config.parallel import ParallelConfig
 from fp8lm.config.precision import PRESETS, PrecisionConfig
 from fp8lm.config.root import Config
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
@@ -16,6 +17,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "PrecisionConfig",
     "SchedulerConfig",
     "TokenizerConfig",

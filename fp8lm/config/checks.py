@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fp8lm.config.root import Config
 
 FP8_GEMM_MULTIPLE = 16  # cuBLASLt: every dimension of an FP8 GEMM
+_TP = "parallel.tensor_model_parallel_size"
 
 
 def find_problems(config: Config) -> list[str]:
@@ -27,6 +28,7 @@ def find_problems(config: Config) -> list[str]:
         _checkpoint,
         _formats,
         _fp8_gemms,
+        _tensor_parallel,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -241,17 +243,50 @@ def _fp8_gemms(config: Config) -> Iterator[str]:
         return
     model, train = config.model, config.train
     queries, kv = model.query_projection_size, model.kv_projection_size
-    dimensions = {
+    whole = {
         "model.hidden_size": model.hidden_size,
+        "model.seq_length * train.micro_batch_size": model.seq_length * train.micro_batch_size,
+    }
+    split = {
         "model.ffn_hidden_size": model.ffn_hidden_size,
         "model.num_attention_heads * model.kv_channels": queries,
         "the width of queries, keys and values (model.num_query_groups, model.kv_channels)": queries
         + 2 * kv,
-        "model.seq_length * train.micro_batch_size": model.seq_length * train.micro_batch_size,
     }
-    for name, size in dimensions.items():
-        if size % FP8_GEMM_MULTIPLE:
+    ranks = config.parallel.tensor_model_parallel_size
+    for dimensions, parts in ((whole, 1), (split, ranks)):
+        for name, size in dimensions.items():
+            # A size that does not divide at all is told by another check.
+            if size % parts == 0 and size // parts % FP8_GEMM_MULTIPLE:
+                of_rank = f" / {_TP} = {ranks} is {size // parts}, " if parts > 1 else " is "
+                yield (
+                    f"{name} = {size}{of_rank}not a multiple of {FP8_GEMM_MULTIPLE}, which FP8 "
+                    "GEMMs need (precision.gemm = fp8)"
+                )
+
+
+def _tensor_parallel(config: Config) -> Iterator[str]:
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    if ranks == 1:
+        if config.parallel.sequence_parallel:
             yield (
-                f"{name} = {size} is not a multiple of {FP8_GEMM_MULTIPLE}, which FP8 GEMMs need "
-                "(precision.gemm = fp8)"
+                f"parallel.sequence_parallel = true needs {_TP} > 1: one rank has the whole "
+                "sequence"
             )
+        return
+    divided = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    if config.parallel.sequence_parallel:
+        divided["model.seq_length"] = model.seq_length
+    for name, size in divided.items():
+        if size % ranks:
+            yield f"{name} = {size} is not divisible by {_TP} = {ranks}"
+    for name, rate in (
+        ("model.hidden_dropout", model.hidden_dropout),
+        ("model.attention_dropout", model.attention_dropout),
+    ):
+        if rate:
+            yield f"{name} = {rate:g} needs {_TP} = 1, not {ranks}: dropout is for one rank"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 from fp8lm.config.keys import Key, list_keys
 from fp8lm.config.precision import PRESETS
@@ -38,7 +39,12 @@ def _describe(key: Key) -> str:
 
 def _preset_table() -> str:
     rows = [("preset", *PRESETS)]
-    for key in PRESETS["o3"]:
-        rows.append((key, *(str(preset[key]).lower() for preset in PRESETS.values())))
+    for key, value in PRESETS["o3"].items():
+        if isinstance(value, Mapping):
+            for name in value:
+                cells = (preset[key][name] for preset in PRESETS.values())
+                rows.append((f"{key}.{name}", *cells))
+        else:
+            rows.append((key, *(str(preset[key]).lower() for preset in PRESETS.values())))
     lines = ["  ".join(cell.ljust(24 if i == 0 else 10) for i, cell in enumerate(r)) for r in rows]
     return "What the presets say:\n" + "\n".join(f"  {line}".rstrip() for line in lines)

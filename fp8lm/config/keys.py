@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ _BOUNDS = (
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its section, its name, and its type, default and meaning in words."""
+    """One key: its section, its name, and its type, default and meaning in words.
+
+    A key inside a group of keys has a name of two parts, `wire.gather`.
+    """
 
     section: str
     name: str
@@ -40,12 +43,22 @@ def list_keys() -> dict[str, Key]:
     keys = {}
     for section, field in Config.model_fields.items():
         schema = definitions[field.annotation.__name__]
-        required = schema.get("required", ())
-        for name, value in schema["properties"].items():
-            default = "required" if name in required else _value_text(value.get("default"))
-            key = Key(section, name, type_text(value), default, value["description"])
+        for key in _keys_of(section, schema, definitions):
             keys[key.path] = key
     return keys
+
+
+def _keys_of(
+    section: str, schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str = ""
+) -> Iterator[Key]:
+    required = schema.get("required", ())
+    for name, value in schema["properties"].items():
+        if "$ref" in value:
+            group = definitions[value["$ref"].rpartition("/")[2]]
+            yield from _keys_of(section, group, definitions, f"{prefix}{name}.")
+            continue
+        default = "required" if name in required else _value_text(value.get("default"))
+        yield Key(section, prefix + name, type_text(value), default, value["description"])
 
 
 def type_text(schema: Mapping[str, Any]) -> str:
@@ -66,7 +79,7 @@ def type_text(schema: Mapping[str, Any]) -> str:
 
 def suggest(path: str, keys: Mapping[str, Key]) -> str:
     """Say what an unknown `section.name`, section or bare name most likely means."""
-    section, _, name = path.rpartition(".")
+    section, _, name = path.partition(".") if "." in path else ("", "", path)
     sections = list(dict.fromkeys(key.section for key in keys.values()))
     if not section and (near := difflib.get_close_matches(name, sections, 1)):
         return f"did you mean {near[0]}?"

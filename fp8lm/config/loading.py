@@ -81,6 +81,8 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
     unknown, wrong, missing = [], {}, []
     for problem in error.errors():
         kind, place = problem["type"], problem["loc"][:2]
+        if ".".join(map(str, problem["loc"][:3])) in keys or kind == "extra_forbidden":
+            place = problem["loc"][:3]  # a key inside a group of keys
         path = ".".join(str(part) for part in place)
         if kind in ("extra_forbidden", "invalid_key"):
             unknown.append(f"unknown key {path}: {suggest(path, keys)}")

@@ -7,6 +7,7 @@ drops what the earlier preset had filled in, another tokenizer drops the earlier
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -51,8 +52,14 @@ def _drop_preset_values(lower: Layer, upper: Layer) -> None:
     before, after = lower.get("preset"), upper.get("preset")
     if after is None or before == after or not isinstance(before, str):
         return
-    for key, value in PRESETS.get(before, {}).items():
-        if lower.get(key) == value:
+    _drop_equal(lower, PRESETS.get(before, {}))
+
+
+def _drop_equal(lower: Layer, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _drop_equal(_section(lower, key), value)
+        elif lower.get(key) == value:
             del lower[key]
 
 

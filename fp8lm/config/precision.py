@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8lm.config.section import Bool, Section, derived
 
@@ -22,6 +22,7 @@ MainGradsDtype = Literal["fp8_e4m3", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 Rounding = Literal["nearest", "stochastic"]
 PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
+WireFormat = Literal["fp8", "bf16"]
 
 
 def _preset(
@@ -32,6 +33,7 @@ def _preset(
     exp_avg: MomentDtype,
     exp_avg_sq: MomentDtype,
     rounding: Rounding,
+    wire: WireFormat,
 ) -> Mapping[str, Any]:
     return MappingProxyType(
         {
@@ -43,17 +45,20 @@ def _preset(
             "exp_avg_sq_dtype": exp_avg_sq,
             "master_rounding": rounding,
             "first_last_layers_bf16": False,
+            "wire": MappingProxyType({"gather": wire, "reduce": wire}),
         }
     )
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "bf16": _preset("bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest"),
-        "te": _preset("fp8", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest"),
-        "o1": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp32", "fp32", "stochastic"),
-        "o2": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic"),
-        "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic"),
+        "bf16": _preset("bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest", "bf16"),
+        "te": _preset("fp8", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest", "bf16"),
+        "o1": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp32", "fp32", "stochastic", "fp8"),
+        "o2": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic", "fp8"),
+        "o3": _preset(
+            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic", "fp8"
+        ),
     }
 )
 
@@ -61,6 +66,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def _of_preset(key: str, description: str) -> Any:
     return derived(
         lambda precision: PRESETS[precision["preset"]][key], "what the preset says", description
+    )
+
+
+class WireConfig(Section):
+    """What travels between the ranks of a tensor-parallel group."""
+
+    gather: WireFormat | None = Field(
+        None,
+        description="Activations and gradients that sequence parallelism gathers. Null: what the "
+        "preset says.",
+    )
+    reduce: WireFormat | None = Field(
+        None, description="Partial sums of activations and gradients. Null: what the preset says."
     )
 
 
@@ -91,3 +109,15 @@ class PrecisionConfig(Section):
         "first_last_layers_bf16",
         "Keep the first and the last transformer layer's linear layers in BF16.",
     )
+    wire: WireConfig = Field(
+        default_factory=WireConfig,
+        description="What travels between ranks; an FP32 model's wires carry FP32 where they do "
+        "not carry FP8.",
+    )
+
+    @model_validator(mode="after")
+    def _wires_of_preset(self) -> PrecisionConfig:
+        given = {k: v for k, v in self.wire.model_dump().items() if v is not None}
+        wire = WireConfig(**{**PRESETS[self.preset]["wire"], **given})
+        object.__setattr__(self, "wire", wire)  # sections are frozen
+        return self

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fp8lm.config.checks import find_problems
 from fp8lm.config.model import ModelConfig
+from fp8lm.config.parallel import ParallelConfig
 from fp8lm.config.precision import PrecisionConfig
 from fp8lm.config.section import Section
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
@@ -24,6 +25,9 @@ class Config(Section):
     model: ModelConfig = Field(description="Shape of the network.")
     precision: PrecisionConfig = Field(
         default_factory=PrecisionConfig, description="Storage format of every tensor kept."
+    )
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="Ranks that hold the model together."
     )
     train: TrainConfig = Field(description="Batches, length of the run, evaluation, device.")
     optimizer: OptimizerConfig = Field(description="AdamW.")

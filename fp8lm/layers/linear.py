@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.layers.edge import NO_EXCHANGE, Edge
+from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Linear(nn.Module):
     """`y = x W^T + b` for x of shape [..., in_features]; weight stored [out_features, in_features].
 
     Input and output are of `precision.output` dtype. In FP8 the sizes and the number of tokens
-    must be divisible by 16 (ValueError otherwise), as the tensor cores demand.
+    must be divisible by 16 (ValueError otherwise), as the tensor cores demand. `input_edge` and
+    `output_edge` say what is exchanged with other ranks (see `fp8lm.layers.edge`).
     """
 
     def __init__(
@@ -55,29 +57,36 @@ class Linear(nn.Module):
         precision: GemmPrecision,
         kernels: ReferenceKernels,
         device: torch.device,
-        bias: bool,
+        bias: WeightSpec | None = None,
+        input_edge: Edge | None = None,
+        output_edge: Edge | None = None,
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.input_edge = input_edge or Edge()
+        self.output_edge = output_edge or Edge()
         self.weight = GemmWeight(weight, kernels, device)
-        self.bias = None
-        if bias:
-            bias_format = FP32 if precision.output == torch.float32 else BF16
-            self.bias = VectorWeight(
-                vector_spec(weight.shape[0], 0.0, bias_format), kernels, device
-            )
+        self.bias = None if bias is None else VectorWeight(bias, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
+        """[..., I] -> [..., O] of this rank's tokens and features."""
         bias = None if self.bias is None else self.bias.data
-        return linear(x, self.weight, self.precision, bias)
+        edges = self.input_edge, self.output_edge
+        return linear(x, self.weight, self.precision, bias, edges)
 
 
 def linear(
-    x: Tensor, weight: GemmWeight, precision: GemmPrecision, bias: Tensor | None = None
+    x: Tensor,
+    weight: GemmWeight,
+    precision: GemmPrecision,
+    bias: Tensor | None = None,
+    edges: tuple[Edge, Edge] = NO_EXCHANGE,
 ) -> Tensor:
-    """`x W^T + b` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic."""
-    return _LinearFunction.apply(x, weight.anchor, bias, weight, precision)
+    """`x W^T + b` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic.
+
+    The first dimension of `x` is the one that the edges (input, output) gather and scatter.
+    """
+    return _LinearFunction.apply(x, weight.anchor, bias, weight, precision, edges)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -89,32 +98,43 @@ class _LinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         weight: GemmWeight,
         precision: GemmPrecision,
+        edges: tuple[Edge, Edge],
     ) -> Tensor:
-        kernels = weight.kernels
-        x_TI = quantize(x.reshape(-1, x.shape[-1]), precision.input, kernels)
-        w_OI = weight.operand(precision.weight)
+        kernels, (input_edge, output_edge) = weight.kernels, edges
+        x_saved = input_edge.cast(x.reshape(-1, x.shape[-1]), precision.input, kernels)
+        gathering = input_edge.gather(x_saved, precision.input, kernels)
+        w_OI = weight.operand(precision.weight, input_edge.share_amax)
+        x_TI = gathering.wait()
         y_TO = kernels.gemm(
             x_TI.operand, w_OI.operand, out_dtype=precision.output, fast_accumulation=True
         )
+        y_TO = output_edge.reduce(y_TO, kernels).wait()
         if bias is not None:
             y_TO.add_(bias)
-        ctx.save_for_backward(x_TI.payload, x_TI.scale)
-        ctx.weight, ctx.precision, ctx.input_shape = weight, precision, x.shape
-        return y_TO.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x_saved.payload, x_saved.scale)
+        ctx.weight, ctx.precision, ctx.edges = weight, precision, edges
+        ctx.saved_format, ctx.input_shape = x_saved.format, x.shape
+        # Of the leading dimensions only the first can have changed.
+        return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        weight, precision = ctx.weight, ctx.precision
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, precision, (input_edge, output_edge) = ctx.weight, ctx.precision, ctx.edges
         kernels, dtype = weight.kernels, precision.output
         dy = dy.reshape(-1, dy.shape[-1])
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dy_TO = quantize(dy, precision.grad_output, kernels)
-        dx = None
+        sent = output_edge.cast(dy, precision.grad_output, kernels)
+        dy_TO = output_edge.gather(sent, precision.grad_output, kernels).wait()
+        # The inputs travel while dgrad runs, its result while wgrad runs.
+        x_saved = ScaledTensor(*ctx.saved_tensors, ctx.saved_format)
+        gathering = input_edge.gather(x_saved, precision.input, kernels)
+        reducing = None
         if ctx.needs_input_grad[0]:
-            w_OI = weight.operand(precision.weight)
+            w_OI = weight.operand(precision.weight, input_edge.share_amax)
             dx_TI = kernels.gemm(dy_TO.operand, w_OI.t().operand, out_dtype=dtype)
-            dx = dx_TI.view(ctx.input_shape)
-        x_TI = ScaledTensor(*ctx.saved_tensors, precision.input)
+            reducing = input_edge.reduce(dx_TI, kernels)
+        x_TI = gathering.wait()
         weight.grad.add(kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype))
-        return dx, None, db, None, None
+        dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
+        return dx, None, db, None, None, None

@@ -12,15 +12,27 @@ from fp8lm.numerics import Format
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension."""
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
+
+    `partial_grad`: see `WeightSpec`.
+    """
 
     def __init__(
-        self, size: int, eps: float, fmt: Format, kernels: ReferenceKernels, device: torch.device
+        self,
+        size: int,
+        eps: float,
+        fmt: Format,
+        kernels: ReferenceKernels,
+        device: torch.device,
+        *,
+        partial_grad: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = VectorWeight(vector_spec(size, 1.0, fmt), kernels, device)
-        self.bias = VectorWeight(vector_spec(size, 0.0, fmt), kernels, device)
+        weight = vector_spec(size, 1.0, fmt, partial_grad=partial_grad)
+        self.weight = VectorWeight(weight, kernels, device)
+        bias = vector_spec(size, 0.0, fmt, partial_grad=partial_grad)
+        self.bias = VectorWeight(bias, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
@@ -28,14 +40,25 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    `partial_grad`: see `WeightSpec`.
+    """
 
     def __init__(
-        self, size: int, eps: float, fmt: Format, kernels: ReferenceKernels, device: torch.device
+        self,
+        size: int,
+        eps: float,
+        fmt: Format,
+        kernels: ReferenceKernels,
+        device: torch.device,
+        *,
+        partial_grad: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = VectorWeight(vector_spec(size, 1.0, fmt), kernels, device)
+        weight = vector_spec(size, 1.0, fmt, partial_grad=partial_grad)
+        self.weight = VectorWeight(weight, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, GemmPrecision
 from fp8lm.numerics import BF16, FP32, Format, format_by_name
 
@@ -18,7 +19,7 @@ class Recipe:
     """Formats of the GEMM weights and their gradients, and those of everything around them.
 
     `dense` is the format of embeddings, norms and biases, and of activations between GEMMs; their
-    gradients are fp32.
+    gradients are fp32. `partition` says which ranks hold a layer together.
     """
 
     gemm: GemmPrecision
@@ -28,9 +29,16 @@ class Recipe:
     first_last_layers_bf16: bool
     kernels: ReferenceKernels
     device: torch.device
+    partition: Partition = ALONE
 
     @classmethod
-    def from_config(cls, precision, kernels: ReferenceKernels, device: torch.device) -> Recipe:  # noqa: ANN001
+    def from_config(
+        cls,
+        precision,  # noqa: ANN001
+        kernels: ReferenceKernels,
+        device: torch.device,
+        partition: Partition = ALONE,
+    ) -> Recipe:
         """The recipe that config section `precision` describes."""
         return cls(
             gemm=_GEMMS[precision.gemm],
@@ -40,18 +48,12 @@ class Recipe:
             first_last_layers_bf16=precision.first_last_layers_bf16,
             kernels=kernels,
             device=device,
+            partition=partition,
         )
 
     def for_layer(self, index: int, num_layers: int) -> Recipe:
         """The recipe of transformer layer `index` of `num_layers`."""
         if not self.first_last_layers_bf16 or 0 < index < num_layers - 1:
             return self
-        return Recipe(
-            gemm=FP32_GEMM if self.dense == FP32 else BF16_GEMM,
-            weight=self.dense,
-            weight_grad=FP32,
-            dense=self.dense,
-            first_last_layers_bf16=True,
-            kernels=self.kernels,
-            device=self.device,
-        )
+        gemm = FP32_GEMM if self.dense == FP32 else BF16_GEMM
+        return replace(self, gemm=gemm, weight=self.dense, weight_grad=FP32)

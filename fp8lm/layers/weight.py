@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.split import WHOLE, Split
 from fp8lm.numerics import BF16, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
@@ -27,18 +28,29 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What a weight is, independent of where and how it is stored."""
+    """What a weight is: its logical `shape`, and the part of it that this rank holds.
+
+    `partial_grad`: each tensor-parallel rank computes this replicated weight's gradient from its
+    own part of the sequence, so the ranks' gradients have to be summed.
+    """
 
     shape: tuple[int, ...]
     init: Initializer
     format: Format
     grad_format: Format
     decay: bool = True
+    split: Split = WHOLE
+    partial_grad: bool = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of what this rank holds."""
+        return self.split.local_shape(self.shape)
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements this rank holds."""
+        return math.prod(self.local_shape)
 
 
 class Weight(nn.Module):
@@ -48,7 +60,7 @@ class Weight(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels = kernels
-        self.grad = GradientAccumulator(spec.shape, spec.grad_format, kernels, device)
+        self.grad = GradientAccumulator(spec.local_shape, spec.grad_format, kernels, device)
 
     @property
     def compute(self) -> ScaledTensor:
@@ -56,7 +68,9 @@ class Weight(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.spec.shape)}, {self.spec.format}, grad={self.spec.grad_format}"
+        spec = self.spec
+        part = "" if spec.split.is_whole else f" of {spec.shape}"
+        return f"{spec.local_shape}{part}, {spec.format}, grad={spec.grad_format}"
 
 
 class GemmWeight(Weight):
@@ -68,7 +82,7 @@ class GemmWeight(Weight):
 
     def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
-        initial = ScaledTensor.zeros(spec.shape, spec.format, device)
+        initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
         self.register_buffer("payload", initial.payload)
         self.register_buffer("scale", initial.scale)
         # Something for autograd to differentiate, so that a layer's backward runs even when its
@@ -80,12 +94,19 @@ class GemmWeight(Weight):
         """The stored payload and scale."""
         return ScaledTensor(self.payload, self.scale, self.spec.format)
 
-    def operand(self, fmt: Format) -> ScaledTensor:
-        """The weight in the format the GEMM wants; requantized only if stored in another one."""
+    def operand(
+        self, fmt: Format, share_amax: Callable[[Tensor], Tensor] = lambda amax: amax
+    ) -> ScaledTensor:
+        """The weight in the format the GEMM wants; requantized only if stored in another one.
+
+        `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other parts.
+        """
         if fmt == self.spec.format:
             return self.compute
         exact = torch.bfloat16 if self.spec.format == BF16 else torch.float32
-        return quantize(self.compute.dequantize(self.kernels, exact), fmt, self.kernels)
+        values = self.compute.dequantize(self.kernels, exact)
+        amax = share_amax(self.kernels.amax(values)) if fmt.scaled else None
+        return quantize(values, fmt, self.kernels, amax=amax)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> GemmWeight:
         # Follow changes of device, never changes of dtype: a payload without the scale it was
@@ -102,7 +123,8 @@ class VectorWeight(Weight):
 
     def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
-        self.data = nn.Parameter(torch.zeros(spec.shape, dtype=spec.format.dtype, device=device))
+        initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
+        self.data = nn.Parameter(initial)
         # Autograd would sum micro-batches in the parameter's bf16.
         self.data.register_post_accumulate_grad_hook(self._collect)
 
@@ -126,13 +148,15 @@ def _device_after(fn: Callable, device: torch.device) -> torch.device:
     return fn(torch.empty(0, device=device)).device
 
 
-def vector_spec(size: int, value: float, fmt: Format) -> WeightSpec:
+def vector_spec(
+    size: int, value: float, fmt: Format, *, split: Split = WHOLE, partial_grad: bool = False
+) -> WeightSpec:
     """Spec of a norm's or bias's vector: constant start, fp32 gradient, no weight decay."""
 
     def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.fill_(value)
 
-    return WeightSpec((size,), init, fmt, FP32, decay=False)
+    return WeightSpec((size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad)
 
 
 def named_weights(module: nn.Module) -> dict[str, Weight]:

@@ -4,7 +4,8 @@
 
 Shapes: S sequence, B micro-batch, H hidden, G query groups, N heads (N/G per group), D head size.
 The fused projection keeps Megatron's row order, per group [q.. | k | v], so weights are
-exchangeable with megatron-core's GPTModel.
+exchangeable with megatron-core's GPTModel. Split over ranks, each has whole groups; with sequence
+parallelism what comes in and goes out is a part of the sequence, and the core sees all of it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8lm.layers.linear import Linear
 from fp8lm.layers.recipe import Recipe
-from fp8lm.model.init import matrix_spec, normal_init, output_init
+from fp8lm.model.init import normal_init, output_init
+from fp8lm.model.projections import column_linear, row_linear
 from fp8lm.model.rope import apply_rope
 
 
@@ -24,26 +25,19 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config, recipe: Recipe, *, recompute_core: bool) -> None:  # noqa: ANN001
         super().__init__()
-        self.num_groups = config.num_query_groups
+        self.num_groups = config.num_query_groups // recipe.partition.size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.head_size = config.kv_channels
         self.dropout = config.attention_dropout
         self.recompute_core = recompute_core
         self.kernels = recipe.kernels
         query_size = config.num_attention_heads * self.head_size
-        qkv_size = query_size + 2 * self.num_groups * self.head_size
+        qkv_size = query_size + 2 * config.num_query_groups * self.head_size
+        hidden, bias = config.hidden_size, not config.disable_bias_linear
         std, layers = config.init_method_std, config.num_layers
-        common = dict(
-            precision=recipe.gemm,
-            kernels=recipe.kernels,
-            device=recipe.device,
-            bias=not config.disable_bias_linear,
-        )
-        self.linear_qkv = Linear(
-            matrix_spec(qkv_size, config.hidden_size, normal_init(std), recipe), **common
-        )
-        self.linear_proj = Linear(
-            matrix_spec(config.hidden_size, query_size, output_init(std, layers), recipe), **common
+        self.linear_qkv = column_linear(qkv_size, hidden, normal_init(std), recipe, bias=bias)
+        self.linear_proj = row_linear(
+            hidden, query_size, output_init(std, layers), recipe, bias=bias
         )
 
     def forward(self, x_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -58,11 +52,10 @@ class SelfAttention(nn.Module):
         return self.linear_proj(context)
 
     def _project(self, x_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, b, _ = x_SBH.shape
         per_group = (self.heads_per_group + 2, self.head_size)
-        qkv = self.linear_qkv(x_SBH).view(s, b, self.num_groups, *per_group)
+        qkv = self.linear_qkv(x_SBH).unflatten(2, (self.num_groups, *per_group))
         q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
-        return q.reshape(s, b, -1, self.head_size), k.squeeze(3), v.squeeze(3)
+        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _core(self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q_SBND, k_SBGD, v_SBGD))

@@ -17,11 +17,13 @@ class TransformerLayer(nn.Module):
     def __init__(self, config, recipe: Recipe, *, recompute_core: bool) -> None:  # noqa: ANN001
         super().__init__()
         norm = NORMS[config.normalization]
-        shape = (config.hidden_size, config.norm_epsilon, recipe.dense)
+        arguments = (config.hidden_size, config.norm_epsilon, recipe.dense)
+        arguments += (recipe.kernels, recipe.device)
+        partial_grad = recipe.partition.sequence_parallel
         self.dropout = config.hidden_dropout
-        self.input_layernorm = norm(*shape, recipe.kernels, recipe.device)
+        self.input_layernorm = norm(*arguments, partial_grad=partial_grad)
         self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
-        self.pre_mlp_layernorm = norm(*shape, recipe.kernels, recipe.device)
+        self.pre_mlp_layernorm = norm(*arguments, partial_grad=partial_grad)
         self.mlp = MLP(config, recipe)
 
     def forward(self, x_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:

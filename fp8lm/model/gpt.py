@@ -1,7 +1,8 @@
 """The GPT language model, from token ids to logits.
 
 Shapes: B micro-batch, S sequence, H hidden, V padded vocabulary. Hidden states are [S,B,H], so
-that a slice of the sequence is contiguous.
+that a slice of the sequence is contiguous; with sequence parallelism a rank has its slice of them
+between layers. With tensor parallelism it has its part of V.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from fp8lm.layers.cross_entropy import cross_entropy
+from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import GemmWeight
+from fp8lm.layers.weight import GemmWeight, WeightSpec
 from fp8lm.model.block import TransformerLayer
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
@@ -25,10 +28,25 @@ from fp8lm.numerics import FP32
 class Table(nn.Module):
     """Holder of one embedding or output matrix, so that its name ends in `.weight`."""
 
-    def __init__(self, rows: int, config, recipe: Recipe) -> None:  # noqa: ANN001
+    def __init__(self, spec: WeightSpec, recipe: Recipe) -> None:
         super().__init__()
-        spec = table_spec(rows, config.hidden_size, normal_init(config.init_method_std), recipe)
         self.weight = GemmWeight(spec, recipe.kernels, recipe.device)
+
+    @classmethod
+    def of_vocabulary(cls, vocab_size: int, config, recipe: Recipe) -> Table:  # noqa: ANN001
+        """[V,H], rows split over the ranks."""
+        init, split = normal_init(config.init_method_std), recipe.partition.split(0)
+        return cls(table_spec(vocab_size, config.hidden_size, init, recipe, split), recipe)
+
+    @classmethod
+    def of_positions(cls, config, recipe: Recipe) -> Table:  # noqa: ANN001
+        """[max_position_embeddings, H], whole on every rank."""
+        shape = (config.max_position_embeddings, config.hidden_size)
+        init, partial_grad = (
+            normal_init(config.init_method_std),
+            recipe.partition.sequence_parallel,
+        )
+        return cls(table_spec(*shape, init, recipe, partial_grad=partial_grad), recipe)
 
 
 class Embedding(nn.Module):
@@ -37,17 +55,19 @@ class Embedding(nn.Module):
     def __init__(self, config, vocab_size: int, recipe: Recipe) -> None:  # noqa: ANN001
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.word_embeddings = Table(vocab_size, config, recipe)
+        self.partition = recipe.partition
+        self.word_embeddings = Table.of_vocabulary(vocab_size, config, recipe)
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":
-            self.position_embeddings = Table(config.max_position_embeddings, config, recipe)
+            self.position_embeddings = Table.of_positions(config, recipe)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """[B,S] int64 -> [S,B,H]."""
         tokens_SB = tokens_BS.t().contiguous()
-        h_SBH = embed(tokens_SB, self.word_embeddings.weight)
+        h_SBH = embed(tokens_SB, self.word_embeddings.weight, self.partition.boundary())
         if self.position_embeddings is not None:
-            positions = torch.arange(len(tokens_SB), device=tokens_SB.device)
+            first = self.partition.rank * len(h_SBH) if self.partition.sequence_parallel else 0
+            positions = torch.arange(first, first + len(h_SBH), device=h_SBH.device)
             h_SBH = h_SBH + embed(positions, self.position_embeddings.weight)[:, None]
         return functional.dropout(h_SBH, self.dropout, self.training) if self.dropout else h_SBH
 
@@ -68,7 +88,12 @@ class Decoder(nn.Module):
         )
         norm = NORMS[config.normalization]
         self.final_layernorm = norm(
-            config.hidden_size, config.norm_epsilon, recipe.dense, recipe.kernels, recipe.device
+            config.hidden_size,
+            config.norm_epsilon,
+            recipe.dense,
+            recipe.kernels,
+            recipe.device,
+            partial_grad=recipe.partition.sequence_parallel,
         )
 
     def forward(self, h_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -82,7 +107,10 @@ class Decoder(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """Token ids to logits; `vocab_size` is the padded one, `config` the config section `model`."""
+    """Token ids to logits; `config` is the config section `model`.
+
+    `vocab_size` is the padded one, `num_ids` how many of its rows are tokens (default: all).
+    """
 
     def __init__(
         self,
@@ -90,14 +118,17 @@ class GPTModel(nn.Module):
         vocab_size: int,
         recipe: Recipe,
         recompute_granularity: str | None = None,
+        num_ids: int | None = None,
     ) -> None:
         super().__init__()
+        self.partition = recipe.partition
+        self.num_ids = vocab_size if num_ids is None else num_ids
         self.head_precision = FP32_GEMM if recipe.dense == FP32 else BF16_GEMM
         self.embedding = Embedding(config, vocab_size, recipe)
         self.decoder = Decoder(config, recipe, recompute_granularity)
         self.output_layer = None
         if config.untie_embeddings_and_output_weights:
-            self.output_layer = Table(vocab_size, config, recipe)
+            self.output_layer = Table.of_vocabulary(vocab_size, config, recipe)
         self.rope_dtype = recipe.dense.dtype
         self.rope = None
         if config.position_embedding_type == "rope":
@@ -110,10 +141,16 @@ class GPTModel(nn.Module):
             )
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """[B,S] int64 -> logits [S,B,V] in the dtype of activations."""
+        """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations."""
         h_SBH = self.decoder(self.embedding(tokens_BS), self._rope(tokens_BS.shape[1]))
         table = self.output_layer or self.embedding.word_embeddings
-        return linear(h_SBH, table.weight, self.head_precision)
+        edges = self.partition.boundary(), self.partition.inside()
+        return linear(h_SBH, table.weight, self.head_precision, edges=edges)
+
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Mean cross-entropy of the unmasked tokens, the same on all ranks of the partition."""
+        logits_SBV = self(tokens_BS)
+        return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.partition)
 
     def _rope(self, seq_length: int) -> tuple[Tensor, Tensor] | None:
         if self.rope is None:
@@ -122,10 +159,20 @@ class GPTModel(nn.Module):
         return cos, sin
 
 
-def language_model_loss(logits_SBV: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Mean cross-entropy of the unmasked tokens (0-d fp32), the softmax taken in fp32."""
-    losses = functional.cross_entropy(
-        logits_SBV.flatten(0, 1).float(), labels_BS.t().reshape(-1), reduction="none"
-    )
+def language_model_loss(
+    logits_SBV: Tensor,
+    labels_BS: Tensor,
+    mask_BS: Tensor,
+    num_ids: int | None = None,
+    partition: Partition = ALONE,
+) -> Tensor:
+    """Mean cross-entropy of the unmasked tokens (0-d fp32), the softmax taken in fp32.
+
+    `num_ids` is the size of the vocabulary without padding (default: all rows are tokens).
+    """
+    logits_TV = logits_SBV.flatten(0, 1)
+    if num_ids is None:
+        num_ids = logits_TV.shape[1] * partition.size
+    losses = cross_entropy(logits_TV, labels_BS.t().reshape(-1), num_ids, partition)
     mask = mask_BS.t().reshape(-1)
     return torch.dot(losses, mask) / mask.sum().clamp(min=1.0)  # all masked: loss 0, not NaN

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.split import WHOLE, Split
 from fp8lm.layers.weight import Initializer, WeightSpec
 from fp8lm.numerics import FP32
 
@@ -27,18 +28,30 @@ def output_init(std: float, num_layers: int) -> Initializer:
     return normal_init(std / math.sqrt(2.0 * num_layers))
 
 
-def matrix_spec(out_features: int, in_features: int, init: Initializer, r: Recipe) -> WeightSpec:
+def matrix_spec(
+    out_features: int, in_features: int, init: Initializer, recipe: Recipe, split: Split = WHOLE
+) -> WeightSpec:
     """Spec of a linear layer's weight [out, in] in the recipe's formats."""
-    return WeightSpec((out_features, in_features), init, r.weight, r.weight_grad)
+    shape = (out_features, in_features)
+    return WeightSpec(shape, init, recipe.weight, recipe.weight_grad, split=split)
 
 
-def table_spec(rows: int, size: int, init: Initializer, recipe: Recipe) -> WeightSpec:
+def table_spec(
+    rows: int,
+    size: int,
+    init: Initializer,
+    recipe: Recipe,
+    split: Split = WHOLE,
+    *,
+    partial_grad: bool = False,
+) -> WeightSpec:
     """Spec of an embedding or output table [rows, size]: dense format, fp32 gradient."""
-    return WeightSpec((rows, size), init, recipe.dense, FP32)
+    shape = (rows, size)
+    return WeightSpec(shape, init, recipe.dense, FP32, split=split, partial_grad=partial_grad)
 
 
 def initial_value(name: str, spec: WeightSpec, seed: int) -> Tensor:
-    """The fp32 value of weight `name` before the first step, made on the CPU."""
+    """The fp32 value of the whole logical weight `name` before the first step, on the CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return spec.init(torch.empty(spec.shape, dtype=torch.float32), generator)

@@ -8,30 +8,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp8lm.layers.linear import Linear
 from fp8lm.layers.recipe import Recipe
-from fp8lm.model.init import matrix_spec, normal_init, output_init
+from fp8lm.model.init import normal_init, output_init
+from fp8lm.model.projections import column_linear, row_linear
 
 
 class MLP(nn.Module):
-    """[S,B,H] -> [S,B,H] through `ffn_hidden_size` features."""
+    """[S,B,H] -> [S,B,H] through `ffn_hidden_size` features, this rank's part of them."""
 
     def __init__(self, config, recipe: Recipe) -> None:  # noqa: ANN001
         super().__init__()
         self.swiglu = config.swiglu
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         std, layers = config.init_method_std, config.num_layers
-        common = dict(
-            precision=recipe.gemm,
-            kernels=recipe.kernels,
-            device=recipe.device,
-            bias=not config.disable_bias_linear,
+        bias, parts = not config.disable_bias_linear, 2 if config.swiglu else 1
+        self.linear_fc1 = column_linear(
+            parts * ffn, hidden, normal_init(std), recipe, bias=bias, parts=parts
         )
-        fc1_size = 2 * ffn if config.swiglu else ffn
-        self.linear_fc1 = Linear(matrix_spec(fc1_size, hidden, normal_init(std), recipe), **common)
-        self.linear_fc2 = Linear(
-            matrix_spec(hidden, ffn, output_init(std, layers), recipe), **common
-        )
+        self.linear_fc2 = row_linear(hidden, ffn, output_init(std, layers), recipe, bias=bias)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """[S,B,H] -> [S,B,H]."""

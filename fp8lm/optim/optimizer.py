@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.weight import Weight
 from fp8lm.numerics import Format, format_by_name, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
@@ -63,6 +64,8 @@ class AdamW:
     """Steps all `weights` (by name); see `AdamCoefficients` for the arithmetic.
 
     `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
+    The ranks of `partition` hold parts of the weights and step together: norm, skip decision and
+    scales are those of the logical tensors, so the bytes of a state do not depend on its layout.
     """
 
     def __init__(
@@ -73,12 +76,14 @@ class AdamW:
         kernels: ReferenceKernels,
         *,
         seed: int,
+        partition: Partition = ALONE,
     ) -> None:
         self.weights = weights
         self.config = config
         self.precision = precision
         self.kernels = kernels
         self.seed = seed
+        self.partition = partition
         self.states: dict[str, AdamState] = {}
         device = next(iter(weights.values())).compute.device
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -88,31 +93,35 @@ class AdamW:
         self._decay = torch.tensor(decays, device=device)
 
     def initialize(self, name: str, value: Tensor) -> None:
-        """Set weight `name` to the fp32 `value` and start its states."""
+        """Set weight `name` to its part of the whole fp32 `value` and start its states."""
         weight, p = self.weights[name], self.precision
         compute = weight.compute
         value = value.to(compute.device)
-        compute.copy_(quantize(value, compute.format, self.kernels))
+        amax = self.kernels.amax(value)  # of the whole, so that every part has its scale
+        value = weight.spec.split.take(value)
+        compute.copy_(quantize(value, compute.format, self.kernels, amax=amax))
         # A dense weight that is not stored with enough bits to be its own master gets one.
         owns_master = p.master is not None or not compute.format.scaled
         master = compute
         if owns_master:
-            master = quantize(value.clone(), p.master or format_by_name("fp16"), self.kernels)
+            fmt = p.master or format_by_name("fp16")
+            master = quantize(value.clone(), fmt, self.kernels, amax=amax)
         self.states[name] = AdamState(
             master=master,
             exp_avg=ScaledTensor.zeros(value.shape, p.exp_avg, compute.device),
             exp_avg_sq=ScaledTensor.zeros(value.shape, p.exp_avg_sq, compute.device),
             owns_master=owns_master,
         )
-        self.amax[list(self.weights).index(name), 0] = self.kernels.amax(value)
+        self.amax[list(self.weights).index(name), 0] = amax
 
     def step(self, lr: float) -> GradientNorm:
         """One update from the weights' accumulated gradients; returns norm and skip flag.
 
         A skipped step changes no byte of weights, states, scales or step count.
         """
-        gradients = [weight.grad.value for weight in self.weights.values()]
-        norm = gradient_norm(gradients, self.config.clip_grad, self.kernels)
+        norm = self._norm(
+            [weight.grad.value for weight in self.weights.values()], self.config.clip_grad
+        )
         skip: Tensor | None = norm.skip
         if skip.device.type == "cpu":  # the flag is on the host already
             if skip:
@@ -131,13 +140,19 @@ class AdamW:
                 for i, (name, own) in enumerate(self._per_weight(c))
             ]
         )
-        amax = self._saturated(amax, bounds)
+        amax = self._saturated(self.partition.max(amax), bounds)
         _replace(self.amax, amax, c.skip)
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
         masters = [state.master for state in self.states.values()]
-        return gradient_norm(masters, 0.0, self.kernels).norm
+        return self._norm(masters, 0.0).norm
+
+    def _norm(self, tensors: list[ScaledTensor], clip: float) -> GradientNorm:
+        replicated = [weight.spec.split.is_whole for weight in self.weights.values()]
+        return gradient_norm(
+            tensors, clip, self.kernels, partition=self.partition, replicated=replicated
+        )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the states, by name, for a checkpoint; compute copies not included."""
@@ -222,7 +237,7 @@ class AdamW:
         """How the states of weight `name` are rounded in this step (see `StateRounding`)."""
         base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
         key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
-        rounding = StateRounding(self.kernels, key)
+        rounding = StateRounding(self.kernels, key, self.weights[name].spec)
         master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
         return master, rounding.stochastic_subnormals, rounding.nearest
 

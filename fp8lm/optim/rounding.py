@@ -12,23 +12,25 @@ Rounded stochastically it decays to zero, on average at the right rate.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fp8lm.kernels.adam import StoredTensor
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.kernels.rounding import cast_stochastic, noise_bits
+from fp8lm.layers.weight import WeightSpec
 
 
 class StateRounding:
     """Casts for `adam_step`: one weight, one step; `key` (0-d int32) seeds the noise.
 
-    The noise is a function of key and element, drawn once per block for all states.
+    The noise is a function of key and element of the logical weight `spec`, whatever part of it
+    lies here; it is drawn once per block for all states.
     """
 
-    def __init__(self, kernels: ReferenceKernels, key: Tensor) -> None:
+    def __init__(self, kernels: ReferenceKernels, key: Tensor, spec: WeightSpec) -> None:
         self._kernels = kernels
         self._key = key
+        self._spec = spec
         self._noise: tuple[int, Tensor] | None = None
 
     def nearest(self, values: Tensor, stored: StoredTensor, start: int) -> Tensor:
@@ -49,7 +51,7 @@ class StateRounding:
 
     def _bits(self, start: int, values: Tensor) -> Tensor:
         if self._noise is None or self._noise[0] != start:
-            stop = start + values.numel()
-            index = torch.arange(start, stop, dtype=torch.int32, device=values.device)
+            split, shape = self._spec.split, self._spec.shape
+            index = split.element_index(shape, start, values.numel(), values.device)
             self._noise = start, noise_bits(index, self._key)
         return self._noise[1]

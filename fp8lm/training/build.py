@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.schedule import BatchSize, LearningRate
+from fp8lm.parallel import TensorParallel
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one run; `weights` are the model's by Megatron name."""
+    """The parts of one run; `weights` are the model's by Megatron name, `sent` counts bytes."""
 
     config: Config
     groups: ProcessGroups
@@ -37,6 +41,7 @@ class Run:
     learning_rate: LearningRate
     batch_size: BatchSize
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
+    sent: WireCounter
 
     @property
     def total_samples(self) -> int:
@@ -70,19 +75,57 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
+def build_partition(
+    config: Config, groups: ProcessGroups, kernels: ReferenceKernels, counter: WireCounter
+) -> Partition:
+    """How config section `parallel` divides layers over the ranks of `groups`."""
+    parallel, wire = config.parallel, config.precision.wire
+    if parallel.tensor_model_parallel_size == 1:
+        return ALONE
+    return TensorParallel(
+        group=groups.tensor_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+        gather_wire=Wire("tp_gather", wire.gather, counter),
+        reduce_wire=Wire("tp_reduce", wire.reduce, counter),
+        kernels=kernels,
+    )
+
+
+def table_rows(config: Config, num_ids: int) -> int:
+    """Rows of the embedding for `num_ids` tokens: padded so that every rank has as many.
+
+    Where the tensor-parallel size divides `make_vocab_size_divisible_by`, padding does not depend
+    on it, and a checkpoint loads under any such size.
+    """
+    multiple = math.lcm(
+        config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+    )
+    return padded_vocab_size(num_ids, multiple, tensor_parallel_size=1)
+
+
 def build_model(
-    config: Config, vocab_size: int, kernels: ReferenceKernels, device: torch.device
+    config: Config,
+    vocab_size: int,
+    kernels: ReferenceKernels,
+    device: torch.device,
+    *,
+    num_ids: int | None = None,
+    partition: Partition = ALONE,
 ) -> tuple[GPTModel, AdamW]:
-    """The model with initial weights and the optimizer that holds their states."""
+    """The model with initial weights and the optimizer that holds their states.
+
+    `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all).
+    """
     model = GPTModel(
         config.model,
         vocab_size,
-        Recipe.from_config(config.precision, kernels, device),
+        Recipe.from_config(config.precision, kernels, device, partition),
         config.train.recompute_granularity,
+        num_ids,
     )
     precision = StatePrecision.from_config(config.precision)
     weights, seed = named_weights(model), config.train.seed
-    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed)
+    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed, partition=partition)
     for name, weight in weights.items():
         optimizer.initialize(name, initial_value(name, weight.spec, seed))
     return model, optimizer
@@ -90,19 +133,22 @@ def build_model(
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
-    if groups.world.size() > 1:
-        raise InputError(
-            f"WORLD_SIZE={groups.world.size()}: one process is supported: start it without torchrun"
-        )
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
+    _check_ranks(config, groups)
     tokenizer = build_tokenizer(config.tokenizer)
-    vocab_size = padded_vocab_size(
-        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size=1
-    )
+    vocab_size = table_rows(config, tokenizer.vocab_size)
     datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
     torch.manual_seed(config.train.seed)  # dropout; weights have generators of their own
-    model, optimizer = build_model(config, vocab_size, select_kernels(device), device)
+    kernels, counter = select_kernels(device), WireCounter(("tp_gather", "tp_reduce"))
+    model, optimizer = build_model(
+        config,
+        vocab_size,
+        kernels,
+        device,
+        num_ids=tokenizer.vocab_size,
+        partition=build_partition(config, groups, kernels, counter),
+    )
     return Run(
         config=config,
         groups=groups,
@@ -115,7 +161,17 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
+        sent=counter,
     )
+
+
+def _check_ranks(config: Config, groups: ProcessGroups) -> None:
+    ranks, world_size = config.parallel.tensor_model_parallel_size, groups.world.size()
+    if world_size != ranks:
+        raise InputError(
+            f"WORLD_SIZE={world_size} for parallel.tensor_model_parallel_size = {ranks}: start "
+            f"{ranks} processes, one for each part of the model"
+        )
 
 
 def _dataset_sizes(config: Config) -> tuple[int, int, int]:

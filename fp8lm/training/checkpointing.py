@@ -15,7 +15,7 @@ from fp8lm.training.checkpoint import (
     save_checkpoint,
 )
 from fp8lm.training.progress import Progress, Window
-from fp8lm.training.state import model_tensors, optimizer_tensors, restore_rng, rng_tensors
+from fp8lm.training.state import model_shards, optimizer_shards, restore_rng, rng_tensors
 
 
 def save_run(run: Run, window: Window, progress: Progress) -> None:
@@ -62,10 +62,9 @@ def load_run(run: Run, window: Window, progress: Progress) -> None:
 
 
 def _shards(run: Run, window: Window, rng: dict[str, Tensor]) -> dict[str, Shard]:
-    tensors = {
-        **model_tensors(run.weights),
-        **optimizer_tensors(run.optimizer),
-        **rng,
-        "window": window.sums,
+    whole = {**rng, "window": window.sums}
+    return {
+        **model_shards(run.weights),
+        **optimizer_shards(run.optimizer),
+        **{name: Shard.whole(tensor) for name, tensor in whole.items()},
     }
-    return {name: Shard.whole(tensor) for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from fp8lm.errors import InputError
@@ -38,7 +39,7 @@ class Reporter:
         self._constants = {
             f"state_bytes/{kind}": size for kind, size in state_bytes(run.optimizer).items()
         } | {
-            "parameters": sum(weight.spec.numel for weight in run.weights.values()),
+            "parameters": sum(math.prod(weight.spec.shape) for weight in run.weights.values()),
             "state_bytes_per_parameter": bytes_per_parameter(run.optimizer, list(run.weights)),
             "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
         }
@@ -54,9 +55,18 @@ class Reporter:
         self._logger.advance()
 
     def log_training(
-        self, progress: Progress, lap: Lap, window: dict[str, float], grad_norm: float, lr: float
+        self,
+        progress: Progress,
+        lap: Lap,
+        window: dict[str, float],
+        grad_norm: float,
+        lr: float,
+        sent: dict[str, int],
     ) -> None:
-        """Report the iterations since the last report; `window` is what `Window.read` gave."""
+        """Report the iterations since the last report; `window` is what `Window.read` gave.
+
+        `sent`: bytes that this rank sent in the last iteration, by wire.
+        """
         world_size = self._run.groups.world.size()
         tflops = throughput(self._flops_per_sample * lap.samples, lap.seconds, world_size)
         values = {
@@ -72,6 +82,7 @@ class Reporter:
             "iteration-time": lap.seconds / lap.iterations,
             "tokens-per-second": lap.samples * self._run.config.model.seq_length / lap.seconds,
             "throughput": tflops,
+            **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)

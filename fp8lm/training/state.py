@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.weight import Weight
 from fp8lm.optim import AdamW
+from fp8lm.training.shard import Shard
 
 
 def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
@@ -23,6 +24,30 @@ def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
 def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     """Master weights, moments, amaxes and the step count, by name."""
     return {f"optimizer.{name}": tensor for name, tensor in optimizer.named_tensors()}
+
+
+def model_shards(weights: dict[str, Weight]) -> dict[str, Shard]:
+    """What `model_tensors` names, each as this rank's part of the logical tensor."""
+    return _shards(model_tensors(weights), weights)
+
+
+def optimizer_shards(optimizer: AdamW) -> dict[str, Shard]:
+    """What `optimizer_tensors` names, each as this rank's part of the logical tensor."""
+    return _shards(optimizer_tensors(optimizer), optimizer.weights)
+
+
+def _shards(tensors: dict[str, Tensor], weights: dict[str, Weight]) -> dict[str, Shard]:
+    """Payloads are cut as their weights are; all else is whole: a logical tensor has one scale."""
+    shards = {}
+    for name, tensor in tensors.items():
+        path, _, field = name.rpartition(".")
+        if field != "payload":
+            shards[name] = Shard.whole(tensor)
+            continue
+        # model.PATH.payload or optimizer.KIND.PATH.payload
+        spec = weights[path.split(".", 1 if path.startswith("model.") else 2)[-1]].spec
+        shards[name] = Shard(spec.split.as_block(tensor), *spec.split.sections(spec.shape))
+    return shards
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fp8lm.layers.edge import Partition
 from fp8lm.layers.weight import Weight
-from fp8lm.model.gpt import language_model_loss
 from fp8lm.optim import AdamW
 
 Batch = dict[str, Tensor]
@@ -34,6 +34,7 @@ def train_step(
     zero_gradients(optimizer.weights)
     loss = accumulate_gradients(model, microbatches)
     settle_gradients(optimizer.weights)
+    complete_gradients(optimizer.weights, optimizer.partition)
     norm = optimizer.step(lr)
     return StepResult(loss, norm.norm, norm.skip)
 
@@ -50,7 +51,7 @@ def accumulate_gradients(model: nn.Module, microbatches: list[Batch]) -> Tensor:
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss of one micro-batch: dict of `tokens`, `labels`, `loss_mask` [B,S]."""
-    return language_model_loss(model(batch["tokens"]), batch["labels"], batch["loss_mask"])
+    return model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
 
 
 @torch.no_grad()
@@ -70,3 +71,10 @@ def settle_gradients(weights: dict[str, Weight]) -> None:
     """Give weights that no micro-batch used a gradient of zero."""
     for weight in weights.values():
         weight.grad.settle()
+
+
+def complete_gradients(weights: dict[str, Weight], partition: Partition) -> None:
+    """Sum over the ranks of `partition` what each computed from its part of the sequence."""
+    partition.sum_in_place(
+        weight.grad.value.payload for weight in weights.values() if weight.spec.partial_grad
+    )

@@ -64,12 +64,14 @@ class Trainer:
         run, progress = self.run, self.progress
         consumed = progress.consumed_samples
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+        run.sent.take()  # what evaluations and reports sent is no step's
         result = train_step(
             run.model,
             run.optimizer,
             self._on_device(microbatches),
             run.learning_rate.rate(consumed),
         )
+        self._sent = run.sent.take()
         self.window.add(result)
         progress.advance(batches.consumed_samples)
         self._reporter.advance()
@@ -80,7 +82,7 @@ class Trainer:
         progress, window = self.progress, self.window.read()
         lr = self.run.learning_rate.rate(progress.consumed_samples - progress.batch_size)
         lap = self._stopwatch.lap(progress)
-        self._reporter.log_training(progress, lap, window, result.grad_norm.item(), lr)
+        self._reporter.log_training(progress, lap, window, result.grad_norm.item(), lr, self._sent)
         self._stop_if_stuck(int(window["skipped_in_a_row"]))
 
     def _stop_if_stuck(self, skipped_in_a_row: int) -> None:

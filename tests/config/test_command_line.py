@@ -24,6 +24,15 @@ def test_overrides_may_stand_on_both_sides_of_config(config_file):
     assert (config.train.seed, config.train.train_iters) == (5, 7)
 
 
+def assert_lists(section, path, text):
+    for name, key in section.model_fields.items():
+        if hasattr(key.annotation, "model_fields"):  # a group of keys
+            assert_lists(key.annotation, f"{path}.{name}", text)
+        else:
+            assert f"{path}.{name}: " in text
+            assert key.description in text
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--config", "none.yaml", "--help"]])
 def test_help_lists_every_key_and_exits_with_0(argv, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -31,9 +40,7 @@ def test_help_lists_every_key_and_exits_with_0(argv, capsys):
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for section, field in Config.model_fields.items():
-        for name, key in field.annotation.model_fields.items():
-            assert f"{section}.{name}: " in text
-            assert key.description in text
+        assert_lists(field.annotation, section, text)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_section_that_is_no_mapping(content):
         (("seed",), "did you mean train.seed?"),
         (("optimiser",), "did you mean optimizer?"),
         (("model", "qqq"), "--help lists its keys"),
-        (("qqq",), "the sections are model, precision, train"),
+        (("qqq",), "the sections are model, precision, parallel, train"),
     ],
 )
 def test_unknown_key_gets_a_suggestion(content, place, suggestion):

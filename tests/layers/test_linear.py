@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, Linear
-from fp8lm.layers.weight import WeightSpec
+from fp8lm.layers.weight import WeightSpec, vector_spec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 from fp8lm.scaled_tensor import quantize
 from tests.layers.recording import RecordingKernels
@@ -35,6 +35,8 @@ def random(*shape, seed):
 
 def layer(precision, storage, *, kernels=KERNELS, bias=False, grad=FP32, shape=(OUT, IN)):
     spec = WeightSpec(shape, lambda tensor, generator: tensor, storage, grad)
+    dense = FP32 if precision.output == torch.float32 else BF16
+    bias = vector_spec(shape[0], 0.0, dense) if bias else None
     linear = Linear(spec, precision=precision, kernels=kernels, device=CPU, bias=bias)
     linear.weight.compute.copy_(quantize(random(*shape, seed=1) * 0.02, storage, kernels))
     return linear

@@ -1,0 +1,86 @@
+"""Which part of a logical tensor a rank holds.
+
+A tensor is cut along `dim` into `parts` equal sections (the gate and up halves of a gated MLP),
+and every section into `size` equal blocks, of which rank `rank` holds one:
+
+    [gate | up], size 2:    rank 0: [gate_0 | up_0]     rank 1: [gate_1 | up_1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rank `rank` of `size` along `dim`, each of `parts` sections cut separately."""
+
+    dim: int = 0
+    parts: int = 1
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one rank holds everything."""
+        return self.size == 1
+
+    def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this rank's part of a tensor of `shape`; ValueError if it does not divide."""
+        if self.is_whole:
+            return tuple(shape)
+        if shape[self.dim] % (self.parts * self.size):
+            raise ValueError(f"dimension {self.dim} of {shape} does not divide as {self}")
+        return tuple(n // self.size if d == self.dim else n for d, n in enumerate(shape))
+
+    def take(self, full: Tensor) -> Tensor:
+        """This rank's part of the logical tensor `full`, contiguous."""
+        if self.is_whole:
+            return full
+        sections = full.chunk(self.parts, self.dim)
+        blocks = [section.chunk(self.size, self.dim)[self.rank] for section in sections]
+        return torch.cat(blocks, self.dim)
+
+    def element_index(
+        self, shape: tuple[int, ...], start: int, count: int, device: torch.device
+    ) -> Tensor:
+        """Indices (int32, wrapping) in the logical tensor of local elements start..start+count."""
+        local = torch.arange(start, start + count, device=device)
+        if self.is_whole:
+            return local.to(torch.int32)
+        inner = 1
+        for n in shape[self.dim + 1 :]:
+            inner *= n
+        block = shape[self.dim] // (self.parts * self.size)
+        outer, rest = local // (block * self.parts * inner), local % (block * self.parts * inner)
+        position, offset = rest // inner, rest % inner
+        section, row = position // block, position % block
+        position = (section * self.size + self.rank) * block + row
+        return ((outer * shape[self.dim] + position) * inner + offset).to(torch.int32)
+
+    def sections(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How a checkpoint sees the tensor, as one block per rank: (global shape, offset).
+
+        With several parts the split dimension becomes two, [parts, n / parts].
+        """
+        tail = shape[self.dim + 1 :]
+        whole = self._with_parts(shape)
+        rows = whole[len(whole) - len(tail) - 1] // self.size
+        offset = (0,) * (len(whole) - len(tail) - 1) + (rows * self.rank,)
+        return whole, (*offset, *(0,) * len(tail))
+
+    def as_block(self, local: Tensor) -> Tensor:
+        """This rank's part `local` as the block that `sections` describes, a view."""
+        return local.view(self._with_parts(tuple(local.shape)))
+
+    def _with_parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.parts == 1:
+            return tuple(shape)
+        rows = shape[self.dim] // self.parts
+        return (*shape[: self.dim], self.parts, rows, *shape[self.dim + 1 :])
+
+
+WHOLE = Split()

@@ -1,0 +1,151 @@
+"""The tensor-parallel group, and what its linear layers exchange (FP8-LM, section 2.3).
+
+    layer    sequence parallel   input edge                     output edge
+    column   yes                 SequenceEdge                   Edge
+             no                  ReplicaEdge                    Edge
+    row      yes                 Edge                           SequenceEdge
+             no                  Edge                           ReplicaEdge
+
+With sequence parallelism a rank holds T/t of T tokens between the layers: forward gathers their
+E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel
+one; backward mirrors it with E5M2 gradients. Without, activations are replicated and partial sums
+are all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 16 of them a scale
+and its padding (gathered bytes have one scale, which an all-reduce of 4 bytes found):
+
+    gather (t-1) T/t F        reduce-scatter (t-1) (T/t F + 16)     all-reduce 2 (t-1) (T/t F + 16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm import (
+    Wire,
+    all_gather,
+    all_gather_bytes,
+    all_reduce,
+    max_over_group,
+    reduce_scatter,
+)
+from fp8lm.comm.handles import Handle
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.edge import Edge, Partition
+from fp8lm.layers.split import Split
+from fp8lm.numerics import BF16, E4M3, FP32, Format
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel(Partition):
+    """The group, whether the sequence is split between layers, and its two wires."""
+
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+    gather_wire: Wire
+    reduce_wire: Wire
+    kernels: ReferenceKernels
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.group.size()
+
+    def split(self, dim: int, parts: int = 1) -> Split:
+        """This rank's part along `dim`."""
+        return Split(dim, parts, self.rank, self.size)
+
+    def boundary(self) -> Edge:
+        """The edge between the layers' replicated or sequence-split side and their inside."""
+        return SequenceEdge(self) if self.sequence_parallel else ReplicaEdge(self)
+
+    def inside(self) -> Edge:
+        """The edge on the side where features are split."""
+        return InnerEdge(self)
+
+    def max(self, values: Tensor) -> Tensor:
+        """See `Partition`."""
+        return max_over_group(values, self.group, self.gather_wire).wait()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """See `Partition`."""
+        sent = values.contiguous().view(-1).view(torch.uint8)
+        gathered = all_gather_bytes(sent, self.group, self.gather_wire).wait()
+        return gathered.view(-1).view(values.dtype).view(self.size, *values.shape)
+
+    def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """See `Partition`."""
+        tensors = list(tensors)
+        if self.size == 1 or not tensors:
+            return
+        packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        total = all_reduce(packed, FP32, self.group, self.reduce_wire, self.kernels).wait()
+        for tensor, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+class InnerEdge(Edge):
+    """Nothing to exchange but the amax of a weight that lies on several ranks."""
+
+    def __init__(self, tp: TensorParallel) -> None:
+        self.tp = tp
+
+    def share_amax(self, amax: Tensor) -> Tensor:
+        """The largest of the group's."""
+        return self.tp.max(amax)
+
+
+class ReplicaEdge(InnerEdge):
+    """Activations are the same on all ranks; partial sums are all-reduced."""
+
+    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+        """[T, F] -> [T, F], the same bits on every rank."""
+        fmt, wire = wire_format(self.tp.reduce_wire, y), self.tp.reduce_wire
+        return all_reduce(y, fmt, self.tp.group, wire, kernels, dtype=y.dtype)
+
+
+class SequenceEdge(InnerEdge):
+    """Each rank holds a part of the tokens; partial sums are reduce-scattered."""
+
+    def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
+        """[T/t, F] in the wire's format, with one scale over the group."""
+        sent = fmt if fmt.scaled else E4M3
+        sent = wire_format(self.tp.gather_wire, x, sent)
+        if not sent.scaled:
+            return quantize(x, sent, kernels)
+        return quantize(x, sent, kernels, amax=self.tp.max(kernels.amax(x)))
+
+    def gather(
+        self, x: ScaledTensor, fmt: Format, kernels: ReferenceKernels
+    ) -> Handle[ScaledTensor]:
+        """[T/t, F] of every rank -> [T, F] in `fmt`."""
+
+        def operand(gathered: ScaledTensor) -> ScaledTensor:
+            if gathered.format == fmt:
+                return gathered
+            # FP8 and BF16 values are exact in bf16.
+            exact = torch.float32 if gathered.format == FP32 else torch.bfloat16
+            return quantize(gathered.dequantize(kernels, exact), fmt, kernels)
+
+        return all_gather(x, self.tp.group, self.tp.gather_wire).then(operand)
+
+    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+        """[T, F] -> this rank's rows [T/t, F] of the sum."""
+        fmt, wire = wire_format(self.tp.reduce_wire, y), self.tp.reduce_wire
+        return reduce_scatter(y, fmt, self.tp.group, wire, kernels, dtype=y.dtype)
+
+
+def wire_format(wire: Wire, x: Tensor, fp8: Format = E4M3) -> Format:
+    """What `wire` carries for `x`: `fp8` on an FP8 wire, else the dtype of `x` (BF16 or FP32)."""
+    if wire.precision == "fp8":
+        return fp8
+    return FP32 if x.dtype == torch.float32 else BF16

@@ -1,0 +1,73 @@
+"""Which elements of a logical tensor a rank holds, three ways: values, indices, blocks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fp8lm.layers.split import WHOLE, Split
+from fp8lm.training.shard import Shard
+
+CASES = [((8, 3), 0, 1), ((8, 3), 0, 2), ((3, 8), 1, 1), ((2, 8, 3), 1, 2), ((16,), 0, 2)]
+SIZES = [1, 2, 4]
+
+
+def logical(shape):
+    return torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("shape", "dim", "parts"), CASES)
+def test_element_index_is_where_the_values_come_from(shape, dim, parts, size):
+    for rank in range(size):
+        split = Split(dim, parts, rank, size)
+        local = split.take(logical(shape))
+        assert local.shape == split.local_shape(shape)
+        assert local.is_contiguous()
+        # In pieces, as the optimizer asks for them.
+        middle, count = local.numel() // 3, local.numel()
+        index = [
+            split.element_index(shape, start, stop - start, torch.device("cpu"))
+            for start, stop in ((0, middle), (middle, count))
+        ]
+        assert torch.equal(torch.cat(index), local.flatten())
+        assert index[0].dtype == torch.int32
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("shape", "dim", "parts"), CASES)
+def test_blocks_put_the_tensor_together_again(shape, dim, parts, size):
+    global_shape = Split(dim, parts).sections(shape)[0]
+    whole = torch.full(global_shape, -1, dtype=torch.int32)
+    for rank in range(size):
+        split = Split(dim, parts, rank, size)
+        assert split.sections(shape)[0] == global_shape  # whatever the number of ranks
+        local = split.take(logical(shape)).clone()
+        shard = Shard(split.as_block(local), *split.sections(shape))
+        assert shard.tensor.data_ptr() == local.data_ptr()  # loading fills the weight
+        place = tuple(
+            slice(start, start + n)
+            for start, n in zip(shard.offset, shard.tensor.shape, strict=True)
+        )
+        whole[place] = shard.tensor
+    assert torch.equal(whole.view(shape), logical(shape))
+
+
+def test_gate_and_up_are_cut_separately():
+    rows = torch.arange(8)
+    assert Split(0, 2, 0, 2).take(rows).tolist() == [0, 1, 4, 5]
+    assert Split(0, 2, 1, 2).take(rows).tolist() == [2, 3, 6, 7]
+
+
+def test_whole():
+    x = logical((3, 5))
+    assert WHOLE.is_whole
+    assert WHOLE.take(x) is x
+    assert WHOLE.sections((3, 5)) == ((3, 5), (0, 0))
+
+
+def test_what_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="does not divide"):
+        Split(0, 2, 0, 2).local_shape((6, 4))

@@ -1,0 +1,124 @@
+"""A step on several ranks is the step of one process: bytes, norm, clipping, skipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.config import OptimizerConfig
+from fp8lm.layers.edge import ALONE
+from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.optim import AdamW
+from fp8lm.training.step import complete_gradients
+from tests.optim.bench import all_bytes, state_precision
+from tests.parallel.ranks import CPU, KERNELS, random, tensor_parallel
+
+SHAPES = {"fc1": (32, 24), "fc2": (24, 32), "table": (40, 24)}
+
+
+def optimizer(partition, stochastic):
+    def init(tensor, generator):
+        return tensor
+
+    splits = {
+        "fc1": partition.split(0, 2),
+        "fc2": partition.split(1),
+        "table": partition.split(0),
+    }
+    weights = {
+        name: GemmWeight(
+            WeightSpec(
+                shape,
+                init,
+                BF16 if name == "table" else E4M3,
+                FP32,
+                split=splits[name],
+            ),
+            KERNELS,
+            CPU,
+        )
+        for name, shape in SHAPES.items()
+    }
+    spec = vector_spec(24, 1.0, BF16, partial_grad=partition.sequence_parallel)
+    weights["norm"] = VectorWeight(spec, KERNELS, CPU)
+    config = OptimizerConfig(lr=1e-2, clip_grad=0.1)
+    precision = state_precision(stochastic=stochastic)
+    adam = AdamW(weights, config, precision, KERNELS, seed=3, partition=partition)
+    for seed, (name, weight) in enumerate(weights.items()):
+        # The largest value lies on one rank only.
+        value = random(*weight.spec.shape, seed=seed) * 0.02
+        value.view(-1)[-1] = 3.0
+        adam.initialize(name, value)
+    return adam
+
+
+def set_gradients(adam, step, fault_on=None):
+    """This rank's parts of gradients that grow along each tensor; the norm's in equal shares."""
+    for seed, weight in enumerate(adam.weights.values()):
+        full = random(*weight.spec.shape, seed=100 * step + seed)
+        full *= torch.linspace(0.01, 1.0, full.numel()).view_as(full)
+        part = weight.spec.split.take(full)
+        if weight.spec.partial_grad:
+            part = part / adam.partition.size
+        weight.grad.zero()
+        weight.grad.add(part)
+        if fault_on == adam.partition.rank:
+            weight.grad.value.payload.view(-1)[3] = float("nan")
+    complete_gradients(adam.weights, adam.partition)
+
+
+def step_both(stochastic, sequence_parallel):
+    """Steps with one and with several ranks must give the same bytes."""
+    tp = tensor_parallel(sequence_parallel=sequence_parallel)
+    whole, part = optimizer(ALONE, stochastic), optimizer(tp, stochastic)
+    norms = []
+    for step in range(4):
+        for adam in (whole, part):
+            set_gradients(adam, step)
+            norms.append(adam.step(1e-2))
+    for name, weight in part.weights.items():
+        take = weight.spec.split.take
+        pairs = zip(
+            (weight.compute, *part.states[name].stored),
+            (whole.weights[name].compute, *whole.states[name].stored),
+            strict=True,
+        )
+        for kind, (mine, full) in enumerate(pairs):
+            assert torch.equal(mine.scale, full.scale), (name, kind)
+            different = (mine.payload != take(full.payload)).float().mean()
+            # The norm's sum of squares is rounded in another order, and with it the clip factor.
+            assert different < 0.01, (name, kind)
+    torch.testing.assert_close(part.amax, whole.amax, rtol=1e-6, atol=0)
+    torch.testing.assert_close(part.params_norm(), whole.params_norm())
+    for one, several in zip(norms[::2], norms[1::2], strict=True):
+        torch.testing.assert_close(several.norm, one.norm, rtol=1e-6, atol=0)
+        torch.testing.assert_close(several.amax, one.amax, rtol=1e-6, atol=0)
+        assert several.clip_factor < 0.5
+    return part.amax, norms[-1].norm
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_step_is_that_of_one_process(run_distributed, size, stochastic, sequence_parallel):
+    results = run_distributed(step_both, size, stochastic, sequence_parallel)
+    for amax, norm in results:
+        assert torch.equal(amax, results[0][0])
+        assert torch.equal(norm, results[0][1])
+
+
+def step_with_a_fault(bad_rank):
+    adam = optimizer(tensor_parallel(), stochastic=True)
+    set_gradients(adam, 0)
+    adam.step(1e-2)
+    before = all_bytes(adam)
+    set_gradients(adam, 1, fault_on=bad_rank)
+    skipped = adam.step(1e-2).skip
+    after = all_bytes(adam)
+    return bool(skipped), all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_fault_on_one_rank_skips_the_step_on_all(run_distributed, bad_rank):
+    assert run_distributed(step_with_a_fault, 2, bad_rank) == [(True, True)] * 2

@@ -1,0 +1,196 @@
+"""Runs on two ranks: the curve of one process, resuming, loading under another size, bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.config import load_config
+from fp8lm.errors import InputError
+from fp8lm.training.build import build
+from fp8lm.training.state import model_tensors, optimizer_tensors
+from fp8lm.training.trainer import Trainer
+
+PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LLAMA = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "ffn_hidden_size": 64,
+    "disable_bias_linear": True,
+    "untie_embeddings_and_output_weights": True,
+}
+SHAPES = {"gpt": {"position_embedding_type": "learned_absolute"}, "llama": LLAMA}
+
+
+def train(config):
+    """Train on all ranks; this rank's state, and how each weight is split."""
+    ranks = config.parallel.tensor_model_parallel_size
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        model_parallel_groups(tensor_parallel=ranks) as groups,
+    ):
+        trainer = Trainer(build(config, groups, torch.device("cpu")))
+        trainer.train()
+    run = trainer.run
+    tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
+    # An initializer is a local function, which does not travel between processes.
+    specs = {name: replace(weight.spec, init=None) for name, weight in run.weights.items()}
+    return tensors, specs
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder):
+    """All that is reported and does not measure time or memory."""
+    timing = {"iteration-time", "throughput", "tokens-per-second"}
+    return [
+        {key: v for key, v in line.items() if key not in timing and "memory" not in key}
+        for line in read(folder)
+    ]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    def make(run, load=None):
+        return {
+            "checkpoint": {"save": str(tmp_path / run), "load": str(tmp_path / (load or run))},
+            "logging": {"dir": str(tmp_path / run), "log_interval": 1},
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_resumed_equals_uninterrupted(shape, tiny_config, run_distributed, folders, tmp_path):
+    def config(run, **keys):
+        changes = {"model": SHAPES[shape], "parallel": PARALLEL, "train": keys}
+        return tiny_config(folders(run), changes)
+
+    whole = run_distributed(train, 2, config("whole"))
+    run_distributed(train, 2, config("parts", exit_interval=4))
+    parts = run_distributed(train, 2, config("parts"))
+    for (expected, _), (state, _) in zip(whole, parts, strict=True):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert len(curve(tmp_path / "whole")) > 8
+    assert load_config(tmp_path / "whole" / "config.yaml", []) == config("whole")
+
+
+def spec_of(name, specs):
+    return specs[name.removesuffix(".payload").split(".", 1 if name[0] == "m" else 2)[-1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (1, 2), (4, 2)])
+def test_a_checkpoint_loads_under_another_size(
+    shape, saved, loaded, tiny_config, run_distributed, folders
+):
+    def config(ranks, run, load=None, **keys):
+        parallel = {"tensor_model_parallel_size": ranks}
+        model = SHAPES[shape] | {"num_attention_heads": 4, "hidden_size": 64}
+        train = {"train_iters": 2, "eval_iters": 0, **keys}
+        changes = {"model": model, "parallel": parallel, "train": train}
+        return tiny_config(changes, folders(run, load), {"scheduler": {"lr_warmup_iters": 1}})
+
+    before = run_distributed(train, saved, config(saved, "one"))
+    after = run_distributed(train, loaded, config(loaded, "two", load="one"))
+    assert set(before[0][0]) == set(after[0][0])
+    for name in before[0][0]:
+        if not name.endswith(".payload"):
+            for state, _ in (*before, *after):
+                assert torch.equal(state[name], before[0][0][name]), name
+            continue
+        shape_of_whole = spec_of(name, before[0][1]).shape
+        first, second = (
+            put_together([(state[name], spec_of(name, specs)) for state, specs in ranks])
+            for ranks in (before, after)
+        )
+        assert first.shape == shape_of_whole
+        assert torch.equal(first, second), name
+
+
+def put_together(parts):
+    """The logical tensor of every rank's payload and spec."""
+    shape = parts[0][1].shape
+    whole = torch.zeros(shape, dtype=parts[0][0].dtype)
+    for payload, spec in parts:
+        index = spec.split.element_index(shape, 0, payload.numel(), payload.device)
+        whole.view(-1)[index.long()] = payload.flatten()
+    return whole
+
+
+WIRES = [
+    ("bf16", "bf16", "bf16", 2e-3),
+    ("o3", "bf16", "bf16", 0.03),
+    ("o3", "fp8", "bf16", 0.03),
+    ("o3", "bf16", "fp8", 0.03),
+    ("o3", "fp8", "fp8", 0.03),
+]
+
+
+@pytest.mark.parametrize(("preset", "gather", "reduce", "bound"), WIRES)
+def test_curve_of_one_process(
+    preset, gather, reduce, bound, tiny_config, run_distributed, tmp_path
+):
+    losses = []
+    for ranks, parallel in ((1, {}), (2, PARALLEL)):
+        folder = tmp_path / str(ranks)
+        changes = {
+            "parallel": parallel,
+            "precision": {"preset": preset, "wire": {"gather": gather, "reduce": reduce}},
+            "logging": {"dir": str(folder), "log_interval": 1},
+            "train": {"eval_iters": 2},
+        }
+        run_distributed(train, ranks, tiny_config(changes))
+        losses.append([line["lm loss"] for line in curve(folder) if "lm loss" in line])
+    one, two = map(torch.tensor, losses)
+    assert one[-1] < 0.9 * one[0]
+    assert ((two - one).abs() / one).max() < bound
+
+
+def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path):
+    logging = {"logging": {"dir": str(tmp_path), "log_interval": 1}, "parallel": PARALLEL}
+    ((_, specs), _) = run_distributed(train, 2, tiny_config(logging))
+    tokens, hidden, layers, microbatches = 2 * 16, 32, 2, 2
+    block = tokens // 2 * hidden  # one byte each, to one other rank
+    # Two column-parallel layers gather their input twice, two row-parallel ones their gradient
+    # once; the head like the former, the embedding like the latter. Then each amax: 4 bytes.
+    gathers, amaxes = layers * 6 + 3, layers * 4 + 2
+    cross_entropy = 2 * 4 * tokens
+    optimizer = 4 * (len(specs) + 1) + 4 * 3 * len(specs)
+    gather = microbatches * (gathers * block + amaxes * 4 + cross_entropy) + optimizer
+    # Four layers, head and embedding reduce-scatter once. What norms and biases need is fp32.
+    partial = sum(spec.shape[0] for spec in specs.values() if spec.partial_grad)
+    assert partial == 32 * (2 * 5 + 2 * 2)  # 5 norms of weight and bias, 2 biases per layer
+    reduce = microbatches * (layers * 4 + 2) * (block + 16) + 2 * (partial // 2 * 4)
+    for line in read(tmp_path):
+        if "lm loss" in line:
+            assert line["comm_bytes/tp_gather"] == gather
+            assert line["comm_bytes/tp_reduce"] == reduce
+
+
+def test_one_rank_sends_nothing(tiny_config, train_run, read_metrics, tmp_path):
+    train_run(tiny_config({"logging": {"dir": str(tmp_path), "log_interval": 1}}))
+    reports = [line for line in read_metrics(tmp_path) if "lm loss" in line]
+    assert all(
+        line["comm_bytes/tp_gather"] == line["comm_bytes/tp_reduce"] == 0 for line in reports
+    )
+
+
+def train_refused(config):
+    with pytest.raises(InputError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_processes_that_hold_no_part_are_refused(tiny_config, run_distributed):
+    for message in run_distributed(train_refused, 2, tiny_config()):
+        assert "WORLD_SIZE=2 for parallel.tensor_model_parallel_size = 1: start 1" in message
