@@ -11,7 +11,8 @@ source scripts/_env.sh
 run=runs/quickstart
 data=$run/data
 prefix=$data/stdlib_text_document
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave the cores to others
+# glibc would return the activations' memory after every step and fault it in again in the next.
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 echo "== Corpus, tokenizer and token files from this Python's own sources: $data"
 rm -rf "$run"
@@ -27,12 +28,18 @@ mkdir -p "$data"
 train() { # name, preset, overrides
   local name=$1 preset=$2
   shift 2
-  echo "== Training with precision.preset=$preset: $run/$name"
   "$PYTHON" pretrain_gpt.py --config configs/quickstart.yaml "precision.preset=$preset" \
     "logging.dir=$run/$name" "checkpoint.save=$run/$name/checkpoints" "$@"
 }
-train bf16 bf16 "$@"
+echo "== Training in BF16 ($run/bf16, log in $run/bf16.log) and in FP8 ($run/fp8), a core each"
+train bf16 bf16 "$@" >"$run/bf16.log" 2>&1 &
+bf16=$!
+trap 'kill "$bf16" 2>/dev/null || true' EXIT
 train fp8 o3 "$@"
+wait "$bf16" || {
+  cat "$run/bf16.log" >&2
+  exit 1
+}
 
 echo "== BF16 and FP8 side by side: $run/summary.json, $run/loss.png"
 "$PYTHON" tools/compare_runs.py "bf16=$run/bf16" "fp8=$run/fp8" \
