@@ -31,8 +31,10 @@ def bound_amax(
     [W] the weight decays; `formats` are those of the three states, whose stored values can exceed
     the collected amax by half a unit in the last place.
     """
-    rounding = [1.0 + 2.0**-fmt.mantissa_bits for fmt in formats]
-    w, m, v = (amax * torch.tensor(rounding, device=amax.device)).unbind(dim=1)
+    w, m, v = (
+        column * (1.0 + 2.0**-fmt.mantissa_bits)
+        for column, fmt in zip(amax.unbind(dim=1), formats, strict=True)
+    )
     g = grad_amax * c.clip_factor
     bounds = (
         w * (1.0 - c.lr * decay) + c.lr * update_bound(c),

@@ -46,10 +46,11 @@ def gradient_norm(
     are whole on every rank; it is not needed for a partition of one.
     """
     squares, amaxes = zip(*(_square_and_amax(g, kernels) for g in gradients), strict=True)
-    counted = torch.stack(squares)
     if partition.rank > 0:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        counted = counted * (~torch.tensor(replicated, device=counted.device))
+        pairs = zip(squares, replicated, strict=True)
+        squares = [square * 0.0 if whole else square for square, whole in pairs]
+    counted = torch.stack(list(squares))
     ranks = partition.gather(torch.cat((counted.sum()[None], torch.stack(amaxes))))
     norm = ranks[:, 0].sum().sqrt()
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
