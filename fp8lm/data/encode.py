@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
@@ -63,7 +64,8 @@ def encode_records(
     try:
         pending = deque()
         for batch in _batched(records):
-            pending.append(pool.submit(encode, batch))
+            with _interrupts_held():  # a submission may start a worker
+                pending.append(pool.submit(encode, batch))
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -84,9 +86,22 @@ def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Leave Ctrl-C, which reaches every process of the terminal, to this one.
+
+    A process started inside never sees it, not even while its interpreter is starting, before it
+    could ignore the signal itself: a blocked signal stays blocked. Here it arrives at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow_parent() -> None:
-    """Leave Ctrl-C, which reaches every process of the terminal, to the parent; end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End with the parent."""
 
     def end_with_parent() -> None:
         # A killed parent closes no queue: without this its workers would wait for ever.
