@@ -7,18 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/_env.sh
 source scripts/_env.sh
 
+# shellcheck source=scripts/_corpus.sh
+source scripts/_corpus.sh
+
 run=runs/compare
-data=$run/data
 jobs=$(nproc)
-mkdir -p "$data"
-if [[ ! -e $data/stdlib_text_document.idx ]]; then
-  "$PYTHON" tools/build_corpus.py --output "$data"
-  "$PYTHON" tools/train_tokenizer.py --input "$data/corpus.jsonl" --vocab-size 512 \
-    --output-prefix "$data/tokenizer"
-  "$PYTHON" tools/preprocess_data.py --input "$data/corpus.jsonl" --json-keys text \
-    --output-prefix "$data/stdlib" --tokenizer-type SentencePieceTokenizer \
-    --tokenizer-model "$data/tokenizer.model" --append-eod
-fi
+make_corpus "$run/data"
 
 train() { # name, preset, master rounding, seed
   local folder=$run/$1-$4

@@ -33,6 +33,12 @@ class Curves:
         """Bytes of weights, gradients, master weights and moments."""
         return sum(size for key, size in self.last.items() if key.startswith("state_bytes/"))
 
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes the main process sent in one iteration, per wire that it has."""
+        prefix = "comm_bytes/"
+        return {k.removeprefix(prefix): v for k, v in self.last.items() if k.startswith(prefix)}
+
 
 def main(argv: list[str]) -> None:
     """Read, print, and write what was asked for."""
@@ -93,6 +99,7 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
             "state bytes saved": base["state bytes"] - first.state_bytes if base else 0,
             "state bytes per parameter": first.last["state_bytes_per_parameter"],
             "state bytes per linear parameter": first.last["state_bytes_per_linear_parameter"],
+            "bytes sent per iteration": first.sent_bytes,
         }
     return summary
 
@@ -100,7 +107,7 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
 def print_table(summary: dict[str, dict]) -> None:
     """The summary as text."""
     width = max(len(name) for name in summary) + 2
-    header = ("untrained", "validation", "gap", "spread", "B/linear", "state", "saved")
+    header = ("untrained", "validation", "gap", "spread", "B/linear", "state", "saved", "sent")
     print(f"{'':{width}}" + "".join(f"{title:>12}" for title in header))
     for name, row in summary.items():
         cells = (
@@ -111,9 +118,11 @@ def print_table(summary: dict[str, dict]) -> None:
             f"{row['state bytes per linear parameter']:.2f}",
             f"{row['state bytes'] / 1e6:.1f} MB",
             f"{row['state bytes saved'] / 1e6:.1f} MB",
+            f"{sum(row['bytes sent per iteration'].values()) / 1e6:.2f} MB",
         )
         print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-    print("B/linear: bytes of state per parameter of the linear layers; state: of all parameters")
+    print("B/linear: bytes of state per parameter of the linear layers; state: of all parameters;")
+    print("sent: bytes that the main process sends in one iteration")
 
 
 def plot(settings: dict[str, list[Curves]], path: Path) -> None:

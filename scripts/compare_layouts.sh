@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The comparison of layouts in docs/tensor_parallelism.md: one model, three seeds, the same batches,
+# on one process in BF16 and FP8, and on several processes with FP8 on none, some and all of the wires.
+# 400 steps of 8192 tokens each. Finished runs are kept, so that it can be called again.
+#   scripts/compare_layouts.sh [section.key=value ...]      overrides for all runs
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/_env.sh
+source scripts/_env.sh
+# shellcheck source=scripts/_corpus.sh
+source scripts/_corpus.sh
+
+run=runs/layouts
+make_corpus runs/compare/data
+shared=(model.num_attention_heads=4 train.train_iters=400 train.eval_interval=100
+  scheduler.lr_warmup_iters=40 train.eval_iters=40 "$@")
+
+train() { # name, processes, overrides
+  local seed
+  for seed in 1 2 3; do train_seed "$seed" "$@"; done
+}
+train_seed() {
+  local seed=$1 folder=$run/$2-$1 processes=$3
+  shift 3
+  [[ -e $folder/done ]] && return
+  echo "$folder: $processes processes, $*"
+  mkdir -p "$folder"
+  OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --nproc-per-node="$processes" \
+    --master-port=0 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 pretrain_gpt.py \
+    --config configs/gpt_mini.yaml "${shared[@]}" "train.seed=$seed" "logging.dir=$folder" "$@" \
+    >"$folder/log.txt" 2>&1 || { tail -n 20 "$folder/log.txt" >&2 && exit 1; }
+  touch "$folder/done"
+}
+
+tp2=(2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true)
+tp4=(4 parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true)
+no_sp=parallel.sequence_parallel=false
+bf16=(precision.wire.gather=bf16 precision.wire.reduce=bf16)
+train bf16 1 precision.preset=bf16
+train o3 1
+train tp2-bf16-wires "${tp2[@]}" "${bf16[@]}"
+train tp2-gather "${tp2[@]}" precision.wire.reduce=bf16
+train tp2-reduce "${tp2[@]}" precision.wire.gather=bf16
+train tp2 "${tp2[@]}"
+train tp2-no-sp "${tp2[@]}" "$no_sp"
+train tp2-no-sp-bf16-wires "${tp2[@]}" "$no_sp" "${bf16[@]}"
+train tp4-bf16-wires "${tp4[@]}" "${bf16[@]}"
+train tp4 "${tp4[@]}"
+
+names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
+  tp4-bf16-wires tp4)
+settings=()
+for name in "${names[@]}"; do
+  settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")
+done
+"$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/summary.json" \
+  --plot "$run/loss.png"
