@@ -284,9 +284,3 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
     for name, size in divided.items():
         if size % ranks:
             yield f"{name} = {size} is not divisible by {_TP} = {ranks}"
-    for name, rate in (
-        ("model.hidden_dropout", model.hidden_dropout),
-        ("model.attention_dropout", model.attention_dropout),
-    ):
-        if rate:
-            yield f"{name} = {rate:g} needs {_TP} = 1, not {ranks}: dropout is for one rank"

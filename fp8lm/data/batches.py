@@ -41,7 +41,10 @@ class MicroBatchSampler:
 
 
 class BatchIterator:
-    """Hands out micro-batches: dicts of `tokens`, `labels` [B, S] int64, `loss_mask` [B, S] fp32.
+    """Hands out micro-batches, dicts of tensors.
+
+    `tokens`, `labels` [B, S] int64; `loss_mask` [B, S] fp32; `samples` [B] int64, the numbers of
+    the samples in the run.
 
     `num_workers` > 0 prefetches in that many processes, with the same result. Draws no random
     numbers. For evaluation make one at `consumed_samples=0` each time.
@@ -64,6 +67,7 @@ class BatchIterator:
             self._num_samples, micro_batch_size, rank, world_size, consumed_samples
         )
         self._stride, self._left = sampler.stride, len(sampler)
+        self._samples = torch.arange(sampler.first, sampler.first + micro_batch_size)
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -85,10 +89,15 @@ class BatchIterator:
                 f"{self.consumed_samples} consumed, {num_microbatches * self._stride} wanted: "
                 "train.train_iters or train.train_samples asks for more than was built"
             )
-        batches = [next(self._iterator) for _ in range(num_microbatches)]
+        batches = [self._next() for _ in range(num_microbatches)]
         self._left -= num_microbatches
         self.consumed_samples += num_microbatches * self._stride
         return batches
+
+    def _next(self) -> dict[str, torch.Tensor]:
+        batch = {**next(self._iterator), "samples": self._samples}
+        self._samples = self._samples + self._stride
+        return batch
 
 
 def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -14,8 +14,10 @@ from fp8lm.numerics import Format
 _FP32_MANTISSA_BITS = 23
 
 
-def noise_bits(index: Tensor, key: Tensor) -> Tensor:
-    """Uniform random int32 for every int32 `index`; `key` is a 0-d int32 tensor.
+def noise_bits(index: Tensor, key: Tensor | int) -> Tensor:
+    """Uniform random int32 for every int32 `index`; `key` is an int32 number or tensor.
+
+    A tensor of keys broadcasts to the shape of `index`.
 
     Multiply-xorshift with C. Wellons' "lowbias32" constants; int32 arithmetic wraps around.
     """

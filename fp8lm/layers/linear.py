@@ -65,7 +65,7 @@ class Linear(nn.Module):
         self.precision = precision
         self.input_edge = input_edge or Edge()
         self.output_edge = output_edge or Edge()
-        self.weight = GemmWeight(weight, kernels, device)
+        self.weight = GemmWeight(weight, kernels, device, precision.weight)
         self.bias = None if bias is None else VectorWeight(bias, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class _LinearFunction(torch.autograd.Function):
         kernels, (input_edge, output_edge) = weight.kernels, edges
         x_saved = input_edge.cast(x.reshape(-1, x.shape[-1]), precision.input, kernels)
         gathering = input_edge.gather(x_saved, precision.input, kernels)
-        w_OI = weight.operand(precision.weight, input_edge.share_amax)
+        w_OI = weight.operand(input_edge.share_amax)
         x_TI = gathering.wait()
         y_TO = kernels.gemm(
             x_TI.operand, w_OI.operand, out_dtype=precision.output, fast_accumulation=True
@@ -131,7 +131,7 @@ class _LinearFunction(torch.autograd.Function):
         gathering = input_edge.gather(x_saved, precision.input, kernels)
         reducing = None
         if ctx.needs_input_grad[0]:
-            w_OI = weight.operand(precision.weight, input_edge.share_amax)
+            w_OI = weight.operand(input_edge.share_amax)
             dx_TI = kernels.gemm(dy_TO.operand, w_OI.t().operand, out_dtype=dtype)
             reducing = input_edge.reduce(dx_TI, kernels)
         x_TI = gathering.wait()

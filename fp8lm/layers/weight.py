@@ -77,11 +77,20 @@ class GemmWeight(Weight):
     """A matrix held as payload and scale.
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
-    it into unscaled numbers; the scale is kept in fp32 through any such call.
+    it into unscaled numbers; the scale is kept in fp32 through any such call. `operand_format` is
+    what GEMMs read (default: the stored format).
     """
 
-    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: WeightSpec,
+        kernels: ReferenceKernels,
+        device: torch.device,
+        operand_format: Format | None = None,
+    ) -> None:
         super().__init__(spec, kernels, device)
+        self.operand_format = operand_format or spec.format
+        self.known_amax: Tensor | None = None  # see `operand_amax.known_amaxes`
         initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
         self.register_buffer("payload", initial.payload)
         self.register_buffer("scale", initial.scale)
@@ -94,19 +103,30 @@ class GemmWeight(Weight):
         """The stored payload and scale."""
         return ScaledTensor(self.payload, self.scale, self.spec.format)
 
-    def operand(
-        self, fmt: Format, share_amax: Callable[[Tensor], Tensor] = lambda amax: amax
-    ) -> ScaledTensor:
-        """The weight in the format the GEMM wants; requantized only if stored in another one.
+    @property
+    def is_recast(self) -> bool:
+        """Whether every use casts the weight with a scale."""
+        return self.operand_format.scaled and self.operand_format != self.spec.format
+
+    def local_amax(self) -> Tensor:
+        """The amax of this rank's part, 0-d fp32."""
+        return self.kernels.amax(self._values())
+
+    def operand(self, share_amax: Callable[[Tensor], Tensor] = lambda amax: amax) -> ScaledTensor:
+        """The weight in `operand_format`; requantized only if stored in another one.
 
         `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other parts.
         """
-        if fmt == self.spec.format:
+        if self.operand_format == self.spec.format:
             return self.compute
+        values, amax = self._values(), self.known_amax
+        if self.is_recast and amax is None:
+            amax = share_amax(self.kernels.amax(values))
+        return quantize(values, self.operand_format, self.kernels, amax=amax)
+
+    def _values(self) -> Tensor:
         exact = torch.bfloat16 if self.spec.format == BF16 else torch.float32
-        values = self.compute.dequantize(self.kernels, exact)
-        amax = share_amax(self.kernels.amax(values)) if fmt.scaled else None
-        return quantize(values, fmt, self.kernels, amax=amax)
+        return self.compute.dequantize(self.kernels, exact)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> GemmWeight:
         # Follow changes of device, never changes of dtype: a payload without the scale it was

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.attention import SelfAttention
@@ -26,10 +26,14 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = norm(*arguments, partial_grad=partial_grad)
         self.mlp = MLP(config, recipe)
 
-    def forward(self, x_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None."""
-        h = x_SBH + self._drop(self.self_attention(self.input_layernorm(x_SBH), rope))
-        return h + self._drop(self.mlp(self.pre_mlp_layernorm(h)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout, self.training) if self.dropout else x
+    def forward(
+        self,
+        x_SBH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        noise: DropoutNoise | None = None,
+    ) -> Tensor:
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout."""
+        first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
+        attended = self.self_attention(self.input_layernorm(x_SBH), rope)
+        h = x_SBH + dropout(attended, self.dropout, first)
+        return h + dropout(self.mlp(self.pre_mlp_layernorm(h)), self.dropout, second)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fp8lm.layers.cross_entropy import cross_entropy
+from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
@@ -61,7 +61,7 @@ class Embedding(nn.Module):
         if config.position_embedding_type == "learned_absolute":
             self.position_embeddings = Table.of_positions(config, recipe)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, noise: DropoutNoise | None = None) -> Tensor:
         """[B,S] int64 -> [S,B,H]."""
         tokens_SB = tokens_BS.t().contiguous()
         h_SBH = embed(tokens_SB, self.word_embeddings.weight, self.partition.boundary())
@@ -69,7 +69,7 @@ class Embedding(nn.Module):
             first = self.partition.rank * len(h_SBH) if self.partition.sequence_parallel else 0
             positions = torch.arange(first, first + len(h_SBH), device=h_SBH.device)
             h_SBH = h_SBH + embed(positions, self.position_embeddings.weight)[:, None]
-        return functional.dropout(h_SBH, self.dropout, self.training) if self.dropout else h_SBH
+        return dropout(h_SBH, self.dropout, noise)
 
 
 class Decoder(nn.Module):
@@ -96,20 +96,27 @@ class Decoder(nn.Module):
             partial_grad=recipe.partition.sequence_parallel,
         )
 
-    def forward(self, h_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        h_SBH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        noise: DropoutNoise | None = None,
+    ) -> Tensor:
         """[S,B,H] -> [S,B,H]."""
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            of_layer = None if noise is None else noise.at(index)
             if self.recompute_layers and torch.is_grad_enabled():
-                h_SBH = checkpoint(layer, h_SBH, rope, use_reentrant=False)
+                h_SBH = checkpoint(layer, h_SBH, rope, of_layer, use_reentrant=False)
             else:
-                h_SBH = layer(h_SBH, rope)
+                h_SBH = layer(h_SBH, rope, of_layer)
         return self.final_layernorm(h_SBH)
 
 
 class GPTModel(nn.Module):
     """Token ids to logits; `config` is the config section `model`.
 
-    `vocab_size` is the padded one, `num_ids` how many of its rows are tokens (default: all).
+    `vocab_size` is the padded one, `num_ids` how many of its rows are tokens (default: all);
+    `seed` enters the masks of hidden dropout.
     """
 
     def __init__(
@@ -119,8 +126,11 @@ class GPTModel(nn.Module):
         recipe: Recipe,
         recompute_granularity: str | None = None,
         num_ids: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self.seed = seed
+        self.drops_hidden = config.hidden_dropout > 0
         self.partition = recipe.partition
         self.num_ids = vocab_size if num_ids is None else num_ids
         self.head_precision = FP32_GEMM if recipe.dense == FP32 else BF16_GEMM
@@ -140,17 +150,38 @@ class GPTModel(nn.Module):
                 recipe.device,
             )
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations."""
-        h_SBH = self.decoder(self.embedding(tokens_BS), self._rope(tokens_BS.shape[1]))
+    def forward(self, tokens_BS: Tensor, samples_B: Tensor | None = None) -> Tensor:
+        """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations.
+
+        Hidden dropout needs `samples_B` (int64), the samples' numbers in the run.
+        """
+        noise = self._noise(samples_B, tokens_BS.shape[1])
+        h_SBH = self.embedding(tokens_BS, noise and noise.at(0))
+        h_SBH = self.decoder(h_SBH, self._rope(tokens_BS.shape[1]), noise and noise.at(1))
         table = self.output_layer or self.embedding.word_embeddings
         edges = self.partition.boundary(), self.partition.inside()
         return linear(h_SBH, table.weight, self.head_precision, edges=edges)
 
-    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def loss(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        mask_BS: Tensor,
+        samples_B: Tensor | None = None,
+    ) -> Tensor:
         """Mean cross-entropy of the unmasked tokens, the same on all ranks of the partition."""
-        logits_SBV = self(tokens_BS)
+        logits_SBV = self(tokens_BS, samples_B)
         return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.partition)
+
+    def _noise(self, samples_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
+        if not (self.training and self.drops_hidden):
+            return None
+        if samples_B is None:
+            raise ValueError("hidden dropout needs the numbers of the micro-batch's samples")
+        first = 0
+        if self.partition.sequence_parallel:
+            first = self.partition.rank * seq_length // self.partition.size
+        return DropoutNoise.of_samples(samples_B, self.seed, first)
 
     def _rope(self, seq_length: int) -> tuple[Tensor, Tensor] | None:
         if self.rope is None:

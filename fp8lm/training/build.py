@@ -122,6 +122,7 @@ def build_model(
         Recipe.from_config(config.precision, kernels, device, partition),
         config.train.recompute_granularity,
         num_ids,
+        config.train.seed,
     )
     precision = StatePrecision.from_config(config.precision)
     weights, seed = named_weights(model), config.train.seed
@@ -139,7 +140,6 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
     datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
-    torch.manual_seed(config.train.seed)  # dropout; weights have generators of their own
     kernels, counter = select_kernels(device), WireCounter(("tp_gather", "tp_reduce"))
     model, optimizer = build_model(
         config,

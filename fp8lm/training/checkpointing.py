@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from fp8lm.training.build import Run
 from fp8lm.training.checkpoint import (
     Shard,
     latest_iteration,
     load_checkpoint,
-    read_common,
     save_checkpoint,
 )
 from fp8lm.training.progress import Progress, Window
-from fp8lm.training.state import model_shards, optimizer_shards, restore_rng, rng_tensors
+from fp8lm.training.state import model_shards, optimizer_shards
 
 
 def save_run(run: Run, window: Window, progress: Progress) -> None:
@@ -24,13 +21,12 @@ def save_run(run: Run, window: Window, progress: Progress) -> None:
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
         "batch_size": progress.batch_size,
-        "device": run.device.type,
         "config": run.config.model_dump(mode="json"),
     }
     save_checkpoint(
         run.config.checkpoint.save,
         progress.iteration,
-        _shards(run, window, rng_tensors(run.device)),
+        _shards(run, window),
         meta,
     )
 
@@ -48,12 +44,7 @@ def load_run(run: Run, window: Window, progress: Progress) -> None:
         if run.groups.is_main:
             print(f" no checkpoint in {folder}: starting from initial weights", flush=True)
         return
-    # Random states of another kind of device mean nothing here: dropout then starts anew.
-    same_device = read_common(folder)["device"] == run.device.type
-    rng = rng_tensors(run.device) if same_device else {}
-    meta = load_checkpoint(folder, _shards(run, window, rng), partial=not same_device)
-    if same_device:
-        restore_rng(rng, run.device)
+    meta = load_checkpoint(folder, _shards(run, window))
     progress.iteration = meta["iteration"]
     progress.consumed_samples = meta["consumed_samples"]
     progress.batch_size = meta["batch_size"]
@@ -61,10 +52,9 @@ def load_run(run: Run, window: Window, progress: Progress) -> None:
         print(f" loaded checkpoint of iteration {progress.iteration} from {folder}", flush=True)
 
 
-def _shards(run: Run, window: Window, rng: dict[str, Tensor]) -> dict[str, Shard]:
-    whole = {**rng, "window": window.sums}
+def _shards(run: Run, window: Window) -> dict[str, Shard]:
     return {
         **model_shards(run.weights),
         **optimizer_shards(run.optimizer),
-        **{name: Shard.whole(tensor) for name, tensor in whole.items()},
+        "window": Shard.whole(window.sums),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fp8lm.layers.linear import Linear
@@ -48,21 +47,6 @@ def _shards(tensors: dict[str, Tensor], weights: dict[str, Weight]) -> dict[str,
         spec = weights[path.split(".", 1 if path.startswith("model.") else 2)[-1]].spec
         shards[name] = Shard(spec.split.as_block(tensor), *spec.split.sections(spec.shape))
     return shards
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """Copies of the random states dropout draws from."""
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Take up the random states that `rng_tensors` copied."""
-    torch.set_rng_state(tensors["rng.cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
 def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fp8lm.layers.edge import Partition
+from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.layers.weight import Weight
 from fp8lm.optim import AdamW
 
@@ -32,7 +34,8 @@ def train_step(
     """
     model.train()
     zero_gradients(optimizer.weights)
-    loss = accumulate_gradients(model, microbatches)
+    with known_amaxes(optimizer.weights.values(), optimizer.partition):
+        loss = accumulate_gradients(model, microbatches)
     settle_gradients(optimizer.weights)
     complete_gradients(optimizer.weights, optimizer.partition)
     norm = optimizer.step(lr)
@@ -50,8 +53,22 @@ def accumulate_gradients(model: nn.Module, microbatches: list[Batch]) -> Tensor:
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss of one micro-batch: dict of `tokens`, `labels`, `loss_mask` [B,S]."""
-    return model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
+    """Mean loss of one micro-batch: dict of `tokens`, `labels`, `loss_mask` [B,S].
+
+    `samples` [B], the samples' numbers in the run, are needed by dropout only.
+    """
+    inputs = (batch["tokens"], batch["labels"], batch["loss_mask"])
+    return model.loss(*inputs, batch.get("samples"))
+
+
+def seed_generators(seed: int, consumed_samples: int, *ranks: int) -> None:
+    """Seed what attention dropout draws from: another stream for every step and every rank.
+
+    A function of where the run is, so that a resumed run has no random state to restore.
+    Recomputation puts the generator back by itself.
+    """
+    digest = hashlib.sha256(f"{seed}/{consumed_samples}/{ranks}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()

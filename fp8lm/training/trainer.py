@@ -6,12 +6,13 @@ import torch
 from torch.utils.data import Dataset
 
 from fp8lm.data.batches import BatchIterator
+from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.training.build import Run
 from fp8lm.training.checkpoint import check_save_folder
 from fp8lm.training.checkpointing import load_run, save_run
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
-from fp8lm.training.step import Batch, StepResult, evaluate, train_step
+from fp8lm.training.step import Batch, StepResult, evaluate, seed_generators, train_step
 
 
 class Trainer:
@@ -64,6 +65,7 @@ class Trainer:
         run, progress = self.run, self.progress
         consumed = progress.consumed_samples
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+        self._seed_generators(consumed)
         run.sent.take()  # what evaluations and reports sent is no step's
         result = train_step(
             run.model,
@@ -76,6 +78,11 @@ class Trainer:
         progress.advance(batches.consumed_samples)
         self._reporter.advance()
         return result
+
+    def _seed_generators(self, consumed_samples: int) -> None:
+        groups, seed = self.run.groups, self.run.config.train.seed
+        ranks = groups.data_parallel.rank(), groups.tensor_parallel.rank()
+        seed_generators(seed, consumed_samples, *ranks)
 
     def _report(self, result: StepResult) -> None:
         """Log what happened since the last report: the loop's only host synchronisation."""
@@ -102,10 +109,12 @@ class Trainer:
         with self._stopwatch.paused():
             batches = self._batches(dataset, 0)
             per_step = self.run.groups.data_parallel.size() * config.micro_batch_size
-            losses = [
-                evaluate(self.run.model, self._on_device(batches.next(1)))
-                for _ in range(config.eval_iters * config.global_batch_size // per_step)
-            ]
+            partition = self.run.optimizer.partition
+            with known_amaxes(self.run.weights.values(), partition):
+                losses = [
+                    evaluate(self.run.model, self._on_device(batches.next(1)))
+                    for _ in range(config.eval_iters * config.global_batch_size // per_step)
+                ]
             loss = torch.stack(losses).mean().item()
         self._reporter.log_evaluation(split, self.progress.iteration, loss)
 

@@ -74,10 +74,6 @@ SP = "parallel.sequence_parallel=true"
             [f"{TP}=4", SP, "model.seq_length=34", "precision.preset=bf16"],
             f"model.seq_length = 34 is not divisible by {TP} = 4",
         ),
-        (
-            [f"{TP}=2", "model.hidden_dropout=0.1"],
-            f"model.hidden_dropout = 0.1 needs {TP} = 1, not 2",
-        ),
         ([f"{TP}=0"], f"{TP} = 0: expected integer >= 1"),
     ],
 )

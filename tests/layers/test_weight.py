@@ -15,8 +15,9 @@ KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
 
 
-def matrix(fmt, shape=(6, 10)):
-    weight = GemmWeight(WeightSpec(shape, lambda t, generator: t, fmt, FP32), KERNELS, CPU)
+def matrix(fmt, shape=(6, 10), operand_format=None):
+    spec = WeightSpec(shape, lambda t, generator: t, fmt, FP32)
+    weight = GemmWeight(spec, KERNELS, CPU, operand_format)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.compute.copy_(quantize(values, fmt, KERNELS))
     return weight
@@ -46,16 +47,16 @@ def test_compute_of_a_vector_is_a_view_of_the_parameter(fmt):
 @pytest.mark.parametrize("fmt", [E4M3, BF16, FP32], ids=repr)
 def test_operand_in_the_stored_format_is_the_weight_itself(fmt):
     weight = matrix(fmt)
-    assert weight.operand(fmt).payload is weight.payload
-    assert weight.operand(fmt).scale is weight.scale
+    assert weight.operand().payload is weight.payload
+    assert weight.operand().scale is weight.scale
 
 
 @pytest.mark.parametrize("stored", [FP16, BF16, FP32], ids=repr)
 @pytest.mark.parametrize("wanted", [E4M3, E5M2, BF16], ids=repr)
 def test_operand_in_another_format_is_requantized(stored, wanted):
-    weight = matrix(stored)
+    weight = matrix(stored, operand_format=wanted)
     before = weight.compute.clone()
-    operand = weight.operand(wanted)
+    operand = weight.operand()
     expected = quantize(weight.compute.dequantize(KERNELS), wanted, KERNELS)
     assert torch.equal(operand.payload, expected.payload)
     assert (operand.scale, operand.format) == (expected.scale, wanted)
@@ -64,10 +65,10 @@ def test_operand_in_another_format_is_requantized(stored, wanted):
 
 
 def test_operand_follows_a_changed_weight():
-    weight = matrix(FP16)
-    first = weight.operand(E4M3)
+    weight = matrix(FP16, operand_format=E4M3)
+    first = weight.operand()
     weight.compute.copy_(quantize(torch.full((6, 10), 1000.0), FP16, KERNELS))
-    second = weight.operand(E4M3)
+    second = weight.operand()
     assert second.scale != first.scale
     assert second.dequantize(KERNELS).unique().tolist() == [1024.0]  # E4M3 has 960 and 1024
 

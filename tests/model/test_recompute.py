@@ -61,21 +61,34 @@ def test_nothing_is_recomputed_without_gradients(recompute):
 
 @pytest.mark.parametrize("where", ["hidden_dropout", "attention_dropout"])
 def test_dropout_acts_in_training_only(where):
-    gpt, tokens = build({where: 0.5}), batch()["tokens"]
-    without = build({})(tokens)
-    torch.manual_seed(0)
-    assert not torch.equal(gpt(tokens), gpt(tokens))
-    assert torch.equal(gpt.eval()(tokens), without)
+    gpt, data = build({where: 0.5}), batch()
+    without = build({})(data["tokens"])
+    assert not torch.equal(gpt(data["tokens"], data["samples"]), without)
+    assert torch.equal(gpt.eval()(data["tokens"]), without)
 
 
-def test_dropout_draws_from_the_random_state():
-    gpt, tokens = build(DROPOUT), batch()["tokens"]
+def test_attention_dropout_draws_from_the_generator():
+    gpt, tokens = build(dict(attention_dropout=0.3)), batch()["tokens"]
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         draws.append(gpt(tokens))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_hidden_dropout_is_a_function_of_the_sample():
+    gpt, tokens = build(dict(hidden_dropout=0.3)), batch()["tokens"]
+    same = tokens[:1].expand(2, -1)
+    both = gpt(same, torch.tensor([7, 8]))
+    alone = gpt(same[:1], torch.tensor([8]))
+    torch.testing.assert_close(both[:, 1:], alone)
+    assert not torch.allclose(both[:, 0], both[:, 1], atol=0.1)
+
+
+def test_hidden_dropout_without_samples_is_refused():
+    with pytest.raises(ValueError, match="numbers of the micro-batch's samples"):
+        build(dict(hidden_dropout=0.3))(batch()["tokens"])
 
 
 def test_first_and_last_layers_in_bf16():

@@ -67,6 +67,7 @@ def batch(seed=0):
         "tokens": torch.randint(0, VOCABULARY, shape, generator=generator),
         "labels": torch.randint(0, VOCABULARY, shape, generator=generator),
         "loss_mask": (torch.rand(shape, generator=generator) < 0.8).float(),
+        "samples": torch.arange(BATCH) + BATCH * seed,
     }
 
 
@@ -75,7 +76,9 @@ def loss_and_gradients(gpt, data):
     weights = named_weights(gpt)
     for weight in weights.values():
         weight.grad.zero()
-    loss = language_model_loss(gpt(data["tokens"]), data["labels"], data["loss_mask"])
+    loss = language_model_loss(
+        gpt(data["tokens"], data["samples"]), data["labels"], data["loss_mask"]
+    )
     loss.backward()
     for weight in weights.values():
         weight.grad.settle()

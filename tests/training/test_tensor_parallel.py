@@ -25,7 +25,11 @@ LLAMA = {
     "disable_bias_linear": True,
     "untie_embeddings_and_output_weights": True,
 }
-SHAPES = {"gpt": {"position_embedding_type": "learned_absolute"}, "llama": LLAMA}
+SHAPES = {
+    "gpt": {"position_embedding_type": "learned_absolute"},
+    "llama": LLAMA,
+    "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+}
 
 
 def train(config):
@@ -175,6 +179,54 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
         if "lm loss" in line:
             assert line["comm_bytes/tp_gather"] == gather
             assert line["comm_bytes/tp_reduce"] == reduce
+
+
+def sent_by_layers(tokens, hidden, ranks, layers, fp8):
+    """Bytes a rank's layers send for a micro-batch with sequence parallelism: (gather, reduce)."""
+    block = tokens // ranks * hidden * (1 if fp8 else 2)
+    gather = (ranks - 1) * (6 * layers + 3) * block
+    reduce = (ranks - 1) * (4 * layers + 2) * (block + 16 * fp8)
+    return gather, reduce
+
+
+def test_fp8_wires_halve_the_bytes_of_a_run(tiny_config, run_distributed, tmp_path):
+    tokens, hidden, layers = 4 * 64, 128, 2
+    sent = {}
+    for wire in ("fp8", "bf16"):
+        changes = {
+            "model": {"hidden_size": hidden, "num_attention_heads": 4, "seq_length": 64},
+            "train": {"micro_batch_size": 4, "global_batch_size": 16, "train_iters": 2}
+            | {"eval_iters": 0},
+            "scheduler": {"lr_warmup_iters": 0},
+            "precision": {"wire": {"gather": wire, "reduce": wire}},
+            "parallel": PARALLEL,
+            "logging": {"dir": str(tmp_path / wire), "log_interval": 1},
+        }
+        run_distributed(train, 2, tiny_config(changes))
+        line = read(tmp_path / wire)[0]
+        sent[wire] = line["comm_bytes/tp_gather"], line["comm_bytes/tp_reduce"]
+    # What is the same on both wires: scalars of cross-entropy and optimizer, fp32 gradients.
+    rest = []
+    for wire, (gather, reduce) in sent.items():
+        expected = sent_by_layers(tokens, hidden, 2, layers, wire == "fp8")
+        rest.append((gather - 4 * expected[0], reduce - 4 * expected[1]))
+    amaxes = 4 * (4 * layers + 2) * 4  # one for each gathered tensor that has a scale
+    assert (rest[0][0] - amaxes, rest[0][1]) == rest[1]
+    assert sum(sent["fp8"]) <= 0.51 * sum(sent["bf16"])
+
+
+def generator_seed(config):
+    train(config)
+    return torch.initial_seed()
+
+
+def test_attention_dropout_has_a_stream_per_rank(tiny_config, run_distributed):
+    changes = {"parallel": PARALLEL, "model": {"attention_dropout": 0.1}}
+    first = run_distributed(generator_seed, 2, tiny_config(changes))
+    again = run_distributed(generator_seed, 2, tiny_config(changes))
+    assert first == again
+    assert first[0] != first[1]
+    assert first != run_distributed(generator_seed, 2, tiny_config(changes, {"train": {"seed": 2}}))
 
 
 def test_one_rank_sends_nothing(tiny_config, train_run, read_metrics, tmp_path):

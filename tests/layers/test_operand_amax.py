@@ -1,0 +1,80 @@
+"""Amaxes of weights that are recast for their GEMMs: one exchange, and never a stale one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.config import PrecisionConfig
+from fp8lm.layers.edge import Partition
+from fp8lm.layers.operand_amax import known_amaxes
+from fp8lm.layers.weight import GemmWeight, WeightSpec, named_weights
+from fp8lm.numerics import BF16, E4M3, FP16, FP32
+from fp8lm.optim import StatePrecision
+from fp8lm.scaled_tensor import quantize
+from fp8lm.training.step import train_step
+from tests.model.tiny import CPU, KERNELS, batch, build
+from tests.optim.bench import optimizer
+
+
+class CountingPartition(Partition):
+    """Another rank whose amaxes are twice as large."""
+
+    def __init__(self):
+        self.exchanged = []
+
+    def max(self, values):
+        self.exchanged.append(len(values))
+        return 2 * values
+
+
+def weight(stored, wanted=E4M3, largest=3.0):
+    made = GemmWeight(WeightSpec((16, 16), None, stored, FP32), KERNELS, CPU, wanted)
+    value = torch.rand(16, 16)
+    value[0, 0] = largest
+    made.compute.copy_(quantize(value, stored, KERNELS))
+    return made
+
+
+def test_one_exchange_for_all():
+    weights = [weight(BF16), weight(FP16, largest=5.0), weight(E4M3), weight(BF16, BF16)]
+    partition = CountingPartition()
+    with known_amaxes(weights, partition):
+        scales = [w.operand(pytest.fail).scale.item() for w in weights[:2]]
+        assert scales == [64.0, 32.0]  # 448/6, 448/10
+        assert weights[2].operand(pytest.fail).payload is weights[2].payload
+        assert weights[3].operand(pytest.fail).payload is weights[3].payload
+    assert partition.exchanged == [2]
+
+
+def test_nothing_is_known_afterwards():
+    made = weight(BF16)
+    with pytest.raises(KeyError), known_amaxes([made], Partition()):
+        assert made.operand(pytest.fail).scale == 128.0
+        raise KeyError
+    made.compute.copy_(quantize(torch.full((16, 16), 100.0), BF16, KERNELS))
+    assert made.operand().scale == 4.0
+
+
+def test_nothing_to_exchange():
+    partition = CountingPartition()
+    with known_amaxes([weight(E4M3)], partition):
+        pass
+    assert partition.exchanged == []
+
+
+@pytest.mark.parametrize("preset", ["te", "o1", "o2"])
+def test_a_step_uses_the_scales_of_its_own_weights(preset):
+    gpt = build({}, dict(preset=preset))
+    weights = named_weights(gpt)
+    adam = optimizer(weights, StatePrecision.from_config(PrecisionConfig(preset=preset)))
+    recast = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
+    scales = []
+    for _ in range(3):
+        train_step(gpt, adam, [batch()], 0.5)
+        values = recast.compute.dequantize(KERNELS, torch.float32)
+        scales.append(quantize(values, E4M3, KERNELS).scale.item())
+        assert recast.operand().scale == scales[-1]
+        with known_amaxes([recast], Partition()):
+            assert recast.operand(pytest.fail).scale == scales[-1]
+    assert len(set(scales)) > 1  # or a stale scale would not show

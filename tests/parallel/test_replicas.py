@@ -1,0 +1,57 @@
+"""Two replicas of a tensor-parallel layout: what is shared stays within a tensor-parallel group."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.layers.linear import FP8_GEMM, Linear
+from fp8lm.layers.weight import WeightSpec
+from fp8lm.numerics import BF16, E4M3
+from fp8lm.parallel import TensorParallel
+from tests.parallel.ranks import CPU, KERNELS, random
+
+
+def shared():
+    """(largest of the group's amaxes, scale of a gathered input, of a recast weight, a sum)."""
+    with model_parallel_groups(tensor_parallel=2) as groups:
+        counter = WireCounter(("tp_gather", "tp_reduce"))
+        tp = TensorParallel(
+            group=groups.tensor_parallel,
+            sequence_parallel=True,
+            gather_wire=Wire("tp_gather", "fp8", counter),
+            reduce_wire=Wire("tp_reduce", "fp8", counter),
+            kernels=KERNELS,
+        )
+        rank = groups.world.rank()
+        mine = torch.tensor(2.0**rank)
+        largest = tp.max(mine)
+        sent = tp.boundary().cast(torch.full((16, 16), 2.0**rank), E4M3, KERNELS)
+        layer = Linear(
+            WeightSpec((32, 16), None, BF16, E4M3, split=tp.split(0)),
+            precision=FP8_GEMM,
+            kernels=KERNELS,
+            device=CPU,
+            input_edge=tp.boundary(),
+            output_edge=tp.inside(),
+        )
+        layer.weight.payload.fill_(2.0**rank)
+        operand = layer.weight.operand(layer.input_edge.share_amax)
+        total = [random(4, seed=rank)]
+        tp.sum_in_place(total)
+        return largest, sent.scale, operand.scale, total[0]
+
+
+def test_amaxes_and_sums_stay_in_the_group(run_distributed):
+    # Ranks 0 and 1 are one replica, 2 and 3 the other: amaxes 1, 2 | 4, 8; 448 / amax in binades.
+    results = run_distributed(shared, 4)
+    assert [largest.item() for largest, *_ in results] == [2.0, 2.0, 8.0, 8.0]
+    for scales in (
+        [scale.item() for _, scale, _, _ in results],
+        [w.item() for _, _, w, _ in results],
+    ):
+        assert scales == [128.0, 128.0, 32.0, 32.0]
+    for rank, (*_, total) in enumerate(results):
+        first = rank // 2 * 2
+        assert torch.equal(total, random(4, seed=first) + random(4, seed=first + 1))
