@@ -43,12 +43,20 @@ def test_ranks_take_turns_as_in_megatron():
     assert samples(iterate(rank=1, world_size=2).next(2)) == [[2, 3], [6, 7]]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_samples_are_numbered(rank):
+    batches = iterate(rank=rank, world_size=2, consumed_samples=8).next(3)
+    for batch in batches:
+        assert batch["samples"].tolist() == batch["tokens"][:, 0].tolist()
+
+
 def test_batches_are_stacked_fields():
     (batch,) = iterate().next(1)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "tokens": (torch.int64, (2, 4)),
         "labels": (torch.int64, (2, 4)),
         "loss_mask": (torch.float32, (2, 4)),
+        "samples": (torch.int64, (2,)),
     }
 
 
