@@ -84,7 +84,7 @@ def build_contestants(
     for preset in options.presets.split(","):
         config = make_config(options, preset)
         kernels = select_kernels(device)
-        model, optimizer = build_model(config, options.vocab_size, kernels, device)
+        model, optimizer, _ = build_model(config, options.vocab_size, kernels, device)
         contestants[preset] = lambda m=model, o=optimizer: train_step(m, o, batch, LR).loss
     return contestants
 

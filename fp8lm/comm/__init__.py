@@ -2,7 +2,13 @@
 
 from fp8lm.comm.accounting import Wire, WireCounter
 from fp8lm.comm.amax import max_over_group
-from fp8lm.comm.gather import all_gather, all_gather_values, broadcast, join
+from fp8lm.comm.gather import (
+    all_gather,
+    all_gather_scalars,
+    all_gather_values,
+    broadcast,
+    join,
+)
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.reduce import all_reduce, reduce_scatter
@@ -15,6 +21,7 @@ __all__ = [
     "WireCounter",
     "all_gather",
     "all_gather_bytes",
+    "all_gather_scalars",
     "all_gather_values",
     "all_reduce",
     "all_to_all_bytes",

@@ -53,6 +53,13 @@ def all_gather_values(
     return all_gather_bytes(layout.pack([x]), group, wire).then(unpack)
 
 
+def all_gather_scalars(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Tensor:
+    """fp32 `values` (any shape) of every rank, in rank order: [W, ...]; waits for them."""
+    sent = as_bytes(values)
+    gathered = all_gather_bytes(sent, group, wire).wait()
+    return gathered.view(-1).view(values.dtype).view(group.size(), *values.shape)
+
+
 def join(shards: Sequence[ScaledTensor], kernels: ReferenceKernels, dtype: torch.dtype) -> Tensor:
     """Values of `shards` (each [n, ...], any scales) in `dtype`, concatenated to [n * W, ...]."""
     return torch.cat([shard.dequantize(kernels, dtype) for shard in shards])

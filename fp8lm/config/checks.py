@@ -29,6 +29,7 @@ def find_problems(config: Config) -> list[str]:
         _formats,
         _fp8_gemms,
         _tensor_parallel,
+        _params_wire,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -235,6 +236,16 @@ def _formats(config: Config) -> Iterator[str]:
         yield (
             f"precision.params_dtype = {precision.params_dtype} needs a master weight: "
             "precision.main_params_dtype = none is for params_dtype = fp16"
+        )
+
+
+def _params_wire(config: Config) -> Iterator[str]:
+    precision = config.precision
+    if precision.wire.params == "fp8" and precision.params_dtype != "fp8_e4m3":
+        yield (
+            f"precision.wire.params = fp8 needs precision.params_dtype = fp8_e4m3, not "
+            f"{precision.params_dtype}: other weights travel as they are stored "
+            "(precision.wire.params = bf16)"
         )
 
 

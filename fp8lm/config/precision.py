@@ -23,6 +23,7 @@ MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 Rounding = Literal["nearest", "stochastic"]
 PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
 WireFormat = Literal["fp8", "bf16"]
+GradsWireFormat = Literal["fp8", "bf16", "fp32"]
 
 
 def _preset(
@@ -34,6 +35,8 @@ def _preset(
     exp_avg_sq: MomentDtype,
     rounding: Rounding,
     wire: WireFormat,
+    grads: GradsWireFormat,
+    params_wire: WireFormat,
 ) -> Mapping[str, Any]:
     return MappingProxyType(
         {
@@ -45,19 +48,31 @@ def _preset(
             "exp_avg_sq_dtype": exp_avg_sq,
             "master_rounding": rounding,
             "first_last_layers_bf16": False,
-            "wire": MappingProxyType({"gather": wire, "reduce": wire}),
+            "wire": MappingProxyType(
+                {"gather": wire, "reduce": wire, "grads": grads, "params": params_wire}
+            ),
         }
     )
 
 
+_FP32_STATES = ("fp32", "fp32")
+_FP8_STATES = ("fp8_e4m3", "fp16")
+_BF16_WIRES = ("bf16", "fp32", "bf16")
+# FP16 weights travel in their two bytes.
+_FP8_WIRES, _FP8_BUT_WEIGHTS = ("fp8", "fp8", "fp8"), ("fp8", "fp8", "bf16")
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "bf16": _preset("bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest", "bf16"),
-        "te": _preset("fp8", "bf16", "fp32", "fp32", "fp32", "fp32", "nearest", "bf16"),
-        "o1": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp32", "fp32", "stochastic", "fp8"),
-        "o2": _preset("fp8", "fp16", "none", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic", "fp8"),
+        "bf16": _preset("bf16", "bf16", "fp32", "fp32", *_FP32_STATES, "nearest", *_BF16_WIRES),
+        "te": _preset("fp8", "bf16", "fp32", "fp32", *_FP32_STATES, "nearest", *_BF16_WIRES),
+        "o1": _preset(
+            "fp8", "fp16", "none", "fp8_e4m3", *_FP32_STATES, "stochastic", *_FP8_BUT_WEIGHTS
+        ),
+        "o2": _preset(
+            "fp8", "fp16", "none", "fp8_e4m3", *_FP8_STATES, "stochastic", *_FP8_BUT_WEIGHTS
+        ),
         "o3": _preset(
-            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", "fp8_e4m3", "fp16", "stochastic", "fp8"
+            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", *_FP8_STATES, "stochastic", *_FP8_WIRES
         ),
     }
 )
@@ -70,7 +85,7 @@ def _of_preset(key: str, description: str) -> Any:
 
 
 class WireConfig(Section):
-    """What travels between the ranks of a tensor-parallel group."""
+    """What travels between ranks."""
 
     gather: WireFormat | None = Field(
         None,
@@ -79,6 +94,16 @@ class WireConfig(Section):
     )
     reduce: WireFormat | None = Field(
         None, description="Partial sums of activations and gradients. Null: what the preset says."
+    )
+    grads: GradsWireFormat | None = Field(
+        None,
+        description="Gradients of linear layers' matrices to the ranks that step them; one kept "
+        "in fewer bytes travels as it is. Null: what the preset says.",
+    )
+    params: WireFormat | None = Field(
+        None,
+        description="Stepped weights to all ranks: fp8, or in two bytes. Null: what the preset "
+        "says; FP8 weights alone travel as fp8.",
     )
 
 

@@ -32,6 +32,7 @@ class WeightSpec:
 
     `partial_grad`: each tensor-parallel rank computes this replicated weight's gradient from its
     own part of the sequence, so the ranks' gradients have to be summed.
+    `dense`: not a matrix of a linear layer, but a table, norm or bias.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class WeightSpec:
     decay: bool = True
     split: Split = WHOLE
     partial_grad: bool = False
+    dense: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -65,6 +67,19 @@ class Weight(nn.Module):
     @property
     def compute(self) -> ScaledTensor:
         """Views of payload and scale: writing to them changes the weight."""
+        raise NotImplementedError
+
+    def rebind(self, payload: Tensor) -> None:
+        """Keep the payload in other memory (same dtype and shape)."""
+        raise NotImplementedError
+
+    def when_gradient_complete(self, call: Callable[[], None]) -> None:
+        """Have `call` called in every backward once all uses of the weight are behind it."""
+        self._differentiated.register_post_accumulate_grad_hook(lambda _: call())
+
+    @property
+    def _differentiated(self) -> nn.Parameter:
+        """What autograd sees of the weight."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -102,6 +117,14 @@ class GemmWeight(Weight):
     def compute(self) -> ScaledTensor:
         """The stored payload and scale."""
         return ScaledTensor(self.payload, self.scale, self.spec.format)
+
+    def rebind(self, payload: Tensor) -> None:
+        """See `Weight`."""
+        self.payload = payload
+
+    @property
+    def _differentiated(self) -> nn.Parameter:
+        return self.anchor
 
     @property
     def is_recast(self) -> bool:
@@ -154,6 +177,14 @@ class VectorWeight(Weight):
         data = self.data.data
         return ScaledTensor(data, torch.ones((), device=data.device), self.spec.format)
 
+    def rebind(self, payload: Tensor) -> None:
+        """See `Weight`."""
+        self.data.data = payload
+
+    @property
+    def _differentiated(self) -> nn.Parameter:
+        return self.data
+
     def _apply(self, fn: Callable, recurse: bool = True) -> VectorWeight:
         # As a GemmWeight: another dtype would promote activations and not be what `spec` says.
         self.data.data = self.data.data.to(_device_after(fn, self.data.device))
@@ -176,7 +207,9 @@ def vector_spec(
     def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.fill_(value)
 
-    return WeightSpec((size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad)
+    return WeightSpec(
+        (size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad, dense=True
+    )
 
 
 def named_weights(module: nn.Module) -> dict[str, Weight]:

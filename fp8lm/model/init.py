@@ -47,7 +47,9 @@ def table_spec(
 ) -> WeightSpec:
     """Spec of an embedding or output table [rows, size]: dense format, fp32 gradient."""
     shape = (rows, size)
-    return WeightSpec(shape, init, recipe.dense, FP32, split=split, partial_grad=partial_grad)
+    return WeightSpec(
+        shape, init, recipe.dense, FP32, split=split, partial_grad=partial_grad, dense=True
+    )
 
 
 def initial_value(name: str, spec: WeightSpec, seed: int) -> Tensor:

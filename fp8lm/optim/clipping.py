@@ -10,7 +10,7 @@ so this one number, the same bits on all ranks, also decides whether the step ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,51 +18,91 @@ from torch import Tensor
 
 from fp8lm.kernels.adam import BLOCK
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.scaled_tensor import ScaledTensor
+
+Exchange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """`norm`, `clip_factor`, `skip`: 0-d tensors; `amax`: fp32 [number of gradients]."""
+    """`norm`, `clip_factor`, `skip`: 0-d tensors; `amax`: fp32 [number of gradients].
+
+    `maxima` and `values` are what came of `gradient_norm`'s arguments of these names.
+    """
 
     norm: Tensor
     clip_factor: Tensor
     skip: Tensor
     amax: Tensor
+    maxima: Tensor
+    values: Tensor
+
+
+def alone(values: Tensor) -> Tensor:
+    """The exchange of one rank: [n] -> [1, n]."""
+    return values[None]
 
 
 def gradient_norm(
-    gradients: Iterable[ScaledTensor],
+    gradients: Sequence[ScaledTensor | None],
     clip: float,
     kernels: ReferenceKernels,
     *,
-    partition: Partition = ALONE,
-    replicated: Sequence[bool] = (),
+    exchange: Exchange = alone,
+    counted: Sequence[bool] | None = None,
+    maxima: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
-    Over the ranks of `partition` there is one exchange. `replicated` tells which of the gradients
-    are whole on every rank; it is not needed for a partition of one.
+    `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once. A
+    gradient that is None lies elsewhere; one that is not `counted` lies on another rank as well,
+    where it counts (default: all count). Along with it travel `maxima` (fp32 [m], not negative),
+    of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k].
     """
-    squares, amaxes = zip(*(_square_and_amax(g, kernels) for g in gradients), strict=True)
-    if partition.rank > 0:
+    nothing = torch.zeros(0, device=_device(gradients))
+    maxima = nothing if maxima is None else maxima
+    values = nothing if values is None else values
+    squares, amaxes = [], []
+    for index, gradient in enumerate(gradients):
+        square, amax = _square_and_amax(gradient, kernels, nothing.device)
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        pairs = zip(squares, replicated, strict=True)
-        squares = [square * 0.0 if whole else square for square, whole in pairs]
-    counted = torch.stack(list(squares))
-    ranks = partition.gather(torch.cat((counted.sum()[None], torch.stack(amaxes))))
-    norm = ranks[:, 0].sum().sqrt()
+        squares.append(square if counted is None or counted[index] else square * 0.0)
+        amaxes.append(amax)
+    # In double precision, and sent as two floats: whatever rank and order they are summed in, the
+    # norm is the same float, and so is every byte that depends on the clip factor.
+    total = torch.stack(squares).sum()
+    high = total.float()
+    low = (total - high.double()).float()
+    ranks = exchange(torch.cat((torch.stack((high, low)), values, torch.stack(amaxes), maxima)))
+    norm = ranks[:, :2].double().sum().sqrt().float()
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    return GradientNorm(norm, factor, ~torch.isfinite(norm), ranks[:, 1:].amax(dim=0))
+    largest = ranks[:, 2 + len(values) :].amax(dim=0)
+    return GradientNorm(
+        norm,
+        factor,
+        ~torch.isfinite(norm),
+        largest[: len(amaxes)],
+        largest[len(amaxes) :],
+        ranks[:, 2 : 2 + len(values)],
+    )
 
 
-def _square_and_amax(gradient: ScaledTensor, kernels: ReferenceKernels) -> tuple[Tensor, Tensor]:
-    square = torch.zeros((), device=gradient.device)
-    amax = torch.zeros((), device=gradient.device)
+def _square_and_amax(
+    gradient: ScaledTensor | None, kernels: ReferenceKernels, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    amax = torch.zeros((), device=device)
+    if gradient is None:
+        return square, amax
     flat = gradient.view(-1)
     for start in range(0, flat.shape[0], BLOCK):
         block = flat.rows(start, start + BLOCK).dequantize(kernels)
-        square += torch.dot(block, block)
         amax = torch.maximum(amax, kernels.amax(block))
+        block = block.double()
+        square += torch.dot(block, block)
     return square, amax
+
+
+def _device(gradients: Sequence[ScaledTensor | None]) -> torch.device:
+    return next((g.device for g in gradients if g is not None), torch.device("cpu"))

@@ -19,9 +19,11 @@ from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.weight import Weight
 from fp8lm.numerics import Format, format_by_name, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
-from fp8lm.optim.clipping import GradientNorm, gradient_norm
+from fp8lm.optim.clipping import Exchange, GradientNorm, gradient_norm
 from fp8lm.optim.rounding import StateRounding
 from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class AdamW:
     `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
     The ranks of `partition` hold parts of the weights and step together: norm, skip decision and
     scales are those of the logical tensors, so the bytes of a state do not depend on its layout.
+
+    With several replicas of the model a rank may hold the states of only some rows (the first
+    dimension) of some weights: `owned`, by name; default all. It steps these rows, and sets the
+    new scales of all weights; the other rows' payloads are for their owners to send. `exchange`
+    gathers scalars of all ranks that step the model, replicas included (default: those of
+    `partition`); `counts_in_norm` is false where another replica counts the same gradients.
     """
 
     def __init__(
@@ -77,8 +85,19 @@ class AdamW:
         *,
         seed: int,
         partition: Partition = ALONE,
+        owned: dict[str, Rows] | None = None,
+        exchange: Exchange | None = None,
+        counts_in_norm: bool = True,
     ) -> None:
         self.weights = weights
+        self.owned = owned
+        if owned is None:
+            self.owned = {n: (0, weight.spec.local_shape[0]) for n, weight in weights.items()}
+        self._exchange = exchange or partition.gather
+        self._counted = [
+            counts_in_norm and (partition.rank == 0 or not weight.spec.split.is_whole)
+            for weight in weights.values()
+        ]
         self.config = config
         self.precision = precision
         self.kernels = kernels
@@ -100,6 +119,11 @@ class AdamW:
         amax = self.kernels.amax(value)  # of the whole, so that every part has its scale
         value = weight.spec.split.take(value)
         compute.copy_(quantize(value, compute.format, self.kernels, amax=amax))
+        self.amax[list(self.weights).index(name), 0] = amax
+        if name not in self.owned:
+            return
+        start, stop = self.owned[name]
+        value, compute = value[start:stop], compute.rows(start, stop)
         # A dense weight that is not stored with enough bits to be its own master gets one.
         owns_master = p.master is not None or not compute.format.scaled
         master = compute
@@ -112,15 +136,24 @@ class AdamW:
             exp_avg_sq=ScaledTensor.zeros(value.shape, p.exp_avg_sq, compute.device),
             owns_master=owns_master,
         )
-        self.amax[list(self.weights).index(name), 0] = amax
 
-    def step(self, lr: float) -> GradientNorm:
-        """One update from the weights' accumulated gradients; returns norm and skip flag.
+    def step(
+        self,
+        lr: float,
+        gradients: dict[str, ScaledTensor] | None = None,
+        values: Tensor | None = None,
+    ) -> GradientNorm:
+        """One update from the `gradients` of the owned rows; returns norm and skip flag.
 
-        A skipped step changes no byte of weights, states, scales or step count.
+        Default: what the weights have accumulated. A skipped step changes no byte of weights,
+        states, scales or step count. `values` (fp32 [k]) travel with the step's one exchange.
         """
+        if gradients is None:
+            gradients = {
+                n: self.weights[n].grad.value.rows(*rows) for n, rows in self.owned.items()
+            }
         norm = self._norm(
-            [weight.grad.value for weight in self.weights.values()], self.config.clip_grad
+            gradients, self.config.clip_grad, maxima=self.amax.flatten(), values=values
         )
         skip: Tensor | None = norm.skip
         if skip.device.type == "cpu":  # the flag is on the host already
@@ -128,30 +161,59 @@ class AdamW:
                 return norm
             skip = None
         self.num_steps += (~norm.skip).long()
-        self._update(self._coefficients(lr, norm, skip), norm.amax)
+        amax = norm.maxima.view_as(self.amax)
+        self._update(self._coefficients(lr, norm, skip), amax, norm.amax, gradients)
         return norm
 
-    def _update(self, c: AdamCoefficients, grad_amax: Tensor) -> None:
-        bounds = bound_amax(self.amax, grad_amax, self._decay, c, self._formats)
+    def _update(
+        self,
+        c: AdamCoefficients,
+        amax: Tensor,
+        grad_amax: Tensor,
+        gradients: dict[str, ScaledTensor],
+    ) -> None:
+        bounds = bound_amax(amax, grad_amax, self._decay, c, self._formats)
         scales = self._next_scales(bounds)
-        amax = torch.stack(
+        new_amax = torch.stack(
             [
-                self._step_weight(name, {kind: scale[i] for kind, scale in scales.items()}, own)
+                self._step_weight(
+                    name,
+                    {kind: scale[i] for kind, scale in scales.items()},
+                    own,
+                    gradients.get(name),
+                )
                 for i, (name, own) in enumerate(self._per_weight(c))
             ]
         )
-        amax = self._saturated(self.partition.max(amax), bounds)
-        _replace(self.amax, amax, c.skip)
+        _replace(self.amax, self._saturated(new_amax, bounds), c.skip)
+
+    def share_amax(self) -> None:
+        """Make `amax` that of the logical tensors; a collective of all ranks.
+
+        Between steps it is that of the rows stepped here: the others' come with the next step.
+        """
+        self.amax.copy_(self._exchange(self.amax.flatten()).amax(dim=0).view_as(self.amax))
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
-        masters = [state.master for state in self.states.values()]
-        return self._norm(masters, 0.0).norm
+        return self._norm({name: state.master for name, state in self.states.items()}, 0.0).norm
 
-    def _norm(self, tensors: list[ScaledTensor], clip: float) -> GradientNorm:
-        replicated = [weight.spec.split.is_whole for weight in self.weights.values()]
+    def _norm(
+        self,
+        tensors: dict[str, ScaledTensor],
+        clip: float,
+        *,
+        maxima: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> GradientNorm:
         return gradient_norm(
-            tensors, clip, self.kernels, partition=self.partition, replicated=replicated
+            [tensors.get(name) for name in self.weights],
+            clip,
+            self.kernels,
+            exchange=self._exchange,
+            counted=self._counted,
+            maxima=maxima,
+            values=values,
         )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -168,8 +230,13 @@ class AdamW:
 
     @property
     def _formats(self) -> tuple[Format, Format, Format]:
-        first = next(iter(self.states.values()))
-        return tuple(tensor.format for tensor in first.stored)
+        p, weight = self.precision, next(iter(self.weights.values()))
+        return self._master_format(weight), p.exp_avg, p.exp_avg_sq
+
+    def _master_format(self, weight: Weight) -> Format:
+        stored = weight.spec.format
+        own = format_by_name("fp16") if not stored.scaled else stored
+        return self.precision.master or own
 
     def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
         config = self.config
@@ -214,9 +281,18 @@ class AdamW:
         return torch.minimum(amax, torch.stack(limits, dim=1))
 
     def _step_weight(
-        self, name: str, scales: dict[str | Format, Tensor], c: AdamCoefficients
+        self,
+        name: str,
+        scales: dict[str | Format, Tensor],
+        c: AdamCoefficients,
+        gradient: ScaledTensor | None,
     ) -> Tensor:
-        weight, state = self.weights[name], self.states[name]
+        weight = self.weights[name]
+        if gradient is None:
+            if weight.spec.format.scaled:
+                _replace(weight.compute.scale, scales[weight.spec.format], c.skip)
+            return torch.zeros(3, device=self.amax.device)
+        state = self.states[name]
         kinds = ("master", "exp_avg", "exp_avg_sq")
         states = tuple(
             StoredTensor(tensor.payload, tensor.scale, scales[kind], tensor.format)
@@ -224,10 +300,9 @@ class AdamW:
         )
         compute = None
         if state.owns_master:
-            copy = weight.compute
+            copy = weight.compute.rows(*self.owned[name])
             compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
-        gradient = weight.grad.value.operand
-        amax = adam_step(self.kernels, gradient, states, compute, c, self._casts(name))
+        amax = adam_step(self.kernels, gradient.operand, states, compute, c, self._casts(name))
         for tensor in states if compute is None else (*states, compute):
             if tensor.format.scaled:
                 _replace(tensor.scale, tensor.new_scale, c.skip)
@@ -237,7 +312,9 @@ class AdamW:
         """How the states of weight `name` are rounded in this step (see `StateRounding`)."""
         base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
         key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
-        rounding = StateRounding(self.kernels, key, self.weights[name].spec)
+        spec = self.weights[name].spec
+        first = self.owned[name][0] * (spec.numel // spec.local_shape[0])
+        rounding = StateRounding(self.kernels, key, spec, first)
         master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
         return master, rounding.stochastic_subnormals, rounding.nearest
 

@@ -24,10 +24,14 @@ class StateRounding:
     """Casts for `adam_step`: one weight, one step; `key` (0-d int32) seeds the noise.
 
     The noise is a function of key and element of the logical weight `spec`, whatever part of it
-    lies here; it is drawn once per block for all states.
+    lies here; it is drawn once per block for all states. `first` is the number of the first
+    element stepped here among this rank's.
     """
 
-    def __init__(self, kernels: ReferenceKernels, key: Tensor, spec: WeightSpec) -> None:
+    def __init__(
+        self, kernels: ReferenceKernels, key: Tensor, spec: WeightSpec, first: int = 0
+    ) -> None:
+        self._first = first
         self._kernels = kernels
         self._key = key
         self._spec = spec
@@ -52,6 +56,7 @@ class StateRounding:
     def _bits(self, start: int, values: Tensor) -> Tensor:
         if self._noise is None or self._noise[0] != start:
             split, shape = self._spec.split, self._spec.shape
-            index = split.element_index(shape, start, values.numel(), values.device)
+            first = self._first + start
+            index = split.element_index(shape, first, values.numel(), values.device)
             self._noise = start, noise_bits(index, self._key)
         return self._noise[1]

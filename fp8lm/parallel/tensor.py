@@ -27,7 +27,7 @@ from torch import Tensor
 from fp8lm.comm import (
     Wire,
     all_gather,
-    all_gather_bytes,
+    all_gather_scalars,
     all_reduce,
     max_over_group,
     reduce_scatter,
@@ -78,9 +78,7 @@ class TensorParallel(Partition):
 
     def gather(self, values: Tensor) -> Tensor:
         """See `Partition`."""
-        sent = values.contiguous().view(-1).view(torch.uint8)
-        gathered = all_gather_bytes(sent, self.group, self.gather_wire).wait()
-        return gathered.view(-1).view(values.dtype).view(self.size, *values.shape)
+        return all_gather_scalars(values, self.group, self.gather_wire)
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """See `Partition`."""

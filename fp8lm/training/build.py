@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm import Wire, WireCounter, all_gather_scalars
 from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.errors import InputError
+from fp8lm.gradient.buckets import GradientBuckets
+from fp8lm.gradient.reduction import Fp32Accumulate
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.recipe import Recipe
@@ -22,8 +26,13 @@ from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.optim.clipping import Exchange
 from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel import TensorParallel
+from fp8lm.parallel.ownership import row_blocks, whole_tensors
+from fp8lm.parallel.replicas import OneReplica, PlainReplicas, ZeroReplicas, tensors_of
+
+Divide = Callable[[dict[str, Weight]], OneReplica]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Run:
     learning_rate: LearningRate
     batch_size: BatchSize
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
+    replicas: OneReplica
     sent: WireCounter
 
     @property
@@ -111,10 +121,13 @@ def build_model(
     *,
     num_ids: int | None = None,
     partition: Partition = ALONE,
-) -> tuple[GPTModel, AdamW]:
-    """The model with initial weights and the optimizer that holds their states.
+    divide: Divide | None = None,
+    exchange: Exchange | None = None,
+) -> tuple[GPTModel, AdamW, OneReplica]:
+    """The model with initial weights, the optimizer that holds their states, and its replicas.
 
-    `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all).
+    `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all). `divide`
+    makes the replicas (default: one) of the model's weights; `exchange` as in `AdamW`.
     """
     model = GPTModel(
         config.model,
@@ -126,28 +139,71 @@ def build_model(
     )
     precision = StatePrecision.from_config(config.precision)
     weights, seed = named_weights(model), config.train.seed
-    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed, partition=partition)
+    replicas = (divide or OneReplica)(weights)
+    optimizer = AdamW(
+        weights,
+        config.optimizer,
+        precision,
+        kernels,
+        seed=seed,
+        partition=partition,
+        owned=replicas.owned,
+        exchange=exchange,
+        counts_in_norm=replicas.counts_in_norm,
+    )
     for name, weight in weights.items():
         optimizer.initialize(name, initial_value(name, weight.spec, seed))
-    return model, optimizer
+    return model, optimizer, replicas
+
+
+def build_replicas(
+    config: Config,
+    groups: ProcessGroups,
+    kernels: ReferenceKernels,
+    counter: WireCounter,
+    weights: dict[str, Weight],
+) -> OneReplica:
+    """How config section `parallel` divides gradients and states over `groups.data_parallel`."""
+    parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
+    if group.size() == 1:
+        return OneReplica(weights)
+    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
+    ownership = place(tensors_of(weights), group.size())
+    buckets = GradientBuckets(
+        weights,
+        ownership.rows,
+        Fp32Accumulate(group, Wire("grads", wire.grads, counter), kernels),
+        parallel.ddp_bucket_size,
+        overlap=parallel.overlap_grad_reduce,
+    )
+    if not parallel.use_distributed_optimizer:
+        return PlainReplicas(weights, buckets, group.rank())
+    # Weights that are not FP8 travel as they are stored.
+    sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
+    params = Wire("params", sent, counter)
+    return ZeroReplicas(weights, ownership, buckets, group, params, kernels)
 
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    _check_ranks(config, groups)
+    _check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
     datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
-    kernels, counter = select_kernels(device), WireCounter(("tp_gather", "tp_reduce"))
-    model, optimizer = build_model(
+    kernels = select_kernels(device)
+    counter = WireCounter(("grads", "params", "tp_gather", "tp_reduce"))
+    scalars = Wire("grads", "fp32", counter)
+    model, optimizer, replicas = build_model(
         config,
         vocab_size,
         kernels,
         device,
         num_ids=tokenizer.vocab_size,
         partition=build_partition(config, groups, kernels, counter),
+        divide=partial(build_replicas, config, groups, kernels, counter),
+        exchange=partial(all_gather_scalars, group=groups.world, wire=scalars),
     )
     return Run(
         config=config,
@@ -161,16 +217,25 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
+        replicas=replicas,
         sent=counter,
     )
 
 
-def _check_ranks(config: Config, groups: ProcessGroups) -> None:
-    ranks, world_size = config.parallel.tensor_model_parallel_size, groups.world.size()
-    if world_size != ranks:
+def _check_batches(config: Config, replicas: int) -> None:
+    train = config.train
+    share = train.micro_batch_size * replicas
+    of = f"train.micro_batch_size = {train.micro_batch_size} times {replicas} data-parallel ranks"
+    if train.global_batch_size % share:
         raise InputError(
-            f"WORLD_SIZE={world_size} for parallel.tensor_model_parallel_size = {ranks}: start "
-            f"{ranks} processes, one for each part of the model"
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}: use a "
+            f"multiple of {share}, or another number of processes"
+        )
+    start, increment, _ = train.rampup_batch_size or (share, share, 0)
+    if start % share or increment % share:
+        raise InputError(
+            f"train.rampup_batch_size = {list(train.rampup_batch_size)}: start and increment must "
+            f"be multiples of {of}"
         )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that load under any sharding, whatever the sharding they were saved under.
 
-`shards` maps the name of every logical tensor to this rank's piece of it. All ranks of `group`
-(None: the default group, or no group at all in a process that has none) call together.
+`shards` maps the name of every logical tensor to this rank's piece or pieces of it. All ranks of
+`group` (None: the default group, or no group at all in a process that has none) call together.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fp8lm.training.checkpoint_files import (
     start_writing,
 )
 from fp8lm.training.checkpoint_metadata import read_metadata
+from fp8lm.training.checkpoint_planners import Shards
 from fp8lm.training.checkpoint_storage import Group, check_files, read_shards, write_shards
 from fp8lm.training.shard import Shard
 
@@ -54,7 +55,7 @@ class SaveError(RuntimeError):
 def save_checkpoint(
     root: str | os.PathLike[str],
     iteration: int,
-    shards: Mapping[str, Shard],
+    shards: Shards,
     meta: Mapping[str, Any],
     group: Group = None,
 ) -> Path:
@@ -81,7 +82,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     root: str | os.PathLike[str],
-    shards: Mapping[str, Shard],
+    shards: Shards,
     iteration: int | None = None,
     group: Group = None,
     *,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from fp8lm.errors import InputError
 from fp8lm.training.shard import Shard
 
-Shards = Mapping[str, Shard]
+Shards = Mapping[str, Shard | Sequence[Shard]]
 
 
 class ShardSavePlanner(SavePlanner):
@@ -51,12 +51,14 @@ class ShardSavePlanner(SavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Take this rank's shards."""
-        self._shards = state_dict
+        self._shards = _by_place(state_dict)
 
     def create_local_plan(self) -> SavePlan:
         """Offer every block of this rank that is not empty."""
         shards = self._shards.items()
-        return SavePlan([_write_item(name, shard) for name, shard in shards if not shard.is_empty])
+        return SavePlan(
+            [_write_item(name, shard) for (name, _), shard in shards if not shard.is_empty]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Choose one writer per block; `ValueError` if the ranks' blocks make no whole tensor."""
@@ -71,7 +73,8 @@ class ShardSavePlanner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The block as it is; the storage copies it to the host."""
-        return self._shards[write_item.index.fqn].tensor.detach()
+        index = write_item.index
+        return self._shards[index.fqn, tuple(index.offset)].tensor.detach()
 
 
 class ShardLoadPlanner(LoadPlanner):
@@ -90,23 +93,23 @@ class ShardLoadPlanner(LoadPlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Take this rank's shards and the checkpoint's tensors."""
-        self._shards = state_dict
+        self._shards = _by_place(state_dict)
         self._stored = metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:
         """Find the stored parts that cover every block of this rank."""
         problems = [
             problem
-            for name, shard in self._shards.items()
+            for (name, _), shard in self._shards.items()
             if (problem := _mismatch(name, shard, self._stored.get(name)))
         ]
         _raise_first(problems)
         items = [
             item
-            for name, shard in self._shards.items()
+            for (name, _), shard in self._shards.items()
             for item in _read_items(name, shard, self._stored[name])
         ]
-        return LoadPlan(items, planner_data=list(self._shards))
+        return LoadPlan(items, planner_data=[name for name, _ in self._shards])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Check that some rank asks for every stored tensor."""
@@ -132,11 +135,21 @@ class ShardLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The view of this rank's block that one read fills."""
-        target = self._shards[read_item.dest_index.fqn].tensor.detach()
+        index = read_item.dest_index
+        target = self._shards[index.fqn, tuple(index.offset)].tensor.detach()
         return select(target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the view was filled in place."""
+
+
+def _by_place(shards: Shards) -> dict[tuple[str, tuple[int, ...]], Shard]:
+    """Every block by its tensor's name and its offset."""
+    blocks = {}
+    for name, held in shards.items():
+        for shard in (held,) if isinstance(held, Shard) else held:
+            blocks[name, tuple(shard.offset)] = shard
+    return blocks
 
 
 def select(tensor: Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:

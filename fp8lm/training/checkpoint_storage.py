@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,13 +31,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fp8lm.errors import InputError
-from fp8lm.training.checkpoint_planners import ShardLoadPlanner, ShardSavePlanner, select
-from fp8lm.training.shard import Shard
+from fp8lm.training.checkpoint_planners import (
+    ShardLoadPlanner,
+    Shards,
+    ShardSavePlanner,
+    select,
+)
 
 Group = dist.ProcessGroup | None
 
 
-def write_shards(folder: Path, shards: Mapping[str, Shard], group: Group) -> None:
+def write_shards(folder: Path, shards: Shards, group: Group) -> None:
     """Write all ranks' shards into `folder`; an error of one rank is raised on all of them."""
     with _plain_errors():
         dcp.save(
@@ -66,7 +70,7 @@ def check_files(folder: Path, metadata: Metadata) -> None:
 def read_shards(
     folder: Path,
     metadata: Metadata,
-    shards: Mapping[str, Shard],
+    shards: Shards,
     group: Group,
     partial: bool = False,
 ) -> None:

@@ -17,6 +17,7 @@ from fp8lm.training.state import model_shards, optimizer_shards
 
 def save_run(run: Run, window: Window, progress: Progress) -> None:
     """Write a checkpoint of everything the rest of the run depends on."""
+    run.optimizer.share_amax()
     meta: dict[str, Any] = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
@@ -52,9 +53,9 @@ def load_run(run: Run, window: Window, progress: Progress) -> None:
         print(f" loaded checkpoint of iteration {progress.iteration} from {folder}", flush=True)
 
 
-def _shards(run: Run, window: Window) -> dict[str, Shard]:
+def _shards(run: Run, window: Window) -> dict[str, list[Shard]]:
     return {
         **model_shards(run.weights),
         **optimizer_shards(run.optimizer),
-        "window": Shard.whole(window.sums),
+        "window": [Shard.whole(window.sums)],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fp8lm.layers.linear import Linear
-from fp8lm.layers.weight import Weight
+from fp8lm.layers.weight import Weight, WeightSpec
 from fp8lm.optim import AdamW
 from fp8lm.training.shard import Shard
 
@@ -25,28 +25,50 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     return {f"optimizer.{name}": tensor for name, tensor in optimizer.named_tensors()}
 
 
-def model_shards(weights: dict[str, Weight]) -> dict[str, Shard]:
+def model_shards(weights: dict[str, Weight]) -> dict[str, list[Shard]]:
     """What `model_tensors` names, each as this rank's part of the logical tensor."""
-    return _shards(model_tensors(weights), weights)
-
-
-def optimizer_shards(optimizer: AdamW) -> dict[str, Shard]:
-    """What `optimizer_tensors` names, each as this rank's part of the logical tensor."""
-    return _shards(optimizer_tensors(optimizer), optimizer.weights)
-
-
-def _shards(tensors: dict[str, Tensor], weights: dict[str, Weight]) -> dict[str, Shard]:
-    """Payloads are cut as their weights are; all else is whole: a logical tensor has one scale."""
     shards = {}
-    for name, tensor in tensors.items():
-        path, _, field = name.rpartition(".")
-        if field != "payload":
-            shards[name] = Shard.whole(tensor)
-            continue
-        # model.PATH.payload or optimizer.KIND.PATH.payload
-        spec = weights[path.split(".", 1 if path.startswith("model.") else 2)[-1]].spec
-        shards[name] = Shard(spec.split.as_block(tensor), *spec.split.sections(spec.shape))
+    for name, tensor in model_tensors(weights).items():
+        path, _, field = name.removeprefix("model.").rpartition(".")
+        spec = weights[path].spec
+        rows = (0, spec.local_shape[0])
+        shards[name] = blocks(spec, tensor, rows) if field == "payload" else [Shard.whole(tensor)]
     return shards
+
+
+def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
+    """What `optimizer_tensors` names, each as this rank's parts of the logical tensor."""
+    shards = {}
+    for name, tensor in optimizer_tensors(optimizer).items():
+        path, _, field = name.rpartition(".")
+        if field == "payload":  # optimizer.KIND.PATH.payload
+            path = path.split(".", 2)[-1]
+            spec = optimizer.weights[path].spec
+            shards[name] = blocks(spec, tensor, optimizer.owned[path])
+        else:  # a logical tensor has one scale
+            shards[name] = [Shard.whole(tensor)]
+    return shards
+
+
+def blocks(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard]:
+    """`tensor`, rows `rows` of this rank's part of the weight `spec`, as rectangular blocks.
+
+    Of a gated matrix the rows of each section are blocks of their own.
+    """
+    split, (first, last) = spec.split, rows
+    shape, offset = split.sections(spec.shape)
+    if split.parts == 1:
+        return [Shard(tensor, shape, (offset[0] + first, *offset[1:]))]
+    per_section = spec.local_shape[0] // split.parts
+    found = []
+    for section in range(split.parts):
+        start = max(first, section * per_section)
+        stop = min(last, (section + 1) * per_section)
+        if start < stop:
+            row = offset[1] + start - section * per_section
+            block = tensor[start - first : stop - first][None]
+            found.append(Shard(block, shape, (section, row, *offset[2:])))
+    return found
 
 
 def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, int]:
@@ -56,7 +78,7 @@ def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, i
     """
     names = list(optimizer.weights) if names is None else names
     weights = [optimizer.weights[name] for name in names]
-    states = [optimizer.states[name] for name in names]
+    states = [optimizer.states[name] for name in names if name in optimizer.states]
     return {
         "weights": sum(weight.compute.nbytes for weight in weights),
         "grads": sum(weight.grad.value.nbytes for weight in weights),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from fp8lm.layers.edge import Partition
 from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.layers.weight import Weight
 from fp8lm.optim import AdamW
+from fp8lm.parallel.replicas import OneReplica
+from fp8lm.scaled_tensor import ScaledTensor
 
 Batch = dict[str, Tensor]
 
@@ -26,26 +29,38 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module, optimizer: AdamW, microbatches: list[Batch], lr: float
+    model: nn.Module,
+    optimizer: AdamW,
+    microbatches: list[Batch],
+    lr: float,
+    replicas: OneReplica | None = None,
 ) -> StepResult:
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
-    A non-finite loss, gradient or amax leaves all state as it was, bit for bit.
+    A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. The
+    loss is the mean over the replicas.
     """
     model.train()
-    zero_gradients(optimizer.weights)
-    with known_amaxes(optimizer.weights.values(), optimizer.partition):
-        loss = accumulate_gradients(model, microbatches)
-    settle_gradients(optimizer.weights)
-    complete_gradients(optimizer.weights, optimizer.partition)
-    norm = optimizer.step(lr)
-    return StepResult(loss, norm.norm, norm.skip)
+    weights, partition = optimizer.weights, optimizer.partition
+    replicas = replicas or OneReplica(weights)
+    zero_gradients(weights)
+    with known_amaxes(weights.values(), partition):
+        loss = accumulate_gradients(model, microbatches, replicas.before_last_microbatch)
+    gradients = replicas.reduce()
+    complete_gradients(weights, gradients, partition)
+    norm = optimizer.step(lr, gradients, loss[None])
+    replicas.gather()
+    return StepResult(norm.values.mean(), norm.norm, norm.skip)
 
 
-def accumulate_gradients(model: nn.Module, microbatches: list[Batch]) -> Tensor:
+def accumulate_gradients(
+    model: nn.Module, microbatches: list[Batch], before_last: Callable[[], None]
+) -> Tensor:
     """Forward and backward of every micro-batch; their mean loss (0-d fp32, detached)."""
     losses = []
-    for batch in microbatches:
+    for number, batch in enumerate(microbatches, start=1):
+        if number == len(microbatches):
+            before_last()
         loss = batch_loss(model, batch) / len(microbatches)
         loss.backward()
         losses.append(loss.detach())
@@ -84,14 +99,10 @@ def zero_gradients(weights: dict[str, Weight]) -> None:
         weight.grad.zero()
 
 
-def settle_gradients(weights: dict[str, Weight]) -> None:
-    """Give weights that no micro-batch used a gradient of zero."""
-    for weight in weights.values():
-        weight.grad.settle()
-
-
-def complete_gradients(weights: dict[str, Weight], partition: Partition) -> None:
+def complete_gradients(
+    weights: dict[str, Weight], gradients: dict[str, ScaledTensor], partition: Partition
+) -> None:
     """Sum over the ranks of `partition` what each computed from its part of the sequence."""
     partition.sum_in_place(
-        weight.grad.value.payload for weight in weights.values() if weight.spec.partial_grad
+        gradient.payload for name, gradient in gradients.items() if weights[name].spec.partial_grad
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from fp8lm.comm import Wire, all_gather_scalars
 from fp8lm.data.batches import BatchIterator
 from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.training.build import Run
@@ -72,6 +74,7 @@ class Trainer:
             run.optimizer,
             self._on_device(microbatches),
             run.learning_rate.rate(consumed),
+            run.replicas,
         )
         self._sent = run.sent.take()
         self.window.add(result)
@@ -115,8 +118,12 @@ class Trainer:
                     evaluate(self.run.model, self._on_device(batches.next(1)))
                     for _ in range(config.eval_iters * config.global_batch_size // per_step)
                 ]
-            loss = torch.stack(losses).mean().item()
+            loss = self._mean_over_replicas(torch.stack(losses).mean()).item()
         self._reporter.log_evaluation(split, self.progress.iteration, loss)
+
+    def _mean_over_replicas(self, loss: Tensor) -> Tensor:
+        wire = Wire("grads", "fp32", self.run.sent)
+        return all_gather_scalars(loss[None], self.run.groups.data_parallel, wire).mean()
 
     def _save(self) -> None:
         """Save unless this iteration is saved already."""

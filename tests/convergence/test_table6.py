@@ -70,7 +70,7 @@ def final_loss(precision, training, validation):
             "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB - 1},
         }
     )
-    model, optimizer = build_model(config, VOCAB, ReferenceKernels(), torch.device("cpu"))
+    model, optimizer, _ = build_model(config, VOCAB, ReferenceKernels(), torch.device("cpu"))
     for step, batch in enumerate(training):
         train_step(model, optimizer, [batch], PEAK_LR * (1 - step / STEPS))
     return evaluate(model, validation).item()

@@ -14,9 +14,10 @@ from tests.optim.test_skip import SETTINGS, make
 
 def update(adam, skip):
     """One update of `adam` whose coefficients carry the mask `skip`."""
-    gradients = [weight.grad.value for weight in adam.weights.values()]
-    norm = gradient_norm(gradients, 1.0, adam.kernels)
-    adam._update(replace(adam._coefficients(LR, norm, None), skip=skip), norm.amax)
+    gradients = {name: weight.grad.value for name, weight in adam.weights.items()}
+    norm = gradient_norm(list(gradients.values()), 1.0, adam.kernels)
+    coefficients = replace(adam._coefficients(LR, norm, None), skip=skip)
+    adam._update(coefficients, adam.amax.clone(), norm.amax, gradients)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -109,6 +109,7 @@ def losses_of_steps(shape, sequence_parallel, precision, wire, steps):
         gpt, adam = build(shape, precision, partition)
         steps_done = [train_step(gpt, adam, [batch(0)], 1e-2) for _ in range(steps)]
         curves.append(torch.stack([step.loss for step in steps_done]))
+    adam.share_amax()
     replicated = {
         name: weight.compute.payload
         for name, weight in adam.weights.items()

@@ -65,7 +65,8 @@ def set_gradients(adam, step, fault_on=None):
         weight.grad.add(part)
         if fault_on == adam.partition.rank:
             weight.grad.value.payload.view(-1)[3] = float("nan")
-    complete_gradients(adam.weights, adam.partition)
+    gradients = {name: weight.grad.value for name, weight in adam.weights.items()}
+    complete_gradients(adam.weights, gradients, adam.partition)
 
 
 def step_both(stochastic, sequence_parallel):
@@ -77,6 +78,7 @@ def step_both(stochastic, sequence_parallel):
         for adam in (whole, part):
             set_gradients(adam, step)
             norms.append(adam.step(1e-2))
+    part.share_amax()
     for name, weight in part.weights.items():
         take = weight.spec.split.take
         pairs = zip(

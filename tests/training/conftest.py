@@ -67,3 +67,14 @@ def read_metrics():
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture
+def folders(tmp_path):
+    def make(run, load=None):
+        return {
+            "checkpoint": {"save": str(tmp_path / run), "load": str(tmp_path / (load or run))},
+            "logging": {"dir": str(tmp_path / run), "log_interval": 1},
+        }
+
+    return make

@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 
-from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.config import load_config
-from fp8lm.errors import InputError
-from fp8lm.training.build import build
-from fp8lm.training.state import model_tensors, optimizer_tensors
-from fp8lm.training.trainer import Trainer
+from tests.training.runs import LLAMA, curve, read, train
 
 PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-LLAMA = {
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "ffn_hidden_size": 64,
-    "disable_bias_linear": True,
-    "untie_embeddings_and_output_weights": True,
-}
 SHAPES = {
     "gpt": {"position_embedding_type": "learned_absolute"},
     "llama": LLAMA,
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
 }
-
-
-def train(config):
-    """Train on all ranks; this rank's state, and how each weight is split."""
-    ranks = config.parallel.tensor_model_parallel_size
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        model_parallel_groups(tensor_parallel=ranks) as groups,
-    ):
-        trainer = Trainer(build(config, groups, torch.device("cpu")))
-        trainer.train()
-    run = trainer.run
-    tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
-    # An initializer is a local function, which does not travel between processes.
-    specs = {name: replace(weight.spec, init=None) for name, weight in run.weights.items()}
-    return tensors, specs
-
-
-def read(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(folder):
-    """All that is reported and does not measure time or memory."""
-    timing = {"iteration-time", "throughput", "tokens-per-second"}
-    return [
-        {key: v for key, v in line.items() if key not in timing and "memory" not in key}
-        for line in read(folder)
-    ]
-
-
-@pytest.fixture
-def folders(tmp_path):
-    def make(run, load=None):
-        return {
-            "checkpoint": {"save": str(tmp_path / run), "load": str(tmp_path / (load or run))},
-            "logging": {"dir": str(tmp_path / run), "log_interval": 1},
-        }
-
-    return make
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -169,8 +113,7 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
     # once; the head like the former, the embedding like the latter. Then each amax: 4 bytes.
     gathers, amaxes = layers * 6 + 3, layers * 4 + 2
     cross_entropy = 2 * 4 * tokens
-    optimizer = 4 * (len(specs) + 1) + 4 * 3 * len(specs)
-    gather = microbatches * (gathers * block + amaxes * 4 + cross_entropy) + optimizer
+    gather = microbatches * (gathers * block + amaxes * 4 + cross_entropy)
     # Four layers, head and embedding reduce-scatter once. What norms and biases need is fp32.
     partial = sum(spec.shape[0] for spec in specs.values() if spec.partial_grad)
     assert partial == 32 * (2 * 5 + 2 * 2)  # 5 norms of weight and bias, 2 biases per layer
@@ -178,6 +121,8 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
     for line in read(tmp_path):
         if "lm loss" in line:
             assert line["comm_bytes/tp_gather"] == gather
+            # The step's scalars: norm (two), loss, per weight four amaxes (gradient, states).
+            assert line["comm_bytes/grads"] == 4 * (3 + 4 * len(specs))
             assert line["comm_bytes/tp_reduce"] == reduce
 
 
@@ -235,14 +180,3 @@ def test_one_rank_sends_nothing(tiny_config, train_run, read_metrics, tmp_path):
     assert all(
         line["comm_bytes/tp_gather"] == line["comm_bytes/tp_reduce"] == 0 for line in reports
     )
-
-
-def train_refused(config):
-    with pytest.raises(InputError) as caught:
-        train(config)
-    return str(caught.value)
-
-
-def test_processes_that_hold_no_part_are_refused(tiny_config, run_distributed):
-    for message in run_distributed(train_refused, 2, tiny_config()):
-        assert "WORLD_SIZE=2 for parallel.tensor_model_parallel_size = 1: start 1" in message

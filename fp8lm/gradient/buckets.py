@@ -1,0 +1,149 @@
+"""Gradients on their way to their owners while backward goes on.
+
+Weights are put into buckets in the order in which backward completes them, last layer first. In
+the last micro-batch's backward a bucket is sent as soon as autograd has finished with all of its
+weights: a weight that is used twice (tied embeddings) is finished after both, one that is not used
+at all when backward is over. Buckets leave in a fixed order, so ranks never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fp8lm.comm import Handle, MessageLayout, all_gather_bytes
+from fp8lm.gradient.reduction import Fp32Accumulate, sent_format
+from fp8lm.layers.weight import Weight
+from fp8lm.numerics import FP32, Format
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+Rows = Mapping[str, tuple[int, int]]
+
+
+class GradientBuckets:
+    """Reduces the gradients of `weights` to the ranks that own their `rows` (one map per rank).
+
+    `overlap`: send during the last backward; otherwise all when it is over.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Weight],
+        rows: Sequence[Rows],
+        reduction: Fp32Accumulate,
+        bucket_size: int,
+        *,
+        overlap: bool,
+    ) -> None:
+        self.weights, self.rows, self.reduction = weights, rows, reduction
+        self.buckets = _fill(weights, bucket_size)
+        self._bucket_of = {name: i for i, names in enumerate(self.buckets) for name in names}
+        self._missing: list[set[str]] = []
+        self._started: list[Handle[list[Tensor]]] = []
+        if overlap:
+            for name, weight in weights.items():
+                weight.when_gradient_complete(self._completion(name))
+
+    def arm(self) -> None:
+        """The backward that follows is the step's last."""
+        self._missing = [set(names) for names in self.buckets]
+
+    def finish(self) -> dict[str, ScaledTensor]:
+        """Means over the replicas of this rank's rows (fp32), by weight."""
+        while len(self._started) < len(self.buckets):
+            self._start()
+        own = self.rows[self.reduction.group.rank()]
+        gradients = {}
+        for names, handle in zip(self.buckets, self._started, strict=True):
+            owned = [name for name in names if name in own]
+            for name, mean in zip(owned, handle.wait(), strict=True):
+                gradients[name] = _fp32(mean)
+        self._missing, self._started = [], []
+        return {name: gradients[name] for name in self.weights if name in gradients}
+
+    def finish_everywhere(self) -> dict[str, ScaledTensor]:
+        """Means of all rows on every rank, in the format they travelled in, the same bits."""
+        group, wire, kernels = (
+            self.reduction.group,
+            self.reduction.wire,
+            self.reduction.kernels,
+        )
+        own = [
+            quantize(mean.payload, self._sent_format(name), kernels)
+            for name, mean in self.finish().items()
+        ]
+        layouts = [self._layout(rows) for rows in self.rows]
+        device = next(iter(self.weights.values())).compute.device
+        size = max(layout.nbytes for layout in layouts)
+        message = torch.zeros(size, dtype=torch.uint8, device=device)
+        if own:
+            mine = layouts[group.rank()]
+            mine.pack(own, message[: mine.nbytes])
+        gradients = {}
+        for rows, layout, slab in zip(
+            self.rows, layouts, all_gather_bytes(message, group, wire).wait(), strict=True
+        ):
+            names = [name for name in self.weights if name in rows]
+            gradients.update(zip(names, layout.views(slab[: layout.nbytes]), strict=True))
+        return {name: gradients[name] for name in self.weights}
+
+    def _layout(self, rows: Rows) -> MessageLayout:
+        parts = []
+        for name, weight in self.weights.items():
+            if name in rows:
+                start, stop = rows[name]
+                shape = (stop - start, *weight.spec.local_shape[1:])
+                parts.append((shape, self._sent_format(name)))
+        return MessageLayout(tuple(parts))
+
+    def _sent_format(self, name: str) -> Format:
+        spec = self.weights[name].spec
+        return sent_format(spec.grad_format, self.reduction.wire, dense=spec.dense)
+
+    def _completion(self, name: str) -> Callable[[], None]:
+        def complete() -> None:
+            if self._missing:
+                self._missing[self._bucket_of[name]].discard(name)
+                while len(self._started) < len(self.buckets) and not self._next_missing():
+                    self._start()
+
+        return complete
+
+    def _next_missing(self) -> set[str]:
+        return self._missing[len(self._started)]
+
+    def _start(self) -> None:
+        sent = {name: self._sent(name) for name in self.buckets[len(self._started)]}
+        parts = [
+            [gradient.rows(*rows[name]) for name, gradient in sent.items() if name in rows]
+            for rows in self.rows
+        ]
+        self._started.append(self.reduction.start(parts))
+
+    def _sent(self, name: str) -> ScaledTensor:
+        """The whole gradient in the format it travels in: its scale does not depend on cuts."""
+        accumulator, kernels = self.weights[name].grad, self.reduction.kernels
+        accumulator.settle()  # a weight that no micro-batch used
+        gradient, fmt = accumulator.value, self._sent_format(name)
+        if fmt == gradient.format:
+            return gradient
+        return quantize(gradient.dequantize(kernels), fmt, kernels)
+
+
+def _fill(weights: dict[str, Weight], bucket_size: int) -> list[list[str]]:
+    """Names in buckets of about `bucket_size` parameters, last weight first."""
+    buckets: list[list[str]] = [[]]
+    size = 0
+    for name, weight in reversed(weights.items()):
+        if size >= bucket_size:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += weight.spec.numel
+    return buckets
+
+
+def _fp32(values: Tensor) -> ScaledTensor:
+    return ScaledTensor(values, torch.ones((), device=values.device), FP32)

@@ -1,0 +1,58 @@
+"""Runs of several ranks, as functions that the workers call; what they left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+
+import torch
+
+from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.training.build import build
+from fp8lm.training.state import model_tensors, optimizer_tensors
+from fp8lm.training.trainer import Trainer
+
+LLAMA = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "ffn_hidden_size": 64,
+    "disable_bias_linear": True,
+    "untie_embeddings_and_output_weights": True,
+}
+
+
+@contextlib.contextmanager
+def trainer_of(config):
+    """A trainer of this rank's part of the job, within its process groups."""
+    ranks = config.parallel.tensor_model_parallel_size
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        model_parallel_groups(tensor_parallel=ranks) as groups,
+    ):
+        yield Trainer(build(config, groups, torch.device("cpu")))
+
+
+def train(config):
+    """Train on all ranks; this rank's state, and how each weight is split."""
+    with trainer_of(config) as trainer:
+        trainer.train()
+    run = trainer.run
+    tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
+    # An initializer is a local function, which does not travel between processes.
+    specs = {name: replace(weight.spec, init=None) for name, weight in run.weights.items()}
+    return tensors, specs
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder):
+    """All that is reported and does not measure time or memory."""
+    timing = {"iteration-time", "throughput", "tokens-per-second"}
+    return [
+        {key: v for key, v in line.items() if key not in timing and "memory" not in key}
+        for line in read(folder)
+    ]

@@ -1,0 +1,293 @@
+"""Replicas of a model: the curve of one process, states divided, bytes, faults, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.errors import InputError
+from fp8lm.training.checkpointing import save_run
+from fp8lm.training.state import (
+    linear_weights,
+    model_tensors,
+    optimizer_tensors,
+    state_bytes,
+)
+from tests.training.runs import LLAMA, curve, read, train, trainer_of
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EVEN = {"partition": "even"}
+PLAIN = {"use_distributed_optimizer": False}
+FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}
+BATCH = {"micro_batch_size": 1, "global_batch_size": 8, "eval_iters": 2}
+LAYOUTS = {
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "dp4 even": (4, EVEN),
+    "dp2 plain": (2, PLAIN),
+    "dp2 tp2": (4, TP2),
+    "dp2 tp2 even": (4, TP2 | EVEN),
+}
+
+
+@pytest.fixture
+def config(tiny_config):
+    def make(parallel, *changes, model=LLAMA, precision=None):
+        return tiny_config(
+            {"model": model, "train": BATCH, "parallel": parallel, "precision": precision or {}},
+            *changes,
+        )
+
+    return make
+
+
+def losses(folder):
+    return torch.tensor([line["lm loss"] for line in curve(folder) if "lm loss" in line])
+
+
+# With fp32 weights, gradients and wires only sums are taken in another order. In o3 every replica
+# casts its own activations and gradients, with E4M3's 2^-4 at each.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("precision", "bound"), [(FP32, 2e-5), ({"preset": "o3"}, 0.03)])
+def test_curve_of_one_process(layout, precision, bound, config, run_distributed, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    curves = []
+    for count, keys in ((1, {}), (ranks, parallel)):
+        folder = tmp_path / str(count)
+        logging = {"logging": {"dir": str(folder), "log_interval": 1}}
+        run_distributed(train, count, config(keys, logging, precision=precision))
+        curves.append(losses(folder))
+        evaluations = [line for line in read(folder) if "lm loss validation" in line]
+        curves[-1] = torch.cat(
+            (curves[-1], torch.tensor([line["lm loss validation"] for line in evaluations]))
+        )
+    one, several = curves
+    assert one[7] < 0.9 * one[0]
+    assert ((several - one).abs() / one).max() < bound
+
+
+def state(config):
+    """This rank's tensors, and which rows of each weight its states are."""
+    with trainer_of(config) as trainer:
+        trainer.train()
+        trainer.run.optimizer.share_amax()
+    run = trainer.run
+    return model_tensors(run.weights), optimizer_tensors(run.optimizer), run.replicas.owned
+
+
+def whole_state(results):
+    """States of all ranks put together, by name."""
+    whole = {}
+    for _, tensors, owned in results:
+        for name, tensor in tensors.items():
+            path = name.removesuffix(".payload").split(".", 2)[-1]
+            if not name.endswith(".payload"):
+                assert torch.equal(whole.setdefault(name, tensor), tensor), name
+            else:
+                whole.setdefault(name, {})[owned[path][0]] = tensor
+    return {
+        name: torch.cat([parts[row] for row in sorted(parts)]) if isinstance(parts, dict) else parts
+        for name, parts in whole.items()
+    }
+
+
+@pytest.mark.parametrize("preset", ["o3", "o2", "bf16"])
+def test_division_of_states_changes_no_byte(preset, config, run_distributed):
+    settings = [{}, EVEN, {"overlap_grad_reduce": False}, {"ddp_bucket_size": 2000}]
+    settings.append(EVEN | {"ddp_bucket_size": 1})
+    expected = None
+    for parallel in settings:
+        changed = config(parallel, precision={"preset": preset})
+        results = run_distributed(state, 4, changed)
+        weights = results[0][0]
+        for others, _, _ in results[1:]:
+            assert all(torch.equal(weights[name], others[name]) for name in weights)
+        found = weights | whole_state(results)
+        expected = expected or found
+        assert set(found) == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (parallel, name)
+
+
+def test_plain_replicas_with_exact_wires_are_the_same_bytes(config, run_distributed):
+    # The sums travel back in the wire's format: fp32 loses nothing.
+    precision = {"preset": "bf16", "wire": {"grads": "fp32"}}
+    divided, plain = (
+        run_distributed(state, 2, config(parallel, precision=precision)) for parallel in ({}, PLAIN)
+    )
+    for name, tensor in whole_state(divided).items():
+        assert torch.equal(plain[0][1][name], tensor), name
+    for weights, states, _ in plain:
+        assert all(torch.equal(tensor, divided[0][0][n]) for n, tensor in weights.items())
+        assert all(torch.equal(tensor, plain[0][1][n]) for n, tensor in states.items())
+
+
+def test_weights_on_a_two_byte_wire_are_the_same(config, run_distributed):
+    fp8, bf16 = (
+        run_distributed(state, 2, config({}, precision={"wire": {"params": wire}}))
+        for wire in ("fp8", "bf16")
+    )
+    for (first, _, _), (second, _, _) in zip(fp8, bf16, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def held(config):
+    """(bytes by kind, of all weights and of the linear layers' only) that this rank holds."""
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        linear = linear_weights(run.model)
+        return state_bytes(run.optimizer), state_bytes(run.optimizer, linear)
+
+
+MODEL = {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
+MATRICES = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 64 * 128 + 64 * 128)
+DENSE = 2 * 128 * 64  # two tables; five norms are held by every rank of a TP group
+NORMS = 5 * 64
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (2, EVEN), (4, EVEN), (4, {}), (4, TP2 | EVEN), (2, PLAIN)],
+)
+def test_states_are_divided(ranks, parallel, config, run_distributed):
+    results = run_distributed(held, ranks, config(parallel, {"model": MODEL}))
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    copies = ranks // tp if parallel == PLAIN else 1
+    everything, linear = (
+        {kind: sum(result[i][kind] for result in results) for kind in results[0][0]}
+        for i in range(2)
+    )
+    replicas = ranks // tp
+    scales = 0.01  # what they may add
+    assert linear["weights"] == pytest.approx(replicas * MATRICES, rel=scales)
+    assert linear["grads"] == pytest.approx(replicas * MATRICES, rel=scales)
+    for kind, size in (("master", 2), ("exp_avg", 1), ("exp_avg_sq", 2)):
+        assert linear[kind] == pytest.approx(copies * size * MATRICES, rel=scales)
+        parameters = MATRICES + DENSE + tp * NORMS
+        assert everything[kind] == pytest.approx(copies * size * parameters, rel=scales)
+    if copies == 1:  # 2 + 5/d bytes per parameter, in the mean over the ranks
+        total = sum(linear.values()) / ranks
+        assert total / (MATRICES / tp) == pytest.approx(2 + 5 / replicas, rel=scales)
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, EVEN), (4, EVEN), (4, TP2 | EVEN)])
+def test_bytes_on_the_wires(ranks, parallel, config, run_distributed, tmp_path):
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    replicas, parameters = ranks // tp, (MATRICES + DENSE) // tp + NORMS
+    dense = DENSE // tp + NORMS
+    sent = {}
+    for preset in ("o3", "bf16"):
+        folder = tmp_path / preset
+        logging = {"logging": {"dir": str(folder), "log_interval": 1}}
+        changed = config(parallel, logging, {"model": MODEL}, precision={"preset": preset})
+        run_distributed(train, ranks, changed)
+        line = read(folder)[1]
+        scalars = (ranks - 1) * 4 * (3 + 4 * 14)
+        sent[preset] = line["comm_bytes/grads"] - scalars, line["comm_bytes/params"]
+    # Of d ranks each sends a share (d-1)/d. What the main rank owns of the gradients differs a
+    # little, as slabs are equal in bytes of weights; then scales, alignment, padding of slabs.
+    share = (replicas - 1) / replicas
+    fp8, bf16 = MATRICES // tp + 2 * dense, 4 * parameters
+    assert sent["o3"] == pytest.approx((share * fp8, share * fp8), rel=0.1)
+    assert sent["bf16"] == pytest.approx((share * bf16, share * 2 * parameters), rel=0.1)
+    # Of the matrices alone: 1 + 1 bytes against 4 + 2.
+    tables = share * 4 * dense, share * 6 * dense
+    matrices = sum(sent["o3"]) - tables[0], sum(sent["bf16"]) - tables[1]
+    assert matrices[0] < 0.36 * matrices[1]
+
+
+def poisoned(config, bad_rank, value):
+    """Whether a step with `value` in one rank's gradients is skipped, and changes nothing."""
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        trainer.train()
+        run.optimizer.share_amax()
+        names = [n for n in run.weights if n not in run.replicas.owned and "qkv" in n]
+        tensors = lambda: model_tensors(run.weights) | optimizer_tensors(run.optimizer)  # noqa: E731
+        before = {name: tensor.clone() for name, tensor in tensors().items()}
+        rank = run.groups.world.rank()
+        for name, weight in run.weights.items():
+            weight.grad.zero()
+            gradient = torch.full(weight.spec.local_shape, 0.01)
+            if rank == bad_rank and name in names[:1]:
+                gradient.view(-1)[5] = value
+            weight.grad.add(gradient)
+        run.replicas.before_last_microbatch()
+        gradients = run.replicas.reduce()
+        skipped = bool(run.optimizer.step(1e-2, gradients, torch.ones(1)).skip)
+        run.replicas.gather()
+        run.optimizer.share_amax()
+        same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
+    return len(names), skipped, same
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_fault_in_what_a_rank_does_not_own_stops_the_step_everywhere(
+    value, config, run_distributed
+):
+    results = run_distributed(poisoned, 2, config({}), 0, value)
+    assert results[0][0] > 0
+    assert [result[1:] for result in results] == [(True, True)] * 2
+    # Without the fault the same step happens.
+    assert not any(skipped for _, skipped, _ in run_distributed(poisoned, 2, config({}), 5, value))
+
+
+@pytest.mark.parametrize("layout", ["dp4 even", "dp2 tp2 even", "dp2 plain"])
+def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    dropout = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
+
+    def of(run, **keys):
+        return config(parallel, folders(run), dropout, {"train": keys})
+
+    whole = run_distributed(state, ranks, of("whole"))
+    run_distributed(train, ranks, of("parts", exit_interval=4))
+    parts = run_distributed(state, ranks, of("parts"))
+    for (weights, states, _), (other_weights, other_states, _) in zip(whole, parts, strict=True):
+        assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+        assert all(torch.equal(states[name], other_states[name]) for name in states)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def save_again(config, folder):
+    """Load a checkpoint under this layout and save it elsewhere."""
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        checkpoint = run.config.checkpoint.model_copy(update={"save": folder})
+        changed = run.config.model_copy(update={"checkpoint": checkpoint})
+        object.__setattr__(run, "config", changed)
+        save_run(run, trainer.window, trainer.progress)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_checkpoint_goes_through_every_layout(gated, config, run_distributed, folders, tmp_path):
+    model = LLAMA if gated else {}
+    short = {"train": {"train_iters": 2, "eval_iters": 0}, "scheduler": {"lr_warmup_iters": 1}}
+    load = folders("one")
+    run_distributed(train, 4, config(TP2 | EVEN, load, short, model=model))
+    ((weights, states, _),) = run_distributed(state, 1, config({}, load, short, model=model))
+    for number, (ranks, parallel) in enumerate(LAYOUTS.values()):
+        load["checkpoint"]["load"] = load["checkpoint"]["save"]
+        folder = str(tmp_path / f"again-{number}")
+        run_distributed(save_again, ranks, config(parallel, load, short, model=model), folder)
+        load["checkpoint"] = {"save": folder, "load": folder}
+    ((last_weights, last_states, _),) = run_distributed(
+        state, 1, config({}, load, short, model=model)
+    )
+    assert all(torch.equal(weights[name], last_weights[name]) for name in weights)
+    assert all(torch.equal(states[name], last_states[name]) for name in states)
+
+
+def refused(config):
+    with pytest.raises(InputError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_batches_that_cannot_be_shared_are_refused(config, run_distributed):
+    batch = {"train": {"micro_batch_size": 2, "global_batch_size": 6}}
+    for message in run_distributed(refused, 2, config({}, batch)):
+        assert (
+            "train.global_batch_size = 6 is not divisible by train.micro_batch_size = 2 times"
+            in (message)
+        )
