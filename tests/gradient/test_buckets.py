@@ -1,0 +1,119 @@
+"""Gradients of replicas at their owners: means, tied and unused weights, order of sending."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fp8lm.comm import Wire, WireCounter
+from fp8lm.gradient.buckets import GradientBuckets
+from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.layers.embedding import embed
+from fp8lm.layers.linear import FP8_GEMM, linear
+from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.parallel.ownership import row_blocks, whole_tensors
+from fp8lm.parallel.replicas import tensors_of
+from tests.parallel.ranks import CPU, KERNELS, random
+
+
+class RecordingReduction(Fp32Accumulate):
+    """Remembers what had happened when each bucket was sent."""
+
+    def start(self, parts):
+        self.events.append("sent")
+        return super().start(parts)
+
+
+def weights():
+    def init(tensor, generator):
+        return tensor
+
+    table = WeightSpec((64, 32), init, BF16, FP32, dense=True)
+    return {
+        "table": GemmWeight(table, KERNELS, CPU),
+        "first": GemmWeight(WeightSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "unused": GemmWeight(WeightSpec((48, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "second": GemmWeight(WeightSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "bias": VectorWeight(vector_spec(32, 0.5, BF16), KERNELS, CPU),
+    }
+
+
+def backward(made, seed, events):
+    """Table, two layers, the table again as a head; random gradients of this rank's own."""
+    for index, weight in enumerate(made.values()):
+        weight.compute.payload.copy_(
+            random(*weight.spec.shape, seed=index).mul(8).to(weight.compute.payload.dtype)
+        )
+    ids = torch.arange(16) * 3
+    h = embed(ids, made["table"])
+    h = linear(h, made["first"], FP8_GEMM)
+    h.register_hook(lambda dy: events.append("first"))
+    h = linear(h, made["second"], FP8_GEMM, made["bias"].data)
+    h.register_hook(lambda dy: events.append("second"))
+    y = linear(h, made["table"], FP8_GEMM)
+    y.backward(random(*y.shape, seed=100 + seed, dtype=y.dtype))
+
+
+def reduce(place, wire, overlap, bucket_size, microbatches=2):
+    group, events = dist.group.WORLD, []
+    made = weights()
+    rows = place(tensors_of(made), group.size()).rows
+    reduction = RecordingReduction(group, Wire("grads", wire, WireCounter(("grads",))), KERNELS)
+    reduction.events = events
+    buckets = GradientBuckets(made, rows, reduction, bucket_size, overlap=overlap)
+    for weight in made.values():
+        weight.grad.zero()
+    for number in range(microbatches):
+        if number == microbatches - 1:
+            buckets.arm()
+        backward(made, 10 * group.rank() + number, events)
+    reduced = buckets.finish()
+    own = {name: weight.grad.value.dequantize(KERNELS) for name, weight in made.items()}
+    return own, {name: (rows[group.rank()][name], g.payload) for name, g in reduced.items()}, events
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("place", [whole_tensors, row_blocks])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("bucket_size", [1, 1500, 10**6])
+def test_owners_get_the_mean_of_what_every_rank_accumulated(
+    size, place, overlap, bucket_size, run_distributed
+):
+    results = run_distributed(reduce, size, place, "fp32", overlap, bucket_size)
+    seen = dict.fromkeys(results[0][0], 0)
+    for _, reduced, _ in results:
+        for name, (rows, mean) in reduced.items():
+            terms = [own[name][slice(*rows)] for own, _, _ in results]
+            expected = torch.zeros_like(mean)
+            for term in terms:  # in rank order
+                expected += term
+            assert torch.equal(mean, expected / size), name
+            seen[name] += rows[1] - rows[0]
+    assert seen == {"table": 64, "first": 32, "unused": 48, "second": 32, "bias": 32}
+    assert all(not own["unused"].any() for own, _, _ in results)
+    assert all(own["table"].any() for own, _, _ in results)
+
+
+def test_dense_gradients_travel_in_bf16_on_an_fp8_wire(run_distributed):
+    results = run_distributed(reduce, 2, whole_tensors, "fp8", True, 10**6)
+    for _, reduced, _ in results:
+        for name, (rows, mean) in reduced.items():
+            terms = [own[name][slice(*rows)] for own, _, _ in results]
+            if name in ("table", "bias"):
+                terms = [term.bfloat16().float() for term in terms]
+            assert torch.equal(mean, (terms[0] + terms[1]) / 2), name
+
+
+def test_buckets_leave_while_backward_goes_on(run_distributed):
+    for _, _, events in run_distributed(reduce, 2, whole_tensors, "fp8", True, 1):
+        last = events[events.index("first") + 1 :]  # the last micro-batch's
+        # The bias and the second layer leave before the first layer's backward; the unused weight
+        # holds back all that come after it, the table is used twice.
+        assert last == ["second", "sent", "sent", "first", "sent", "sent", "sent"]
+
+
+def test_nothing_leaves_early_without_overlap(run_distributed):
+    for _, _, events in run_distributed(reduce, 2, whole_tensors, "fp8", False, 1):
+        assert events == ["second", "first"] * 2 + ["sent"] * 5
