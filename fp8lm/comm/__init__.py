@@ -12,7 +12,7 @@ from fp8lm.comm.gather import (
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.reduce import all_reduce, reduce_scatter
-from fp8lm.comm.transport import all_gather_bytes, all_to_all_bytes
+from fp8lm.comm.transport import all_gather_bytes, all_to_all_bytes, shift_bytes
 
 __all__ = [
     "Handle",
@@ -29,4 +29,5 @@ __all__ = [
     "join",
     "max_over_group",
     "reduce_scatter",
+    "shift_bytes",
 ]

@@ -102,6 +102,40 @@ def model_parallel_groups(
             dist.destroy_process_group(group)
 
 
+@dataclass(frozen=True)
+class NodeGroups:
+    """Of a group whose rank r is number r % m of node r // m: this node, and this number of all."""
+
+    node: dist.ProcessGroup
+    across: dist.ProcessGroup
+
+
+def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
+    """The data-parallel group by nodes of `node_size` processes; a collective of all processes.
+
+    None where that leaves one rank per node, or one node. InputError if nodes are not alike.
+    """
+    ranks, shards = groups.data_parallel.size(), groups.tensor_parallel.size()
+    per_node = max(1, node_size // shards)
+    if per_node == 1 or per_node >= ranks:
+        return None
+    if ranks % per_node or node_size % shards:
+        raise InputError(
+            f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
+            f"{shards} processes evenly over nodes: set it to a size that does"
+        )
+    mine = dist.get_process_group_ranks(groups.data_parallel)
+    gathered: list[list[int]] = [[] for _ in range(groups.world.size())]
+    dist.all_gather_object(gathered, mine)
+    replicas = sorted({tuple(ranks) for ranks in gathered})
+    nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
+    numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
+    made = [
+        dist.new_subgroups_by_enumeration(kind, timeout=TIMEOUT)[0] for kind in (nodes, numbers)
+    ]
+    return NodeGroups(*made)
+
+
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:
     """The device of this rank: the CPU, or the GPU that LOCAL_RANK counts off, round and round."""
     if device.type != "cuda":

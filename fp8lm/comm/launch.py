@@ -16,11 +16,12 @@ _CURE = "start with torchrun, or unset them to run one process"
 
 @dataclass(frozen=True)
 class Launch:
-    """Number of this process in the job and on its machine, and the number of processes."""
+    """Number of this process in the job and on its machine, and how many there are in each."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     by_launcher: bool = False
 
     @classmethod
@@ -41,7 +42,10 @@ class Launch:
                 f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: "
                 f"{_CURE}"
             )
-        return cls(rank, world_size, local_rank, by_launcher=True)
+        # Only torchrun sets it; without, all processes count as being on one machine.
+        local = environment.get("LOCAL_WORLD_SIZE") or str(world_size)
+        local_world_size = _number("LOCAL_WORLD_SIZE", local)
+        return cls(rank, world_size, local_rank, local_world_size, by_launcher=True)
 
 
 def _number(name: str, value: str) -> int:

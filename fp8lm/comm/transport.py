@@ -62,6 +62,36 @@ def all_to_all_bytes(
     return _handle(work, send, received).then(lambda bytes_: list(bytes_.split(receive_sizes)))
 
 
+def shift_bytes(
+    send: Tensor, receive_size: int, group: dist.ProcessGroup, wire: Wire
+) -> Handle[Tensor]:
+    """`send` to the next rank of the ring; what the previous one sends, uint8 [receive_size].
+
+    Either may be empty; sizes must agree between neighbours.
+    """
+    if group.size() == 1:
+        return Handle.done(send)
+    rank, size = group.rank(), group.size()
+    received = send.new_empty(receive_size)
+    following = dist.get_global_rank(group, (rank + 1) % size)
+    previous = dist.get_global_rank(group, (rank - 1) % size)
+    transfers = []
+    if send.numel():
+        transfers.append(dist.P2POp(dist.isend, send, following, group))
+    if receive_size:
+        transfers.append(dist.P2POp(dist.irecv, received, previous, group))
+    wire.count(send.numel())
+    works = dist.batch_isend_irecv(transfers) if transfers else []
+
+    def finish() -> Tensor:
+        for work in works:
+            work.wait()
+        _ = send  # held until here
+        return received
+
+    return Handle(finish)
+
+
 def broadcast_bytes(
     buffer: Tensor, src: int, group: dist.ProcessGroup, wire: Wire
 ) -> Handle[Tensor]:

@@ -30,6 +30,7 @@ def find_problems(config: Config) -> list[str]:
         _fp8_gemms,
         _tensor_parallel,
         _params_wire,
+        _grad_reduce,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -246,6 +247,18 @@ def _params_wire(config: Config) -> Iterator[str]:
             f"precision.wire.params = fp8 needs precision.params_dtype = fp8_e4m3, not "
             f"{precision.params_dtype}: other weights travel as they are stored "
             "(precision.wire.params = bf16)"
+        )
+
+
+def _grad_reduce(config: Config) -> Iterator[str]:
+    precision = config.precision
+    if precision.grad_reduce == "fp32_accumulate":
+        return
+    name = f"precision.grad_reduce = {precision.grad_reduce}"
+    if precision.main_grads_dtype != "fp8_e4m3":
+        yield (
+            f"{name} adds FP8 gradients, but precision.main_grads_dtype = "
+            f"{precision.main_grads_dtype}: use fp8_e4m3, or fp32_accumulate"
         )
 
 

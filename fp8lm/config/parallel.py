@@ -37,3 +37,8 @@ class ParallelConfig(Section):
     ddp_bucket_size: Count = Field(
         40_000_000, description="Parameters in a bucket of gradients, about."
     )
+    node_size: Count | None = Field(
+        None,
+        description="Processes on a machine, between which data-parallel ranks sum gradients "
+        "before these cross to another. Null: what torchrun says.",
+    )

@@ -23,6 +23,7 @@ MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 Rounding = Literal["nearest", "stochastic"]
 PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
 WireFormat = Literal["fp8", "bf16"]
+GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
 
 
@@ -133,6 +134,12 @@ class PrecisionConfig(Section):
     first_last_layers_bf16: Bool = _of_preset(
         "first_last_layers_bf16",
         "Keep the first and the last transformer layer's linear layers in BF16.",
+    )
+    grad_reduce: GradReduce = Field(
+        "fp32_accumulate",
+        description="How FP8 gradients of data-parallel ranks are added: fp32_accumulate, where "
+        "they are stepped; fp8_sum, in FP8 on the way with FP8-LM's automatic scaling; "
+        "fp8_pre_scaling, fp8_post_scaling: the same with a fixed factor.",
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,

@@ -8,18 +8,16 @@ at all when backward is over. Buckets leave in a fixed order, so ranks never dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, all_gather_bytes
-from fp8lm.gradient.reduction import Fp32Accumulate, sent_format
+from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
 from fp8lm.layers.weight import Weight
 from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
-
-Rows = Mapping[str, tuple[int, int]]
 
 
 class GradientBuckets:
@@ -32,7 +30,7 @@ class GradientBuckets:
         self,
         weights: dict[str, Weight],
         rows: Sequence[Rows],
-        reduction: Fp32Accumulate,
+        reduction: GradientReduction,
         bucket_size: int,
         *,
         overlap: bool,
@@ -41,7 +39,7 @@ class GradientBuckets:
         self.buckets = _fill(weights, bucket_size)
         self._bucket_of = {name: i for i, names in enumerate(self.buckets) for name in names}
         self._missing: list[set[str]] = []
-        self._started: list[Handle[list[Tensor]]] = []
+        self._started: list[Handle[dict[str, Tensor]]] = []
         if overlap:
             for name, weight in weights.items():
                 weight.when_gradient_complete(self._completion(name))
@@ -54,14 +52,11 @@ class GradientBuckets:
         """Means over the replicas of this rank's rows (fp32), by weight."""
         while len(self._started) < len(self.buckets):
             self._start()
-        own = self.rows[self.reduction.group.rank()]
         gradients = {}
-        for names, handle in zip(self.buckets, self._started, strict=True):
-            owned = [name for name in names if name in own]
-            for name, mean in zip(owned, handle.wait(), strict=True):
-                gradients[name] = _fp32(mean)
+        for handle in self._started:
+            gradients.update(handle.wait())
         self._missing, self._started = [], []
-        return {name: gradients[name] for name in self.weights if name in gradients}
+        return {n: _fp32(gradients[n]) for n in self.weights if n in gradients}
 
     def finish_everywhere(self) -> dict[str, ScaledTensor]:
         """Means of all rows on every rank, in the format they travelled in, the same bits."""
@@ -116,11 +111,7 @@ class GradientBuckets:
 
     def _start(self) -> None:
         sent = {name: self._sent(name) for name in self.buckets[len(self._started)]}
-        parts = [
-            [gradient.rows(*rows[name]) for name, gradient in sent.items() if name in rows]
-            for rows in self.rows
-        ]
-        self._started.append(self.reduction.start(parts))
+        self._started.append(self.reduction.start(sent, self.rows))
 
     def _sent(self, name: str) -> ScaledTensor:
         """The whole gradient in the format it travels in: its scale does not depend on cuts."""

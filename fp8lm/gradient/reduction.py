@@ -3,14 +3,15 @@
     g[own rows] = 1/d sum_r dequantize(g_r[own rows])
 
 Every rank sends its bytes and its scale straight to the owner, who sums in rank order: one
-rounding per contribution, where a ring that sums in FP8 (FP8-LM, arXiv 2310.18313, section 2.1)
-rounds at every hop, and no scale to agree on, so nothing overflows. Same bytes as a
-reduce-scatter. A NaN scale (a gradient that was not finite) makes the owner's rows NaN.
+rounding per contribution, where a ring that sums in FP8 (see `fp8_sum`) rounds at every hop, and
+no scale to agree on, so nothing overflows. Same bytes as a reduce-scatter. A NaN scale (a gradient
+that was not finite) makes the owner's rows NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,49 +22,107 @@ from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
+Rows = Mapping[str, tuple[int, int]]
+Parts = Sequence[Sequence[ScaledTensor]]
+
+
+class GradientReduction(Protocol):
+    """Mean of gradients over the ranks of `group`, each row on the rank that owns it."""
+
+    group: dist.ProcessGroup
+    wire: Wire
+    kernels: ReferenceKernels
+
+    def start(
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+    ) -> Handle[dict[str, Tensor]]:
+        """This rank's whole `gradients` -> the means of the rows it owns (fp32), by name.
+
+        `rows[r]` are those that rank r owns; names that `gradients` lacks are passed over. All
+        ranks start and wait in the same order.
+        """
+
+    def finish_step(self, skipped: Tensor) -> None:
+        """All gradients of a step are reduced; `skipped` (0-d bool) tells what became of them."""
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What is remembered from step to step, for a checkpoint; the same on all ranks."""
+
 
 class Fp32Accumulate:
-    """The mean over the ranks of `group`."""
+    """Straight to the owner, sums in fp32."""
 
     def __init__(self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels) -> None:
         self.group = group
         self.wire = wire
         self.kernels = kernels
 
-    def start(self, parts: Sequence[Sequence[ScaledTensor]]) -> Handle[list[Tensor]]:
-        """`parts[r]`: this rank's gradients of what rank r owns -> means of this rank's, fp32."""
-        rank, own = self.group.rank(), parts[self.group.rank()]
-        messages = [
-            MessageLayout.of(gradients).pack(gradients)
-            for other, gradients in enumerate(parts)
-            if other != rank and gradients
-        ]
-        sizes = [
-            MessageLayout.of(gradients).nbytes * (other != rank and bool(gradients))
-            for other, gradients in enumerate(parts)
-        ]
-        device = next(gradient.device for gradients in parts for gradient in gradients)
-        empty = torch.empty(0, dtype=torch.uint8, device=device)
-        layout = MessageLayout.of(own)  # of what every other rank sends me
-        receive = [layout.nbytes * (other != rank and bool(own)) for other in range(len(parts))]
+    def start(
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+    ) -> Handle[dict[str, Tensor]]:
+        """See `GradientReduction`."""
+        names, parts = cut(gradients, rows), parts_of(gradients, rows)
+        summing = sum_at_owners(parts, self.group, self.wire, self.kernels)
 
-        def mean(received: list[Tensor]) -> list[Tensor]:
-            return self._mean(own, layout, received)
+        def mean(sums: list[Tensor]) -> dict[str, Tensor]:
+            own = names[self.group.rank()]
+            size = self.group.size()
+            return {name: total.div_(size) for name, total in zip(own, sums, strict=True)}
 
-        buffer = torch.cat([empty, *messages])
-        return all_to_all_bytes(buffer, sizes, receive, self.group, self.wire).then(mean)
+        return summing.then(mean)
 
-    def _mean(
-        self, own: Sequence[ScaledTensor], layout: MessageLayout, received: list[Tensor]
-    ) -> list[Tensor]:
+    def finish_step(self, skipped: Tensor) -> None:
+        """Nothing depends on it."""
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Nothing is remembered from step to step."""
+        return {}
+
+
+def sum_at_owners(
+    parts: Parts, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels
+) -> Handle[list[Tensor]]:
+    """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own."""
+    rank = group.rank()
+    own = parts[rank]
+    layouts = [MessageLayout.of(tensors) for tensors in parts]
+    sizes = [
+        layout.nbytes * (other != rank and bool(tensors))
+        for other, (layout, tensors) in enumerate(zip(layouts, parts, strict=True))
+    ]
+    messages = [
+        layout.pack(tensors)
+        for layout, tensors, size in zip(layouts, parts, sizes, strict=True)
+        if size
+    ]
+    receive = [layouts[rank].nbytes * (other != rank and bool(own)) for other in range(len(parts))]
+    device = next(tensor.device for tensors in parts for tensor in tensors)
+    buffer = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *messages])
+
+    def add_up(received: list[Tensor]) -> list[Tensor]:
         sums = [torch.zeros(part.shape, device=part.device) for part in own]
-        if not own:
-            return sums
         for other, message in enumerate(received):
-            terms = own if other == self.group.rank() else layout.views(message)
+            terms = own if other == rank or not own else layouts[rank].views(message)
             for total, term in zip(sums, terms, strict=True):
-                total += term.dequantize(self.kernels)
-        return [total.div_(self.group.size()) for total in sums]
+                total += term.dequantize(kernels)
+        return sums
+
+    return all_to_all_bytes(buffer, sizes, receive, group, wire).then(add_up)
+
+
+def cut(gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]) -> list[list[str]]:
+    """Which of `gradients` each rank owns rows of, in their order."""
+    return [[name for name in gradients if name in own] for own in rows]
+
+
+def parts_of(
+    gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+) -> list[list[ScaledTensor]]:
+    """The rows that each rank owns, as views in the order of `cut`."""
+    return [
+        [gradient.rows(*own[name]) for name, gradient in gradients.items() if name in own]
+        for own in rows
+    ]
 
 
 def sent_format(stored: Format, wire: Wire, *, dense: bool) -> Format:

@@ -46,8 +46,12 @@ class OneReplica:
             weight.grad.settle()  # a weight that no micro-batch used
         return {name: weight.grad.value for name, weight in self.weights.items()}
 
-    def gather(self) -> None:
-        """Bring the owners' new weights to every rank."""
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What the reduction remembers from step to step, for a checkpoint."""
+        return {}
+
+    def finish_step(self, skipped: Tensor) -> None:
+        """Bring the owners' new weights to every rank; `skipped` (0-d bool): there are none."""
 
 
 class PlainReplicas(OneReplica):
@@ -65,6 +69,14 @@ class PlainReplicas(OneReplica):
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `OneReplica`: here all rows."""
         return self._buckets.finish_everywhere()
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """See `OneReplica`."""
+        return self._buckets.reduction.named_tensors()
+
+    def finish_step(self, skipped: Tensor) -> None:
+        """See `OneReplica`: every rank has them already."""
+        self._buckets.reduction.finish_step(skipped)
 
 
 class ZeroReplicas(OneReplica):
@@ -100,8 +112,13 @@ class ZeroReplicas(OneReplica):
         """See `OneReplica`."""
         return self._buckets.finish()
 
-    def gather(self) -> None:
+    def named_tensors(self) -> dict[str, Tensor]:
+        """See `OneReplica`."""
+        return self._buckets.reduction.named_tensors()
+
+    def finish_step(self, skipped: Tensor) -> None:
         """See `OneReplica`. Scales do not travel: every rank computes them from shared amaxes."""
+        self._buckets.reduction.finish_step(skipped)
         if self._wire.precision == "bf16":
             self._gather_values()
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,19 +13,23 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars
-from fp8lm.comm.groups import ProcessGroups
+from fp8lm.comm.groups import ProcessGroups, node_groups
+from fp8lm.comm.launch import Launch
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.errors import InputError
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.gradient.reduction import Fp32Accumulate, GradientReduction
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
+from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.clipping import Exchange
 from fp8lm.optim.schedule import BatchSize, LearningRate
@@ -172,7 +177,7 @@ def build_replicas(
     buckets = GradientBuckets(
         weights,
         ownership.rows,
-        Fp32Accumulate(group, Wire("grads", wire.grads, counter), kernels),
+        build_reduction(config, groups, kernels, Wire("grads", wire.grads, counter), weights),
         parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
     )
@@ -182,6 +187,28 @@ def build_replicas(
     sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
     return ZeroReplicas(weights, ownership, buckets, group, params, kernels)
+
+
+def build_reduction(
+    config: Config,
+    groups: ProcessGroups,
+    kernels: ReferenceKernels,
+    wire: Wire,
+    weights: dict[str, Weight],
+) -> GradientReduction:
+    """How `precision.grad_reduce` adds gradients over `groups.data_parallel`."""
+    kind, group = config.precision.grad_reduce, groups.data_parallel
+    if kind == "fp32_accumulate":
+        launched = Launch.from_environment(os.environ)
+        nodes = node_groups(groups, config.parallel.node_size or launched.local_world_size)
+        if nodes is None:
+            return Fp32Accumulate(group, wire, kernels)
+        return HierarchicalAccumulate(group, nodes.node, nodes.across, wire, kernels)
+    names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
+    policy = {"fp8_sum": "automatic"}.get(kind, kind.removeprefix("fp8_"))
+    device = next(iter(weights.values())).compute.device
+    scaling = Scaling(names, group.size(), policy, device)
+    return Fp8Sum(group, groups.world, wire, kernels, scaling)
 
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:

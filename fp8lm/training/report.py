@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
+
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
@@ -84,6 +86,9 @@ class Reporter:
             "throughput": tflops,
             **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
+        if mu := list(self._run.replicas.named_tensors().values()):
+            low, high = torch.stack(mu).aminmax()
+            values |= {"fp8/mu/min": low.item(), "fp8/mu/max": high.item()}
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))

@@ -49,7 +49,7 @@ def train_step(
     gradients = replicas.reduce()
     complete_gradients(weights, gradients, partition)
     norm = optimizer.step(lr, gradients, loss[None])
-    replicas.gather()
+    replicas.finish_step(norm.skip)
     return StepResult(norm.values.mean(), norm.norm, norm.skip)
 
 

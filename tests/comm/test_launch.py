@@ -20,11 +20,13 @@ TORCHRUN = {
 
 @pytest.mark.parametrize("environment", [{}, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}])
 def test_one_process_without_a_launcher(environment):
-    assert Launch.from_environment(environment) == Launch(0, 1, 0, by_launcher=False)
+    assert Launch.from_environment(environment) == Launch(0, 1, 0, 1, by_launcher=False)
 
 
 def test_torchrun():
-    assert Launch.from_environment(TORCHRUN) == Launch(5, 8, 1, by_launcher=True)
+    assert Launch.from_environment(TORCHRUN) == Launch(5, 8, 1, 8, by_launcher=True)
+    several = TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}
+    assert Launch.from_environment(several) == Launch(5, 8, 1, 4, by_launcher=True)
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)

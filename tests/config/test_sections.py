@@ -43,7 +43,7 @@ def test_min_lr_is_a_tenth_of_lr_unless_given():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_fills_every_key(preset):
     dumped = PrecisionConfig(preset=preset).model_dump()
-    assert dumped == {"preset": preset, **PRESETS[preset]}
+    assert dumped == {"preset": preset, "grad_reduce": "fp32_accumulate", **PRESETS[preset]}
 
 
 # gemm, weight, master, gradient, m, v: NUMERICS of the paper's levels (FP8-LM, section 2.2)

@@ -21,9 +21,9 @@ from tests.parallel.ranks import CPU, KERNELS, random
 class RecordingReduction(Fp32Accumulate):
     """Remembers what had happened when each bucket was sent."""
 
-    def start(self, parts):
+    def start(self, gradients, rows):
         self.events.append("sent")
-        return super().start(parts)
+        return super().start(gradients, rows)
 
 
 def weights():

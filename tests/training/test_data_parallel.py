@@ -214,11 +214,11 @@ def poisoned(config, bad_rank, value):
             weight.grad.add(gradient)
         run.replicas.before_last_microbatch()
         gradients = run.replicas.reduce()
-        skipped = bool(run.optimizer.step(1e-2, gradients, torch.ones(1)).skip)
-        run.replicas.gather()
+        skip = run.optimizer.step(1e-2, gradients, torch.ones(1)).skip
+        run.replicas.finish_step(skip)
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
-    return len(names), skipped, same
+    return len(names), bool(skip), same
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -247,6 +247,36 @@ def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, 
         assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
         assert all(torch.equal(states[name], other_states[name]) for name in states)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+REDUCTIONS = [
+    {"precision": {"grad_reduce": "fp8_sum"}},
+    {"precision": {"grad_reduce": "fp8_pre_scaling"}},
+    {"precision": {"grad_reduce": "fp8_post_scaling"}},
+    {"parallel": {"node_size": 2}},
+]
+
+
+@pytest.mark.parametrize("changes", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("parallel", [EVEN, PLAIN], ids=str)
+def test_other_reductions_train_alike_and_resume(
+    changes, parallel, config, run_distributed, folders, tmp_path
+):
+    def of(run, **keys):
+        return config(parallel, folders(run), changes, {"train": keys})
+
+    run_distributed(train, 1, config({}, folders("one")))
+    whole = run_distributed(state, 4, of("whole"))
+    run_distributed(train, 4, of("parts", exit_interval=4))
+    parts = run_distributed(state, 4, of("parts"))
+    for (_, states, _), (_, other_states, _) in zip(whole, parts, strict=True):
+        assert all(torch.equal(states[name], other_states[name]) for name in states)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    one, several = losses(tmp_path / "one"), losses(tmp_path / "whole")
+    assert ((several - one).abs() / one).max() < 0.05
+    reports = [line for line in read(tmp_path / "whole") if "fp8/mu/max" in line]
+    assert bool(reports) == ("precision" in changes)
+    run_distributed(train, 1, config({}, folders("fewer", load="parts")))  # mu is passed over
 
 
 def save_again(config, folder):

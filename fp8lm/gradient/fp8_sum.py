@@ -1,0 +1,184 @@
+"""Gradients summed in FP8 with automatic scaling (FP8-LM, arXiv 2310.18313, section 2.1).
+
+    s_g   = min_i s_i                               one shared scale per tensor      (eq. 4)
+    g''_i = FP8(mu s_g g_i)                         mu in [2^-ceil(log2 N), 2]       (eq. 3, 5)
+    g     = sum_i g''_i  /  (N s_g mu)              every sum rounded to FP8         (eq. 6)
+
+mu is one number per tensor, applied as a power of two. It halves after a step in which more than
+1e-5 of the reduced values are at the format's maximum, and grows otherwise, doubling in 1,000
+steps. `pre_scaling` (mu = 1/N: no sum overflows, small values vanish) and `post_scaling` (mu = 1)
+are the same arithmetic with mu fixed.
+
+The sum is a ring, requantized at every hop; gradients of other formats take the way of
+`Fp32Accumulate`. A rank sends (N-1)/N bytes per parameter, as in a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm import Handle, MessageLayout, Wire, max_over_group, shift_bytes
+from fp8lm.gradient.reduction import Fp32Accumulate, Rows, cut
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.numerics import Format
+from fp8lm.scaled_tensor import ScaledTensor
+
+SATURATION_LIMIT = 1e-5
+GROWTH = 2.0 ** (1.0 / 1000.0)
+LARGEST_MU = 2.0
+POLICIES = ("automatic", "pre_scaling", "post_scaling")
+_EXPONENT = 0x7F800000
+
+
+class Scaling:
+    """mu of every tensor, and the share of saturated values that moves it.
+
+    `mu` and `saturated` are fp32 [tensors], in the order of `names`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], num_ranks: int, policy: str, device: torch.device
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"scaling is one of {POLICIES}, not {policy}")
+        self.index = {name: i for i, name in enumerate(names)}
+        self.policy = policy
+        self.smallest = 2.0 ** -math.ceil(math.log2(num_ranks))
+        start = 1.0 / num_ranks if policy == "pre_scaling" else 1.0
+        self.mu = torch.full((len(names),), start, device=device)
+        self.saturated = torch.zeros(len(names), device=device)
+
+    def factors(self, names: Sequence[str]) -> Tensor:
+        """mu of `names` rounded down to powers of two."""
+        mu = torch.stack([self.mu[self.index[name]] for name in names])
+        return (mu.view(torch.int32) & _EXPONENT).view(torch.float32)
+
+    def update(self, skipped: Tensor) -> None:
+        """Move every mu by its rule; a skipped step leaves it as it is."""
+        if self.policy == "automatic":
+            halved = self.saturated > SATURATION_LIMIT
+            moved = torch.where(halved, self.mu * 0.5, self.mu * GROWTH)
+            moved = moved.clamp(self.smallest, LARGEST_MU)
+            self.mu.copy_(torch.where(skipped, self.mu, moved))
+
+
+class Fp8Sum:
+    """The mean over `group`, summed in FP8; `everyone` are all ranks that hold the tensors' parts.
+
+    `scaling` names the tensors whose gradients are FP8.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        everyone: dist.ProcessGroup,
+        wire: Wire,
+        kernels: ReferenceKernels,
+        scaling: Scaling,
+    ) -> None:
+        self.group, self.everyone = group, everyone
+        self.wire, self.kernels, self.scaling = wire, kernels, scaling
+        self._others = Fp32Accumulate(group, wire, kernels)
+
+    def start(
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+    ) -> Handle[dict[str, Tensor]]:
+        """See `GradientReduction`; the ring runs in `wait()`."""
+        fp8 = {n: g for n, g in gradients.items() if n in self.scaling.index}
+        others = {n: g for n, g in gradients.items() if n not in fp8}
+        summing = self._others.start(others, rows) if others else Handle.done({})
+        if not fp8:
+            return summing
+        # The largest reciprocal is the smallest scale, and NaN is larger than all.
+        reciprocals = torch.stack([gradient.scale.reciprocal() for gradient in fp8.values()])
+        sharing = max_over_group(reciprocals, self.group, self.wire)
+
+        def go_round(means: dict[str, Tensor]) -> dict[str, Tensor]:
+            scales = sharing.wait().reciprocal() * self.scaling.factors(list(fp8))
+            return means | self._ring(fp8, scales, rows)
+
+        return summing.then(go_round)
+
+    def finish_step(self, skipped: Tensor) -> None:
+        """Let every rank know what saturated anywhere, and move mu."""
+        saturated = self.scaling.saturated
+        saturated.copy_(max_over_group(saturated, self.everyone, self.wire).wait())
+        self.scaling.update(skipped)
+        saturated.zero_()
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor's mu, by `mu.NAME`."""
+        mu = self.scaling.mu
+        return {f"mu.{name}": mu[index] for name, index in self.scaling.index.items()}
+
+    def _ring(
+        self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[Rows]
+    ) -> dict[str, Tensor]:
+        rank, size = self.group.rank(), self.group.size()
+        sent = {
+            name: ScaledTensor(
+                self.kernels.cast(gradient.dequantize(self.kernels), scale, gradient.format),
+                scale,
+                gradient.format,
+            )
+            for (name, gradient), scale in zip(gradients.items(), scales.unbind(), strict=True)
+        }
+        names = cut(sent, rows)
+        parts = [
+            [sent[n].rows(*own[n]) for n in mine] for mine, own in zip(names, rows, strict=True)
+        ]
+        partial = parts[(rank - 1) % size]
+        for hop in range(1, size):
+            own = parts[(rank - hop - 1) % size]
+            received = self._shift(partial, own)
+            partial = [add(a, b, self.kernels) for a, b in zip(received, own, strict=True)]
+        self._count(names[rank], partial)
+        return {
+            name: total.dequantize(self.kernels).div_(size)
+            for name, total in zip(names[rank], partial, strict=True)
+        }
+
+    def _shift(self, partial: list[ScaledTensor], like: list[ScaledTensor]) -> list[ScaledTensor]:
+        """Send `partial` to the next rank; what the previous one sends is laid out as `like`."""
+        layout, device = MessageLayout.of(like), self.scaling.mu.device
+        message = torch.empty(0, dtype=torch.uint8, device=device)
+        if partial:
+            message = MessageLayout.of(partial).pack(partial)
+        size = layout.nbytes if like else 0
+        received = shift_bytes(message, size, self.group, self.wire).wait()
+        return layout.views(received) if like else []
+
+    def _count(self, names: list[str], totals: list[ScaledTensor]) -> None:
+        for name, total in zip(names, totals, strict=True):
+            share = saturated_share(total)
+            self.scaling.saturated[self.scaling.index[name]] = share
+
+
+def ring_sum(terms: Sequence[ScaledTensor], owner: int, kernels: ReferenceKernels) -> ScaledTensor:
+    """What the ring over `terms` (one per rank, of one scale) brings to rank `owner`."""
+    size = len(terms)
+    total = terms[(owner + 1) % size]
+    for hop in range(2, size + 1):
+        total = add(total, terms[(owner + hop) % size], kernels)
+    return total
+
+
+def add(a: ScaledTensor, b: ScaledTensor, kernels: ReferenceKernels) -> ScaledTensor:
+    """The sum of two tensors of one scale, rounded to their format: one hop of the ring."""
+    total = a.dequantize(kernels) + b.dequantize(kernels)
+    return ScaledTensor(kernels.cast(total, a.scale, a.format), a.scale, a.format)
+
+
+def saturated_share(x: ScaledTensor) -> Tensor:
+    """Share of the values whose magnitude is the format's maximum, 0-d fp32."""
+    return ((x.payload & 0x7F) == largest_code(x.format)).float().mean()
+
+
+def largest_code(fmt: Format) -> int:
+    """The code of the largest finite number of an FP8 format."""
+    return int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8))

@@ -1,0 +1,79 @@
+"""Two hops, within and between nodes, against the flat reduction; bytes of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm.groups import model_parallel_groups, node_groups
+from fp8lm.errors import InputError
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.scaled_tensor import quantize
+from tests.parallel.ranks import KERNELS, random
+
+ROWS = [{"w": (0, 16), "b": (0, 8)}, {"w": (16, 40)}, {"v": (0, 16)}, {"w": (40, 64)}]
+
+
+def reduce(fmt):
+    with model_parallel_groups() as groups:
+        nodes = node_groups(groups, 2)
+        rank = dist.get_rank()
+        assert (nodes.node.rank(), nodes.across.rank()) == (rank % 2, rank // 2)
+        wire = Wire("grads", "fp8", WireCounter(("grads",)))
+        gradients = {
+            "w": quantize(random(64, 32, seed=rank), fmt, KERNELS),
+            "b": quantize(random(8, seed=10 + rank), FP32, KERNELS),
+            "v": quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt, KERNELS),
+        }
+        sent = []
+        for reduction in (
+            Fp32Accumulate(groups.data_parallel, wire, KERNELS),
+            HierarchicalAccumulate(groups.data_parallel, nodes.node, nodes.across, wire, KERNELS),
+        ):
+            means = reduction.start(gradients, ROWS).wait()
+            sent.append((means, wire.counter.take()["grads"]))
+        return sent
+
+
+# One rounding of a sum of two, E4M3's 2^-4 at most for each element.
+@pytest.mark.parametrize(("fmt", "bound"), [(FP32, 1e-6), (BF16, 2.0**-8), (E4M3, 2.0**-4)])
+def test_two_hops_give_the_mean_of_one(fmt, bound, run_distributed):
+    for (flat, _), (two, _) in run_distributed(reduce, 4, fmt):
+        assert list(flat) == list(two)
+        for name, mean in flat.items():
+            error = (two[name] - mean).norm() / mean.norm()
+            assert error < (1e-6 if name == "b" else bound), name
+            assert two[name].shape == mean.shape
+
+
+def test_bytes_of_both_hops(run_distributed):
+    for rank, ((_, flat), (_, two)) in enumerate(run_distributed(reduce, 4, E4M3)):
+        size = [16 * 32 + 32, 24 * 32, 16 * 16, 24 * 32]  # of what each rank owns
+        padded = [n + 16 for n in size]
+        assert flat == sum(padded) - padded[rank]
+        neighbour, opposite = rank ^ 1, rank ^ 2
+        within = size[neighbour] + size[neighbour ^ 2]
+        assert within <= two - padded[opposite] <= within + 32
+
+
+def test_one_node_or_one_rank_per_node_is_flat(run_distributed):
+    assert run_distributed(flat_groups, 4) == [(None, None)] * 4
+
+
+def flat_groups():
+    with model_parallel_groups() as groups:
+        return node_groups(groups, 1), node_groups(groups, 4)
+
+
+def uneven():
+    with model_parallel_groups() as groups, pytest.raises(InputError) as caught:
+        node_groups(groups, 3)
+    return str(caught.value)
+
+
+def test_uneven_nodes_are_refused(run_distributed):
+    for message in run_distributed(uneven, 4):
+        assert "parallel.node_size = 3 does not divide 4 data-parallel ranks" in message

@@ -1,0 +1,224 @@
+"""Signal-to-noise of gradient reductions, on the gradients of a model in training.
+
+python tools/measure_reduction.py --config configs/gpt_mini.yaml [section.key=value ...] \\
+    [--early 20] [--late 400] [--output reduction.json] [--plot reduction.png]
+
+Trains the config's model (preset o3) on one process. After --early and after --late steps it takes
+the gradients of 64 micro-batches without training on them: 64 replicas. Each replica's gradients
+are stored in E4M3, as training stores them, and the first N are reduced the way N processes would
+reduce them. The reference is the mean of the gradients before they were stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8lm.comm.groups import process_groups
+from fp8lm.config import load_config
+from fp8lm.errors import run_command
+from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.numerics import E4M3
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.training.build import Run, build
+from fp8lm.training.state import linear_weights
+from fp8lm.training.step import batch_loss, train_step, zero_gradients
+
+REPLICAS = (2, 4, 8, 16, 32, 64)
+NODE = 8
+KERNELS = ReferenceKernels()
+
+Gradients = dict[str, list[Tensor]]  # of every replica, fp32
+
+
+def main(argv: list[str]) -> None:
+    """Train, measure at both steps, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--early", type=int, default=20)
+    parser.add_argument("--late", type=int, default=400)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options, overrides = parser.parse_known_args(argv)
+    # Kept in fp32, so that what E4M3 does to them is known.
+    overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]
+    config = load_config(options.config, overrides)
+    device = torch.device("cpu")
+    with process_groups(device) as groups:
+        run = build(config, groups, device)
+        results = measure_run(run, {"early": options.early, "late": options.late})
+    print_table(results)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(results, options.plot)
+
+
+def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
+    """Train `run` and measure after each of `moments` steps."""
+    from fp8lm.training.trainer import Trainer
+
+    trainer, results, consumed = Trainer(run), {}, 0
+    batches = trainer._batches(run.datasets[0], 0)
+    for step in range(1, max(moments.values()) + 1):
+        microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+        train_step(run.model, run.optimizer, microbatches, run.learning_rate.rate(consumed))
+        consumed = batches.consumed_samples
+        for moment, at in moments.items():
+            if at == step:
+                gradients = replicas_of(run, batches.next(max(REPLICAS)))
+                results[moment] = {"step": step, "replicas": measure(gradients)}
+                batches = trainer._batches(run.datasets[0], consumed)
+    return results
+
+
+def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
+    """Gradients of the linear layers' matrices for every micro-batch alone."""
+    names = linear_weights(run.model)
+    gradients: Gradients = {name: [] for name in names}
+    for batch in microbatches:
+        zero_gradients(run.weights)
+        batch_loss(run.model, batch).backward()
+        for name in names:
+            gradients[name].append(run.weights[name].grad.value.payload.clone())
+    return gradients
+
+
+def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:
+    """By number of replicas and reduction: SNR in dB, shares of under- and overflow."""
+    stored = {
+        name: [quantize(value, E4M3, KERNELS) for value in values]
+        for name, values in gradients.items()
+    }
+    return {
+        size: {
+            kind: quality(
+                {name: values[:size] for name, values in gradients.items()},
+                {name: reduce(tensors[:size]) for name, tensors in stored.items()},
+            )
+            for kind, reduce in REDUCTIONS.items()
+        }
+        for size in REPLICAS
+    }
+
+
+def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float]:
+    """SNR over all tensors; of nonzero means, the share that became zero; that saturated."""
+    signal = noise = 0.0
+    zero = small = total = 0
+    for name, values in gradients.items():
+        true = torch.stack(values).double().mean(0)
+        signal += true.square().sum().item()
+        noise += (reduced[name].double() - true).square().sum().item()
+        zero += ((reduced[name] == 0) & (true != 0)).sum().item()
+        largest = reduced[name].abs().max()
+        small += ((reduced[name].abs() == largest) & (true.abs() > 1.0625 * largest)).sum().item()
+        total += true.numel()
+    ratio = 10 * math.log10(signal / noise) if noise else math.inf
+    return {"snr": ratio, "underflow": zero / total, "overflow": small / total}
+
+
+def fp32_accumulate(stored: list[ScaledTensor]) -> Tensor:
+    """Every contribution in its own scale, summed in fp32."""
+    return torch.stack([tensor.dequantize(KERNELS) for tensor in stored]).mean(0)
+
+
+def hierarchical(stored: list[ScaledTensor]) -> Tensor:
+    """As `fp32_accumulate`, the sums of nodes of eight cast once more."""
+    if len(stored) <= NODE:
+        return fp32_accumulate(stored)
+    sums = [
+        torch.stack([t.dequantize(KERNELS) for t in stored[start : start + NODE]]).sum(0)
+        for start in range(0, len(stored), NODE)
+    ]
+    # The owner's own node does not cast what stays there.
+    cast = [quantize(value, E4M3, KERNELS).dequantize(KERNELS) for value in sums[1:]]
+    return torch.stack([sums[0], *cast]).sum(0) / len(stored)
+
+
+def fp8_ring(policy: str) -> Callable[[list[ScaledTensor]], Tensor]:
+    """The ring that sums in FP8; automatic scaling from where its rule comes to rest."""
+
+    def reduce(stored: list[ScaledTensor]) -> Tensor:
+        size = len(stored)
+        scaling = Scaling(["w"], size, policy, torch.device("cpu"))
+        shared = torch.stack([tensor.scale for tensor in stored]).min()
+        for _ in range(20):
+            scale = shared * scaling.factors(["w"])[0]
+            values = [tensor.dequantize(KERNELS) for tensor in stored]
+            terms = [
+                ScaledTensor(KERNELS.cast(value, scale, E4M3), scale, E4M3) for value in values
+            ]
+            total = ring_sum(terms, 0, KERNELS)
+            before = scaling.mu.item()
+            scaling.saturated.fill_(saturated_share(total))
+            scaling.update(torch.tensor(False))
+            if scaling.mu.item() >= before:
+                break
+        return total.dequantize(KERNELS) / size
+
+    return reduce
+
+
+def bf16_ring(stored: list[ScaledTensor]) -> Tensor:
+    """A ring that sums in BF16."""
+    total = stored[0].dequantize(KERNELS, torch.bfloat16)
+    for tensor in stored[1:]:
+        total = total + tensor.dequantize(KERNELS, torch.bfloat16)
+    return total.float() / len(stored)
+
+
+REDUCTIONS = {
+    "fp32_accumulate": fp32_accumulate,
+    "hierarchical": hierarchical,
+    "BF16 ring": bf16_ring,
+    "FP8 ring, automatic scaling": fp8_ring("automatic"),
+    "FP8 ring, pre-scaling": fp8_ring("pre_scaling"),
+    "FP8 ring, post-scaling": fp8_ring("post_scaling"),
+}
+
+
+def print_table(results: dict[str, dict]) -> None:
+    """SNR in dB, a row per reduction."""
+    for moment, result in results.items():
+        print(f"{moment}: after {result['step']} steps, dB")
+        print(f"{'replicas':30}" + "".join(f"{size:>8}" for size in REPLICAS))
+        for kind in REDUCTIONS:
+            cells = [f"{result['replicas'][size][kind]['snr']:8.1f}" for size in REPLICAS]
+            print(f"{kind:30}" + "".join(cells))
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """SNR, underflow and overflow over the number of replicas."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(results), 3, figsize=(13, 4 * len(results)), squeeze=False)
+    titles = ("SNR (dB)", "underflow (share)", "overflow (share)")
+    for row, (moment, result) in zip(axes, results.items(), strict=True):
+        for axis, key, title in zip(row, ("snr", "underflow", "overflow"), titles, strict=True):
+            for index, kind in enumerate(REDUCTIONS):
+                values = [result["replicas"][size][kind][key] for size in REPLICAS]
+                axis.plot(REPLICAS, values, marker="os^Dvx"[index], markersize=4, label=kind)
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"{title}, {moment} (step {result['step']})", fontsize=10)
+            axis.set_xlabel("replicas")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
