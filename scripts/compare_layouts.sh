@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of layouts in docs/tensor_parallelism.md: one model, three seeds, the same batches,
+# The comparison of layouts in docs/parallelism.md: one model, three seeds, the same batches,
 # on one process in BF16 and FP8, and on several processes with FP8 on none, some and all of the wires.
 # 400 steps of 8192 tokens each. Finished runs are kept, so that it can be called again.
 #   scripts/compare_layouts.sh [section.key=value ...]      overrides for all runs
@@ -46,9 +46,14 @@ train tp2-no-sp "${tp2[@]}" "$no_sp"
 train tp2-no-sp-bf16-wires "${tp2[@]}" "$no_sp" "${bf16[@]}"
 train tp4-bf16-wires "${tp4[@]}" "${bf16[@]}"
 train tp4 "${tp4[@]}"
+dp4=(4 train.micro_batch_size=16)
+train dp4-bf16 "${dp4[@]}" precision.preset=bf16
+train dp4 "${dp4[@]}"
+train dp4-fp8-sum "${dp4[@]}" precision.grad_reduce=fp8_sum
+train dp2-tp2 "${tp2[@]/#2/4}" train.micro_batch_size=32
 
 names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
-  tp4-bf16-wires tp4)
+  tp4-bf16-wires tp4 dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
 settings=()
 for name in "${names[@]}"; do
   settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")

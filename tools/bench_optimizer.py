@@ -115,7 +115,8 @@ def report(results: dict[str, dict]) -> None:
         rows[preset] = [result["milliseconds"][phase] for phase in PHASES]
         rows[preset] += [result["bytes sent"][wire] / count for wire in ("grads", "params")]
         rows[preset].append(result["bytes held"] / count)
-    rows["o3/bf16"] = [a / b for a, b in zip(rows["o3"], rows["bf16"], strict=True)]
+    pairs = zip(rows["o3"], rows["bf16"], strict=True)
+    rows["o3/bf16"] = [a / b if b else float("nan") for a, b in pairs]  # one process sends nothing
     for name, row in rows.items():
         print(f"{name:8}" + "".join(f"{v:12.3f}" for v in row[:3]), end="")
         print("".join(f"{value:14.3f}" for value in row[3:]))

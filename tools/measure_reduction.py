@@ -214,7 +214,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
             axis.set_title(f"{title}, {moment} (step {result['step']})", fontsize=10)
             axis.set_xlabel("replicas")
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    axes[0][2].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -3,8 +3,8 @@
 python tools/partition_balance.py
 
 For 7B, 13B and 175B in their tensor- and pipeline-parallel layouts (FP8-LM, arXiv 2310.18313,
-Table 4), and 4 to 1024 data-parallel ranks: parameters whose states the fullest rank holds, over the
-mean, with whole tensors (Algorithm 1) and with row blocks. No weight is allocated.
+Table 4), and 4 to 1024 data-parallel ranks: parameters whose states the fullest rank holds, over
+the mean, with whole tensors (Algorithm 1) and with row blocks. No weight is allocated.
 """
 
 from __future__ import annotations

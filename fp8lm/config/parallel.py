@@ -34,8 +34,14 @@ class ParallelConfig(Section):
         True,
         description="Send a bucket of gradients as soon as the last backward is done with it.",
     )
+    overlap_param_gather: Bool = Field(
+        False,
+        description="Let the next forward begin before all stepped weights have arrived; each "
+        "bucket of them is dealt out, and padded, on its own.",
+    )
     ddp_bucket_size: Count = Field(
-        40_000_000, description="Parameters in a bucket of gradients, about."
+        40_000_000,
+        description="Parameters in a bucket of gradients, and of overlapped weights, about.",
     )
     node_size: Count | None = Field(
         None,

@@ -12,15 +12,16 @@ of them. Bytes a rank sends in a step for N one-byte parameters on d ranks, padd
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from collections.abc import Callable, Iterable
 
-from fp8lm.comm import Wire, all_gather_bytes
+from torch import Tensor, nn
+
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.weight import Weight
-from fp8lm.parallel.ownership import Ownership, Tensor2D
+from fp8lm.layers.linear import Linear
+from fp8lm.layers.norm import LayerNorm, RMSNorm
+from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.parallel.ownership import Tensor2D
+from fp8lm.parallel.weight_slabs import WeightSlabs
 from fp8lm.scaled_tensor import ScaledTensor
 
 Rows = tuple[int, int]
@@ -45,6 +46,9 @@ class OneReplica:
         for weight in self.weights.values():
             weight.grad.settle()  # a weight that no micro-batch used
         return {name: weight.grad.value for name, weight in self.weights.items()}
+
+    def wait_for_weights(self) -> None:
+        """Return when the last step's weights are there; a forward waits by itself."""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What the reduction remembers from step to step, for a checkpoint."""
@@ -80,29 +84,17 @@ class PlainReplicas(OneReplica):
 
 
 class ZeroReplicas(OneReplica):
-    """Every rank steps the rows it owns; compute copies are views of one gathered buffer."""
+    """Every rank steps the rows it owns; compute copies are views of gathered buffers.
+
+    `slabs` divide the weights, in the order in which forward needs them.
+    """
 
     def __init__(
-        self,
-        weights: dict[str, Weight],
-        ownership: Ownership,
-        buckets: GradientBuckets,
-        group: dist.ProcessGroup,
-        wire: Wire,
-        kernels: ReferenceKernels,
+        self, weights: dict[str, Weight], slabs: list[WeightSlabs], buckets: GradientBuckets
     ) -> None:
         super().__init__(weights)
-        self.owned = dict(ownership.rows[group.rank()])
-        self._buckets, self._group, self._wire, self._kernels = buckets, group, wire, kernels
-        self._rows = ownership.rows
-        device = next(iter(weights.values())).compute.device
-        shape = (ownership.num_ranks, ownership.slab_bytes)
-        self._slabs = torch.zeros(shape, dtype=torch.uint8, device=device)
-        for name, weight in weights.items():
-            start, payload = ownership.start[name], weight.compute.payload
-            view = self._slabs.view(-1)[start : start + payload.nbytes]
-            view = view.view(payload.dtype).view(payload.shape)
-            weight.rebind(view.copy_(payload))
+        self._slabs, self._buckets, self.overlaps = slabs, buckets, False
+        self.owned = {name: rows for part in slabs for name, rows in part.owned.items()}
 
     def before_last_microbatch(self) -> None:
         """See `OneReplica`."""
@@ -117,42 +109,42 @@ class ZeroReplicas(OneReplica):
         return self._buckets.reduction.named_tensors()
 
     def finish_step(self, skipped: Tensor) -> None:
-        """See `OneReplica`. Scales do not travel: every rank computes them from shared amaxes."""
+        """See `OneReplica`."""
         self._buckets.reduction.finish_step(skipped)
-        if self._wire.precision == "bf16":
-            self._gather_values()
-            return
-        own = self._slabs[self._group.rank()]
-        all_gather_bytes(own, self._group, self._wire, out=self._slabs).wait()
+        for part in self._slabs:
+            part.start_gather()
+        if not self.overlaps:
+            self.wait_for_weights()
 
-    def _gather_values(self) -> None:
-        """The same weights in two bytes each, exact for FP8 and BF16, cast again on arrival."""
-        dtype = torch.bfloat16
-        sizes = [self._num_values(own) for own in self._rows]
-        message = torch.zeros(max(sizes), dtype=dtype, device=self._slabs.device)
-        own = [self._part(name, rows) for name, rows in self.owned.items()]
-        if own:
-            values = [part.dequantize(self._kernels, dtype).reshape(-1) for part in own]
-            message[: sizes[self._group.rank()]] = torch.cat(values)
-        received = all_gather_bytes(message.view(torch.uint8), self._group, self._wire).wait()
-        for rank, values in enumerate(received.view(dtype)):
-            if rank != self._group.rank():
-                self._take(values, self._rows[rank])
+    def wait_for_weights(self) -> None:
+        """See `OneReplica`."""
+        for part in self._slabs:
+            part.wait()
 
-    def _take(self, values: Tensor, rows: dict[str, Rows]) -> None:
-        start = 0
-        for name, span in rows.items():
-            part = self._part(name, span)
-            stop = start + part.payload.numel()
-            cast = self._kernels.cast(values[start:stop], part.scale, part.format)
-            part.payload.copy_(cast.view(part.shape))
-            start = stop
+    def overlap_gather(self, model: nn.Module) -> None:
+        """From now on a module of `model` waits for its own weights only, in its next forward."""
+        self.overlaps = True
+        part_of = {name: part for part in self._slabs for name in part.names}
+        waited_for = set()
+        for path, module in model.named_modules():
+            if isinstance(module, Linear | LayerNorm | RMSNorm):
+                names = [f"{path}.{name}" for name in named_weights(module)]
+                module.register_forward_pre_hook(_waiting(part_of[name] for name in names))
+                waited_for.update(names)
+        # Tables are no modules that are called.
+        model.register_forward_pre_hook(
+            _waiting(part for name, part in part_of.items() if name not in waited_for)
+        )
 
-    def _part(self, name: str, rows: Rows) -> ScaledTensor:
-        return self.weights[name].compute.rows(*rows)
 
-    def _num_values(self, rows: dict[str, Rows]) -> int:
-        return sum(self._part(name, span).payload.numel() for name, span in rows.items())
+def _waiting(parts: Iterable[WeightSlabs]) -> Callable[..., None]:
+    parts = list(dict.fromkeys(parts))
+
+    def wait(*_: object) -> None:
+        for part in parts:
+            part.wait()
+
+    return wait
 
 
 def tensors_of(weights: dict[str, Weight]) -> list[Tensor2D]:
@@ -162,3 +154,16 @@ def tensors_of(weights: dict[str, Weight]) -> list[Tensor2D]:
         payload = weight.compute.payload
         made.append(Tensor2D(name, payload.shape[0], payload.nbytes // payload.shape[0]))
     return made
+
+
+def in_parts(weights: dict[str, Weight], size: int | None) -> list[dict[str, Weight]]:
+    """`weights` in parts of about `size` parameters, in order; None: all in one."""
+    parts: list[dict[str, Weight]] = [{}]
+    count = 0
+    for name, weight in weights.items():
+        if size is not None and count >= size:
+            parts.append({})
+            count = 0
+        parts[-1][name] = weight
+        count += weight.spec.numel
+    return parts

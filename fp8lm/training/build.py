@@ -35,7 +35,14 @@ from fp8lm.optim.clipping import Exchange
 from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel import TensorParallel
 from fp8lm.parallel.ownership import row_blocks, whole_tensors
-from fp8lm.parallel.replicas import OneReplica, PlainReplicas, ZeroReplicas, tensors_of
+from fp8lm.parallel.replicas import (
+    OneReplica,
+    PlainReplicas,
+    ZeroReplicas,
+    in_parts,
+    tensors_of,
+)
+from fp8lm.parallel.weight_slabs import WeightSlabs
 
 Divide = Callable[[dict[str, Weight]], OneReplica]
 
@@ -158,6 +165,8 @@ def build_model(
     )
     for name, weight in weights.items():
         optimizer.initialize(name, initial_value(name, weight.spec, seed))
+    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
+        replicas.overlap_gather(model)
     return model, optimizer, replicas
 
 
@@ -173,10 +182,16 @@ def build_replicas(
     if group.size() == 1:
         return OneReplica(weights)
     place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
-    ownership = place(tensors_of(weights), group.size())
+    # Forward can only begin with the first weights if these travel apart from the last.
+    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
+    parts = [(part, place(tensors_of(part), group.size())) for part in in_parts(weights, size)]
+    rows = [
+        {name: span for _, ownership in parts for name, span in ownership.rows[rank].items()}
+        for rank in range(group.size())
+    ]
     buckets = GradientBuckets(
         weights,
-        ownership.rows,
+        rows,
         build_reduction(config, groups, kernels, Wire("grads", wire.grads, counter), weights),
         parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
@@ -186,7 +201,8 @@ def build_replicas(
     # Weights that are not FP8 travel as they are stored.
     sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
-    return ZeroReplicas(weights, ownership, buckets, group, params, kernels)
+    slabs = [WeightSlabs(part, ownership, group, params, kernels) for part, ownership in parts]
+    return ZeroReplicas(weights, slabs, buckets)
 
 
 def build_reduction(

@@ -21,6 +21,7 @@ from fp8lm.training.state import model_shards, optimizer_shards
 def save_run(run: Run, window: Window, progress: Progress) -> None:
     """Write a checkpoint of everything the rest of the run depends on."""
     run.optimizer.share_amax()
+    run.replicas.wait_for_weights()
     meta: dict[str, Any] = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,

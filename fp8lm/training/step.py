@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fp8lm.layers.edge import Partition
 from fp8lm.layers.operand_amax import known_amaxes
-from fp8lm.layers.weight import Weight
+from fp8lm.layers.weight import GemmWeight, Weight
 from fp8lm.optim import AdamW
 from fp8lm.parallel.replicas import OneReplica
 from fp8lm.scaled_tensor import ScaledTensor
@@ -44,6 +44,8 @@ def train_step(
     weights, partition = optimizer.weights, optimizer.partition
     replicas = replicas or OneReplica(weights)
     zero_gradients(weights)
+    if any(isinstance(w, GemmWeight) and w.is_recast for w in weights.values()):
+        replicas.wait_for_weights()
     with known_amaxes(weights.values(), partition):
         loss = accumulate_gradients(model, microbatches, replicas.before_last_microbatch)
     gradients = replicas.reduce()

@@ -112,6 +112,7 @@ class Trainer:
         with self._stopwatch.paused():
             batches = self._batches(dataset, 0)
             per_step = self.run.groups.data_parallel.size() * config.micro_batch_size
+            self.run.replicas.wait_for_weights()
             partition = self.run.optimizer.partition
             with known_amaxes(self.run.weights.values(), partition):
                 losses = [

@@ -71,6 +71,7 @@ def state(config):
     with trainer_of(config) as trainer:
         trainer.train()
         trainer.run.optimizer.share_amax()
+        trainer.run.replicas.wait_for_weights()
     run = trainer.run
     return model_tensors(run.weights), optimizer_tensors(run.optimizer), run.replicas.owned
 
@@ -95,6 +96,8 @@ def whole_state(results):
 def test_division_of_states_changes_no_byte(preset, config, run_distributed):
     settings = [{}, EVEN, {"overlap_grad_reduce": False}, {"ddp_bucket_size": 2000}]
     settings.append(EVEN | {"ddp_bucket_size": 1})
+    settings.append({"overlap_param_gather": True, "ddp_bucket_size": 1500})
+    settings.append(EVEN | {"overlap_param_gather": True, "ddp_bucket_size": 1})
     expected = None
     for parallel in settings:
         changed = config(parallel, precision={"preset": preset})
@@ -230,6 +233,44 @@ def test_a_fault_in_what_a_rank_does_not_own_stops_the_step_everywhere(
     assert [result[1:] for result in results] == [(True, True)] * 2
     # Without the fault the same step happens.
     assert not any(skipped for _, skipped, _ in run_distributed(poisoned, 2, config({}), 5, value))
+
+
+def arrivals(config):
+    """What happened in the forward after a step: arrivals of weights, layers entered."""
+    events = []
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        model, replicas = run.model, run.replicas
+        for index, layer in enumerate(model.decoder.layers):
+            layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
+        trainer.train()
+        events.clear()
+        for number, part in enumerate(replicas._slabs):
+            finish = part.wait
+            under_way = lambda part=part: part._arriving is not None  # noqa: E731
+
+            def wait(finish=finish, number=number, under_way=under_way):
+                if under_way():
+                    events.append(f"part {number}")
+                finish()
+
+            part.wait = wait
+            part.start_gather()
+        events.clear()
+        batch = trainer._batches(run.datasets[0], 0).next(1)[0]
+        model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
+    return events, len(replicas._slabs)
+
+
+def test_layers_start_before_later_weights_have_arrived(config, run_distributed):
+    parallel = {"overlap_param_gather": True, "ddp_bucket_size": 4000}
+    for events, parts in run_distributed(arrivals, 2, config(parallel, {"model": MODEL})):
+        assert parts > 4
+        found = {event for event in events if event.startswith("part")}
+        assert len(found) == parts
+        first, second = events.index("layer 0"), events.index("layer 1")
+        assert [event for event in events[first:second] if event.startswith("part")]
+        assert [event for event in events[second:] if event.startswith("part")]
 
 
 @pytest.mark.parametrize("layout", ["dp4 even", "dp2 tp2 even", "dp2 plain"])

@@ -1,0 +1,95 @@
+"""New weights from their owners to all ranks: one all-gather of bytes.
+
+    buffer [ranks, slab bytes] = [ rank 0's rows | rank 1's rows | .. ]
+
+Every rank's compute copies are views of such a buffer; an owner steps its rows where they lie and
+sends its slab. Scales do not travel: every rank computes them from shared amaxes, the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm import Handle, Wire, all_gather_bytes
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.weight import Weight
+from fp8lm.parallel.ownership import Ownership
+from fp8lm.scaled_tensor import ScaledTensor
+
+Rows = tuple[int, int]
+
+
+class WeightSlabs:
+    """The compute copies of `weights`, moved into one buffer as `ownership` says.
+
+    On a BF16 `wire` values travel in two bytes, exact for FP8 and BF16, and are cast again on
+    arrival, to the same bytes; on an FP8 one what is stored travels.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Weight],
+        ownership: Ownership,
+        group: dist.ProcessGroup,
+        wire: Wire,
+        kernels: ReferenceKernels,
+    ) -> None:
+        self.names = list(weights)
+        self.owned = dict(ownership.rows[group.rank()])
+        self._weights, self._rows = weights, ownership.rows
+        self._group, self._wire, self._kernels = group, wire, kernels
+        self._arriving: Handle[Tensor] | None = None
+        device = next(iter(weights.values())).compute.device
+        shape = (ownership.num_ranks, ownership.slab_bytes)
+        self._buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
+        for name, weight in weights.items():
+            start, payload = ownership.start[name], weight.compute.payload
+            view = self._buffer.view(-1)[start : start + payload.nbytes]
+            view = view.view(payload.dtype).view(payload.shape)
+            weight.rebind(view.copy_(payload))
+
+    def start_gather(self) -> None:
+        """Send this rank's rows; `wait` before anything reads a weight."""
+        self.wait()
+        if self._wire.precision == "bf16":
+            message = self._values().view(torch.uint8)
+            self._arriving = all_gather_bytes(message, self._group, self._wire).then(self._take)
+        else:
+            own = self._buffer[self._group.rank()]
+            self._arriving = all_gather_bytes(own, self._group, self._wire, out=self._buffer)
+
+    def wait(self) -> None:
+        """Return when all weights are there; at once if nothing is under way."""
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            arriving.wait()
+
+    def _values(self) -> Tensor:
+        sizes = [self._count(own) for own in self._rows]
+        message = torch.zeros(max(sizes), dtype=torch.bfloat16, device=self._buffer.device)
+        parts = [self._part(name, rows) for name, rows in self.owned.items()]
+        if parts:
+            values = [part.dequantize(self._kernels, torch.bfloat16).reshape(-1) for part in parts]
+            message[: sizes[self._group.rank()]] = torch.cat(values)
+        return message
+
+    def _take(self, received: Tensor) -> Tensor:
+        for rank, message in enumerate(received):
+            if rank == self._group.rank():
+                continue
+            start, values = 0, message.view(torch.bfloat16)
+            for name, rows in self._rows[rank].items():
+                part = self._part(name, rows)
+                stop = start + part.payload.numel()
+                cast = self._kernels.cast(values[start:stop], part.scale, part.format)
+                part.payload.copy_(cast.view(part.shape))
+                start = stop
+        return received
+
+    def _part(self, name: str, rows: Rows) -> ScaledTensor:
+        return self._weights[name].compute.rows(*rows)
+
+    def _count(self, rows: dict[str, Rows]) -> int:
+        return sum(self._part(name, span).payload.numel() for name, span in rows.items())
