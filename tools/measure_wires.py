@@ -1,0 +1,137 @@
+"""Which FP8 format the tensor-parallel wires should carry: SNR of E4M3 and E5M2.
+
+python tools/measure_wires.py --config configs/gpt_mini.yaml [--steps 200] [section.key=value ...]
+
+Trains the config's model on one process and records one step's traffic at the boundaries of its
+layers: activations and their gradients as a gather sends them, layer outputs and input gradients
+as a reduction does. Each is cast with one scale per message, as on the wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from fp8lm.comm.groups import process_groups
+from fp8lm.comm.handles import Handle
+from fp8lm.config import load_config
+from fp8lm.data.batches import BatchIterator
+from fp8lm.data.datasets import build_datasets
+from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.errors import run_command
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.edge import Edge, Partition
+from fp8lm.numerics import E4M3, E5M2, Format
+from fp8lm.optim.schedule import LearningRate
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.training.build import build_model, table_rows
+from fp8lm.training.step import train_step
+
+KERNELS = ReferenceKernels()
+Traffic = dict[str, list[Tensor]]
+
+
+class RecordingEdge(Edge):
+    """The edge of one rank, which keeps what it would send while `traffic` is not None."""
+
+    def __init__(self, partition: RecordingPartition) -> None:
+        self._partition = partition
+
+    def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
+        """See `Edge`."""
+        self._partition.record("gather, gradient" if fmt == E5M2 else "gather, activation", x)
+        return super().cast(x, fmt, kernels)
+
+    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+        """See `Edge`."""
+        backward = not torch.is_grad_enabled() and self._partition.in_backward
+        self._partition.record("reduce, gradient" if backward else "reduce, output", y)
+        return super().reduce(y, kernels)
+
+
+class RecordingPartition(Partition):
+    """One rank whose boundaries are recorded."""
+
+    def __init__(self) -> None:
+        self.traffic: Traffic | None = None
+        self.in_backward = False
+
+    def boundary(self) -> Edge:
+        """See `Partition`."""
+        return RecordingEdge(self)
+
+    def record(self, kind: str, x: Tensor) -> None:
+        """Keep a copy."""
+        if self.traffic is not None:
+            self.traffic[kind].append(x.detach().float().clone())
+
+
+def main(argv: list[str]) -> None:
+    """Train, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--steps", type=int, default=200)
+    options, overrides = parser.parse_known_args(argv)
+    config = load_config(options.config, overrides)
+    with process_groups(torch.device("cpu")):
+        tokenizer = build_tokenizer(config.tokenizer)
+        samples = (options.steps + 2) * config.train.global_batch_size
+        data = build_datasets(config, tokenizer, (samples, 0, 0))[0]
+    batches = BatchIterator(
+        data,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=0,
+        world_size=1,
+        consumed_samples=0,
+    )
+    partition = RecordingPartition()
+    model, optimizer, _ = build_model(
+        config,
+        table_rows(config, tokenizer.vocab_size),
+        KERNELS,
+        torch.device("cpu"),
+        num_ids=tokenizer.vocab_size,
+        partition=partition,
+    )
+    rates = LearningRate(config.optimizer, config.scheduler, config.train)
+    for _ in range(options.steps):
+        rate = rates.rate(batches.consumed_samples)
+        train_step(model, optimizer, batches.next(1), rate)
+    report(record_step(model, partition, batches.next(1)[0]))
+
+
+def record_step(
+    model: torch.nn.Module, partition: RecordingPartition, batch: dict[str, Tensor]
+) -> Traffic:
+    """Traffic of one forward and backward."""
+    partition.traffic = defaultdict(list)
+    loss = model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
+    partition.in_backward = True
+    loss.backward()
+    return partition.traffic
+
+
+def report(traffic: Traffic) -> None:
+    """SNR in dB of every kind of message in both formats, over all messages."""
+    print(f"{'dB':20}{'messages':>10}{'E4M3':>8}{'E5M2':>8}")
+    for kind, messages in sorted(traffic.items()):
+        cells = [f"{snr(messages, fmt):8.1f}" for fmt in (E4M3, E5M2)]
+        print(f"{kind:20}{len(messages):10}" + "".join(cells))
+
+
+def snr(messages: list[Tensor], fmt: Format) -> float:
+    """Mean over messages of signal to noise in dB."""
+    values = []
+    for x in messages:
+        noise = (quantize(x, fmt, KERNELS).dequantize(KERNELS) - x).double().square().sum()
+        values.append(10 * math.log10(x.double().square().sum() / noise))
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
