@@ -1,0 +1,92 @@
+"""Activations and their gradients between pipeline stages: one message each.
+
+    FP8 wire     [E4M3 payload, a row per token | one fp32 scale per token]      1 + 4/H bytes
+    BF16 wire    [values]                                                       2 bytes
+
+per element, H being the hidden size. The residual stream has outliers in some tokens: a scale per
+token keeps them from flattening all others. A token with a NaN or Inf arrives as NaN. (FP8-LM,
+arXiv 2310.18313, section 2.3, sends BF16 here.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm.accounting import Wire
+from fp8lm.comm.handles import Handle
+from fp8lm.comm.transport import as_bytes
+from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.numerics import BF16, E4M3, FP32, Format, scale_from_amax
+
+_SCALE_BYTES = 4
+
+
+class StageWire:
+    """Sends tensors of one shape [..., H] in `dtype` between the ranks of `group`."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, wire: Wire, kernels: ReferenceKernels
+    ) -> None:
+        self.shape, self.dtype, self.wire, self.kernels = shape, dtype, wire, kernels
+        self.rows = 1
+        for size in shape[:-1]:
+            self.rows *= size
+        self.format = E4M3 if wire.precision == "fp8" else FP32
+        if wire.precision != "fp8" and dtype == torch.bfloat16:
+            self.format = BF16
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a message."""
+        scales = self.rows * _SCALE_BYTES if self.format.scaled else 0
+        return self.rows * self.shape[-1] * self.format.bytes + scales
+
+    def send(self, x: Tensor, to: int, group: dist.ProcessGroup) -> Handle[None]:
+        """`x` to rank number `to` of `group`; what travels is held until `wait()`."""
+        message = self.pack(x)
+        self.wire.count(message.numel())
+        work = dist.isend(message, group=group, group_dst=to)
+
+        def finish() -> None:
+            work.wait()
+            _ = message  # held until here
+
+        return Handle(finish)
+
+    def receive(self, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+        """What rank number `source` of `group` sent, in `dtype`; waits for it."""
+        message = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        dist.irecv(message, group=group, group_src=source).wait()
+        return self.unpack(message)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`x` as the bytes of a message."""
+        rows = x.detach().reshape(self.rows, self.shape[-1])
+        if not self.format.scaled:
+            return as_bytes(rows.to(self.format.dtype))
+        payload, scales = cast_rows(rows, self.format, self.kernels)
+        return torch.cat((as_bytes(payload), as_bytes(scales)))
+
+    def unpack(self, message: Tensor) -> Tensor:
+        """The tensor that `pack` made `message` of, rounded as the wire rounds."""
+        if not self.format.scaled:
+            return message.view(self.format.dtype).view(self.shape).to(self.dtype)
+        numel = self.rows * self.shape[-1]
+        payload = message[:numel].view(self.rows, self.shape[-1])
+        scales = message[numel:].view(torch.float32)
+        one = torch.ones((), device=message.device)
+        codes = self.kernels.decode(payload, one, self.format, torch.float32)
+        return (codes / scales[:, None]).to(self.dtype).view(self.shape)
+
+
+def cast_rows(x: Tensor, fmt: Format, kernels: ReferenceKernels) -> tuple[Tensor, Tensor]:
+    """`x` [R, H] in `fmt` with one scale per row: payload [R, H], scales fp32 [R].
+
+    A row that is not finite gets the scale NaN.
+    """
+    low, high = torch.aminmax(x, dim=1)
+    scales = scale_from_amax(torch.maximum(-low, high).abs().float(), fmt)
+    one = torch.ones((), device=x.device)
+    return kernels.cast(x.float() * scales[:, None], one, fmt), scales

@@ -1,0 +1,39 @@
+"""Weight gradients computed later than the backward that found their operands.
+
+A linear layer's wgrad GEMM is a step of its own; a zero-bubble schedule runs it where a stage
+would wait. Until then its operands, in FP8, are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class DeferredGradients:
+    """Collects the weight gradients of one micro-batch's backward, and computes them when told."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Callable[[], None]]] = {}
+        self._collecting: int | None = None
+
+    def add(self, compute: Callable[[], None]) -> None:
+        """Run `compute` now, or with the others of its micro-batch."""
+        if self._collecting is None:
+            compute()
+        else:
+            self._waiting.setdefault(self._collecting, []).append(compute)
+
+    @contextmanager
+    def collecting(self, microbatch: int | None) -> Iterator[None]:
+        """Within, gradients wait for `compute(microbatch)`; with None nothing waits."""
+        self._collecting = microbatch
+        try:
+            yield
+        finally:
+            self._collecting = None
+
+    def compute(self, microbatch: int) -> None:
+        """Compute what waits for it."""
+        for compute in self._waiting.pop(microbatch, []):
+            compute()

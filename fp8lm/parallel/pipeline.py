@@ -1,0 +1,136 @@
+"""Runs a schedule over the chunks of one stage (FP8-LM, arXiv 2310.18313, section 2.3).
+
+A chunk is any module with `forward(h, batch)`: hidden states of the chunk before it (None for the
+first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
+executor never looks inside. Messages of each direction have a group of their own, so that each
+pair of stages sends and receives in one order, that of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fp8lm.comm.handles import Handle
+from fp8lm.comm.stages import StageWire
+from fp8lm.layers.deferred import DeferredGradients
+from fp8lm.parallel.schedule import Action, Schedule
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StageGroups:
+    """The stages of one replica and shard, twice: for activations and for their gradients."""
+
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+
+
+class Pipeline:
+    """This rank's `chunks` of the model and how they are run.
+
+    `schedule(m)` gives the order for m micro-batches. `deferred` collects weight gradients where
+    the schedule computes them apart.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        schedule: Callable[[int], Schedule],
+        groups: StageGroups,
+        wire: StageWire,
+        device: torch.device,
+        deferred: DeferredGradients,
+    ) -> None:
+        self.chunks, self.schedule, self.groups = chunks, schedule, groups
+        self.wire, self.device, self.deferred = wire, device, deferred
+        self.stage, self.num_stages = groups.forward.rank(), groups.forward.size()
+        self.most_in_flight = 0
+        self._held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._sending: list[Handle[None]] = []
+        self._losses: list[Tensor] = []
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this is the last stage."""
+        return self.stage == self.num_stages - 1
+
+    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+        """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
+
+        `before_last` is called before the last backward, if gradients are complete after it.
+        """
+        schedule = self.schedule(len(microbatches))
+        actions = schedule.stages[self.stage]
+        self.most_in_flight = 0
+        last = next(i for i in reversed(range(len(actions))) if actions[i].kind in "BI")
+        for number, action in enumerate(actions):
+            if number == last and len(self.chunks) == 1 and not schedule.splits_backward:
+                before_last()
+            self._do(action, microbatches, schedule.splits_backward)
+        return self._finish()
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: list[Batch]) -> Tensor:
+        """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
+        for k in range(len(microbatches)):
+            for chunk in range(len(self.chunks)):
+                self._forward(Action("F", k, chunk), microbatches)
+                self._held.clear()
+        return self._finish()
+
+    def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
+        if action.kind == "F":
+            self._forward(action, microbatches)
+            self.most_in_flight = max(self.most_in_flight, len(self._held))
+        elif action.kind == "W":
+            self.deferred.compute(action.microbatch)
+        else:
+            with self.deferred.collecting(action.microbatch if splits else None):
+                self._backward(action)
+
+    def _forward(self, action: Action, microbatches: list[Batch]) -> None:
+        virtual = self._virtual(action)
+        received = None
+        if virtual:
+            source = (self.stage - 1) % self.num_stages
+            received = self.wire.receive(source, self.groups.forward, self.device)
+            received.requires_grad_(torch.is_grad_enabled())
+        output = self.chunks[action.chunk](received, microbatches[action.microbatch])
+        if virtual < self._last_virtual:
+            to = (self.stage + 1) % self.num_stages
+            self._sending.append(self.wire.send(output, to, self.groups.forward))
+        else:
+            output = output / len(microbatches)
+            self._losses.append(output.detach())
+        self._held[action.microbatch, action.chunk] = received, output
+
+    def _backward(self, action: Action) -> None:
+        virtual = self._virtual(action)
+        received, output = self._held.pop((action.microbatch, action.chunk))
+        gradient = None
+        if virtual < self._last_virtual:
+            source = (self.stage + 1) % self.num_stages
+            gradient = self.wire.receive(source, self.groups.backward, self.device)
+        torch.autograd.backward(output, gradient)
+        if received is not None:
+            to = (self.stage - 1) % self.num_stages
+            self._sending.append(self.wire.send(received.grad, to, self.groups.backward))
+
+    def _finish(self) -> Tensor:
+        for sending in self._sending:
+            sending.wait()
+        losses, self._sending, self._losses = self._losses, [], []
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def _virtual(self, action: Action) -> int:
+        return action.chunk * self.num_stages + self.stage
+
+    @property
+    def _last_virtual(self) -> int:
+        return len(self.chunks) * self.num_stages - 1

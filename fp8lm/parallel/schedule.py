@@ -1,0 +1,202 @@
+"""Pipeline schedules as data: for every stage the list of what it does, in order.
+
+    F  forward          B  whole backward
+    I  backward of the input only          W  the weight gradients that I left for later
+
+A stage holds one or more chunks of the model; chunk c of stage s is virtual stage c * p + s of the
+model. What is sent and received follows from the order: an F needs the F of the virtual stage
+before it, a B or I that of the virtual stage behind it.
+
+    1f1b           one forward, one backward (PipeDream-flush): bubble (p-1) / (m + p-1)
+    interleaved    v chunks per stage (Megatron-LM, arXiv 2104.04473): (p-1) / (v m + p-1)
+    zb-h1          backward in two halves (Zero Bubble, arXiv 2401.10241): with F = I = W for m >= p
+                   (p-1) / (3 m + p-1), with no more micro-batches in flight than 1f1b's first stage
+
+Bubbles are idle time over total time, for p stages and m micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+COSTS: Mapping[str, float] = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One step of a stage: its kind (F, B, I, W), the micro-batch and the chunk."""
+
+    kind: str
+    microbatch: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`stages[s]`: the actions of stage s; all stages have `num_chunks` chunks."""
+
+    stages: tuple[tuple[Action, ...], ...]
+    num_chunks: int = 1
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are computed apart."""
+        return any(action.kind == "W" for action in self.stages[0])
+
+    def __str__(self) -> str:
+        width = max(len(str(action)) for stage in self.stages for action in stage)
+        return "\n".join(" ".join(f"{action!s:{width}}" for action in s) for s in self.stages)
+
+
+def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Schedule:
+    """Each stage: as many forwards as there are stages behind it, then in turns."""
+    stages = []
+    for stage in range(num_stages):
+        ahead = min(num_stages - stage - 1, num_microbatches)
+        actions = [Action("F", k) for k in range(ahead)]
+        for k in range(num_microbatches):
+            if k + ahead < num_microbatches:
+                actions.append(Action("F", k + ahead))
+            actions.append(Action("B", k))
+        stages.append(tuple(actions))
+    return Schedule(tuple(stages))
+
+
+def interleaved(num_stages: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """Megatron's order: p micro-batches through one chunk, then the same through the next.
+
+    ValueError unless the micro-batches divide by the stages.
+    """
+    if num_microbatches % num_stages:
+        raise ValueError(f"{num_microbatches} micro-batches do not divide by {num_stages} stages")
+    total = num_microbatches * num_chunks
+    order = [
+        (group + k, chunk)
+        for group in range(0, num_microbatches, num_stages)
+        for chunk in range(num_chunks)
+        for k in range(num_stages)
+    ]
+    forwards = [Action("F", k, chunk) for k, chunk in order]
+    backwards = [Action("B", k, num_chunks - 1 - chunk) for k, chunk in order]
+    stages = []
+    for stage in range(num_stages):
+        ahead = min(2 * (num_stages - stage - 1) + (num_chunks - 1) * num_stages, total)
+        actions = forwards[:ahead]
+        for i in range(total):
+            actions += forwards[ahead + i : ahead + i + 1]
+            actions.append(backwards[i])
+        stages.append(tuple(actions))
+    return Schedule(tuple(stages), num_chunks)
+
+
+def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
+    """ZB-H1: the order of 1f1b with its backwards in halves.
+
+    Stage s leaves s weight gradients for later, which fill the gaps where it would wait for the
+    stages behind it: no more than p micro-batches are in flight, from their F to their W.
+    """
+    stages = []
+    for stage in range(num_stages):
+        ahead = min(num_stages - stage - 1, num_microbatches)
+        actions = [Action("F", k) for k in range(ahead)]
+        for k in range(num_microbatches):
+            if k + ahead < num_microbatches:
+                actions.append(Action("F", k + ahead))
+            actions.append(Action("I", k))
+            if k >= stage:
+                actions.append(Action("W", k - stage))
+        left = range(max(0, num_microbatches - stage), num_microbatches)
+        actions += [Action("W", k) for k in left]
+        stages.append(tuple(actions))
+    return Schedule(tuple(stages))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What running a schedule without processes shows.
+
+    `bubble`: idle time over total time, the same for all stages; `in_flight[s]`: the most
+    micro-batches (of any chunk) of which stage s holds activations at once.
+    """
+
+    seconds: float
+    bubble: float
+    in_flight: tuple[int, ...]
+
+
+def simulate(
+    schedule: Schedule, num_microbatches: int, costs: Mapping[str, float] = COSTS
+) -> Trace:
+    """Run the lists against each other; ValueError for a deadlock or an action too many or few.
+
+    An F costs 1 / num_chunks of what a stage's F costs, and so on.
+    """
+    _check_complete(schedule, num_microbatches)
+    num_stages = len(schedule.stages)
+    position, clock = [0] * num_stages, [0.0] * num_stages
+    done: dict[tuple[str, int, int], float] = {}
+    moving = True
+    while moving:
+        moving = False
+        for stage, actions in enumerate(schedule.stages):
+            while position[stage] < len(actions):
+                action = actions[position[stage]]
+                needs = _needs(schedule, stage, action)
+                if any(need not in done for need in needs):
+                    break
+                start = max([clock[stage], *(done[need] for need in needs)])
+                clock[stage] = start + costs[action.kind] / schedule.num_chunks
+                done[_result(schedule, stage, action)] = clock[stage]
+                position[stage] += 1
+                moving = True
+    for stage, actions in enumerate(schedule.stages):
+        if position[stage] < len(actions):
+            action = actions[position[stage]]
+            raise ValueError(f"deadlock: stage {stage} waits for ever to do {action}")
+    busy = [
+        sum(costs[a.kind] for a in actions) / schedule.num_chunks for actions in schedule.stages
+    ]
+    seconds = max(clock)
+    return Trace(seconds, 1.0 - min(busy) / seconds, tuple(map(_in_flight, schedule.stages)))
+
+
+def _check_complete(schedule: Schedule, num_microbatches: int) -> None:
+    kinds = "FIW" if schedule.splits_backward else "FB"
+    wanted = {
+        Action(kind, k, chunk)
+        for kind in kinds
+        for k in range(num_microbatches)
+        for chunk in range(schedule.num_chunks)
+    }
+    for stage, actions in enumerate(schedule.stages):
+        if len(actions) != len(wanted) or set(actions) != wanted:
+            raise ValueError(f"stage {stage} does not do every action once")
+
+
+def _needs(schedule: Schedule, stage: int, action: Action) -> list[tuple[str, int, int]]:
+    virtual = action.chunk * len(schedule.stages) + stage
+    last = schedule.num_chunks * len(schedule.stages) - 1
+    k = action.microbatch
+    if action.kind == "F":
+        return [("F", virtual - 1, k)] if virtual else []
+    if action.kind == "W":
+        return [("I", virtual, k)]
+    return [("F", virtual, k)] + ([("I", virtual + 1, k)] if virtual < last else [])
+
+
+def _result(schedule: Schedule, stage: int, action: Action) -> tuple[str, int, int]:
+    kind = "I" if action.kind == "B" else action.kind
+    return kind, action.chunk * len(schedule.stages) + stage, action.microbatch
+
+
+def _in_flight(actions: Sequence[Action]) -> int:
+    releases = "W" if any(action.kind == "W" for action in actions) else "B"
+    held = most = 0
+    for action in actions:
+        held += (action.kind == "F") - (action.kind == releases)
+        most = max(most, held)
+    return most

@@ -1,0 +1,77 @@
+"""Schedules without processes: complete, free of deadlock, their bubbles and micro-batches held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fp8lm.parallel.schedule import (
+    Action,
+    Schedule,
+    interleaved,
+    one_forward_one_backward,
+    simulate,
+    zero_bubble,
+)
+
+STAGES = range(1, 17)
+MICROBATCHES = (1, 2, 3, 5, 8, 13, 16, 32, 64)
+
+
+@pytest.mark.parametrize("p", STAGES)
+def test_1f1b(p):
+    for m in MICROBATCHES:
+        trace = simulate(one_forward_one_backward(p, m), m)
+        assert trace.bubble == pytest.approx((p - 1) / (m + p - 1))
+        assert trace.in_flight == tuple(min(p - s, m) for s in range(p))
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("p", STAGES)
+def test_interleaved(p, chunks):
+    for m in (p, 2 * p, 4 * p):
+        trace = simulate(interleaved(p, m, chunks), m)
+        assert trace.bubble == pytest.approx((p - 1) / (chunks * m + p - 1))
+        most = 2 * (p - 1) + (chunks - 1) * p + 1
+        assert trace.in_flight[0] == min(most, m * chunks)
+
+
+@pytest.mark.parametrize("p", STAGES)
+def test_zero_bubble(p):
+    costs = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
+    for m in MICROBATCHES:
+        trace = simulate(zero_bubble(p, m), m, costs)
+        whole = simulate(one_forward_one_backward(p, m), m, costs)
+        assert max(trace.in_flight) <= p
+        assert trace.seconds <= whole.seconds
+        if m >= p:
+            assert trace.bubble == pytest.approx((p - 1) / (3 * m + p - 1))
+
+
+def test_it_prints_like_the_figure():
+    assert str(one_forward_one_backward(3, 4)).splitlines() == [
+        "F0 F1 F2 B0 F3 B1 B2 B3",
+        "F0 F1 B0 F2 B1 F3 B2 B3",
+        "F0 B0 F1 B1 F2 B2 F3 B3",
+    ]
+    assert str(interleaved(2, 2, 2)).splitlines()[0] == "F0   F1   F0.1 F1.1 B0.1 B1.1 B0   B1  "
+
+
+def test_micro_batches_must_divide():
+    with pytest.raises(ValueError, match="3 micro-batches do not divide by 2 stages"):
+        interleaved(2, 3, 2)
+
+
+def test_a_deadlock_is_named():
+    good = one_forward_one_backward(2, 2)
+    first, second = good.stages
+    # Stage 1 wants micro-batch 1 forward before stage 0, which waits for the backward of 0.
+    stuck = (Action("F", 0), Action("B", 0), Action("F", 1), Action("B", 1))
+    late = (Action("F", 0), Action("F", 1), Action("B", 0), Action("B", 1))
+    with pytest.raises(ValueError, match=r"deadlock: stage [01] waits for ever to do"):
+        simulate(Schedule((stuck, late)), 2)
+    with pytest.raises(ValueError, match="stage 1 does not do every action once"):
+        simulate(replace(good, stages=(first, second[:-1])), 2)
+    with pytest.raises(ValueError, match="stage 0 does not do every action once"):
+        simulate(replace(good, stages=(first + first[:1], second)), 2)
