@@ -20,8 +20,12 @@ def main(argv: list[str]) -> None:
     from fp8lm.training.trainer import Trainer
 
     device = rank_device(resolve_device(config.train.device))
-    ranks = config.parallel.tensor_model_parallel_size
-    with process_groups(device, tensor_parallel=ranks) as groups:
+    parallel = config.parallel
+    with process_groups(
+        device,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=parallel.pipeline_model_parallel_size,
+    ) as groups:
         Trainer(build(config, groups, device)).train()
 
 

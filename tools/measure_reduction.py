@@ -82,7 +82,7 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
 
 def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
     """Gradients of the linear layers' matrices for every micro-batch alone."""
-    names = linear_weights(run.model)
+    names = linear_weights(run.weights)
     gradients: Gradients = {name: [] for name in names}
     for batch in microbatches:
         zero_gradients(run.weights)

@@ -124,16 +124,44 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
             f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
             f"{shards} processes evenly over nodes: set it to a size that does"
         )
-    mine = dist.get_process_group_ranks(groups.data_parallel)
-    gathered: list[list[int]] = [[] for _ in range(groups.world.size())]
-    dist.all_gather_object(gathered, mine)
-    replicas = sorted({tuple(ranks) for ranks in gathered})
+    replicas = _all_like(groups.data_parallel)
     nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
     numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
     made = [
         dist.new_subgroups_by_enumeration(kind, timeout=TIMEOUT)[0] for kind in (nodes, numbers)
     ]
     return NodeGroups(*made)
+
+
+@dataclass(frozen=True)
+class StageGroups:
+    """The stages of a pipeline, once for activations and once for their gradients, and its ends."""
+
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+    ends: dist.ProcessGroup | None
+    alike: dist.ProcessGroup
+
+
+def stage_groups(groups: ProcessGroups) -> StageGroups:
+    """Groups that pipelines need beyond `groups`; a collective of all processes.
+
+    `ends` are the first and the last stage, None on the stages between; `alike` all ranks of the
+    same stage.
+    """
+    pipelines = _all_like(groups.pipeline_parallel)
+    backward, _ = dist.new_subgroups_by_enumeration([list(p) for p in pipelines], timeout=TIMEOUT)
+    ends, _ = dist.new_subgroups_by_enumeration([[p[0], p[-1]] for p in pipelines], timeout=TIMEOUT)
+    stages = [list(ranks) for ranks in zip(*pipelines, strict=True)]
+    alike, _ = dist.new_subgroups_by_enumeration(stages, timeout=TIMEOUT)
+    return StageGroups(groups.pipeline_parallel, backward, ends, alike)
+
+
+def _all_like(group: dist.ProcessGroup) -> list[tuple[int, ...]]:
+    """Ranks of every group of the kind that `group` is one of."""
+    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, dist.get_process_group_ranks(group))
+    return sorted({tuple(ranks) for ranks in gathered})
 
 
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:

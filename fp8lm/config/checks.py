@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 FP8_GEMM_MULTIPLE = 16  # cuBLASLt: every dimension of an FP8 GEMM
 _TP = "parallel.tensor_model_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
 
 
 def find_problems(config: Config) -> list[str]:
@@ -31,6 +32,7 @@ def find_problems(config: Config) -> list[str]:
         _tensor_parallel,
         _params_wire,
         _grad_reduce,
+        _pipeline,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -247,6 +249,48 @@ def _params_wire(config: Config) -> Iterator[str]:
             f"precision.wire.params = fp8 needs precision.params_dtype = fp8_e4m3, not "
             f"{precision.params_dtype}: other weights travel as they are stored "
             "(precision.wire.params = bf16)"
+        )
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    size = f"{_PP} = {parallel.pipeline_model_parallel_size}"
+    virtual = parallel.num_layers_per_virtual_pipeline_stage
+    first, last = (
+        parallel.decoder_first_pipeline_num_layers,
+        parallel.decoder_last_pipeline_num_layers,
+    )
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1:
+        for name, value in (
+            ("num_layers_per_virtual_pipeline_stage", virtual),
+            ("decoder_first_pipeline_num_layers", first),
+            ("decoder_last_pipeline_num_layers", last),
+        ):
+            if value is not None:
+                yield f"parallel.{name} = {value} needs {_PP} > 1"
+        return
+    if virtual is not None:
+        if layers % (virtual * stages):
+            yield (
+                f"model.num_layers = {layers} is not divisible by {size} times "
+                f"parallel.num_layers_per_virtual_pipeline_stage = {virtual}"
+            )
+        if first is not None or last is not None or parallel.pipeline_schedule != "1f1b":
+            yield (
+                "parallel.num_layers_per_virtual_pipeline_stage has a schedule of its own with "
+                "equal stages: drop parallel.decoder_first_pipeline_num_layers, "
+                "parallel.decoder_last_pipeline_num_layers and parallel.pipeline_schedule"
+            )
+        return
+    left = layers - (first or 0) - (last or 0)
+    shared = stages - (first is not None) - (last is not None)
+    if left < shared or (left % shared if shared else left):
+        yield (
+            f"model.num_layers = {layers}: the {left} layers of the {shared} pipeline stages "
+            f"without a number of their own do not divide evenly ({size}): set "
+            "parallel.decoder_first_pipeline_num_layers or "
+            "parallel.decoder_last_pipeline_num_layers"
         )
 
 

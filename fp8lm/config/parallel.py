@@ -10,7 +10,7 @@ from fp8lm.config.section import Bool, Count, Section
 
 
 class ParallelConfig(Section):
-    """Layers divided over tensor-parallel ranks; optimizer states over data-parallel ones."""
+    """How many processes hold the model together, and how replicas divide its states."""
 
     tensor_model_parallel_size: Count = Field(
         1, description="Ranks that hold a part of every layer each."
@@ -19,6 +19,25 @@ class ParallelConfig(Section):
         False,
         description="Divide the sequence between those ranks where a layer is not divided; needs "
         "tensor_model_parallel_size above 1.",
+    )
+    pipeline_model_parallel_size: Count = Field(
+        1, description="Stages, each of which holds some of the layers."
+    )
+    num_layers_per_virtual_pipeline_stage: Count | None = Field(
+        None,
+        description="Layers in each of several chunks per stage (interleaved schedule). Null: one "
+        "chunk.",
+    )
+    pipeline_schedule: Literal["1f1b", "zb-h1"] = Field(
+        "1f1b",
+        description="Order of work in a stage of one chunk; zb-h1 computes weight gradients where "
+        "a stage would wait.",
+    )
+    decoder_first_pipeline_num_layers: Count | None = Field(
+        None, description="Layers of the first stage. Null: as many as the others."
+    )
+    decoder_last_pipeline_num_layers: Count | None = Field(
+        None, description="Layers of the last stage. Null: as many as the others."
     )
     use_distributed_optimizer: Bool = Field(
         True,
@@ -48,3 +67,10 @@ class ParallelConfig(Section):
         description="Processes on a machine, between which data-parallel ranks sum gradients "
         "before these cross to another. Null: what torchrun says.",
     )
+
+    def num_chunks(self, num_layers: int) -> int:
+        """Chunks of a model of `num_layers` on every stage."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return 1
+        per_round = self.num_layers_per_virtual_pipeline_stage * self.pipeline_model_parallel_size
+        return max(1, num_layers // per_round)

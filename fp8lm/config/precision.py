@@ -50,7 +50,13 @@ def _preset(
             "master_rounding": rounding,
             "first_last_layers_bf16": False,
             "wire": MappingProxyType(
-                {"gather": wire, "reduce": wire, "grads": grads, "params": params_wire}
+                {
+                    "gather": wire,
+                    "reduce": wire,
+                    "grads": grads,
+                    "params": params_wire,
+                    "pipeline": wire,
+                }
             ),
         }
     )
@@ -105,6 +111,11 @@ class WireConfig(Section):
         None,
         description="Stepped weights to all ranks: fp8, or in two bytes. Null: what the preset "
         "says; FP8 weights alone travel as fp8.",
+    )
+    pipeline: WireFormat | None = Field(
+        None,
+        description="Activations and their gradients between pipeline stages; fp8 has a scale per "
+        "token. Null: what the preset says.",
     )
 
 

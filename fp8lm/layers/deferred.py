@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class DeferredGradients:
     """Collects the weight gradients of one micro-batch's backward, and computes them when told."""
@@ -33,6 +35,11 @@ class DeferredGradients:
         finally:
             self._collecting = None
 
+    def __len__(self) -> int:
+        """Number of micro-batches whose gradients wait."""
+        return len(self._waiting)
+
+    @torch.no_grad()
     def compute(self, microbatch: int) -> None:
         """Compute what waits for it."""
         for compute in self._waiting.pop(microbatch, []):

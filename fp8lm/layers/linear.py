@@ -135,6 +135,11 @@ class _LinearFunction(torch.autograd.Function):
             dx_TI = kernels.gemm(dy_TO.operand, w_OI.t().operand, out_dtype=dtype)
             reducing = input_edge.reduce(dx_TI, kernels)
         x_TI = gathering.wait()
-        weight.grad.add(kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype))
+
+        def compute_weight_gradient() -> None:
+            dw_OI = kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype)
+            weight.grad.add(dw_OI)
+
+        weight.deferred.add(compute_weight_gradient)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
         return dx, None, db, None, None, None

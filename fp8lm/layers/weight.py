@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.deferred import DeferredGradients
 from fp8lm.layers.split import WHOLE, Split
 from fp8lm.numerics import BF16, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
@@ -106,6 +107,7 @@ class GemmWeight(Weight):
         super().__init__(spec, kernels, device)
         self.operand_format = operand_format or spec.format
         self.known_amax: Tensor | None = None  # see `operand_amax.known_amaxes`
+        self.deferred = DeferredGradients()
         initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
         self.register_buffer("payload", initial.payload)
         self.register_buffer("scale", initial.scale)
@@ -121,6 +123,10 @@ class GemmWeight(Weight):
     def rebind(self, payload: Tensor) -> None:
         """See `Weight`."""
         self.payload = payload
+
+    def defer_gradient(self, deferred: DeferredGradients) -> None:
+        """Let `deferred` say when the wgrad GEMM runs."""
+        self.deferred = deferred
 
     @property
     def _differentiated(self) -> nn.Parameter:

@@ -7,6 +7,8 @@ between layers. With tensor parallelism it has its part of V.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -72,20 +74,34 @@ class Embedding(nn.Module):
         return dropout(h_SBH, self.dropout, noise)
 
 
-class Decoder(nn.Module):
-    """The transformer layers and the final norm."""
+@dataclass(frozen=True)
+class ModelPart:
+    """What a pipeline stage holds of the model: which layers, and its ends."""
 
-    def __init__(self, config, recipe: Recipe, recompute: str | None) -> None:  # noqa: ANN001
+    layers: range
+    has_embedding: bool = True
+    has_head: bool = True
+
+
+class Decoder(nn.Module):
+    """The transformer layers `part` names, by their number in the model, and the final norm."""
+
+    def __init__(self, config, recipe: Recipe, recompute: str | None, part: ModelPart) -> None:  # noqa: ANN001
         super().__init__()
         self.recompute_layers = recompute == "full"
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                config,
-                recipe.for_layer(index, config.num_layers),
-                recompute_core=recompute == "selective",
-            )
-            for index in range(config.num_layers)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): TransformerLayer(
+                    config,
+                    recipe.for_layer(index, config.num_layers),
+                    recompute_core=recompute == "selective",
+                )
+                for index in part.layers
+            }
         )
+        self.final_layernorm = None
+        if not part.has_head:
+            return
         norm = NORMS[config.normalization]
         self.final_layernorm = norm(
             config.hidden_size,
@@ -103,20 +119,29 @@ class Decoder(nn.Module):
         noise: DropoutNoise | None = None,
     ) -> Tensor:
         """[S,B,H] -> [S,B,H]."""
-        for index, layer in enumerate(self.layers):
-            of_layer = None if noise is None else noise.at(index)
+        for index, layer in self.layers.items():
+            of_layer = None if noise is None else noise.at(int(index))
             if self.recompute_layers and torch.is_grad_enabled():
                 h_SBH = checkpoint(layer, h_SBH, rope, of_layer, use_reentrant=False)
             else:
                 h_SBH = layer(h_SBH, rope, of_layer)
-        return self.final_layernorm(h_SBH)
+        return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)
+
+
+class TiedTable(nn.Module):
+    """The word embeddings where they are only the head's matrix, under their own name."""
+
+    def __init__(self, config, vocab_size: int, recipe: Recipe) -> None:  # noqa: ANN001
+        super().__init__()
+        self.word_embeddings = Table.of_vocabulary(vocab_size, config, recipe)
 
 
 class GPTModel(nn.Module):
     """Token ids to logits; `config` is the config section `model`.
 
     `vocab_size` is the padded one, `num_ids` how many of its rows are tokens (default: all);
-    `seed` enters the masks of hidden dropout.
+    `seed` enters the masks of hidden dropout. `part` is what a pipeline stage holds of the model
+    (default: all); weights have the names they have in the whole.
     """
 
     def __init__(
@@ -127,17 +152,24 @@ class GPTModel(nn.Module):
         recompute_granularity: str | None = None,
         num_ids: int | None = None,
         seed: int = 0,
+        part: ModelPart | None = None,
     ) -> None:
         super().__init__()
+        self.part = part = part or ModelPart(range(config.num_layers))
         self.seed = seed
         self.drops_hidden = config.hidden_dropout > 0
         self.partition = recipe.partition
         self.num_ids = vocab_size if num_ids is None else num_ids
         self.head_precision = FP32_GEMM if recipe.dense == FP32 else BF16_GEMM
-        self.embedding = Embedding(config, vocab_size, recipe)
-        self.decoder = Decoder(config, recipe, recompute_granularity)
+        tied = not config.untie_embeddings_and_output_weights
+        self.embedding = None
+        if part.has_embedding:
+            self.embedding = Embedding(config, vocab_size, recipe)
+        elif part.has_head and tied:
+            self.embedding = TiedTable(config, vocab_size, recipe)
+        self.decoder = Decoder(config, recipe, recompute_granularity, part)
         self.output_layer = None
-        if config.untie_embeddings_and_output_weights:
+        if part.has_head and not tied:
             self.output_layer = Table.of_vocabulary(vocab_size, config, recipe)
         self.rope_dtype = recipe.dense.dtype
         self.rope = None
@@ -150,14 +182,23 @@ class GPTModel(nn.Module):
                 recipe.device,
             )
 
-    def forward(self, tokens_BS: Tensor, samples_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        samples_B: Tensor | None = None,
+        h_SBH: Tensor | None = None,
+    ) -> Tensor:
         """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations.
 
-        Hidden dropout needs `samples_B` (int64), the samples' numbers in the run.
+        Hidden dropout needs `samples_B` (int64), the samples' numbers in the run. A part without
+        embedding starts from the hidden states `h_SBH`, one without head returns them.
         """
         noise = self._noise(samples_B, tokens_BS.shape[1])
-        h_SBH = self.embedding(tokens_BS, noise and noise.at(0))
+        if self.part.has_embedding:
+            h_SBH = self.embedding(tokens_BS, noise and noise.at(0))
         h_SBH = self.decoder(h_SBH, self._rope(tokens_BS.shape[1]), noise and noise.at(1))
+        if not self.part.has_head:
+            return h_SBH
         table = self.output_layer or self.embedding.word_embeddings
         edges = self.partition.boundary(), self.partition.inside()
         return linear(h_SBH, table.weight, self.head_precision, edges=edges)
@@ -168,9 +209,10 @@ class GPTModel(nn.Module):
         labels_BS: Tensor,
         mask_BS: Tensor,
         samples_B: Tensor | None = None,
+        h_SBH: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the unmasked tokens, the same on all ranks of the partition."""
-        logits_SBV = self(tokens_BS, samples_B)
+        logits_SBV = self(tokens_BS, samples_B, h_SBH)
         return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.partition)
 
     def _noise(self, samples_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
@@ -182,6 +224,11 @@ class GPTModel(nn.Module):
         if self.partition.sequence_parallel:
             first = self.partition.rank * seq_length // self.partition.size
         return DropoutNoise.of_samples(samples_B, self.seed, first)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self.rope_dtype
 
     def _rope(self, seq_length: int) -> tuple[Tensor, Tensor] | None:
         if self.rope is None:

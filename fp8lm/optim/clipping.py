@@ -49,13 +49,15 @@ def gradient_norm(
     kernels: ReferenceKernels,
     *,
     exchange: Exchange = alone,
+    peers: Sequence[int] | None = None,
     counted: Sequence[bool] | None = None,
     maxima: Tensor | None = None,
     values: Tensor | None = None,
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
-    `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once. A
+    `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once;
+    `peers` are the ranks that hold parts of the same weights (default: all). A
     gradient that is None lies elsewhere; one that is not `counted` lies on another rank as well,
     where it counts (default: all count). Along with it travel `maxima` (fp32 [m], not negative),
     of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k].
@@ -77,7 +79,8 @@ def gradient_norm(
     ranks = exchange(torch.cat((torch.stack((high, low)), values, torch.stack(amaxes), maxima)))
     norm = ranks[:, :2].double().sum().sqrt().float()
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    largest = ranks[:, 2 + len(values) :].amax(dim=0)
+    alike = ranks if peers is None else torch.stack([ranks[rank] for rank in peers])
+    largest = alike[:, 2 + len(values) :].amax(dim=0)
     return GradientNorm(
         norm,
         factor,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,7 +73,9 @@ class AdamW:
     dimension) of some weights: `owned`, by name; default all. It steps these rows, and sets the
     new scales of all weights; the other rows' payloads are for their owners to send. `exchange`
     gathers scalars of all ranks that step the model, replicas included (default: those of
-    `partition`); `counts_in_norm` is false where another replica counts the same gradients.
+    `partition`), `peers` are those of them that hold parts of the same weights (default: all).
+    `counts_in_norm` is false where another replica counts the same gradients, and
+    `counted_elsewhere` names weights that another stage counts.
     """
 
     def __init__(
@@ -87,16 +89,21 @@ class AdamW:
         partition: Partition = ALONE,
         owned: dict[str, Rows] | None = None,
         exchange: Exchange | None = None,
+        peers: Sequence[int] | None = None,
         counts_in_norm: bool = True,
+        counted_elsewhere: Container[str] = (),
     ) -> None:
         self.weights = weights
         self.owned = owned
         if owned is None:
             self.owned = {n: (0, weight.spec.local_shape[0]) for n, weight in weights.items()}
         self._exchange = exchange or partition.gather
+        self._peers = peers
         self._counted = [
-            counts_in_norm and (partition.rank == 0 or not weight.spec.split.is_whole)
-            for weight in weights.values()
+            counts_in_norm
+            and name not in counted_elsewhere
+            and (partition.rank == 0 or not weight.spec.split.is_whole)
+            for name, weight in weights.items()
         ]
         self.config = config
         self.precision = precision
@@ -192,7 +199,8 @@ class AdamW:
 
         Between steps it is that of the rows stepped here: the others' come with the next step.
         """
-        self.amax.copy_(self._exchange(self.amax.flatten()).amax(dim=0).view_as(self.amax))
+        shared = self._norm({}, 0.0, maxima=self.amax.flatten()).maxima
+        self.amax.copy_(shared.view_as(self.amax))
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
@@ -211,6 +219,7 @@ class AdamW:
             clip,
             self.kernels,
             exchange=self._exchange,
+            peers=self._peers,
             counted=self._counted,
             maxima=maxima,
             values=values,
@@ -226,7 +235,8 @@ class AdamW:
             for kind, tensor in stored.items():
                 yield f"{kind}.{name}.payload", tensor.payload
                 yield f"{kind}.{name}.scale", tensor.scale
-        yield "amax", self.amax
+        for name, amax in zip(self.weights, self.amax.unbind(), strict=True):
+            yield f"amax.{name}", amax
 
     @property
     def _formats(self) -> tuple[Format, Format, Format]:

@@ -1,6 +1,6 @@
 """Runs a schedule over the chunks of one stage (FP8-LM, arXiv 2310.18313, section 2.3).
 
-A chunk is any module with `forward(h, batch)`: hidden states of the chunk before it (None for the
+A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
 first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
 executor never looks inside. Messages of each direction have a group of their own, so that each
 pair of stages sends and receives in one order, that of the schedule.
@@ -9,47 +9,43 @@ pair of stages sends and receives in one order, that of the schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from fp8lm.comm.groups import StageGroups
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.stages import StageWire
 from fp8lm.layers.deferred import DeferredGradients
 from fp8lm.parallel.schedule import Action, Schedule
+from fp8lm.parallel.stages import TiedEnds
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class StageGroups:
-    """The stages of one replica and shard, twice: for activations and for their gradients."""
-
-    forward: dist.ProcessGroup
-    backward: dist.ProcessGroup
+Chunk = Callable[[Tensor | None, Batch], Tensor]
 
 
 class Pipeline:
     """This rank's `chunks` of the model and how they are run.
 
     `schedule(m)` gives the order for m micro-batches. `deferred` collects weight gradients where
-    the schedule computes them apart.
+    the schedule computes them apart. `tied` is there on the ends of a model whose word table is
+    its head as well.
     """
 
     def __init__(
         self,
-        chunks: Sequence[nn.Module],
+        chunks: Sequence[Chunk],
         schedule: Callable[[int], Schedule],
         groups: StageGroups,
         wire: StageWire,
         device: torch.device,
         deferred: DeferredGradients,
+        tied: TiedEnds | None = None,
     ) -> None:
         self.chunks, self.schedule, self.groups = chunks, schedule, groups
         self.wire, self.device, self.deferred = wire, device, deferred
         self.stage, self.num_stages = groups.forward.rank(), groups.forward.size()
+        self.tied = tied
         self.most_in_flight = 0
         self._held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._sending: list[Handle[None]] = []
@@ -70,9 +66,12 @@ class Pipeline:
         self.most_in_flight = 0
         last = next(i for i in reversed(range(len(actions))) if actions[i].kind in "BI")
         for number, action in enumerate(actions):
-            if number == last and len(self.chunks) == 1 and not schedule.splits_backward:
+            complete = len(self.chunks) == 1 and not schedule.splits_backward and not self.tied
+            if number == last and complete:
                 before_last()
             self._do(action, microbatches, schedule.splits_backward)
+        if self.tied is not None:
+            self.tied.sum_gradients()
         return self._finish()
 
     @torch.no_grad()
@@ -87,7 +86,8 @@ class Pipeline:
     def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
         if action.kind == "F":
             self._forward(action, microbatches)
-            self.most_in_flight = max(self.most_in_flight, len(self._held))
+            held = len(self._held) + len(self.deferred)
+            self.most_in_flight = max(self.most_in_flight, held)
         elif action.kind == "W":
             self.deferred.compute(action.microbatch)
         else:

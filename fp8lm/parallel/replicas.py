@@ -124,7 +124,8 @@ class ZeroReplicas(OneReplica):
     def overlap_gather(self, model: nn.Module) -> None:
         """From now on a module of `model` waits for its own weights only, in its next forward."""
         self.overlaps = True
-        part_of = {name: part for part in self._slabs for name in part.names}
+        here = named_weights(model)
+        part_of = {name: part for part in self._slabs for name in part.names if name in here}
         waited_for = set()
         for path, module in model.named_modules():
             if isinstance(module, Linear | LayerNorm | RMSNorm):

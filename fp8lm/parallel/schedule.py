@@ -157,11 +157,9 @@ def simulate(
         if position[stage] < len(actions):
             action = actions[position[stage]]
             raise ValueError(f"deadlock: stage {stage} waits for ever to do {action}")
-    busy = [
-        sum(costs[a.kind] for a in actions) / schedule.num_chunks for actions in schedule.stages
-    ]
     seconds = max(clock)
-    return Trace(seconds, 1.0 - min(busy) / seconds, tuple(map(_in_flight, schedule.stages)))
+    busy = sum(costs[action.kind] for action in schedule.stages[0]) / schedule.num_chunks
+    return Trace(seconds, 1.0 - busy / seconds, tuple(map(_in_flight, schedule.stages)))
 
 
 def _check_complete(schedule: Schedule, num_microbatches: int) -> None:

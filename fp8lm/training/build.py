@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars
-from fp8lm.comm.groups import ProcessGroups, node_groups
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.groups import ProcessGroups, stage_groups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.errors import InputError
-from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
-from fp8lm.gradient.reduction import Fp32Accumulate, GradientReduction
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model import GPTModel
+from fp8lm.model.gpt import ModelPart
 from fp8lm.model.init import initial_value
-from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.clipping import Exchange
 from fp8lm.optim.schedule import BatchSize, LearningRate
-from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.ownership import row_blocks, whole_tensors
-from fp8lm.parallel.replicas import (
-    OneReplica,
-    PlainReplicas,
-    ZeroReplicas,
-    in_parts,
-    tensors_of,
+from fp8lm.parallel.pipeline import Pipeline
+from fp8lm.parallel.replicas import OneReplica, ZeroReplicas
+from fp8lm.training.layout import (
+    build_exchange,
+    build_partition,
+    build_pipeline,
+    build_replicas,
+    counted_elsewhere,
+    model_parts,
 )
-from fp8lm.parallel.weight_slabs import WeightSlabs
-
-Divide = Callable[[dict[str, Weight]], OneReplica]
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,8 @@ class Run:
     batch_size: BatchSize
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
     replicas: OneReplica
+    pipeline: Pipeline | None
+    counted_elsewhere: frozenset[str]
     sent: WireCounter
 
     @property
@@ -97,22 +91,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def build_partition(
-    config: Config, groups: ProcessGroups, kernels: ReferenceKernels, counter: WireCounter
-) -> Partition:
-    """How config section `parallel` divides layers over the ranks of `groups`."""
-    parallel, wire = config.parallel, config.precision.wire
-    if parallel.tensor_model_parallel_size == 1:
-        return ALONE
-    return TensorParallel(
-        group=groups.tensor_parallel,
-        sequence_parallel=parallel.sequence_parallel,
-        gather_wire=Wire("tp_gather", wire.gather, counter),
-        reduce_wire=Wire("tp_reduce", wire.reduce, counter),
-        kernels=kernels,
-    )
-
-
 def table_rows(config: Config, num_ids: int) -> int:
     """Rows of the embedding for `num_ids` tokens: padded so that every rank has as many.
 
@@ -133,98 +111,56 @@ def build_model(
     *,
     num_ids: int | None = None,
     partition: Partition = ALONE,
-    divide: Divide | None = None,
-    exchange: Exchange | None = None,
 ) -> tuple[GPTModel, AdamW, OneReplica]:
-    """The model with initial weights, the optimizer that holds their states, and its replicas.
+    """The whole model with initial weights, the optimizer of its states, and its one replica.
 
-    `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all). `divide`
-    makes the replicas (default: one) of the model's weights; `exchange` as in `AdamW`.
+    `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all).
     """
-    model = GPTModel(
-        config.model,
-        vocab_size,
-        Recipe.from_config(config.precision, kernels, device, partition),
-        config.train.recompute_granularity,
-        num_ids,
-        config.train.seed,
-    )
-    precision = StatePrecision.from_config(config.precision)
-    weights, seed = named_weights(model), config.train.seed
-    replicas = (divide or OneReplica)(weights)
+    recipe = Recipe.from_config(config.precision, kernels, device, partition)
+    model = gpt(config, vocab_size, num_ids, recipe)
+    replicas = OneReplica(named_weights(model))
+    return model, build_optimizer(config, replicas, kernels, partition), replicas
+
+
+def gpt(
+    config: Config,
+    vocab_size: int,
+    num_ids: int | None,
+    recipe: Recipe,
+    part: ModelPart | None = None,
+) -> GPTModel:
+    """`part` of the model (default: all), its weights zero."""
+    train = config.train
+    granularity, seed = train.recompute_granularity, train.seed
+    return GPTModel(config.model, vocab_size, recipe, granularity, num_ids, seed, part)
+
+
+def build_optimizer(
+    config: Config,
+    replicas: OneReplica,
+    kernels: ReferenceKernels,
+    partition: Partition,
+    **ranks: Any,
+) -> AdamW:
+    """The optimizer of the weights of `replicas`, which get their initial values.
+
+    `ranks`: `exchange`, `peers` and `counted_elsewhere` of `AdamW`.
+    """
+    weights, seed = replicas.weights, config.train.seed
     optimizer = AdamW(
         weights,
         config.optimizer,
-        precision,
+        StatePrecision.from_config(config.precision),
         kernels,
         seed=seed,
         partition=partition,
         owned=replicas.owned,
-        exchange=exchange,
         counts_in_norm=replicas.counts_in_norm,
+        **ranks,
     )
     for name, weight in weights.items():
         optimizer.initialize(name, initial_value(name, weight.spec, seed))
-    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
-        replicas.overlap_gather(model)
-    return model, optimizer, replicas
-
-
-def build_replicas(
-    config: Config,
-    groups: ProcessGroups,
-    kernels: ReferenceKernels,
-    counter: WireCounter,
-    weights: dict[str, Weight],
-) -> OneReplica:
-    """How config section `parallel` divides gradients and states over `groups.data_parallel`."""
-    parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
-    if group.size() == 1:
-        return OneReplica(weights)
-    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
-    # Forward can only begin with the first weights if these travel apart from the last.
-    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    parts = [(part, place(tensors_of(part), group.size())) for part in in_parts(weights, size)]
-    rows = [
-        {name: span for _, ownership in parts for name, span in ownership.rows[rank].items()}
-        for rank in range(group.size())
-    ]
-    buckets = GradientBuckets(
-        weights,
-        rows,
-        build_reduction(config, groups, kernels, Wire("grads", wire.grads, counter), weights),
-        parallel.ddp_bucket_size,
-        overlap=parallel.overlap_grad_reduce,
-    )
-    if not parallel.use_distributed_optimizer:
-        return PlainReplicas(weights, buckets, group.rank())
-    # Weights that are not FP8 travel as they are stored.
-    sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
-    params = Wire("params", sent, counter)
-    slabs = [WeightSlabs(part, ownership, group, params, kernels) for part, ownership in parts]
-    return ZeroReplicas(weights, slabs, buckets)
-
-
-def build_reduction(
-    config: Config,
-    groups: ProcessGroups,
-    kernels: ReferenceKernels,
-    wire: Wire,
-    weights: dict[str, Weight],
-) -> GradientReduction:
-    """How `precision.grad_reduce` adds gradients over `groups.data_parallel`."""
-    kind, group = config.precision.grad_reduce, groups.data_parallel
-    if kind == "fp32_accumulate":
-        launched = Launch.from_environment(os.environ)
-        nodes = node_groups(groups, config.parallel.node_size or launched.local_world_size)
-        if nodes is None:
-            return Fp32Accumulate(group, wire, kernels)
-        return HierarchicalAccumulate(group, nodes.node, nodes.across, wire, kernels)
-    names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
-    policy = {"fp8_sum": "automatic"}.get(kind, kind.removeprefix("fp8_"))
-    device = next(iter(weights.values())).compute.device
-    scaling = Scaling(names, group.size(), policy, device)
-    return Fp8Sum(group, groups.world, wire, kernels, scaling)
+    return optimizer
 
 
 def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
@@ -236,31 +172,53 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     vocab_size = table_rows(config, tokenizer.vocab_size)
     datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
     kernels = select_kernels(device)
-    counter = WireCounter(("grads", "params", "tp_gather", "tp_reduce"))
+    counter = WireCounter()
+    partition = build_partition(config, groups, kernels, counter)
+    recipe = Recipe.from_config(config.precision, kernels, device, partition)
+    stage, num_stages = groups.pipeline_parallel.rank(), groups.pipeline_parallel.size()
+    chunks = [
+        gpt(config, vocab_size, tokenizer.vocab_size, recipe, part)
+        for part in model_parts(config, stage)
+    ]
+    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    elsewhere = counted_elsewhere(config, stage)
     scalars = Wire("grads", "fp32", counter)
-    model, optimizer, replicas = build_model(
+    pipeline, peers, alike = None, None, groups.world
+    exchange: Exchange = partial(all_gather_scalars, group=groups.world, wire=scalars)
+    if num_stages > 1:
+        stages = stage_groups(groups)
+        alike = stages.alike
+        exchange = build_exchange(groups, stages, scalars, len(weights))
+        peers = exchange.peers
+        pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
+    replicas = build_replicas(config, groups, kernels, counter, alike, weights)
+    optimizer = build_optimizer(
         config,
-        vocab_size,
+        replicas,
         kernels,
-        device,
-        num_ids=tokenizer.vocab_size,
-        partition=build_partition(config, groups, kernels, counter),
-        divide=partial(build_replicas, config, groups, kernels, counter),
-        exchange=partial(all_gather_scalars, group=groups.world, wire=scalars),
+        partition,
+        exchange=exchange,
+        peers=peers,
+        counted_elsewhere=elsewhere,
     )
+    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
+        for chunk in chunks:
+            replicas.overlap_gather(chunk)
     return Run(
         config=config,
         groups=groups,
         device=device,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        model=model,
-        weights=optimizer.weights,
+        model=chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
+        weights=weights,
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
         replicas=replicas,
+        pipeline=pipeline,
+        counted_elsewhere=elsewhere,
         sent=counter,
     )
 
@@ -274,6 +232,14 @@ def _check_batches(config: Config, replicas: int) -> None:
             f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}: use a "
             f"multiple of {share}, or another number of processes"
         )
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.num_chunks(config.model.num_layers) > 1:
+        share, of = share * stages, f"{of} times {stages} pipeline stages"
+        if train.global_batch_size % share:
+            raise InputError(
+                f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}, "
+                "which the interleaved schedule needs"
+            )
     start, increment, _ = train.rampup_batch_size or (share, share, 0)
     if start % share or increment % share:
         raise InputError(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
@@ -34,14 +35,14 @@ class Reporter:
             config.model, run.vocab_size, [config.model.seq_length]
         )
         self._peak = peak_of(config.precision.gemm, run.device)
-        linear = linear_weights(run.model)
+        linear = linear_weights(run.weights)
         self._logger.log_text(describe_state(run.optimizer, linear))
         if self._peak is not None:
             self._logger.log_text(f" MFU is the share of {self._peak}")
         self._constants = {
             f"state_bytes/{kind}": size for kind, size in state_bytes(run.optimizer).items()
         } | {
-            "parameters": sum(math.prod(weight.spec.shape) for weight in run.weights.values()),
+            "parameters": _count_parameters(run),
             "state_bytes_per_parameter": bytes_per_parameter(run.optimizer, list(run.weights)),
             "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
         }
@@ -114,3 +115,13 @@ class Reporter:
             self._run.config.save_yaml(Path(folder) / "config.yaml")
         except OSError as error:
             raise InputError(f"logging.dir={folder} cannot be written to: {error}") from error
+
+
+def _count_parameters(run: Run) -> int:
+    """Of the whole model; a collective of the pipeline's stages."""
+    elsewhere = run.counted_elsewhere
+    own = sum(math.prod(w.spec.shape) for n, w in run.weights.items() if n not in elsewhere)
+    total = torch.tensor(own, device=run.device)
+    if run.pipeline is not None:
+        dist.all_reduce(total, group=run.groups.pipeline_parallel)
+    return int(total)

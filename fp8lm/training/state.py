@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fp8lm.layers.linear import Linear
-from fp8lm.layers.weight import Weight, WeightSpec
+from fp8lm.layers.weight import GemmWeight, Weight, WeightSpec
 from fp8lm.optim import AdamW
 from fp8lm.training.shard import Shard
 
@@ -88,9 +87,13 @@ def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, i
     }
 
 
-def linear_weights(model: nn.Module) -> list[str]:
+def linear_weights(weights: dict[str, Weight]) -> list[str]:
     """Names of the matrices of linear layers, which the low-precision formats are for."""
-    return [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Linear)]
+    return [
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, GemmWeight) and not weight.spec.dense
+    ]
 
 
 def bytes_per_parameter(optimizer: AdamW, names: list[str]) -> float:

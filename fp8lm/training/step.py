@@ -13,6 +13,7 @@ from fp8lm.layers.edge import Partition
 from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.layers.weight import GemmWeight, Weight
 from fp8lm.optim import AdamW
+from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.replicas import OneReplica
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -34,11 +35,12 @@ def train_step(
     microbatches: list[Batch],
     lr: float,
     replicas: OneReplica | None = None,
+    pipeline: Pipeline | None = None,
 ) -> StepResult:
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
     A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. The
-    loss is the mean over the replicas.
+    loss is the mean over the replicas. With a `pipeline`, `model` is this stage's part.
     """
     model.train()
     weights, partition = optimizer.weights, optimizer.partition
@@ -47,12 +49,17 @@ def train_step(
     if any(isinstance(w, GemmWeight) and w.is_recast for w in weights.values()):
         replicas.wait_for_weights()
     with known_amaxes(weights.values(), partition):
-        loss = accumulate_gradients(model, microbatches, replicas.before_last_microbatch)
+        if pipeline is None:
+            loss = accumulate_gradients(model, microbatches, replicas.before_last_microbatch)
+        else:
+            loss = pipeline.train(microbatches, replicas.before_last_microbatch)
     gradients = replicas.reduce()
     complete_gradients(weights, gradients, partition)
     norm = optimizer.step(lr, gradients, loss[None])
     replicas.finish_step(norm.skip)
-    return StepResult(norm.values.mean(), norm.norm, norm.skip)
+    # Only the last stage of a pipeline has a loss, the others zero.
+    stages = 1 if pipeline is None else pipeline.num_stages
+    return StepResult(norm.values.mean() * stages, norm.norm, norm.skip)
 
 
 def accumulate_gradients(

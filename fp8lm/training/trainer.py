@@ -75,6 +75,7 @@ class Trainer:
             self._on_device(microbatches),
             run.learning_rate.rate(consumed),
             run.replicas,
+            run.pipeline,
         )
         self._sent = run.sent.take()
         self.window.add(result)
@@ -85,6 +86,7 @@ class Trainer:
     def _seed_generators(self, consumed_samples: int) -> None:
         groups, seed = self.run.groups, self.run.config.train.seed
         ranks = groups.data_parallel.rank(), groups.tensor_parallel.rank()
+        ranks += (groups.pipeline_parallel.rank(),)
         seed_generators(seed, consumed_samples, *ranks)
 
     def _report(self, result: StepResult) -> None:
@@ -115,16 +117,23 @@ class Trainer:
             self.run.replicas.wait_for_weights()
             partition = self.run.optimizer.partition
             with known_amaxes(self.run.weights.values(), partition):
-                losses = [
-                    evaluate(self.run.model, self._on_device(batches.next(1)))
-                    for _ in range(config.eval_iters * config.global_batch_size // per_step)
-                ]
-            loss = self._mean_over_replicas(torch.stack(losses).mean()).item()
+                count = config.eval_iters * config.global_batch_size // per_step
+                loss = self._mean_over_ranks(self._loss(batches, count)).item()
         self._reporter.log_evaluation(split, self.progress.iteration, loss)
 
-    def _mean_over_replicas(self, loss: Tensor) -> Tensor:
-        wire = Wire("grads", "fp32", self.run.sent)
-        return all_gather_scalars(loss[None], self.run.groups.data_parallel, wire).mean()
+    def _loss(self, batches: BatchIterator, count: int) -> Tensor:
+        """Mean over `count` micro-batches without dropout, 0 where a pipeline has no loss."""
+        run = self.run
+        if run.pipeline is not None:
+            run.model.eval()
+            return run.pipeline.evaluate(self._on_device(batches.next(count)))
+        losses = [evaluate(run.model, self._on_device(batches.next(1))) for _ in range(count)]
+        return torch.stack(losses).mean()
+
+    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
+        wire, groups = Wire("grads", "fp32", self.run.sent), self.run.groups
+        losses = all_gather_scalars(loss[None], groups.world, wire)
+        return losses.mean() * groups.pipeline_parallel.size()
 
     def _save(self) -> None:
         """Save unless this iteration is saved already."""

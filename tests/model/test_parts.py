@@ -60,7 +60,7 @@ def weights_of(module, prefix):
 def test_attention_repeats_keys_and_values_of_a_group(groups, position):
     keys = dict(num_query_groups=groups, position_embedding_type=position)
     gpt, config = build(keys), model_config(**keys)
-    module = gpt.decoder.layers[0].self_attention
+    module = gpt.decoder.layers["0"].self_attention
     x_SBH = random(16, 2, 32)
     y_SBH = module(x_SBH, gpt._rope(16))
     expected = plain.attention(x_SBH.double().transpose(0, 1), weights_of(module, "a"), "a", config)
@@ -69,14 +69,14 @@ def test_attention_repeats_keys_and_values_of_a_group(groups, position):
 
 @pytest.mark.parametrize("shape", ["gpt", "llama"])
 def test_mlp(shape):
-    module = build(SHAPES[shape]).decoder.layers[0].mlp
+    module = build(SHAPES[shape]).decoder.layers["0"].mlp
     x = random(16, 2, 32)
     expected = plain.mlp(x.double(), weights_of(module, "m"), "m", model_config(**SHAPES[shape]))
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gate_comes_first():
-    module = build(SHAPES["llama"]).decoder.layers[0].mlp
+    module = build(SHAPES["llama"]).decoder.layers["0"].mlp
     x = random(16, 2, 32)
     rows = module.linear_fc1.weight.payload
     rows[:48].zero_()  # silu(0) = 0

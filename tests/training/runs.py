@@ -26,10 +26,13 @@ LLAMA = {
 @contextlib.contextmanager
 def trainer_of(config):
     """A trainer of this rank's part of the job, within its process groups."""
-    ranks = config.parallel.tensor_model_parallel_size
+    parallel = config.parallel
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        model_parallel_groups(tensor_parallel=ranks) as groups,
+        model_parallel_groups(
+            tensor_parallel=parallel.tensor_model_parallel_size,
+            pipeline_parallel=parallel.pipeline_model_parallel_size,
+        ) as groups,
     ):
         yield Trainer(build(config, groups, torch.device("cpu")))
 

@@ -138,7 +138,7 @@ def held(config):
     """(bytes by kind, of all weights and of the linear layers' only) that this rank holds."""
     with trainer_of(config) as trainer:
         run = trainer.run
-        linear = linear_weights(run.model)
+        linear = linear_weights(run.weights)
         return state_bytes(run.optimizer), state_bytes(run.optimizer, linear)
 
 
@@ -241,7 +241,7 @@ def arrivals(config):
     with trainer_of(config) as trainer:
         run = trainer.run
         model, replicas = run.model, run.replicas
-        for index, layer in enumerate(model.decoder.layers):
+        for index, layer in model.decoder.layers.items():
             layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
         trainer.train()
         events.clear()
