@@ -60,3 +60,19 @@ for name in "${names[@]}"; do
 done
 "$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/summary.json" \
   --plot "$run/loss.png"
+
+# Pipelines need more layers, so a baseline of their own; one seed.
+shared+=(model.num_layers=4)
+pp2=(parallel.pipeline_model_parallel_size=2 train.micro_batch_size=16)
+pp4=(parallel.pipeline_model_parallel_size=4 train.micro_batch_size=16)
+train_seed 1 4-layers-bf16 1 precision.preset=bf16
+train_seed 1 4-layers-o3 1
+train_seed 1 pp2 2 "${pp2[@]}"
+train_seed 1 pp2-bf16-wire 2 "${pp2[@]}" precision.wire.pipeline=bf16
+train_seed 1 pp2-interleaved 2 "${pp2[@]}" parallel.num_layers_per_virtual_pipeline_stage=1
+train_seed 1 pp4-zb-h1 4 "${pp4[@]}" parallel.pipeline_schedule=zb-h1
+train_seed 1 tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
+
+names=(4-layers-bf16 4-layers-o3 pp2-bf16-wire pp2 pp2-interleaved pp4-zb-h1 tp2-pp2-dp2)
+"$PYTHON" tools/compare_runs.py $(for name in "${names[@]}"; do echo "$name=$run/$name-1"; done) \
+  --summary "$run/pipelines.json" --plot "$run/pipelines.png"

@@ -24,9 +24,10 @@ from torch import Tensor
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.errors import run_command
+from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import E4M3
+from fp8lm.numerics import BF16, E4M3
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import Run, build
 from fp8lm.training.state import linear_weights
@@ -75,7 +76,11 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
         for moment, at in moments.items():
             if at == step:
                 gradients = replicas_of(run, batches.next(max(REPLICAS)))
-                results[moment] = {"step": step, "replicas": measure(gradients)}
+                results[moment] = {
+                    "step": step,
+                    "replicas": measure(gradients),
+                    "accumulation": measure_accumulation(gradients),
+                }
                 batches = trainer._batches(run.datasets[0], consumed)
     return results
 
@@ -108,6 +113,25 @@ def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:
         }
         for size in REPLICAS
     }
+
+
+def measure_accumulation(gradients: Gradients) -> dict[str, dict[int, float]]:
+    """SNR in dB of adding micro-batches up in a format, by format and number of micro-batches."""
+    results: dict[str, dict[int, float]] = {}
+    for fmt in (E4M3, BF16):
+        sums = {
+            name: GradientAccumulator(values[0].shape, fmt, KERNELS, values[0].device)
+            for name, values in gradients.items()
+        }
+        results[fmt.name] = {}
+        for count in range(1, max(REPLICAS) + 1):
+            for name, accumulator in sums.items():
+                accumulator.add(gradients[name][count - 1])
+            if count in REPLICAS:
+                taken = {name: values[:count] for name, values in gradients.items()}
+                means = {name: s.value.dequantize(KERNELS) / count for name, s in sums.items()}
+                results[fmt.name][count] = quality(taken, means)["snr"]
+    return results
 
 
 def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float]:
@@ -194,6 +218,9 @@ def print_table(results: dict[str, dict]) -> None:
         for kind in REDUCTIONS:
             cells = [f"{result['replicas'][size][kind]['snr']:8.1f}" for size in REPLICAS]
             print(f"{kind:30}" + "".join(cells))
+        for name, row in result["accumulation"].items():
+            label = f"micro-batches added in {name}"
+            print(f"{label:30}" + "".join(f"{row[size]:8.1f}" for size in REPLICAS))
 
 
 def plot(results: dict[str, dict], path: Path) -> None:

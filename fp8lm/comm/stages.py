@@ -58,7 +58,13 @@ class StageWire:
     def receive(self, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """What rank number `source` of `group` sent, in `dtype`; waits for it."""
         message = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        dist.irecv(message, group=group, group_src=source).wait()
+        try:
+            dist.irecv(message, group=group, group_src=source).wait()
+        except RuntimeError as error:
+            rank = dist.get_global_rank(group, source)
+            raise RuntimeError(
+                f"nothing came from pipeline stage {source} (rank {rank})"
+            ) from error
         return self.unpack(message)
 
     def pack(self, x: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.stages import StageWire, cast_rows
@@ -74,3 +77,35 @@ def test_zero_tokens():
     payload, scales = cast_rows(torch.zeros(4, 32), E4M3, KERNELS)
     assert not payload.any()
     assert scales.tolist() == [1.0] * 4
+
+
+def exchange(precision):
+    """What the second of two ranks gets of three messages sent at once."""
+    group, made = dist.group.WORLD, wire(precision)
+    if group.rank() == 0:
+        sending = [made.send(outliers() * k, 1, group) for k in (1, 2, 3)]
+        for handle in sending:
+            handle.wait()
+        return made.wire.counter.take()["pipeline"] - 3 * made.nbytes
+    arrived = [made.receive(0, group, torch.device("cpu")) for _ in range(3)]
+    expected = [made.unpack(made.pack(outliers() * k)) for k in (1, 2, 3)]
+    return sum(not torch.equal(a, b) for a, b in zip(arrived, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_messages_arrive_in_order(precision, run_distributed):
+    assert run_distributed(exchange, 2, precision) == [0, 0]
+
+
+def wait_for_a_hung_stage():
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if group.rank() == 1:
+        return None
+    with pytest.raises(RuntimeError) as caught:
+        wire("fp8").receive(1, group, torch.device("cpu"))
+    return str(caught.value)
+
+
+def test_a_hung_stage_is_named(run_distributed):
+    message, _ = run_distributed(wait_for_a_hung_stage, 2)
+    assert message == "nothing came from pipeline stage 1 (rank 1)"

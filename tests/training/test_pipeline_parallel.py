@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -190,6 +195,18 @@ def poisoned(config, bad_stage):
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
     return bool(skip), same
+
+
+def test_a_stage_that_raises_ends_the_job_with_its_own_error(tmp_path):
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [*launch, str(root / "tests/training/failing_stage.py")]
+    command += [str(root / "configs/gpt_tiny.yaml"), "parallel.pipeline_model_parallel_size=2"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode not in (0, 2)
+    assert "ArithmeticError: stage 1 broke" in done.stderr
 
 
 @pytest.mark.parametrize("bad_stage", [0, 1])
