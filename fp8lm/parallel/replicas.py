@@ -58,32 +58,39 @@ class OneReplica:
         """Bring the owners' new weights to every rank; `skipped` (0-d bool): there are none."""
 
 
-class PlainReplicas(OneReplica):
-    """Every rank holds and steps everything, with the same gradients."""
+class SeveralReplicas(OneReplica):
+    """What ZeRO and plain replicas have in common: gradients leave through `buckets`."""
 
-    def __init__(self, weights: dict[str, Weight], buckets: GradientBuckets, rank: int) -> None:
+    def __init__(self, weights: dict[str, Weight], buckets: GradientBuckets) -> None:
         super().__init__(weights)
-        self.counts_in_norm = rank == 0
         self._buckets = buckets
 
     def before_last_microbatch(self) -> None:
         """See `OneReplica`."""
         self._buckets.arm()
 
-    def reduce(self) -> dict[str, ScaledTensor]:
-        """See `OneReplica`: here all rows."""
-        return self._buckets.finish_everywhere()
-
     def named_tensors(self) -> dict[str, Tensor]:
         """See `OneReplica`."""
         return self._buckets.reduction.named_tensors()
 
     def finish_step(self, skipped: Tensor) -> None:
-        """See `OneReplica`: every rank has them already."""
+        """See `OneReplica`."""
         self._buckets.reduction.finish_step(skipped)
 
 
-class ZeroReplicas(OneReplica):
+class PlainReplicas(SeveralReplicas):
+    """Every rank holds and steps everything, with the same gradients."""
+
+    def __init__(self, weights: dict[str, Weight], buckets: GradientBuckets, rank: int) -> None:
+        super().__init__(weights, buckets)
+        self.counts_in_norm = rank == 0
+
+    def reduce(self) -> dict[str, ScaledTensor]:
+        """See `OneReplica`: here all rows."""
+        return self._buckets.finish_everywhere()
+
+
+class ZeroReplicas(SeveralReplicas):
     """Every rank steps the rows it owns; compute copies are views of gathered buffers.
 
     `slabs` divide the weights, in the order in which forward needs them.
@@ -92,25 +99,17 @@ class ZeroReplicas(OneReplica):
     def __init__(
         self, weights: dict[str, Weight], slabs: list[WeightSlabs], buckets: GradientBuckets
     ) -> None:
-        super().__init__(weights)
-        self._slabs, self._buckets, self.overlaps = slabs, buckets, False
+        super().__init__(weights, buckets)
+        self._slabs, self.overlaps = slabs, False
         self.owned = {name: rows for part in slabs for name, rows in part.owned.items()}
-
-    def before_last_microbatch(self) -> None:
-        """See `OneReplica`."""
-        self._buckets.arm()
 
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `OneReplica`."""
         return self._buckets.finish()
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        """See `OneReplica`."""
-        return self._buckets.reduction.named_tensors()
-
     def finish_step(self, skipped: Tensor) -> None:
         """See `OneReplica`."""
-        self._buckets.reduction.finish_step(skipped)
+        super().finish_step(skipped)
         for part in self._slabs:
             part.start_gather()
         if not self.overlaps:

@@ -17,7 +17,7 @@ Bubbles are idle time over total time, for p stages and m micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 COSTS: Mapping[str, float] = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
@@ -54,16 +54,11 @@ class Schedule:
 
 def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Schedule:
     """Each stage: as many forwards as there are stages behind it, then in turns."""
-    stages = []
-    for stage in range(num_stages):
-        ahead = min(num_stages - stage - 1, num_microbatches)
-        actions = [Action("F", k) for k in range(ahead)]
-        for k in range(num_microbatches):
-            if k + ahead < num_microbatches:
-                actions.append(Action("F", k + ahead))
-            actions.append(Action("B", k))
-        stages.append(tuple(actions))
-    return Schedule(tuple(stages))
+
+    def backward(stage: int, k: int) -> list[Action]:
+        return [Action("B", k)]
+
+    return _in_turns(num_stages, num_microbatches, backward)
 
 
 def interleaved(num_stages: int, num_microbatches: int, num_chunks: int) -> Schedule:
@@ -99,6 +94,23 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
     Stage s leaves s weight gradients for later, which fill the gaps where it would wait for the
     stages behind it: no more than p micro-batches are in flight, from their F to their W.
     """
+
+    def backward(stage: int, k: int) -> list[Action]:
+        actions = [Action("I", k)]
+        if k >= stage:
+            actions.append(Action("W", k - stage))
+        if k == num_microbatches - 1:
+            left = range(max(0, num_microbatches - stage), num_microbatches)
+            actions += [Action("W", late) for late in left]
+        return actions
+
+    return _in_turns(num_stages, num_microbatches, backward)
+
+
+def _in_turns(
+    num_stages: int, num_microbatches: int, backward: Callable[[int, int], list[Action]]
+) -> Schedule:
+    """1f1b with `backward(stage, k)` in place of the backward of micro-batch k."""
     stages = []
     for stage in range(num_stages):
         ahead = min(num_stages - stage - 1, num_microbatches)
@@ -106,11 +118,7 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
         for k in range(num_microbatches):
             if k + ahead < num_microbatches:
                 actions.append(Action("F", k + ahead))
-            actions.append(Action("I", k))
-            if k >= stage:
-                actions.append(Action("W", k - stage))
-        left = range(max(0, num_microbatches - stage), num_microbatches)
-        actions += [Action("W", k) for k in left]
+            actions += backward(stage, k)
         stages.append(tuple(actions))
     return Schedule(tuple(stages))
 

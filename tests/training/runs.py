@@ -11,6 +11,7 @@ import torch
 
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.training.build import build
+from fp8lm.training.checkpointing import save_run
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from fp8lm.training.trainer import Trainer
 
@@ -59,3 +60,13 @@ def curve(folder):
         {key: v for key, v in line.items() if key not in timing and "memory" not in key}
         for line in read(folder)
     ]
+
+
+def save_again(config, folder):
+    """Load a checkpoint under this layout and save it elsewhere."""
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        checkpoint = run.config.checkpoint.model_copy(update={"save": folder})
+        changed = run.config.model_copy(update={"checkpoint": checkpoint})
+        object.__setattr__(run, "config", changed)
+        save_run(run, trainer.window, trainer.progress)

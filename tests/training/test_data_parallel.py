@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from fp8lm.errors import InputError
-from fp8lm.training.checkpointing import save_run
 from fp8lm.training.state import (
     linear_weights,
     model_tensors,
     optimizer_tensors,
     state_bytes,
 )
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import LLAMA, curve, read, save_again, train, trainer_of
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EVEN = {"partition": "even"}
@@ -318,16 +317,6 @@ def test_other_reductions_train_alike_and_resume(
     reports = [line for line in read(tmp_path / "whole") if "fp8/mu/max" in line]
     assert bool(reports) == ("precision" in changes)
     run_distributed(train, 1, config({}, folders("fewer", load="parts")))  # mu is passed over
-
-
-def save_again(config, folder):
-    """Load a checkpoint under this layout and save it elsewhere."""
-    with trainer_of(config) as trainer:
-        run = trainer.run
-        checkpoint = run.config.checkpoint.model_copy(update={"save": folder})
-        changed = run.config.model_copy(update={"checkpoint": checkpoint})
-        object.__setattr__(run, "config", changed)
-        save_run(run, trainer.window, trainer.progress)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fp8lm.parallel.schedule import simulate
-from fp8lm.training.checkpointing import save_run
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import LLAMA, curve, read, save_again, train, trainer_of
 
 MODEL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 8, "eval_iters": 2}
@@ -146,16 +145,6 @@ def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, 
     for first, second in zip(whole, parts, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-
-
-def save_again(config, folder):
-    """Load a checkpoint under this layout and save it elsewhere."""
-    with trainer_of(config) as trainer:
-        run = trainer.run
-        checkpoint = run.config.checkpoint.model_copy(update={"save": folder})
-        changed = run.config.model_copy(update={"checkpoint": checkpoint})
-        object.__setattr__(run, "config", changed)
-        save_run(run, trainer.window, trainer.progress)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
