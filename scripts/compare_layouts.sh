@@ -2,13 +2,17 @@
 # The comparison of layouts in docs/parallelism.md: one model, three seeds, the same batches,
 # on one process in BF16 and FP8, and on several processes with FP8 on none, some and all of the wires.
 # 400 steps of 8192 tokens each. Finished runs are kept, so that it can be called again.
-#   scripts/compare_layouts.sh [section.key=value ...]      overrides for all runs
+#   scripts/compare_layouts.sh [tensor-data|pipelines] [section.key=value ...]
+# The first argument chooses half of it; overrides are for all runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/_env.sh
 source scripts/_env.sh
 # shellcheck source=scripts/_corpus.sh
 source scripts/_corpus.sh
+
+parts="tensor-data pipelines"
+case ${1:-} in tensor-data | pipelines) parts=$1 && shift ;; esac
 
 run=runs/layouts
 make_corpus runs/compare/data
@@ -36,43 +40,50 @@ tp2=(2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true)
 tp4=(4 parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true)
 no_sp=parallel.sequence_parallel=false
 bf16=(precision.wire.gather=bf16 precision.wire.reduce=bf16)
-train bf16 1 precision.preset=bf16
-train o3 1
-train tp2-bf16-wires "${tp2[@]}" "${bf16[@]}"
-train tp2-gather "${tp2[@]}" precision.wire.reduce=bf16
-train tp2-reduce "${tp2[@]}" precision.wire.gather=bf16
-train tp2 "${tp2[@]}"
-train tp2-no-sp "${tp2[@]}" "$no_sp"
-train tp2-no-sp-bf16-wires "${tp2[@]}" "$no_sp" "${bf16[@]}"
-train tp4-bf16-wires "${tp4[@]}" "${bf16[@]}"
-train tp4 "${tp4[@]}"
-dp4=(4 train.micro_batch_size=16)
-train dp4-bf16 "${dp4[@]}" precision.preset=bf16
-train dp4 "${dp4[@]}"
-train dp4-fp8-sum "${dp4[@]}" precision.grad_reduce=fp8_sum
-train dp2-tp2 "${tp2[@]/#2/4}" train.micro_batch_size=32
 
-names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
-  tp4-bf16-wires tp4 dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
-settings=()
-for name in "${names[@]}"; do
-  settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")
-done
-"$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/summary.json" \
-  --plot "$run/loss.png"
+tensor_data() {
+  train bf16 1 precision.preset=bf16
+  train o3 1
+  train tp2-bf16-wires "${tp2[@]}" "${bf16[@]}"
+  train tp2-gather "${tp2[@]}" precision.wire.reduce=bf16
+  train tp2-reduce "${tp2[@]}" precision.wire.gather=bf16
+  train tp2 "${tp2[@]}"
+  train tp2-no-sp "${tp2[@]}" "$no_sp"
+  train tp2-no-sp-bf16-wires "${tp2[@]}" "$no_sp" "${bf16[@]}"
+  train tp4-bf16-wires "${tp4[@]}" "${bf16[@]}"
+  train tp4 "${tp4[@]}"
+  dp4=(4 train.micro_batch_size=16)
+  train dp4-bf16 "${dp4[@]}" precision.preset=bf16
+  train dp4 "${dp4[@]}"
+  train dp4-fp8-sum "${dp4[@]}" precision.grad_reduce=fp8_sum
+  train dp2-tp2 "${tp2[@]/#2/4}" train.micro_batch_size=32
+
+  names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
+    tp4-bf16-wires tp4 dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
+  settings=()
+  for name in "${names[@]}"; do
+    settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")
+  done
+  "$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/summary.json" \
+    --plot "$run/loss.png"
+}
 
 # Pipelines need more layers, so a baseline of their own; one seed.
-shared+=(model.num_layers=4)
-pp2=(parallel.pipeline_model_parallel_size=2 train.micro_batch_size=16)
-pp4=(parallel.pipeline_model_parallel_size=4 train.micro_batch_size=16)
-train_seed 1 4-layers-bf16 1 precision.preset=bf16
-train_seed 1 4-layers-o3 1
-train_seed 1 pp2 2 "${pp2[@]}"
-train_seed 1 pp2-bf16-wire 2 "${pp2[@]}" precision.wire.pipeline=bf16
-train_seed 1 pp2-interleaved 2 "${pp2[@]}" parallel.num_layers_per_virtual_pipeline_stage=1
-train_seed 1 pp4-zb-h1 4 "${pp4[@]}" parallel.pipeline_schedule=zb-h1
-train_seed 1 tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
+pipelines() {
+  shared+=(model.num_layers=4)
+  pp2=(parallel.pipeline_model_parallel_size=2 train.micro_batch_size=16)
+  pp4=(parallel.pipeline_model_parallel_size=4 train.micro_batch_size=16)
+  train_seed 1 4-layers-bf16 1 precision.preset=bf16
+  train_seed 1 4-layers-o3 1
+  train_seed 1 pp2 2 "${pp2[@]}"
+  train_seed 1 pp2-bf16-wire 2 "${pp2[@]}" precision.wire.pipeline=bf16
+  train_seed 1 pp2-interleaved 2 "${pp2[@]}" parallel.num_layers_per_virtual_pipeline_stage=1
+  train_seed 1 pp4-zb-h1 4 "${pp4[@]}" parallel.pipeline_schedule=zb-h1
+  train_seed 1 tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
 
-names=(4-layers-bf16 4-layers-o3 pp2-bf16-wire pp2 pp2-interleaved pp4-zb-h1 tp2-pp2-dp2)
-"$PYTHON" tools/compare_runs.py $(for name in "${names[@]}"; do echo "$name=$run/$name-1"; done) \
-  --summary "$run/pipelines.json" --plot "$run/pipelines.png"
+  names=(4-layers-bf16 4-layers-o3 pp2-bf16-wire pp2 pp2-interleaved pp4-zb-h1 tp2-pp2-dp2)
+  "$PYTHON" tools/compare_runs.py $(for name in "${names[@]}"; do echo "$name=$run/$name-1"; done) \
+    --summary "$run/pipelines.json" --plot "$run/pipelines.png"
+}
+
+for part in $parts; do "${part/-/_}"; done
