@@ -8,10 +8,13 @@ pair of stages sends and receives in one order, that of the schedule.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fp8lm.comm.groups import StageGroups
 from fp8lm.comm.handles import Handle
@@ -47,8 +50,11 @@ class Pipeline:
         self.stage, self.num_stages = groups.forward.rank(), groups.forward.size()
         self.tied = tied
         self.most_in_flight = 0
-        self._held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self._sending: list[Handle[None]] = []
+        self._most_messages = self.num_stages
+        # Of an output only its place in the graph is held: its values have been sent.
+        self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        # Messages that may not have arrived yet, forward and backward.
+        self._sending: tuple[deque[Handle[None]], ...] = deque(), deque()
         self._losses: list[Tensor] = []
 
     @property
@@ -64,6 +70,7 @@ class Pipeline:
         schedule = self.schedule(len(microbatches))
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
+        self._most_messages = max(schedule.in_flight)
         last = next(i for i in reversed(range(len(actions))) if actions[i].kind in "BI")
         for number, action in enumerate(actions):
             complete = len(self.chunks) == 1 and not schedule.splits_backward and not self.tied
@@ -80,7 +87,6 @@ class Pipeline:
         for k in range(len(microbatches)):
             for chunk in range(len(self.chunks)):
                 self._forward(Action("F", k, chunk), microbatches)
-                self._held.clear()
         return self._finish()
 
     def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
@@ -104,11 +110,12 @@ class Pipeline:
         output = self.chunks[action.chunk](received, microbatches[action.microbatch])
         if virtual < self._last_virtual:
             to = (self.stage + 1) % self.num_stages
-            self._sending.append(self.wire.send(output, to, self.groups.forward))
+            self._send(output, to, self.groups.forward)
         else:
             output = output / len(microbatches)
             self._losses.append(output.detach())
-        self._held[action.microbatch, action.chunk] = received, output
+        if torch.is_grad_enabled():
+            self._held[action.microbatch, action.chunk] = received, get_gradient_edge(output)
 
     def _backward(self, action: Action) -> None:
         virtual = self._virtual(action)
@@ -120,12 +127,24 @@ class Pipeline:
         torch.autograd.backward(output, gradient)
         if received is not None:
             to = (self.stage - 1) % self.num_stages
-            self._sending.append(self.wire.send(received.grad, to, self.groups.backward))
+            self._send(received.grad, to, self.groups.backward)
+
+    def _send(self, x: Tensor, to: int, group: dist.ProcessGroup) -> None:
+        """Send without waiting, except for a message so old that it has been received.
+
+        A stage that has as many micro-batches in flight as the schedule allows does nothing more
+        before it has received the gradient of the first, and its neighbour likewise.
+        """
+        sending = self._sending[group is self.groups.backward]
+        sending.append(self.wire.send(x, to, group))
+        while len(sending) > self._most_messages:
+            sending.popleft().wait()
 
     def _finish(self) -> Tensor:
         for sending in self._sending:
-            sending.wait()
-        losses, self._sending, self._losses = self._losses, [], []
+            while sending:
+                sending.popleft().wait()
+        losses, self._losses = self._losses, []
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def _virtual(self, action: Action) -> int:

@@ -47,6 +47,11 @@ class Schedule:
         """Whether weight gradients are computed apart."""
         return any(action.kind == "W" for action in self.stages[0])
 
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """The most micro-batches (of any chunk) whose activations each stage holds at once."""
+        return tuple(map(_in_flight, self.stages))
+
     def __str__(self) -> str:
         width = max(len(str(action)) for stage in self.stages for action in stage)
         return "\n".join(" ".join(f"{action!s:{width}}" for action in s) for s in self.stages)
@@ -125,15 +130,13 @@ def _in_turns(
 
 @dataclass(frozen=True)
 class Trace:
-    """What running a schedule without processes shows.
+    """What running a schedule without processes shows: its time, and the idle share of it.
 
-    `bubble`: idle time over total time, the same for all stages; `in_flight[s]`: the most
-    micro-batches (of any chunk) of which stage s holds activations at once.
+    `bubble` is the same for all stages.
     """
 
     seconds: float
     bubble: float
-    in_flight: tuple[int, ...]
 
 
 def simulate(
@@ -167,7 +170,7 @@ def simulate(
             raise ValueError(f"deadlock: stage {stage} waits for ever to do {action}")
     seconds = max(clock)
     busy = sum(costs[action.kind] for action in schedule.stages[0]) / schedule.num_chunks
-    return Trace(seconds, 1.0 - busy / seconds, tuple(map(_in_flight, schedule.stages)))
+    return Trace(seconds, 1.0 - busy / seconds)
 
 
 def _check_complete(schedule: Schedule, num_microbatches: int) -> None:

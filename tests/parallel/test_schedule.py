@@ -22,28 +22,29 @@ MICROBATCHES = (1, 2, 3, 5, 8, 13, 16, 32, 64)
 @pytest.mark.parametrize("p", STAGES)
 def test_1f1b(p):
     for m in MICROBATCHES:
-        trace = simulate(one_forward_one_backward(p, m), m)
-        assert trace.bubble == pytest.approx((p - 1) / (m + p - 1))
-        assert trace.in_flight == tuple(min(p - s, m) for s in range(p))
+        schedule = one_forward_one_backward(p, m)
+        assert simulate(schedule, m).bubble == pytest.approx((p - 1) / (m + p - 1))
+        assert schedule.in_flight == tuple(min(p - s, m) for s in range(p))
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 4])
 @pytest.mark.parametrize("p", STAGES)
 def test_interleaved(p, chunks):
     for m in (p, 2 * p, 4 * p):
-        trace = simulate(interleaved(p, m, chunks), m)
-        assert trace.bubble == pytest.approx((p - 1) / (chunks * m + p - 1))
+        schedule = interleaved(p, m, chunks)
+        assert simulate(schedule, m).bubble == pytest.approx((p - 1) / (chunks * m + p - 1))
         most = 2 * (p - 1) + (chunks - 1) * p + 1
-        assert trace.in_flight[0] == min(most, m * chunks)
+        assert schedule.in_flight[0] == min(most, m * chunks)
 
 
 @pytest.mark.parametrize("p", STAGES)
 def test_zero_bubble(p):
     costs = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
     for m in MICROBATCHES:
-        trace = simulate(zero_bubble(p, m), m, costs)
+        schedule = zero_bubble(p, m)
+        trace = simulate(schedule, m, costs)
         whole = simulate(one_forward_one_backward(p, m), m, costs)
-        assert max(trace.in_flight) <= p
+        assert max(schedule.in_flight) <= p
         assert trace.seconds <= whole.seconds
         if m >= p:
             assert trace.bubble == pytest.approx((p - 1) / (3 * m + p - 1))
