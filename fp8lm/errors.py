@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
+EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
 
 
 class InputError(Exception):
