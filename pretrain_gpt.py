@@ -6,13 +6,14 @@ python pretrain_gpt.py --config configs/gpt_tiny.yaml [section.key=value ...]
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 
 from fp8lm.config import parse_command_line
 from fp8lm.errors import run_command
 
 
-def main(argv: list[str]) -> None:
-    """Read the config, build the run, train it."""
+def main(argv: list[str]) -> int:
+    """Read the config, build the run, train it; the exit code."""
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.comm.groups import process_groups, rank_device
@@ -25,8 +26,9 @@ def main(argv: list[str]) -> None:
         device,
         tensor_parallel=parallel.tensor_model_parallel_size,
         pipeline_parallel=parallel.pipeline_model_parallel_size,
+        timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
     ) as groups:
-        Trainer(build(config, groups, device)).train()
+        return Trainer(build(config, groups, device)).train()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ train_seed() {
   touch "$folder/done"
 }
 
+compare() { # file name; the runs are in `names`
+  local name settings=()
+  for name in "${names[@]}"; do
+    settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")
+  done
+  "$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/$1.json" --plot "$run/$1.png"
+}
+
 tp2=(2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true)
 tp4=(4 parallel.tensor_model_parallel_size=4 parallel.sequence_parallel=true)
 no_sp=parallel.sequence_parallel=false
@@ -60,30 +68,24 @@ tensor_data() {
 
   names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
     tp4-bf16-wires tp4 dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
-  settings=()
-  for name in "${names[@]}"; do
-    settings+=("$name=$run/$name-1,$run/$name-2,$run/$name-3")
-  done
-  "$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/summary.json" \
-    --plot "$run/loss.png"
+  compare tensor-data
 }
 
-# Pipelines need more layers, so a baseline of their own; one seed.
+# Pipelines need more layers, so a baseline of their own.
 pipelines() {
   shared+=(model.num_layers=4)
   pp2=(parallel.pipeline_model_parallel_size=2 train.micro_batch_size=16)
   pp4=(parallel.pipeline_model_parallel_size=4 train.micro_batch_size=16)
-  train_seed 1 4-layers-bf16 1 precision.preset=bf16
-  train_seed 1 4-layers-o3 1
-  train_seed 1 pp2 2 "${pp2[@]}"
-  train_seed 1 pp2-bf16-wire 2 "${pp2[@]}" precision.wire.pipeline=bf16
-  train_seed 1 pp2-interleaved 2 "${pp2[@]}" parallel.num_layers_per_virtual_pipeline_stage=1
-  train_seed 1 pp4-zb-h1 4 "${pp4[@]}" parallel.pipeline_schedule=zb-h1
-  train_seed 1 tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
+  train 4-layers-bf16 1 precision.preset=bf16
+  train 4-layers-o3 1
+  train pp2 2 "${pp2[@]}"
+  train pp2-bf16-wire 2 "${pp2[@]}" precision.wire.pipeline=bf16
+  train pp2-interleaved 2 "${pp2[@]}" parallel.num_layers_per_virtual_pipeline_stage=1
+  train pp4-zb-h1 4 "${pp4[@]}" parallel.pipeline_schedule=zb-h1
+  train tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
 
   names=(4-layers-bf16 4-layers-o3 pp2-bf16-wire pp2 pp2-interleaved pp4-zb-h1 tp2-pp2-dp2)
-  "$PYTHON" tools/compare_runs.py $(for name in "${names[@]}"; do echo "$name=$run/$name-1"; done) \
-    --summary "$run/pipelines.json" --plot "$run/pipelines.png"
+  compare pipelines
 }
 
 for part in $parts; do "${part/-/_}"; done

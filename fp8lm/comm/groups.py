@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fp8lm.comm.launch import Launch
 from fp8lm.errors import InputError
@@ -24,16 +25,25 @@ with quiet_megatron():
     from megatron.core.parallel_state import RankGenerator
 
 TIMEOUT = timedelta(minutes=10)
+# A checkpoint's slowest file may take long; a rank that dies ends the wait for it all the same.
+SAVING_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Groups this process belongs to, passed to whatever communicates."""
+    """Groups this process belongs to, passed to whatever communicates.
+
+    `saving` has all ranks, over gloo: what is written beside the training talks over it. `store` is
+    the job's key-value store, None where the processes were not joined here.
+    """
 
     world: dist.ProcessGroup
     tensor_parallel: dist.ProcessGroup
     data_parallel: dist.ProcessGroup
     pipeline_parallel: dist.ProcessGroup
+    saving: dist.ProcessGroup
+    store: dist.Store | None = None
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -48,13 +58,15 @@ def process_groups(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     backend: str | None = None,
+    timeout: timedelta = TIMEOUT,
 ) -> Iterator[ProcessGroups]:
     """Join the job that torchrun's environment describes, or make one of a single process.
 
     `device` is this rank's own (see `rank_device`). The backend is NCCL for a GPU and gloo for
     the CPU. NCCL wants a GPU for each rank; to let several ranks share one, for tests, pass
-    `backend="gloo"`: it moves bytes of GPU tensors through the host. InputError, before any group
-    is made, if the environment is incomplete or the sizes do not divide the number of processes.
+    `backend="gloo"`: it moves bytes of GPU tensors through the host. A collective that takes longer
+    than `timeout` fails. InputError, before any group is made, if the environment is incomplete or
+    the sizes do not divide the number of processes.
     """
     launch = Launch.from_environment(os.environ)
     _check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
@@ -62,23 +74,37 @@ def process_groups(
     if device.type == "cuda":
         _check_gpus(launch, backend, torch.cuda.device_count())
         torch.cuda.set_device(device)
-    # Without a launcher nobody could connect, and no port has to be found free.
-    store = None if launch.by_launcher else dist.HashStore()
+    store = _job_store(launch, timeout)
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
     try:
         with model_parallel_groups(
-            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            store=store,
+            timeout=timeout,
         ) as groups:
             yield groups
     finally:
         dist.destroy_process_group()
 
 
+def _job_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    # Without a launcher nobody could connect, and no port has to be found free.
+    if not launch.by_launcher:
+        return dist.HashStore()
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+    return store
+
+
 @contextmanager
 def model_parallel_groups(
-    *, tensor_parallel: int = 1, pipeline_parallel: int = 1
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    store: dist.Store | None = None,
+    timeout: timedelta = TIMEOUT,
 ) -> Iterator[ProcessGroups]:
     """Divide the processes of the job that this one has joined.
 
@@ -92,11 +118,12 @@ def model_parallel_groups(
         tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
     )
     made = [
-        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=TIMEOUT)[0]
+        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=timeout)[0]
         for kind in ("tp", "dp", "pp")
     ]
+    made.append(dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT))
     try:
-        yield ProcessGroups(dist.group.WORLD, *made)
+        yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout)
     finally:
         for group in made:
             dist.destroy_process_group(group)
@@ -128,7 +155,8 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
     nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
     numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
     made = [
-        dist.new_subgroups_by_enumeration(kind, timeout=TIMEOUT)[0] for kind in (nodes, numbers)
+        dist.new_subgroups_by_enumeration(kind, timeout=groups.timeout)[0]
+        for kind in (nodes, numbers)
     ]
     return NodeGroups(*made)
 
@@ -150,10 +178,14 @@ def stage_groups(groups: ProcessGroups) -> StageGroups:
     same stage.
     """
     pipelines = _all_like(groups.pipeline_parallel)
-    backward, _ = dist.new_subgroups_by_enumeration([list(p) for p in pipelines], timeout=TIMEOUT)
-    ends, _ = dist.new_subgroups_by_enumeration([[p[0], p[-1]] for p in pipelines], timeout=TIMEOUT)
-    stages = [list(ranks) for ranks in zip(*pipelines, strict=True)]
-    alike, _ = dist.new_subgroups_by_enumeration(stages, timeout=TIMEOUT)
+    kinds = (
+        [list(ranks) for ranks in pipelines],
+        [[ranks[0], ranks[-1]] for ranks in pipelines],
+        [list(ranks) for ranks in zip(*pipelines, strict=True)],
+    )
+    backward, ends, alike = (
+        dist.new_subgroups_by_enumeration(kind, timeout=groups.timeout)[0] for kind in kinds
+    )
     return StageGroups(groups.pipeline_parallel, backward, ends, alike)
 
 

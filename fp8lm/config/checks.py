@@ -226,6 +226,20 @@ def _checkpoint(config: Config) -> Iterator[str]:
             f"checkpoint.save_interval = {checkpoint.save_interval} needs checkpoint.save, "
             "the folder to save to"
         )
+    train, threshold = config.train, config.train.loss_spike_threshold
+    if threshold is None:
+        return
+    if checkpoint.save is None or checkpoint.save_interval is None:
+        yield (
+            f"train.loss_spike_threshold = {threshold} needs checkpoint.save and "
+            "checkpoint.save_interval: a run rolls back to a checkpoint"
+        )
+    kept = checkpoint.keep_last or (1 if checkpoint.save_retain_interval else None)
+    if kept == 1:
+        yield (
+            f"train.loss_spike_threshold = {threshold} needs checkpoint.keep_last of 2 or more: "
+            f"the last one may be of the {train.loss_spike_patience} steps of the spike"
+        )
 
 
 def _formats(config: Config) -> Iterator[str]:

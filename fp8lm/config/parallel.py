@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fp8lm.config.section import Bool, Count, Section
+from fp8lm.config.section import Bool, Count, Positive, Section
 
 
 class ParallelConfig(Section):
@@ -66,6 +66,10 @@ class ParallelConfig(Section):
         None,
         description="Processes on a machine, between which data-parallel ranks sum gradients "
         "before these cross to another. Null: what torchrun says.",
+    )
+
+    distributed_timeout_minutes: Positive = Field(
+        10.0, description="Give up on a collective, and so end the job, after so many minutes."
     )
 
     def num_chunks(self, num_layers: int) -> int:

@@ -66,6 +66,18 @@ class CheckpointConfig(Section):
     save_interval: Count | None = Field(
         None, description="Iterations between checkpoints; null: only at the end."
     )
+    async_save: Bool = Field(
+        False, description="Write checkpoints beside the training, from copies in host memory."
+    )
+    keep_last: Count | None = Field(
+        None, description="Checkpoints to keep; null: all, or one with save_retain_interval."
+    )
+    save_retain_interval: Count | None = Field(
+        None, description="Keep the checkpoints of every so-many-th iteration besides."
+    )
+    ckpt_format: Literal["torch_dist"] = Field(
+        "torch_dist", description="torch.distributed.checkpoint, the only one there is."
+    )
 
 
 class LoggingConfig(Section):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fp8lm.config.section import (
+    Bool,
     Count,
     NonNegative,
     Positive,
@@ -36,6 +37,13 @@ class TrainConfig(Section):
     exit_interval: Count | None = Field(
         None, description="Save and stop when the iteration is a multiple of this."
     )
+    exit_signal_handler: Bool = Field(
+        True, description="On SIGTERM or SIGUSR1 finish the step, save, and exit with code 75."
+    )
+    exit_duration_in_mins: Positive | None = Field(
+        None,
+        description="Save and exit with code 75 once the job has run for so many minutes.",
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         None,
         description="Recompute in the backward pass: whole layers (full), attention (selective).",
@@ -48,6 +56,20 @@ class TrainConfig(Section):
     )
     max_consecutive_skips: Count = Field(
         100, description="Stop after this many steps in a row skipped on non-finite values."
+    )
+    loss_spike_threshold: Positive | None = Field(
+        None,
+        description="Roll back to the last checkpoint before a loss spike, and go on with the data "
+        "behind it: when the loss exceeds its running mean by so many nats. Null: never.",
+    )
+    loss_spike_patience: Count = Field(
+        3, description="Steps in a row for which the loss must exceed it."
+    )
+    max_rollbacks: Count = Field(3, description="Stop at the loss spike after so many rollbacks.")
+    slow_step_factor: NonNegative = Field(
+        5.0,
+        description="Name the rank that a step waits for when it takes this many times the usual; "
+        "0: never.",
     )
     num_threads: Count | None = Field(
         None, description="CPU threads of one process; null leaves PyTorch's choice."

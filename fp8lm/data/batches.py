@@ -21,14 +21,24 @@ FIELDS = ("tokens", "labels", "loss_mask")
 
 
 class MicroBatchSampler:
-    """The dataset indices of one rank, a micro-batch at a time; a last partial one is dropped."""
+    """The dataset indices of one rank, a micro-batch at a time; a last partial one is dropped.
+
+    `skipped` samples before `start` count as taken from the end: as many are handed out again
+    from the beginning, after the last.
+    """
 
     def __init__(
-        self, num_samples: int, micro_batch_size: int, rank: int, world_size: int, start: int
+        self,
+        num_samples: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start: int,
+        skipped: int = 0,
     ) -> None:
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.num_samples = micro_batch_size, num_samples
         self.stride = micro_batch_size * world_size
-        self.first = start + rank * micro_batch_size
+        self.first = start + skipped + rank * micro_batch_size
         self.count = max(0, num_samples - start) // self.stride
 
     def __len__(self) -> int:
@@ -37,7 +47,7 @@ class MicroBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         for k in range(self.count):
             begin = self.first + k * self.stride
-            yield list(range(begin, begin + self.micro_batch_size))
+            yield [i % self.num_samples for i in range(begin, begin + self.micro_batch_size)]
 
 
 class BatchIterator:
@@ -47,7 +57,9 @@ class BatchIterator:
     the samples in the run.
 
     `num_workers` > 0 prefetches in that many processes, with the same result. Draws no random
-    numbers. For evaluation make one at `consumed_samples=0` each time.
+    numbers. For evaluation make one at `consumed_samples=0` each time. With `skipped_samples` the
+    data are that far ahead of what is consumed; where they end, they begin again. `stride` is the
+    number of samples in a micro-batch of all ranks.
     """
 
     def __init__(
@@ -58,15 +70,21 @@ class BatchIterator:
         rank: int,
         world_size: int,
         consumed_samples: int,
+        skipped_samples: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         self.consumed_samples = consumed_samples
         self._num_samples = len(dataset)
         sampler = MicroBatchSampler(
-            self._num_samples, micro_batch_size, rank, world_size, consumed_samples
+            self._num_samples,
+            micro_batch_size,
+            rank,
+            world_size,
+            consumed_samples,
+            skipped_samples,
         )
-        self._stride, self._left = sampler.stride, len(sampler)
+        self.stride, self._left = sampler.stride, len(sampler)
         self._samples = torch.arange(sampler.first, sampler.first + micro_batch_size)
         loader = DataLoader(
             dataset,
@@ -86,17 +104,17 @@ class BatchIterator:
         if num_microbatches > self._left:
             raise InputError(
                 f"the dataset's {self._num_samples} samples are used up: "
-                f"{self.consumed_samples} consumed, {num_microbatches * self._stride} wanted: "
+                f"{self.consumed_samples} consumed, {num_microbatches * self.stride} wanted: "
                 "train.train_iters or train.train_samples asks for more than was built"
             )
         batches = [self._next() for _ in range(num_microbatches)]
         self._left -= num_microbatches
-        self.consumed_samples += num_microbatches * self._stride
+        self.consumed_samples += num_microbatches * self.stride
         return batches
 
     def _next(self) -> dict[str, torch.Tensor]:
         batch = {**next(self._iterator), "samples": self._samples}
-        self._samples = self._samples + self._stride
+        self._samples = self._samples + self.stride
         return batch
 
 

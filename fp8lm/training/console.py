@@ -32,6 +32,12 @@ class Console:
         if self._bar is not None:
             self._bar.update()
 
+    def go_back(self, iteration: int) -> None:
+        """Set the bar to `iteration`."""
+        if self._bar is not None:
+            self._bar.n = iteration
+            self._bar.refresh()
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:

@@ -42,6 +42,7 @@ from fp8lm.parallel.stages import (
     schedule_maker,
 )
 from fp8lm.parallel.weight_slabs import WeightSlabs
+from fp8lm.training.step import NUM_TOLD
 
 
 def build_partition(
@@ -157,7 +158,7 @@ def build_exchange(
     counts: list[int] = [0] * groups.world.size()
     dist.all_gather_object(counts, num_weights)
     peers = tuple(dist.get_process_group_ranks(stages.alike))
-    return StepExchange(groups.world, peers, 3 + 4 * max(counts), wire)
+    return StepExchange(groups.world, peers, 2 + NUM_TOLD + 4 * max(counts), wire)
 
 
 def build_pipeline(

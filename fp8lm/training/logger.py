@@ -48,6 +48,12 @@ class TrainLogger:
             self._trackers.append(WandB(config, run.config, run.first_iteration))
         self._console = Console(run.total_iterations, run.first_iteration, stream)
 
+    def go_back(self, iteration: int) -> None:
+        """What was reported of later iterations is not valid any more."""
+        for part in (self._console, self._file):
+            if part is not None:
+                part.go_back(iteration)
+
     def __enter__(self) -> TrainLogger:
         return self
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from fp8lm.errors import InputError
 
@@ -22,14 +23,22 @@ class MetricsFile:
     """
 
     def __init__(self, folder: Path, first_iteration: int) -> None:
-        path = folder / NAME
+        self._path = folder / NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                _keep(path, list(_lines_until(path, first_iteration)))
-            self._file = path.open("a", encoding="utf-8")
+            self._file = self._open(first_iteration)
         except OSError as error:
             raise InputError(f"cannot write to logging.dir = {folder}: {error}") from error
+
+    def go_back(self, iteration: int) -> None:
+        """Cut the lines of later iterations off."""
+        self._file.close()
+        self._file = self._open(iteration)
+
+    def _open(self, iteration: int) -> TextIO:
+        if self._path.exists():
+            _keep(self._path, list(_lines_until(self._path, iteration)))
+        return self._path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, float]) -> None:
         """Append one object."""

@@ -8,17 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fp8lm.training.step import StepResult
 
 
 @dataclass
 class Progress:
-    """Iterations done, samples consumed over all ranks, and samples of the last iteration."""
+    """Iterations done, samples consumed over all ranks, and samples of the last iteration.
+
+    `skipped_samples` were passed over in `rollbacks` from loss spikes: the data are that far ahead
+    of what is consumed.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
     batch_size: int = 0
+    skipped_samples: int = 0
+    rollbacks: int = 0
 
     def advance(self, consumed_samples: int) -> None:
         """Count one iteration, after which `consumed_samples` are consumed."""
@@ -82,6 +89,11 @@ class Window:
         nan = torch.isnan(result.loss).double()
         self.sums[:4] += torch.stack((counted, 1.0 - skipped, skipped, nan))
         self.sums[4] = (self.sums[4] + 1.0) * skipped
+
+    @property
+    def skipped_in_a_row(self) -> Tensor:
+        """0-d, on the device."""
+        return self.sums[4]
 
     def read(self) -> dict[str, float]:
         """Values by field (a host synchronisation); then starts over."""

@@ -82,6 +82,7 @@ class Reporter:
             "params-norm": self._run.optimizer.params_norm().item(),
             "skipped iterations": int(window["skipped"]),
             "nan iterations": int(window["nan"]),
+            "rollbacks": progress.rollbacks,
             "iteration-time": lap.seconds / lap.iterations,
             "tokens-per-second": lap.samples * self._run.config.model.seq_length / lap.seconds,
             "throughput": tflops,
@@ -93,6 +94,10 @@ class Reporter:
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
+
+    def go_back(self, progress: Progress) -> None:
+        """Forget the reports of iterations after that of `progress`."""
+        self._logger.go_back(progress.iteration)
 
     def log_text(self, line: str) -> None:
         """Print a line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fp8lm.checkpoint import load_checkpoint, open_checkpoint
 from fp8lm.config import Config, build_config
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer
 from fp8lm.kernels import select_kernels
@@ -12,7 +13,6 @@ from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
 from fp8lm.training.build import table_rows
-from fp8lm.training.checkpoint import load_checkpoint, read_common
 from fp8lm.training.state import model_shards
 
 
@@ -23,10 +23,11 @@ def restore_model(
 
     Weights keep the format they were trained in. Raises `InputError` for what cannot be loaded.
     """
-    config = build_config(read_common(folder, iteration)["config"])
+    checkpoint = open_checkpoint(folder, iteration)
+    config = build_config(checkpoint.common["config"])
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, vocab_size, recipe, num_ids=tokenizer.vocab_size)
-    load_checkpoint(folder, model_shards(named_weights(model)), iteration, partial=True)
+    load_checkpoint(checkpoint, model_shards(named_weights(model)), partial=True)
     return model.eval(), tokenizer, config

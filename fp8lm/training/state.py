@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fp8lm.checkpoint import Shard
 from fp8lm.layers.weight import GemmWeight, Weight, WeightSpec
 from fp8lm.optim import AdamW
-from fp8lm.training.shard import Shard
 
 
 def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
@@ -25,26 +25,32 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
 
 
 def model_shards(weights: dict[str, Weight]) -> dict[str, list[Shard]]:
-    """What `model_tensors` names, each as this rank's part of the logical tensor."""
+    """What `model_tensors` names, each as this rank's part of the logical tensor.
+
+    Payloads are views in their format's dtype, so that a checkpoint says what its bytes mean.
+    """
     shards = {}
     for name, tensor in model_tensors(weights).items():
         path, _, field = name.removeprefix("model.").rpartition(".")
-        spec = weights[path].spec
-        rows = (0, spec.local_shape[0])
-        shards[name] = blocks(spec, tensor, rows) if field == "payload" else [Shard.whole(tensor)]
+        if field == "payload":
+            weight = weights[path]
+            codes, rows = tensor.view(weight.spec.format.dtype), (0, weight.spec.local_shape[0])
+            shards[name] = blocks(weight.spec, codes, rows)
+        else:  # a logical tensor has one scale
+            shards[name] = [Shard.whole(tensor)]
     return shards
 
 
 def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
-    """What `optimizer_tensors` names, each as this rank's parts of the logical tensor."""
+    """What `optimizer_tensors` names, as `model_shards` does it."""
     shards = {}
     for name, tensor in optimizer_tensors(optimizer).items():
         path, _, field = name.rpartition(".")
         if field == "payload":  # optimizer.KIND.PATH.payload
-            path = path.split(".", 2)[-1]
-            spec = optimizer.weights[path].spec
-            shards[name] = blocks(spec, tensor, optimizer.owned[path])
-        else:  # a logical tensor has one scale
+            _, kind, path = path.split(".", 2)
+            codes = tensor.view(getattr(optimizer.states[path], kind).format.dtype)
+            shards[name] = blocks(optimizer.weights[path].spec, codes, optimizer.owned[path])
+        else:
             shards[name] = [Shard.whole(tensor)]
     return shards
 

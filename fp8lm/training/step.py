@@ -19,14 +19,21 @@ from fp8lm.scaled_tensor import ScaledTensor
 
 Batch = dict[str, Tensor]
 
+# What every rank tells all others in a step: its loss, and why to stop after it (0: go on).
+NUM_TOLD = 2
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-d tensors on the device: `loss` (mean over micro-batches), `grad_norm`, `skipped`."""
+    """0-d tensors on the device: `loss` (mean over micro-batches), `grad_norm`, `skipped`, `stop`.
+
+    `stop` is the largest that any rank was given.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    stop: Tensor
 
 
 def train_step(
@@ -36,11 +43,13 @@ def train_step(
     lr: float,
     replicas: OneReplica | None = None,
     pipeline: Pipeline | None = None,
+    stop: float = 0.0,
 ) -> StepResult:
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
     A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. The
-    loss is the mean over the replicas. With a `pipeline`, `model` is this stage's part.
+    loss is the mean over the replicas. With a `pipeline`, `model` is this stage's part. `stop` goes
+    to all ranks with the step's other scalars.
     """
     model.train()
     weights, partition = optimizer.weights, optimizer.partition
@@ -55,11 +64,13 @@ def train_step(
             loss = pipeline.train(microbatches, replicas.before_last_microbatch)
     gradients = replicas.reduce()
     complete_gradients(weights, gradients, partition)
-    norm = optimizer.step(lr, gradients, loss[None])
+    told = torch.stack((loss, torch.full_like(loss, stop)))
+    norm = optimizer.step(lr, gradients, told)
     replicas.finish_step(norm.skip)
+    losses, stops = norm.values.unbind(dim=1)
     # Only the last stage of a pipeline has a loss, the others zero.
     stages = 1 if pipeline is None else pipeline.num_stages
-    return StepResult(norm.values.mean() * stages, norm.norm, norm.skip)
+    return StepResult(losses.mean() * stages, norm.norm, norm.skip, stops.max())
 
 
 def accumulate_gradients(

@@ -1,60 +1,68 @@
-"""The training loop: steps, reports, evaluation, checkpoints."""
+"""The training loop: steps, reports, evaluation, checkpoints, and what can interrupt them."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import os
+from contextlib import ExitStack
 
-from fp8lm.comm import Wire, all_gather_scalars
+import torch
+
+from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
-from fp8lm.layers.operand_amax import known_amaxes
+from fp8lm.errors import EXIT_RESTART
 from fp8lm.training.build import Run
-from fp8lm.training.checkpoint import check_save_folder
-from fp8lm.training.checkpointing import load_run, save_run
+from fp8lm.training.checkpointing import RunCheckpoints
+from fp8lm.training.evaluation import evaluation_loss, on_device, run_batches
+from fp8lm.training.events import StepNumbers
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
-from fp8lm.training.step import Batch, StepResult, evaluate, seed_generators, train_step
+from fp8lm.training.spikes import LossSpike, LossWatch
+from fp8lm.training.step import StepResult, seed_generators, train_step
+from fp8lm.training.stopping import StopRequests, describe
+from fp8lm.training.watchdog import Watchdog
 
 
 class Trainer:
     """Runs `run` from where its checkpoint left off to its end."""
 
     def __init__(self, run: Run) -> None:
+        train = run.config.train
         self.run = run
         self.window = Window(run.device)
         self.progress = Progress()
-        if run.config.checkpoint.save is not None:
-            check_save_folder(run.config.checkpoint.save)  # now, not after hours of training
-        load_run(run, self.window, self.progress)
-        self._saved_iteration = self.progress.iteration
+        self.losses = LossWatch(train.loss_spike_threshold, train.loss_spike_patience)
+        self._reporter: Reporter | None = None
+        self.checkpoints = RunCheckpoints(run, self.window, self.progress, self.losses, self._say)
+        self.checkpoints.load()
         self._stopwatch = Stopwatch(self.progress)
+        self._numbers = StepNumbers()
+        self._stop, self._exits = 0.0, False
 
-    def train(self) -> None:
-        """Train to the end, or to `train.exit_interval`; saves before returning."""
-        config, progress = self.run.config, self.progress
-        batches = self._batches(self.run.datasets[0], progress.consumed_samples)
-        with Reporter(self.run, progress.iteration) as self._reporter:
+    def train(self) -> int:
+        """Train to the end, or to where something asks to stop; saves before returning.
+
+        Returns the exit code: 0, or `EXIT_RESTART` if a signal or the time asked to stop.
+        """
+        run, config = self.run, self.run.config.train
+        launch = Launch.from_environment(os.environ)
+        with ExitStack() as stack:
+            self._reporter = stack.enter_context(Reporter(run, self.progress.iteration))
+            self._requests = stack.enter_context(StopRequests(config, launch))
+            self._watchdog = stack.enter_context(Watchdog(run.groups, config.slow_step_factor))
             if self._finished:
-                done = f"{progress.iteration} iterations done"
-                self._reporter.log_text(f" nothing left to do: {done}")
-                return
-            if progress.iteration == 0:
+                self._say(f" nothing left to do: {self.progress.iteration} iterations done")
+                return 0
+            if self.progress.iteration == 0:
                 self._evaluate("validation")  # where the curve starts
-            self._stopwatch = Stopwatch(progress)
-            while progress.consumed_samples < self.run.total_samples:
-                result = self._step(batches)
-                if self._due(config.logging.log_interval):
-                    self._report(result)
-                if self._due(config.train.eval_interval) or self._finished:
-                    self._evaluate("validation")
-                if self._due(config.checkpoint.save_interval):
-                    self._save()
-                if self._due(config.train.exit_interval):
-                    break
+            while not (self._finished or self._stop or self._exits):
+                self._go_on()
             if self._finished:
                 self._evaluate("test")
-            self._save()
+            self.checkpoints.finish()
+            if self._finished or not self._stop:
+                return 0
+            self._say(f" {describe(self._stop)}: stopped after iteration {self.progress.iteration}")
+            return EXIT_RESTART
 
     @property
     def _finished(self) -> bool:
@@ -63,25 +71,66 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
+    def _go_on(self) -> None:
+        """Train until the end, a stop, or a loss spike, from which it rolls back."""
+        progress = self.progress
+        dataset = self.run.datasets[0]
+        batches = run_batches(
+            self.run, dataset, progress.consumed_samples, progress.skipped_samples
+        )
+        self._stopwatch = Stopwatch(progress)
+        try:
+            while not (self._finished or self._stop or self._exits):
+                self._iterate(batches)
+            self._look_at(self._numbers.drain())
+        except LossSpike as spike:
+            self._roll_back(spike)
+
+    def _iterate(self, batches: BatchIterator) -> None:
+        """One step, and what is due after it."""
+        config = self.run.config
+        result = self._step(batches)
+        if self._due(config.logging.log_interval):
+            self._report(result)
+        if self._due(config.train.eval_interval) or self._finished:
+            self._evaluate("validation")
+        if self._due(config.checkpoint.save_interval):
+            self._save()
+        self.checkpoints.tell()
+        self._exits = self._due(config.train.exit_interval)
+
     def _step(self, batches: BatchIterator) -> StepResult:
         run, progress = self.run, self.progress
         consumed = progress.consumed_samples
-        microbatches = batches.next(run.batch_size.num_microbatches(consumed))
-        self._seed_generators(consumed)
-        run.sent.take()  # what evaluations and reports sent is no step's
-        result = train_step(
-            run.model,
-            run.optimizer,
-            self._on_device(microbatches),
-            run.learning_rate.rate(consumed),
-            run.replicas,
-            run.pipeline,
-        )
-        self._sent = run.sent.take()
-        self.window.add(result)
-        progress.advance(batches.consumed_samples)
-        self._reporter.advance()
+        with self._watchdog.step(progress.iteration + 1):
+            microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+            self._seed_generators(consumed)
+            run.sent.take()  # what evaluations and reports sent is no step's
+            result = train_step(
+                run.model,
+                run.optimizer,
+                on_device(microbatches, run.device),
+                run.learning_rate.rate(consumed),
+                run.replicas,
+                run.pipeline,
+                self._requests.reason,
+            )
+            self._sent = run.sent.take()
+            self.window.add(result)
+            progress.advance(batches.consumed_samples)
+            self._reporter.advance()
+            numbers = torch.stack((result.loss, self.window.skipped_in_a_row, result.stop))
+            self._look_at(self._numbers.push(progress.iteration, numbers))
         return result
+
+    def _look_at(self, numbers: tuple[int, list[float]] | None) -> None:
+        """React to a step's loss, the skipped steps until it, and why to stop."""
+        if numbers is None:
+            return
+        iteration, (loss, skipped_in_a_row, stop) = numbers
+        self._stop = self._stop or stop
+        self._stop_if_stuck(int(skipped_in_a_row))
+        self.losses.add(iteration, loss)
 
     def _seed_generators(self, consumed_samples: int) -> None:
         groups, seed = self.run.groups, self.run.config.train.seed
@@ -90,17 +139,16 @@ class Trainer:
         seed_generators(seed, consumed_samples, *ranks)
 
     def _report(self, result: StepResult) -> None:
-        """Log what happened since the last report: the loop's only host synchronisation."""
+        """Log what happened since the last report: on a GPU the loop's only wait for the device."""
         progress, window = self.progress, self.window.read()
         lr = self.run.learning_rate.rate(progress.consumed_samples - progress.batch_size)
         lap = self._stopwatch.lap(progress)
         self._reporter.log_training(progress, lap, window, result.grad_norm.item(), lr, self._sent)
-        self._stop_if_stuck(int(window["skipped_in_a_row"]))
 
     def _stop_if_stuck(self, skipped_in_a_row: int) -> None:
         limit = self.run.config.train.max_consecutive_skips
         if skipped_in_a_row >= limit:
-            self._save()
+            self.checkpoints.finish()
             raise RuntimeError(
                 f"{skipped_in_a_row} steps in a row were skipped on non-finite values "
                 f"(train.max_consecutive_skips={limit}); weights are those before the first of them"
@@ -110,55 +158,36 @@ class Trainer:
         dataset = self.run.datasets[("train", "validation", "test").index(split)]
         if dataset is None:
             return
-        config = self.run.config.train
         with self._stopwatch.paused():
-            batches = self._batches(dataset, 0)
-            per_step = self.run.groups.data_parallel.size() * config.micro_batch_size
-            self.run.replicas.wait_for_weights()
-            partition = self.run.optimizer.partition
-            with known_amaxes(self.run.weights.values(), partition):
-                count = config.eval_iters * config.global_batch_size // per_step
-                loss = self._mean_over_ranks(self._loss(batches, count)).item()
+            loss = evaluation_loss(self.run, dataset)
         self._reporter.log_evaluation(split, self.progress.iteration, loss)
 
-    def _loss(self, batches: BatchIterator, count: int) -> Tensor:
-        """Mean over `count` micro-batches without dropout, 0 where a pipeline has no loss."""
-        run = self.run
-        if run.pipeline is not None:
-            run.model.eval()
-            return run.pipeline.evaluate(self._on_device(batches.next(count)))
-        losses = [evaluate(run.model, self._on_device(batches.next(1))) for _ in range(count)]
-        return torch.stack(losses).mean()
-
-    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
-        wire, groups = Wire("grads", "fp32", self.run.sent), self.run.groups
-        losses = all_gather_scalars(loss[None], groups.world, wire)
-        return losses.mean() * groups.pipeline_parallel.size()
-
     def _save(self) -> None:
-        """Save unless this iteration is saved already."""
-        folder = self.run.config.checkpoint.save
-        if folder is None or self._saved_iteration == self.progress.iteration:
-            return
+        self._look_at(self._numbers.drain())  # a checkpoint knows of all steps before it
         with self._stopwatch.paused():
-            save_run(self.run, self.window, self.progress)
-        self._saved_iteration = self.progress.iteration
-        self._reporter.log_saved(self.progress.iteration, folder)
+            self.checkpoints.save()
 
-    def _batches(self, dataset: Dataset, consumed_samples: int) -> BatchIterator:
-        group = self.run.groups.data_parallel
-        return BatchIterator(
-            dataset,
-            micro_batch_size=self.run.config.train.micro_batch_size,
-            rank=group.rank(),
-            world_size=group.size(),
-            consumed_samples=consumed_samples,
-            num_workers=self.run.config.data.num_workers,
-            pin_memory=self.run.device.type == "cuda",
-        )
+    def _roll_back(self, spike: LossSpike) -> None:
+        """Go back to before `spike` and skip the data since; RuntimeError if once too often."""
+        progress, limit = self.progress, self.run.config.train.max_rollbacks
+        position = progress.consumed_samples + progress.skipped_samples
+        rollbacks = progress.rollbacks + 1
+        if rollbacks > limit:
+            raise RuntimeError(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
+        iteration = self.checkpoints.go_back(spike.first)
+        if iteration is None:
+            self._say(f" warning: {spike}, and no checkpoint before it: going on")
+            self.losses.forget()
+            return
+        progress.skipped_samples = position - progress.consumed_samples
+        progress.rollbacks = rollbacks
+        self._reporter.go_back(progress)
+        skipped = f"{progress.skipped_samples} samples are skipped"
+        self._say(f" {spike}: back at iteration {iteration}, from which {skipped}")
 
-    def _on_device(self, microbatches: list[Batch]) -> list[Batch]:
-        return [
-            {key: value.to(self.run.device, non_blocking=True) for key, value in batch.items()}
-            for batch in microbatches
-        ]
+    def _say(self, line: str) -> None:
+        """Print a line, on the main rank."""
+        if self._reporter is not None:
+            self._reporter.log_text(line)
+        elif self.run.groups.is_main:
+            print(line, flush=True)

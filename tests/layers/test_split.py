@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from fp8lm.checkpoint import Shard
 from fp8lm.layers.split import WHOLE, Split
-from fp8lm.training.shard import Shard
 
 CASES = [((8, 3), 0, 1), ((8, 3), 0, 2), ((3, 8), 1, 1), ((2, 8, 3), 1, 2), ((16,), 0, 2)]
 SIZES = [1, 2, 4]

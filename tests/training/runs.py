@@ -11,7 +11,7 @@ import torch
 
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.training.build import build
-from fp8lm.training.checkpointing import save_run
+from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from fp8lm.training.trainer import Trainer
 
@@ -65,8 +65,8 @@ def curve(folder):
 def save_again(config, folder):
     """Load a checkpoint under this layout and save it elsewhere."""
     with trainer_of(config) as trainer:
-        run = trainer.run
-        checkpoint = run.config.checkpoint.model_copy(update={"save": folder})
-        changed = run.config.model_copy(update={"checkpoint": checkpoint})
-        object.__setattr__(run, "config", changed)
-        save_run(run, trainer.window, trainer.progress)
+        checkpoint = trainer.run.config.checkpoint.model_copy(update={"save": folder})
+        run = replace(
+            trainer.run, config=trainer.run.config.model_copy(update={"checkpoint": checkpoint})
+        )
+        RunCheckpoints(run, trainer.window, trainer.progress, trainer.losses, print).finish()

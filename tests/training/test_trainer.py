@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from fp8lm.checkpoint import latest_iteration
 from fp8lm.config import load_config
 from fp8lm.errors import InputError
 from fp8lm.training.build import resolve_device
-from fp8lm.training.checkpoint import latest_iteration
 from fp8lm.training.state import model_tensors, optimizer_tensors
 
 REPORTED = {

@@ -35,14 +35,22 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from fp8lm.checkpoint.shard import Shard
 from fp8lm.errors import InputError
-from fp8lm.training.shard import Shard
 
-Shards = Mapping[str, Shard | Sequence[Shard]]
+Shards = Mapping[str, Sequence[Shard]]
+Place = tuple[str, tuple[int, ...]]
 
 
 class ShardSavePlanner(SavePlanner):
-    """Plans the writing of a dict of `Shard`s, each block by one rank."""
+    """Plans the writing of `offered`, each block by one of the ranks that offer it.
+
+    `written` are then the blocks that this rank writes, by name and offset.
+    """
+
+    def __init__(self, offered: Shards) -> None:
+        self.offered = offered
+        self.written: frozenset[Place] = frozenset()
 
     def set_up_planner(
         self,
@@ -69,12 +77,15 @@ class ShardSavePlanner(SavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Write what the coordinator chose."""
+        self.written = frozenset(_place(item.index) for item in new_plan.items)
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The block as it is; the storage copies it to the host."""
-        index = write_item.index
-        return self._shards[index.fqn, tuple(index.offset)].tensor.detach()
+        tensor = self._shards[_place(write_item.index)].tensor
+        if tensor.is_meta:
+            raise RuntimeError(f"{write_item.index} was not copied: the ranks' shards have changed")
+        return tensor.detach()
 
 
 class ShardLoadPlanner(LoadPlanner):
@@ -135,21 +146,20 @@ class ShardLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The view of this rank's block that one read fills."""
-        index = read_item.dest_index
-        target = self._shards[index.fqn, tuple(index.offset)].tensor.detach()
+        target = self._shards[_place(read_item.dest_index)].tensor.detach()
         return select(target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the view was filled in place."""
 
 
-def _by_place(shards: Shards) -> dict[tuple[str, tuple[int, ...]], Shard]:
+def _by_place(shards: Shards) -> dict[Place, Shard]:
     """Every block by its tensor's name and its offset."""
-    blocks = {}
-    for name, held in shards.items():
-        for shard in (held,) if isinstance(held, Shard) else held:
-            blocks[name, tuple(shard.offset)] = shard
-    return blocks
+    return {(name, tuple(shard.offset)): shard for name, held in shards.items() for shard in held}
+
+
+def _place(index: MetadataIndex) -> Place:
+    return index.fqn, tuple(index.offset)
 
 
 def select(tensor: Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:

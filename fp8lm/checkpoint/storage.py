@@ -1,16 +1,17 @@
 """The files that hold a checkpoint's tensors, through torch.distributed.checkpoint.
 
-Payloads are stored as they are, dtype for dtype. Files are fsynced as they are written, and read
-with `weights_only`.
+Payloads are stored as they are, dtype for dtype. Files are hashed and fsynced as they are written,
+and read with `weights_only`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,41 +31,31 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from fp8lm.errors import InputError
-from fp8lm.training.checkpoint_planners import (
+from fp8lm.checkpoint.planners import (
     ShardLoadPlanner,
     Shards,
     ShardSavePlanner,
     select,
 )
+from fp8lm.checkpoint.together import Group
+from fp8lm.errors import InputError
 
-Group = dist.ProcessGroup | None
 
+def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[str, str]:
+    """Write all ranks' shards into `folder`; an error of one rank is raised on all of them.
 
-def write_shards(folder: Path, shards: Shards, group: Group) -> None:
-    """Write all ranks' shards into `folder`; an error of one rank is raised on all of them."""
+    Returns the SHA-256 of the files that this rank wrote, by name.
+    """
+    writer = _Writer(folder)
     with _plain_errors():
         dcp.save(
-            dict(shards),
-            storage_writer=_Writer(folder),
-            planner=ShardSavePlanner(),
+            dict(planner.offered),
+            storage_writer=writer,
+            planner=planner,
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
-
-
-def check_files(folder: Path, metadata: Metadata) -> None:
-    """Raise `InputError` if a file that `metadata` speaks of is missing or too short."""
-    ends = defaultdict(int)
-    for where in metadata.storage_data.values():
-        end = where.offset + where.length
-        ends[where.relative_path] = max(ends[where.relative_path], end)
-    for name, end in ends.items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"the checkpoint {folder} is incomplete: no {name}")
-        if (size := path.stat().st_size) < end:
-            raise InputError(f"{path} is truncated: {size} bytes, expected {end}")
+    return writer.fs.digests
 
 
 def read_shards(
@@ -91,8 +82,12 @@ def read_shards(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+    # Filters belong to the process, not to a thread: with a process group, when a checkpoint may be
+    # written beside the training, they are left alone.
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings() if alone else nullcontext():
+        if alone:
+            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         try:
             yield
         except CheckpointException as error:
@@ -101,26 +96,38 @@ def _plain_errors() -> Iterator[None]:
 
 
 class _Files(FileSystem):
-    """Remembers why a write failed: torch.save reports only that the position is off."""
+    """Hashes what is written, and remembers why a write failed.
+
+    torch.save reports only that the position is off.
+    """
 
     def __init__(self) -> None:
         self.error: OSError | None = None
+        self.digests: dict[str, str] = {}
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
         # Unbuffered: the failing write is seen here, and torch.save writes large blocks.
         with Path(path).open(mode, buffering=0) as stream:
-            yield _Recorder(stream, self)
+            recorder = _Recorder(stream, self)
+            yield recorder
+        self.digests[Path(path).name] = recorder.digest.hexdigest()
+
+    def rename(self, path: Path, new_path: Path) -> None:
+        super().rename(path, new_path)
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
 
 
 class _Recorder(io.IOBase):
     def __init__(self, stream: io.RawIOBase, files: _Files) -> None:
+        self.digest = hashlib.sha256()
         self._stream = stream
         self._files = files
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`."""
+        """Write all of `data`, in order: nothing here seeks."""
         view = memoryview(data).cast("B")
+        self.digest.update(view)
         written = 0
         try:
             while written < len(view):

@@ -24,6 +24,12 @@ from torch.distributed.checkpoint.metadata import (
 from fp8lm.errors import InputError
 
 METADATA = ".metadata"
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is incomplete or not what was written: an older one may serve."""
+
+
 _CLASSES = (
     *(
         (metadata.__name__, name)
@@ -44,18 +50,23 @@ _CLASSES = (
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read `folder`/.metadata; `InputError` if it is missing, damaged or names anything foreign."""
+    """Read `folder`/.metadata; `InputError` if it cannot be read.
+
+    `DamagedCheckpoint` if it is missing, damaged or names anything foreign.
+    """
     path = folder / METADATA
     try:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
         _check(found)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise DamagedCheckpoint(f"{path}: {error}") from None
     except FileNotFoundError:
-        raise InputError(f"the checkpoint {folder} is incomplete: no {METADATA}") from None
+        raise DamagedCheckpoint(f"{folder} is incomplete: no {METADATA}") from None
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{path} is unreadable or damaged: {error!r}") from error
+        raise DamagedCheckpoint(f"{path} is damaged: {error!r}") from error
     return found
 
 

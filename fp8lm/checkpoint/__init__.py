@@ -1,0 +1,29 @@
+"""Checkpoints that load under any sharding, on disk whole or not at all, and checked before use."""
+
+from fp8lm.checkpoint.background import CheckpointSaver, Outcome
+from fp8lm.checkpoint.files import Retention, check_save_folder, latest_iteration
+from fp8lm.checkpoint.loading import (
+    Checkpoint,
+    DamagedCheckpoint,
+    find_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+)
+from fp8lm.checkpoint.saving import SaveError, save_checkpoint
+from fp8lm.checkpoint.shard import Shard
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSaver",
+    "DamagedCheckpoint",
+    "Outcome",
+    "Retention",
+    "SaveError",
+    "Shard",
+    "check_save_folder",
+    "find_checkpoint",
+    "latest_iteration",
+    "load_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+]

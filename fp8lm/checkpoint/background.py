@@ -1,0 +1,103 @@
+"""Checkpoints written at once or beside the training.
+
+    save       copy to host memory (asynchronous) or not at all, start writing
+    collect    what has come of the writing since, without waiting for the rest
+
+One checkpoint is written at a time: a `save` waits for the one before it. The writing ranks talk to
+each other over a group of their own, since another thread of theirs is training.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8lm.checkpoint.files import Retention
+from fp8lm.checkpoint.host_copy import HostCopies
+from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
+from fp8lm.checkpoint.saving import SaveError, save_checkpoint
+from fp8lm.checkpoint.together import Group
+from fp8lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one save: the iteration, seconds it took, and why it failed (None: it did not).
+
+    Seconds are those of the writing, not those for which the training stood still.
+    """
+
+    iteration: int
+    seconds: float
+    error: Exception | None = None
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run to `root`; all ranks of `group` call together.
+
+    `asynchronous`: `save` returns once the tensors are copied to host memory, as many bytes as this
+    rank writes; else once they are on disk.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        group: Group,
+        *,
+        asynchronous: bool = False,
+        retention: Retention = Retention(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.root = Path(root)
+        self._group, self._retention = group, retention
+        self._copies = HostCopies() if asynchronous else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[Outcome] | None = None
+        self._outcomes: list[Outcome] = []
+
+    def save(self, iteration: int, shards: Shards, meta: Mapping[str, Any]) -> None:
+        """Begin a checkpoint; `collect` tells what came of it."""
+        self.wait()
+        if self._copies is None or self._writer is None:
+            self._outcomes.append(self._write(iteration, ShardSavePlanner(shards), meta))
+            return
+        planner = self._copies.copy(shards)
+
+        def write() -> Outcome:
+            planner.wait()
+            outcome = self._write(iteration, planner, meta)
+            self._copies.learn(planner)
+            return outcome
+
+        self._writing = self._writer.submit(write)
+
+    def collect(self) -> list[Outcome]:
+        """Saves that have come to their end since the last call."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._outcomes.append(writing.result())
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def _write(self, iteration: int, planner: ShardSavePlanner, meta: Mapping[str, Any]) -> Outcome:
+        started, error = time.perf_counter(), None
+        try:
+            save_checkpoint(self.root, iteration, planner, meta, self._group, self._retention)
+        except (SaveError, InputError) as failure:
+            error = failure
+        return Outcome(iteration, time.perf_counter() - started, error)

@@ -1,0 +1,191 @@
+"""Where checkpoints lie in a folder, and how one gets there whole or not at all.
+
+ROOT/latest_checkpointed_iteration.txt   the iteration to resume from, written last
+ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, common.json,
+                                         checksums.sha256
+ROOT/.iter_0000100.tmp/                  one being written
+ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
+ROOT/.iter_0000100.removed/              one being deleted
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, text_digest
+from fp8lm.errors import InputError
+
+LATEST = "latest_checkpointed_iteration.txt"
+COMMON = "common.json"
+_FOLDER = re.compile(r"iter_(\d{7,})|\.iter_(\d{7,})\.old")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last `keep_last`, and those of every `interval`-th iteration.
+
+    None for both: all stay. With an `interval` alone, the last one stays too.
+    """
+
+    keep_last: int | None = None
+    interval: int | None = None
+
+    def superseded(self, iterations: list[int], latest: int) -> list[int]:
+        """Those of `iterations` (newest first) that go once `latest` is written.
+
+        Newer ones than the latest are of another past, and no business of this run.
+        """
+        if self.keep_last is None and self.interval is None:
+            return []
+        older = [i for i in iterations if i <= latest][self.keep_last or 1 :]
+        return [i for i in older if self.interval is None or i % self.interval]
+
+
+def latest_iteration(root: str | os.PathLike[str]) -> int | None:
+    """The iteration that the latest file names, None if there is no such file.
+
+    Raises `InputError` if the file is unreadable or names none.
+    """
+    path = Path(root) / LATEST
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is unreadable: {error}") from error
+    if not re.fullmatch(r"[0-9]+", text.strip()):
+        raise InputError(f"{path}: expected the number of an iteration, found {text.strip()!r}")
+    return int(text)
+
+
+def saved_iterations(root: Path) -> list[int]:
+    """Iterations of the folders under `root` that are named as checkpoints, newest first.
+
+    A process killed while it replaced a checkpoint may have left only the one set aside.
+    """
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"cannot look for checkpoints in {root}: {error}") from error
+    found = filter(None, map(_FOLDER.fullmatch, names))
+    return sorted({int(match[1] or match[2]) for match in found}, reverse=True)
+
+
+def find_folder(root: Path, iteration: int) -> Path | None:
+    """The folder of checkpoint `iteration`, or the one set aside for it; None if there is none."""
+    for folder in (_folder(root, iteration), _aside(root, iteration, "old")):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def check_save_folder(root: str | os.PathLike[str]) -> None:
+    """Make `root` and remove what killed processes left in it; `InputError` if not writable."""
+    root = Path(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        effective = os.access in os.supports_effective_ids
+        if not os.access(root, os.W_OK | os.X_OK, effective_ids=effective):
+            raise PermissionError(f"no permission to write in {root}")
+        settle(root)
+    except OSError as error:
+        raise InputError(f"cannot save checkpoints in {root}: {error}") from error
+
+
+def start_writing(root: Path, iteration: int) -> Path:
+    """Make the empty folder that the checkpoint is first written to."""
+    check_save_folder(root)
+    folder = _aside(root, iteration, "tmp")
+    folder.mkdir()
+    return folder
+
+
+def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str]) -> Path:
+    """Give the written checkpoint its name, then let the latest file name it.
+
+    `digests`: of the files that are in the folder already, by name.
+    """
+    written, folder = _aside(root, iteration, "tmp"), _folder(root, iteration)
+    write_durably(written / COMMON, common)
+    digests = {**digests, COMMON: text_digest(common)}
+    write_durably(written / CHECKSUMS, checksums_text(digests))
+    if folder.exists():
+        folder.rename(_aside(root, iteration, "old"))
+    written.rename(folder)
+    _sync_folder(root)
+    write_latest(root, iteration)
+    settle(root)
+    return folder
+
+
+def write_latest(root: Path, iteration: int) -> None:
+    """Name `iteration` in the latest file."""
+    write_durably(root / LATEST, f"{iteration}\n")
+
+
+def remove(root: Path, iterations: list[int]) -> None:
+    """Delete checkpoints; one that is deleted in part is no longer named as one."""
+    for iteration in iterations:
+        folder = find_folder(root, iteration)
+        if folder is not None:
+            folder.rename(_aside(root, iteration, "removed"))
+    settle(root)
+
+
+def forget_after(root: str | os.PathLike[str], iteration: int) -> None:
+    """Make checkpoint `iteration` the latest, and delete newer ones."""
+    root = Path(root)
+    write_latest(root, iteration)
+    remove(root, [newer for newer in saved_iterations(root) if newer > iteration])
+
+
+def settle(root: Path) -> None:
+    """Undo what was begun and not finished; a no-op in a folder where all is well."""
+    for replaced in root.glob(".iter_*.old"):
+        folder = root / replaced.name[1:].removesuffix(".old")
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+    for suffix in ("tmp", "removed"):
+        for left in root.glob(f".iter_*.{suffix}"):
+            shutil.rmtree(left)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file aside, fsync it, and move it to `path` at once."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def _aside(root: Path, iteration: int, suffix: str) -> Path:
+    return root / f".{_folder(root, iteration).name}.{suffix}"
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is durable only once the folder that holds the name is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Finding a checkpoint that is whole, and filling tensors from it.
+
+A checkpoint is used only if every file in it has the SHA-256 that was taken when it was written.
+The ranks check the files together, each its share. One that is damaged is named and passed over
+for the next older one, unless a certain iteration was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.metadata import DamagedCheckpoint
+from fp8lm.checkpoint.planners import Shards
+from fp8lm.checkpoint.storage import read_shards
+from fp8lm.checkpoint.together import Group, from_all, my_share, on_main
+from fp8lm.checkpoint.validity import check_files, inspect_folder
+from fp8lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are those that were written.
+
+    `common` is what was saved as `meta`, with `iteration`, `format_version` and the versions that
+    wrote it; `passed_over` says what was wrong with newer ones.
+    """
+
+    folder: Path
+    common: dict[str, Any]
+    metadata: Metadata
+    passed_over: list[str] = field(default_factory=list)
+
+    @property
+    def iteration(self) -> int:
+        """The iteration it was saved at."""
+        return self.common["iteration"]
+
+
+def find_checkpoint(
+    root: str | os.PathLike[str], group: Group = None, *, up_to: int | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint under `root`, up to the one that the latest file names.
+
+    And up to iteration `up_to`, if that is given. None where there is no checkpoint at all.
+    `InputError` if none of those there is valid, or the newest valid one is of a newer program. A
+    collective of `group`.
+    """
+    root = Path(root)
+    iterations, passed_over = on_main(group, lambda: _candidates(root))
+    for iteration in iterations:
+        if up_to is not None and iteration > up_to:
+            continue
+        try:
+            return _open(root, iteration, group, passed_over)
+        except DamagedCheckpoint as error:
+            passed_over = [*passed_over, f"iteration {iteration}: {error}"]
+    if passed_over:
+        raise InputError(f"no valid checkpoint in {root}: {'; '.join(passed_over)}")
+    return None
+
+
+def open_checkpoint(
+    root: str | os.PathLike[str], iteration: int | None = None, group: Group = None
+) -> Checkpoint:
+    """Checkpoint `iteration` of `root`, or the newest valid one; `InputError` if there is none."""
+    if iteration is not None:
+        return _open(Path(root), iteration, group, [])
+    found = find_checkpoint(root, group)
+    if found is None:
+        raise InputError(f"no checkpoint in {root}: {LATEST} is missing")
+    return found
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, shards: Shards, group: Group = None, *, partial: bool = False
+) -> None:
+    """Fill the tensors of `shards` in place, bit for bit.
+
+    With `partial`, the checkpoint may hold more tensors than `shards` names, as one with optimizer
+    states does for a model alone. Raises `InputError` for a checkpoint of another model, naming the
+    first tensor that differs; then nothing is filled.
+    """
+    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, partial)
+
+
+def _candidates(root: Path) -> tuple[list[int], list[str]]:
+    """Iterations to try, newest first, and what is wrong with the latest file."""
+    found = saved_iterations(root)
+    try:
+        latest = latest_iteration(root)
+    except InputError as error:
+        return found, [str(error)]
+    if latest is None:
+        return found, []
+    problems = [] if latest in found else [f"iteration {latest}, named by {LATEST}: no such folder"]
+    # Newer ones are of a process that was killed before it had named them, or were set aside by
+    # someone who wrote an older iteration into the file.
+    return [iteration for iteration in found if iteration <= latest], problems
+
+
+def _open(root: Path, iteration: int, group: Group, passed_over: list[str]) -> Checkpoint:
+    folder, common, metadata, digests = on_main(group, lambda: _inspect(root, iteration))
+    names = my_share(group, sorted(digests))
+    checked = from_all(group, _caught(lambda: check_files(folder, digests, names)))
+    for result in checked:
+        if isinstance(result, InputError):
+            raise result
+    if problems := [problem for result in checked for problem in result]:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DamagedCheckpoint(problems[0] + others)
+    return Checkpoint(folder, common, metadata, passed_over)
+
+
+def _caught(check):  # noqa: ANN001, ANN202
+    # Raised by one rank alone, an error would leave the others waiting.
+    try:
+        return check()
+    except InputError as error:
+        return error
+
+
+def _inspect(root: Path, iteration: int) -> tuple[Path, dict[str, Any], Metadata, dict[str, str]]:
+    folder = find_folder(root, iteration)
+    if folder is None:
+        raise InputError(f"no checkpoint of iteration {iteration} in {root}")
+    return folder, *inspect_folder(folder)

@@ -1,0 +1,63 @@
+"""The loss on held-out data: the same batches each time, in the formats of training, no dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fp8lm.comm import Wire, all_gather_scalars
+from fp8lm.data.batches import BatchIterator
+from fp8lm.layers.operand_amax import known_amaxes
+from fp8lm.training.build import Run
+from fp8lm.training.step import Batch, evaluate
+
+
+def evaluation_loss(run: Run, dataset: Dataset) -> float:
+    """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks."""
+    config = run.config.train
+    batches = run_batches(run, dataset, 0)
+    count = config.eval_iters * config.global_batch_size // batches.stride
+    run.replicas.wait_for_weights()
+    with known_amaxes(run.weights.values(), run.optimizer.partition):
+        return _mean_over_ranks(run, _local_loss(run, batches, count)).item()
+
+
+def run_batches(
+    run: Run, dataset: Dataset, consumed_samples: int, skipped_samples: int = 0
+) -> BatchIterator:
+    """This rank's micro-batches of `dataset`."""
+    group = run.groups.data_parallel
+    return BatchIterator(
+        dataset,
+        micro_batch_size=run.config.train.micro_batch_size,
+        rank=group.rank(),
+        world_size=group.size(),
+        consumed_samples=consumed_samples,
+        skipped_samples=skipped_samples,
+        num_workers=run.config.data.num_workers,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def on_device(microbatches: list[Batch], device: torch.device) -> list[Batch]:
+    """Micro-batches as tensors of `device`."""
+    return [
+        {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        for batch in microbatches
+    ]
+
+
+def _local_loss(run: Run, batches: BatchIterator, count: int) -> Tensor:
+    """Mean over `count` micro-batches, 0 where a pipeline has no loss."""
+    if run.pipeline is not None:
+        run.model.eval()
+        return run.pipeline.evaluate(on_device(batches.next(count), run.device))
+    losses = [evaluate(run.model, on_device(batches.next(1), run.device)) for _ in range(count)]
+    return torch.stack(losses).mean()
+
+
+def _mean_over_ranks(run: Run, loss: Tensor) -> Tensor:
+    wire = Wire("grads", "fp32", run.sent)
+    losses = all_gather_scalars(loss[None], run.groups.world, wire)
+    return losses.mean() * run.groups.pipeline_parallel.size()

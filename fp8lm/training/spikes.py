@@ -1,0 +1,57 @@
+"""Loss spikes: a loss that stays far above its running mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MEMORY = 100  # steps that the running mean remembers, about
+
+
+class LossSpike(Exception):
+    """The loss has left its running `mean` with iteration `first`."""
+
+    def __init__(self, first: int, mean: float, loss: float) -> None:
+        super().__init__(f"loss spike at iteration {first}: {loss:.4f} after a mean of {mean:.4f}")
+        self.first = first
+
+
+@dataclass
+class LossWatch:
+    """Tells a spike: `patience` losses in a row more than `threshold` nats above the mean.
+
+    `mean`, `steps` and `high` are its state, part of a checkpoint. A loss that is too high does not
+    enter the mean, and one that is not finite belongs to a skipped step, which changes nothing.
+    """
+
+    threshold: float | None
+    patience: int
+    mean: float = 0.0
+    steps: int = 0
+    high: int = 0
+
+    def add(self, iteration: int, loss: float) -> None:
+        """Take the loss of one step; raises `LossSpike`."""
+        if self.threshold is None or not math.isfinite(loss):
+            return
+        if self.steps and loss > self.mean + self.threshold:
+            self.high += 1
+            if self.high >= self.patience:
+                raise LossSpike(iteration - self.high + 1, self.mean, loss)
+            return
+        self.high = 0
+        self.steps = min(self.steps + 1, MEMORY)
+        self.mean += (loss - self.mean) / self.steps
+
+    def forget(self) -> None:
+        """Take the next loss for the usual one."""
+        self.mean, self.steps, self.high = 0.0, 0, 0
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return {"mean": self.mean, "steps": self.steps, "high": self.high}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from `state`."""
+        self.mean, self.steps, self.high = state["mean"], int(state["steps"]), int(state["high"])

@@ -1,0 +1,68 @@
+"""Why a run should stop before its end: a signal, or its time is over.
+
+A signal reaches one process, at any moment; all ranks must stop after the same step. So each rank
+says in the step's one exchange of scalars what it knows, and all act on the largest.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import psutil
+
+from fp8lm.comm.launch import Launch
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+TIME_IS_OVER = 1000.0
+_SECONDS = 60.0
+
+
+class StopRequests:
+    """What this process knows of reasons to stop; a context manager that hears signals inside.
+
+    `config` is the config section `train`. Outside the main thread of a process signals cannot be
+    heard.
+    """
+
+    def __init__(self, config, launch: Launch) -> None:  # noqa: ANN001
+        self._signals = SIGNALS if config.exit_signal_handler else ()
+        self._deadline = None
+        if config.exit_duration_in_mins is not None:
+            self._deadline = job_started(launch) + _SECONDS * config.exit_duration_in_mins
+        self._received = 0
+        self._former: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequests:
+        self._former = {number: signal.signal(number, self._receive) for number in self._signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    @property
+    def reason(self) -> float:
+        """0 to go on, the number of a signal, or `TIME_IS_OVER`; what ranks compare."""
+        if self._received:
+            return float(self._received)
+        over = self._deadline is not None and time.time() >= self._deadline
+        return TIME_IS_OVER if over else 0.0
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self._received = number
+
+
+def describe(reason: float) -> str:
+    """The reason in words."""
+    if reason == TIME_IS_OVER:
+        return "train.exit_duration_in_mins is over"
+    return f"received {signal.Signals(int(reason)).name}"
+
+
+def job_started(launch: Launch) -> float:
+    """Unix time at which the job started: that of the launcher, which may have restarted this."""
+    process = psutil.Process()
+    parent = process.parent() if launch.by_launcher else None
+    return (parent or process).create_time()
