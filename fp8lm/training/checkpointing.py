@@ -23,6 +23,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint.files import forget_after
 from fp8lm.checkpoint.together import on_main
+from fp8lm.errors import InputError
 from fp8lm.training.build import Run
 from fp8lm.training.console import saved_line
 from fp8lm.training.progress import Progress, Window
@@ -135,6 +136,11 @@ class RunCheckpoints:
         # A reduction that remembers nothing passes over what another remembered, and one that has
         # nothing to remember yet starts anew.
         common, remembered = checkpoint.common, self._run.replicas.named_tensors()
+        if common.get("released"):
+            raise InputError(
+                f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
+                "from the checkpoint that it was made of"
+            )
         if not (stored := common["gradient_tensors"]):
             remembered = {}
         self._run.replicas.wait_for_weights()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 MEMORY = 100  # steps that the running mean remembers, about
+STATE = ("mean", "steps", "high", "first")
 
 
 class LossSpike(Exception):
@@ -20,7 +21,8 @@ class LossSpike(Exception):
 class LossWatch:
     """Tells a spike: `patience` losses in a row more than `threshold` nats above the mean.
 
-    `mean`, `steps` and `high` are its state, part of a checkpoint. A loss that is too high does not
+    `mean` of `steps`, `high` losses in a row and the `first` iteration of them are its state, part
+    of a checkpoint. A loss that is too high does not
     enter the mean, and one that is not finite belongs to a skipped step, which changes nothing.
     """
 
@@ -29,15 +31,17 @@ class LossWatch:
     mean: float = 0.0
     steps: int = 0
     high: int = 0
+    first: int = 0
 
     def add(self, iteration: int, loss: float) -> None:
         """Take the loss of one step; raises `LossSpike`."""
         if self.threshold is None or not math.isfinite(loss):
             return
         if self.steps and loss > self.mean + self.threshold:
+            self.first = self.first if self.high else iteration
             self.high += 1
             if self.high >= self.patience:
-                raise LossSpike(iteration - self.high + 1, self.mean, loss)
+                raise LossSpike(self.first, self.mean, loss)
             return
         self.high = 0
         self.steps = min(self.steps + 1, MEMORY)
@@ -50,8 +54,9 @@ class LossWatch:
     @property
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps of it."""
-        return {"mean": self.mean, "steps": self.steps, "high": self.high}
+        return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from `state`."""
-        self.mean, self.steps, self.high = state["mean"], int(state["steps"]), int(state["high"])
+        for name in STATE:
+            setattr(self, name, state[name])

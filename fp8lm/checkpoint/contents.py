@@ -1,0 +1,117 @@
+"""The tensors of a checkpoint one by one, whole, in any process: reading, comparing, copying."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem
+
+from fp8lm.checkpoint.loading import Checkpoint, load_checkpoint
+from fp8lm.checkpoint.planners import ShardSavePlanner
+from fp8lm.checkpoint.saving import save_checkpoint
+from fp8lm.checkpoint.shard import Shard
+
+# Facts of whoever wrote a checkpoint, not of what is in it.
+CIRCUMSTANCES = ("config", "fp8lm_version", "torch_version", "format_version")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Name, dtype and shape of a logical tensor; FP8 payloads have an FP8 dtype."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+def stored_tensors(checkpoint: Checkpoint, pattern: str = "*") -> dict[str, StoredTensor]:
+    """What is in `checkpoint` under names that match the shell `pattern`, in order of names."""
+    stored = checkpoint.metadata.state_dict_metadata
+    return {
+        name: StoredTensor(name, stored[name].properties.dtype, tuple(stored[name].size))
+        for name in sorted(stored)
+        if fnmatch.fnmatchcase(name, pattern)
+    }
+
+
+def read_tensor(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
+    """The whole tensor on the CPU, bit for bit."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    load_checkpoint(checkpoint, {stored.name: [Shard.whole(tensor)]}, partial=True)
+    return tensor
+
+
+def differences(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
+    """Every fact and every tensor that differs, bit for bit; configs may differ."""
+    for key in sorted((one.common.keys() | two.common.keys()) - set(CIRCUMSTANCES)):
+        if one.common.get(key) != two.common.get(key):
+            yield f"{key}: {one.common.get(key)} and {two.common.get(key)}"
+    tensors = stored_tensors(one), stored_tensors(two)
+    for name in sorted(tensors[0].keys() | tensors[1].keys()):
+        first, second = (found.get(name) for found in tensors)
+        if first != second:
+            yield f"{name}: {first or 'not there'} and {second or 'not there'}"
+        elif found := _first_difference(read_tensor(one, first), read_tensor(two, second)):
+            yield f"{name}: {found}"
+
+
+def copy_checkpoint(
+    checkpoint: Checkpoint,
+    root: str | os.PathLike[str],
+    keep: Callable[[str], bool],
+    facts: dict[str, Any],
+) -> Path:
+    """Write the tensors whose names `keep` wants as a checkpoint of one process under `root`.
+
+    `facts` are added to what was saved as `meta`. One tensor at a time is in memory. The folder.
+    """
+    wanted = {name: t for name, t in stored_tensors(checkpoint).items() if keep(name)}
+    meta = {**checkpoint.common, **facts}
+    return save_checkpoint(root, checkpoint.iteration, _CopyPlanner(checkpoint, wanted), meta)
+
+
+class _CopyPlanner(ShardSavePlanner):
+    """Reads every tensor when it is about to be written."""
+
+    def __init__(self, source: Checkpoint, wanted: dict[str, StoredTensor]) -> None:
+        self._source, self._wanted = source, wanted
+        shapes = {
+            name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+            for name, stored in wanted.items()
+        }
+        super().__init__({name: [Shard.whole(shape)] for name, shape in shapes.items()})
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return read_tensor(self._source, self._wanted[write_item.index.fqn])
+
+
+def _first_difference(one: Tensor, two: Tensor) -> str | None:
+    # As bytes: NaN equals NaN here, and FP8 has no comparison.
+    bytes_one, bytes_two = (t.reshape(-1, 1).contiguous().view(torch.uint8) for t in (one, two))
+    differing = (bytes_one != bytes_two).any(dim=1)
+    count = int(differing.sum())
+    if not count:
+        return None
+    place = int(differing.nonzero()[0])
+    index = [int(i) for i in torch.unravel_index(torch.tensor(place), one.shape)]
+    codes = [bytes(b[place].tolist()[::-1]).hex() for b in (bytes_one, bytes_two)]
+    return (
+        f"{count} of {one.numel()} elements differ, the first at {index}: "
+        f"0x{codes[0]} and 0x{codes[1]}"
+    )

@@ -1,0 +1,133 @@
+"""tools/checkpoint.py on a checkpoint of several shards: shown, checked, compared, rewritten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.checkpoint import Shard, open_checkpoint, save_checkpoint
+from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
+from tests.checkpoint.tensors import assert_same_bytes
+
+META = {"consumed_samples": 48, "config": {"precision": {"preset": "o3"}}}
+
+
+def tensors(changed=False):
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (6, 4), dtype=torch.uint8, generator=generator)
+    if changed:
+        codes[4, 1] ^= 0x80
+    return {
+        "model.w.payload": codes.view(torch.float8_e4m3fn),
+        "model.w.scale": torch.tensor(0.5),
+        "optimizer.master.w.payload": torch.randn(6, 4, generator=generator).half(),
+        "optimizer.num_steps": torch.tensor(9),
+    }
+
+
+def in_blocks(whole):
+    """Matrices as two blocks of rows."""
+    return {
+        name: [Shard(tensor[:3], (6, 4), (0, 0)), Shard(tensor[3:], (6, 4), (3, 0))]
+        if tensor.ndim
+        else [Shard.whole(tensor)]
+        for name, tensor in whole.items()
+    }
+
+
+@pytest.fixture
+def root(tmp_path):
+    save_checkpoint(tmp_path / "a", 10, in_blocks(tensors()), META)
+    save_checkpoint(tmp_path / "a", 20, in_blocks(tensors()), META)
+    return tmp_path / "a"
+
+
+@pytest.fixture
+def look(run_tool, capsys):
+    """Exit code, output and complaints of one call of the tool."""
+
+    def run(*argv):
+        capsys.readouterr()
+        code = run_tool("checkpoint", *argv)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def damage(folder):
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_list_and_verify(look, root):
+    code, out, _ = look("list", root)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["10", "20"]
+    assert out.splitlines()[2].endswith("valid, latest")
+    assert look("verify", root)[:2] == (
+        0,
+        "iteration 10: valid\niteration 20: valid\n",
+    )
+    damage(root / "iter_0000020")
+    code, out, _ = look("verify", root)
+    assert code == 1
+    assert "iteration 10: valid" in out and "__0_0.distcp is damaged" in out
+    assert look("verify", root / "iter_0000010")[0] == 0
+
+
+def test_inspect(look, root):
+    code, out, _ = look("inspect", root)
+    assert code == 0
+    assert "  iteration: 20\n" in out and "  precision: o3\n" in out
+    assert "  model: 1 payloads, 24 elements in float8_e4m3fn, 24 bytes\n" in out
+    assert "  optimizer.master: 1 payloads, 24 elements in float16, 48 bytes\n" in out
+    assert look("inspect", root, "--tensors", "model.*")[1] == (
+        "model.w.payload: float8_e4m3fn [6, 4], scale 0.5\nmodel.w.scale: float32 [] = 0.5\n"
+    )
+    assert look("inspect", root, "--config")[1] == "precision:\n  preset: o3\n"
+
+
+def test_inspect_passes_over_what_is_damaged(look, root):
+    damage(root / "iter_0000020")
+    code, out, err = look("inspect", root)
+    assert code == 0 and "  iteration: 10\n" in out
+    assert err.startswith("warning: passed over iteration 20: ")
+
+
+def test_compare_names_the_first_element_that_differs(look, root, tmp_path):
+    save_checkpoint(tmp_path / "b", 20, in_blocks(tensors()), META | {"config": {}})
+    code, out, _ = look("compare", root, tmp_path / "b")
+    assert code == 0 and out.startswith("equal: 4 tensors")
+    other = tensors(changed=True) | {"optimizer.num_steps": torch.tensor(8)}
+    save_checkpoint(tmp_path / "b", 21, in_blocks(other), META)
+    one, two = open_checkpoint(root), open_checkpoint(tmp_path / "b")
+    code = tensors()["model.w.payload"].view(torch.uint8)[4, 1].item()
+    assert list(differences(one, two)) == [
+        "iteration: 20 and 21",
+        "model.w.payload: 1 of 24 elements differ, the first at [4, 1]: "
+        f"0x{code:02x} and 0x{code ^ 0x80:02x}",
+        "optimizer.num_steps: 1 of 1 elements differ, the first at []: "
+        "0x0000000000000009 and 0x0000000000000008",
+    ]
+    assert look("compare", root, tmp_path / "b")[0] == 1
+
+
+def test_release_and_merge(look, root, tmp_path):
+    assert look("release", root, tmp_path / "model")[0] == 0
+    released = open_checkpoint(tmp_path / "model")
+    assert list(stored_tensors(released)) == ["model.w.payload", "model.w.scale"]
+    assert released.common["released"] and released.common["consumed_samples"] == 48
+    assert look("merge", root, tmp_path / "one")[0] == 0
+    merged = open_checkpoint(tmp_path / "one")
+    assert not list(differences(open_checkpoint(root), merged))
+    found = {name: read_tensor(merged, stored) for name, stored in stored_tensors(merged).items()}
+    assert_same_bytes(found, tensors())
+
+
+def test_bad_input(look, root, tmp_path):
+    code, out, err = look("inspect", tmp_path / "nothing")
+    assert (code, out) == (2, "") and err.startswith("error: no checkpoint in ")
+    assert look("list", tmp_path)[0] == 2
+    assert look("inspect", root / "iter_0000030")[0] == 2

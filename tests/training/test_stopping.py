@@ -1,0 +1,88 @@
+"""Signals and the end of time: all ranks stop after the same step, save, and ask for a restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from fp8lm.checkpoint import latest_iteration
+from fp8lm.comm.launch import Launch
+from fp8lm.config import TrainConfig
+from fp8lm.errors import EXIT_RESTART
+from fp8lm.training.stopping import TIME_IS_OVER, StopRequests, describe, job_started
+from tests.training.runs import curve, trainer_of
+
+SIZES = {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_inside_and_not_after(number):
+    former = signal.getsignal(number)
+    with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+        assert requests.reason == 0.0
+        os.kill(os.getpid(), number)
+        assert requests.reason == float(number)
+        assert describe(requests.reason) == f"received {number.name}"
+    assert signal.getsignal(number) is former
+
+
+def test_signals_can_be_left_to_others():
+    former = signal.getsignal(signal.SIGTERM)
+    with StopRequests(TrainConfig(**SIZES, exit_signal_handler=False), Launch()):
+        assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_time_counts_from_the_start_of_the_job():
+    age = (time.time() - job_started(Launch())) / 60.0
+    assert StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=age + 1), Launch()).reason == 0
+    over = StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=max(age / 2, 1e-9)), Launch())
+    assert over.reason == TIME_IS_OVER
+    assert describe(over.reason) == "train.exit_duration_in_mins is over"
+    # A launcher may have restarted this process: the job is as old as the launcher.
+    assert job_started(Launch(by_launcher=True)) <= job_started(Launch())
+
+
+def train_and_kill(config, rank, iteration, number):
+    """The exit code and the last iteration of this rank; `rank` gets the signal."""
+    with trainer_of(config) as trainer:
+        step = trainer._step
+
+        def kill_and_step(batches):
+            if trainer.progress.iteration + 1 == iteration and dist.get_rank() == rank:
+                os.kill(os.getpid(), number)
+            return step(batches)
+
+        trainer._step = kill_and_step
+        return trainer.train(), trainer.progress.iteration
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
+    number, asynchronous, tiny_config, run_distributed, folders, tmp_path
+):
+    def of(run):
+        return tiny_config(folders(run), {"checkpoint": {"async_save": asynchronous}})
+
+    # In the second half of a report's interval, so that its average lies in the checkpoint.
+    assert run_distributed(train_and_kill, 2, of("whole"), 1, 99, number) == [(0, 8)] * 2
+    assert run_distributed(train_and_kill, 2, of("parts"), 1, 5, number) == [(EXIT_RESTART, 5)] * 2
+    assert latest_iteration(tmp_path / "parts") == 5
+    assert run_distributed(train_and_kill, 2, of("parts"), 1, 99, number) == [(0, 8)] * 2
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tiny_config, run_distributed):
+    assert run_distributed(train_and_kill, 2, tiny_config(), 0, 8, signal.SIGTERM) == [(0, 8)] * 2
+
+
+def test_the_end_of_time(tiny_config, run_distributed, tmp_path):
+    config = tiny_config(
+        {"checkpoint": {"save": str(tmp_path)}, "train": {"exit_duration_in_mins": 1e-6}}
+    )
+    assert run_distributed(train_and_kill, 2, config, 0, 99, 0) == [(EXIT_RESTART, 1)] * 2
+    assert latest_iteration(tmp_path) == 1
