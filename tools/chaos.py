@@ -172,8 +172,10 @@ def disturb(job: Job, options: argparse.Namespace, rng: random.Random) -> Iterat
 def wait_for_moment(job: Job, in_save: bool, saved: int, rng: random.Random) -> None:
     """Return at a random moment after the job has saved once more, or while it does."""
     deadline = time.monotonic() + PATIENCE
+    left_over = job.saving  # by the kill before; removed when the job has started again
     while time.monotonic() < deadline and job.process.poll() is None:
-        if in_save and job.saving:
+        left_over = left_over and job.saving
+        if in_save and job.saving and not left_over:
             time.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.05))))
             return
         if not in_save and job.last_saved > saved:

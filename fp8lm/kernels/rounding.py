@@ -37,6 +37,8 @@ def cast_stochastic(
     to nearest. Saturates; NaN stays NaN. Payload of dtype `fmt.storage`.
     """
     scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
+    if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
+        return (scaled if subnormals_only else _round_normal(scaled, fmt, noise)).to(fmt.dtype)
     normal = scaled if subnormals_only else _round_normal(scaled, fmt, noise)
     is_subnormal = scaled.abs() < fmt.smallest_normal  # false for NaN
     rounded = torch.where(is_subnormal, _round_subnormal(scaled, fmt, noise), normal)

@@ -101,6 +101,28 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
     assert ((total / keys - x).abs() <= 5 * 0.5 * step / keys**0.5).all()
 
 
+@pytest.mark.parametrize("fmt", [*FORMATS, FP32], ids=repr)
+@pytest.mark.parametrize("subnormals_only", [False, True])
+def test_zeros_stay_zero(fmt, subnormals_only):
+    zeros = torch.tensor([0.0, -0.0] * 50)
+    payload = cast_stochastic(zeros, ONE, fmt, noise(100, 3), subnormals_only=subnormals_only)
+    assert not KERNELS.decode(payload, ONE, fmt, torch.float32).any()
+
+
+@pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)
+def test_subnormals_of_formats_with_fp32_exponents(fmt):
+    x = torch.linspace(-0.999, 0.999, 301) * fmt.smallest_normal
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for key in range(200):
+        values = rounded(x, fmt, key)
+        assert ((values - x).abs() < fmt.smallest_subnormal).all()
+        total += values.double()
+    # A Bernoulli step has a standard deviation of at most half a step; 5 sigma over all means.
+    bound = 5 * 0.5 * fmt.smallest_subnormal / 200**0.5
+    assert ((total / 200 - x.double()).abs() <= bound).all()
+    assert fmt == BF16 or torch.equal(rounded(x, fmt, 1), x)
+
+
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
 def test_subnormals_only_leaves_normal_numbers_to_the_nearest(fmt):
     x = normal_numbers(fmt)

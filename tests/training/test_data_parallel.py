@@ -12,7 +12,7 @@ from fp8lm.training.state import (
     optimizer_tensors,
     state_bytes,
 )
-from tests.training.runs import LLAMA, curve, read, save_again, train, trainer_of
+from tests.training.runs import LLAMA, curve, read, train, trainer_of
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EVEN = {"partition": "even"}
@@ -317,25 +317,6 @@ def test_other_reductions_train_alike_and_resume(
     reports = [line for line in read(tmp_path / "whole") if "fp8/mu/max" in line]
     assert bool(reports) == ("precision" in changes)
     run_distributed(train, 1, config({}, folders("fewer", load="parts")))  # mu is passed over
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_checkpoint_goes_through_every_layout(gated, config, run_distributed, folders, tmp_path):
-    model = LLAMA if gated else {}
-    short = {"train": {"train_iters": 2, "eval_iters": 0}, "scheduler": {"lr_warmup_iters": 1}}
-    load = folders("one")
-    run_distributed(train, 4, config(TP2 | EVEN, load, short, model=model))
-    ((weights, states, _),) = run_distributed(state, 1, config({}, load, short, model=model))
-    for number, (ranks, parallel) in enumerate(LAYOUTS.values()):
-        load["checkpoint"]["load"] = load["checkpoint"]["save"]
-        folder = str(tmp_path / f"again-{number}")
-        run_distributed(save_again, ranks, config(parallel, load, short, model=model), folder)
-        load["checkpoint"] = {"save": folder, "load": folder}
-    ((last_weights, last_states, _),) = run_distributed(
-        state, 1, config({}, load, short, model=model)
-    )
-    assert all(torch.equal(weights[name], last_weights[name]) for name in weights)
-    assert all(torch.equal(states[name], last_states[name]) for name in states)
 
 
 def refused(config):

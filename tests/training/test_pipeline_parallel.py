@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from tests.training.runs import LLAMA, curve, read, save_again, train, trainer_of
+from tests.training.runs import LLAMA, curve, read, train, trainer_of
 
 MODEL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "eval_iters": 1}
@@ -169,24 +169,6 @@ def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, 
     for first, second in zip(whole, parts, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_checkpoint_goes_through_every_layout(tied, config, run_distributed, folders, tmp_path):
-    model = {} if tied else LLAMA
-    short = {"train": {"train_iters": 2, "eval_iters": 0}, "scheduler": {"lr_warmup_iters": 1}}
-    load = folders("one")
-    ranks, parallel = ALL["tp2 pp2 dp2"]
-    run_distributed(train, ranks, config(parallel, load, short, model=model), timeout=120)
-    load["checkpoint"]["load"] = load["checkpoint"]["save"]
-    (first,) = run_distributed(state, 1, config({}, load, short, model=model))
-    for number, (count, keys) in enumerate(LAYOUTS.values()):
-        folder = str(tmp_path / f"again-{number}")
-        run_distributed(save_again, count, config(keys, load, short, model=model), folder)
-        load["checkpoint"] = {"save": folder, "load": folder}
-    (last,) = run_distributed(state, 1, config({}, load, short, model=model))
-    assert set(first) == set(last)
-    assert all(torch.equal(first[name], last[name]) for name in first)
 
 
 def poisoned(config, bad_stage):

@@ -7,15 +7,13 @@ import torch
 
 from fp8lm.errors import InputError
 from fp8lm.training.state import model_tensors, optimizer_tensors
+from tests.training.runs import curve, train
 
 TIMING = {"iteration-time", "throughput", "tokens-per-second"}
 
 VARIANTS = {
-    "bf16": {"precision": {"preset": "bf16"}},
-    "te": {"precision": {"preset": "te"}},
-    "o1": {"precision": {"preset": "o1"}},
-    "o2": {"precision": {"preset": "o2"}},
     "o3": {"precision": {"preset": "o3"}},
+    "asynchronous": {"checkpoint": {"async_save": True}},
     "nearest master": {"precision": {"preset": "o3", "master_rounding": "nearest"}},
     "dropout": {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
     "dropout, full recompute": {
@@ -36,6 +34,46 @@ VARIANTS = {
         }
     },
 }
+
+
+# Interleaved stages, dropout, recomputation, a ramp-up that ends after the interruption.
+EVERYTHING = (
+    {"model": {"num_layers": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1}},
+    {
+        "train": {
+            "train_samples": 28,
+            "train_iters": None,
+            "rampup_batch_size": [2, 2, 24],
+            "micro_batch_size": 1,
+            "recompute_granularity": "selective",
+        },
+        "scheduler": {"lr_warmup_iters": 0, "lr_warmup_samples": 4},
+    },
+    {
+        "parallel": {
+            "pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+        },
+        "checkpoint": {"async_save": True, "save_interval": 2, "keep_last": 2},
+    },
+)
+
+
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
+def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, folders, tmp_path):
+    def config(run, **train):
+        precision = {"preset": preset, "master_rounding": "stochastic"}
+        return tiny_config(*EVERYTHING, folders(run), {"precision": precision, "train": train})
+
+    whole = run_distributed(train, 2, config("whole"))
+    run_distributed(train, 2, config("parts", exit_interval=5))
+    parts = run_distributed(train, 2, config("parts"))
+    for (expected, _), (state, _) in zip(whole, parts, strict=True):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    sizes = [line["batch-size"] for line in curve(tmp_path / "whole") if "batch-size" in line]
+    assert sizes[0] == 2 and sizes[-1] == 4
+    assert not any(line.get("skipped iterations") for line in curve(tmp_path / "whole"))
 
 
 def comparable(lines):
