@@ -101,8 +101,8 @@ class Watchdog:
         seen.read(self.store)
         if seen.polls <= SILENT_AFTER or set(range(self.rank)) - set(seen.silent):
             return  # not sure yet, or a lower rank reports
-        self._limit *= 2.0
         took = time.monotonic() - started
+        self._limit = 2.0 * took  # not again before it has taken twice as long
         usual = statistics.median(self._durations)
         print(
             f" warning: iteration {self._iteration} has taken {took:.0f} s (usually "
