@@ -11,18 +11,24 @@ from fp8lm.errors import InputError
 # MASTER_PORT alone do not: clusters export them to every shell.
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _CURE = "start with torchrun, or unset them to run one process"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Number of this process in the job and on its machine, and how many there are in each."""
+    """Number of this process in the job and on its machine, and how many there are in each.
+
+    `restart` counts how often torchrun has started the processes of a machine anew. Machines count
+    for themselves, so among several of them it means nothing and is 0.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     by_launcher: bool = False
+    restart: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -45,7 +51,10 @@ class Launch:
         # Only torchrun sets it; without, all processes count as being on one machine.
         local = environment.get("LOCAL_WORLD_SIZE") or str(world_size)
         local_world_size = _number("LOCAL_WORLD_SIZE", local)
-        return cls(rank, world_size, local_rank, local_world_size, by_launcher=True)
+        restart = 0
+        if environment.get("GROUP_WORLD_SIZE") == "1":
+            restart = _number(_RESTARTS, environment.get(_RESTARTS) or "0")
+        return cls(rank, world_size, local_rank, local_world_size, True, restart)
 
 
 def _number(name: str, value: str) -> int:

@@ -29,6 +29,12 @@ def test_torchrun():
     assert Launch.from_environment(several) == Launch(5, 8, 1, 4, by_launcher=True)
 
 
+def test_restarts_count_where_all_processes_are_on_one_machine():
+    restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "3", "GROUP_WORLD_SIZE": "1"}
+    assert Launch.from_environment(restarted).restart == 3
+    assert Launch.from_environment(restarted | {"GROUP_WORLD_SIZE": "2"}).restart == 0
+
+
 @pytest.mark.parametrize("missing", TORCHRUN)
 def test_incomplete_environment(missing):
     environment = {name: value for name, value in TORCHRUN.items() if name != missing}
