@@ -95,8 +95,8 @@ def _job_store(launch: Launch, timeout: timedelta) -> dist.Store:
     if not launch.by_launcher:
         return dist.HashStore()
     store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    # torchrun 2.11 to 2.13 keeps one store for all restarts (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE
-    # is 1), in which the addresses of processes that are gone would mislead the new ones.
+    # torchrun (seen with 2.13) keeps one store for all restarts, unless the environment variable
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1: addresses of processes that are gone lie in it.
     return dist.PrefixStore(f"restart_{launch.restart}", store)
 
 
