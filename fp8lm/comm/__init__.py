@@ -12,7 +12,13 @@ from fp8lm.comm.gather import (
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.reduce import all_reduce, reduce_scatter
-from fp8lm.comm.transport import all_gather_bytes, all_to_all_bytes, shift_bytes
+from fp8lm.comm.transport import (
+    all_gather_bytes,
+    all_to_all_bytes,
+    reduce_scatter_fp8,
+    shift_bytes,
+    sums_fp8,
+)
 
 __all__ = [
     "Handle",
@@ -29,5 +35,7 @@ __all__ = [
     "join",
     "max_over_group",
     "reduce_scatter",
+    "reduce_scatter_fp8",
     "shift_bytes",
+    "sums_fp8",
 ]

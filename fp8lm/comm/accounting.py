@@ -3,6 +3,7 @@
     all-gather of n bytes per rank      (W - 1) n
     all-to-all                          what goes to the others: with n for each, (W - 1) n
     all-reduce of n bytes               2 (W - 1) n / W, rounded up
+    reduce-scatter to n bytes           (W - 1) n
     broadcast of n bytes                n on every rank but the last of the ring that starts at the
                                         source
 
@@ -79,6 +80,11 @@ def all_to_all_sent(rank: int, send_sizes: list[int]) -> int:
 def all_reduce_sent(world_size: int, num_bytes: int) -> int:
     """Bytes each rank sends in a ring all-reduce of `num_bytes`, rounded up."""
     return -(-2 * (world_size - 1) * num_bytes // world_size)
+
+
+def reduce_scatter_sent(world_size: int, num_bytes: int) -> int:
+    """Bytes each rank sends in a ring reduce-scatter that leaves `num_bytes` on every rank."""
+    return (world_size - 1) * num_bytes
 
 
 def broadcast_sent(world_size: int, rank: int, src: int, num_bytes: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fp8lm.comm import accounting
 from fp8lm.comm.accounting import Wire
 from fp8lm.comm.handles import Handle
+from fp8lm.numerics import Format
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -90,6 +91,28 @@ def shift_bytes(
         return received
 
     return Handle(finish)
+
+
+def sums_fp8(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the backend of `group` adds FP8 numbers up itself: NCCL 2.24 on Hopper, and newer."""
+    if device.type != "cuda" or dist.get_backend(group) != "nccl":
+        return False
+    return torch.cuda.nccl.version() >= (2, 24) and torch.cuda.get_device_capability(device) >= (9,)
+
+
+def reduce_scatter_fp8(
+    codes: Tensor, fmt: Format, group: dist.ProcessGroup, wire: Wire
+) -> Handle[Tensor]:
+    """Codes uint8 [W, n] of every rank -> uint8 [n], the sum of all ranks' rows of this rank.
+
+    Every partial sum is rounded to `fmt` and saturates (see `sums_fp8`).
+    """
+    total = codes.new_empty(codes.shape[1])
+    wire.count(accounting.reduce_scatter_sent(group.size(), total.numel()))
+    work = dist.reduce_scatter_tensor(
+        total.view(fmt.dtype), codes.view(-1).view(fmt.dtype), group=group, async_op=True
+    )
+    return _handle(work, codes, total)
 
 
 def broadcast_bytes(

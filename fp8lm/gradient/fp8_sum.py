@@ -9,21 +9,22 @@ mu is one number per tensor, applied as a power of two. It halves after a step i
 steps. `pre_scaling` (mu = 1/N: no sum overflows, small values vanish) and `post_scaling` (mu = 1)
 are the same arithmetic with mu fixed.
 
-The sum is a ring, requantized at every hop; gradients of other formats take the way of
-`Fp32Accumulate`. A rank sends (N-1)/N bytes per parameter, as in a reduce-scatter.
+The sum is NCCL's own where it adds FP8 numbers up, else a ring, requantized at every hop; gradients
+of other formats take the way of `Fp32Accumulate`. A rank sends (N-1)/N bytes per parameter, as in a
+reduce-scatter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, max_over_group, shift_bytes
-from fp8lm.gradient.reduction import Fp32Accumulate, Rows, cut
+from fp8lm.gradient.reduction import Fp32Accumulate, Parts, Rows, cut, parts_of
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
@@ -67,10 +68,14 @@ class Scaling:
             self.mu.copy_(torch.where(skipped, self.mu, moved))
 
 
+ReduceScatter = Callable[[Tensor, Format, dist.ProcessGroup, Wire], Handle[Tensor]]
+
+
 class Fp8Sum:
     """The mean over `group`, summed in FP8; `everyone` are all ranks that hold the tensors' parts.
 
-    `scaling` names the tensors whose gradients are FP8.
+    `scaling` names the tensors whose gradients are FP8. `native` sums them in one collective (see
+    `reduce_scatter_fp8`); None: in a ring.
     """
 
     def __init__(
@@ -80,8 +85,9 @@ class Fp8Sum:
         wire: Wire,
         kernels: ReferenceKernels,
         scaling: Scaling,
+        native: ReduceScatter | None = None,
     ) -> None:
-        self.group, self.everyone = group, everyone
+        self.group, self.everyone, self.native = group, everyone, native
         self.wire, self.kernels, self.scaling = wire, kernels, scaling
         self._others = Fp32Accumulate(group, wire, kernels)
 
@@ -98,11 +104,11 @@ class Fp8Sum:
         reciprocals = torch.stack([gradient.scale.reciprocal() for gradient in fp8.values()])
         sharing = max_over_group(reciprocals, self.group, self.wire)
 
-        def go_round(means: dict[str, Tensor]) -> dict[str, Tensor]:
+        def add_up(means: dict[str, Tensor]) -> dict[str, Tensor]:
             scales = sharing.wait().reciprocal() * self.scaling.factors(list(fp8))
-            return means | self._ring(fp8, scales, rows)
+            return means | self._mean(fp8, scales, rows)
 
-        return summing.then(go_round)
+        return summing.then(add_up)
 
     def finish_step(self, skipped: Tensor) -> None:
         """Let every rank know what saturated anywhere, and move mu."""
@@ -116,7 +122,7 @@ class Fp8Sum:
         mu = self.scaling.mu
         return {f"mu.{name}": mu[index] for name, index in self.scaling.index.items()}
 
-    def _ring(
+    def _mean(
         self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[Rows]
     ) -> dict[str, Tensor]:
         rank, size = self.group.rank(), self.group.size()
@@ -128,20 +134,42 @@ class Fp8Sum:
             )
             for (name, gradient), scale in zip(gradients.items(), scales.unbind(), strict=True)
         }
-        names = cut(sent, rows)
-        parts = [
-            [sent[n].rows(*own[n]) for n in mine] for mine, own in zip(names, rows, strict=True)
-        ]
-        partial = parts[(rank - 1) % size]
+        names, parts = cut(sent, rows), parts_of(sent, rows)
+        sums = self._ring(parts) if self.native is None else self._at_once(parts, self.native)
+        self._count(names[rank], sums)
+        return {
+            name: total.dequantize(self.kernels).div_(size)
+            for name, total in zip(names[rank], sums, strict=True)
+        }
+
+    def _ring(self, parts: Parts) -> list[ScaledTensor]:
+        rank, size = self.group.rank(), self.group.size()
+        partial = list(parts[(rank - 1) % size])
         for hop in range(1, size):
             own = parts[(rank - hop - 1) % size]
             received = self._shift(partial, own)
             partial = [add(a, b, self.kernels) for a, b in zip(received, own, strict=True)]
-        self._count(names[rank], partial)
-        return {
-            name: total.dequantize(self.kernels).div_(size)
-            for name, total in zip(names[rank], partial, strict=True)
-        }
+        return partial
+
+    def _at_once(self, parts: Parts, reduce_scatter: ReduceScatter) -> list[ScaledTensor]:
+        """What every rank owns in a row of one buffer, all as long as the longest."""
+        sizes = [sum(part.payload.numel() for part in own) for own in parts]
+        fmt = next(part.format for own in parts for part in own)
+        codes = torch.zeros(
+            len(parts), max(sizes), dtype=torch.uint8, device=self.scaling.mu.device
+        )
+        for row, own, size in zip(codes, parts, sizes, strict=True):
+            if own:
+                torch.cat([part.payload.reshape(-1) for part in own], out=row[:size])
+        own = parts[self.group.rank()]
+        total = reduce_scatter(codes, fmt, self.group, self.wire).wait()
+        pieces = total[: sum(part.payload.numel() for part in own)].split(
+            [part.payload.numel() for part in own]
+        )
+        return [
+            ScaledTensor(piece.view(part.shape), part.scale, fmt)
+            for piece, part in zip(pieces, own, strict=True)
+        ]
 
     def _shift(self, partial: list[ScaledTensor], like: list[ScaledTensor]) -> list[ScaledTensor]:
         """Send `partial` to the next rank; what the previous one sends is laid out as `like`."""

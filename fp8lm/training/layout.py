@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm import Wire, WireCounter, reduce_scatter_fp8, sums_fp8
 from fp8lm.comm.groups import ProcessGroups, StageGroups, node_groups
 from fp8lm.comm.launch import Launch
 from fp8lm.comm.stages import StageWire
@@ -122,7 +122,8 @@ def build_reduction(
     policy = {"fp8_sum": "automatic"}.get(kind, kind.removeprefix("fp8_"))
     device = next(iter(weights.values())).compute.device
     scaling = Scaling(names, group.size(), policy, device)
-    return Fp8Sum(group, alike, wire, kernels, scaling)
+    native = reduce_scatter_fp8 if sums_fp8(group, device) else None
+    return Fp8Sum(group, alike, wire, kernels, scaling, native)
 
 
 def model_parts(config: Config, stage: int) -> list[ModelPart]:

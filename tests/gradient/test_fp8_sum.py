@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm import Handle, Wire, WireCounter, all_gather_bytes, sums_fp8
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.gradient.fp8_sum import GROWTH, Fp8Sum, Scaling, ring_sum, saturated_share
 from fp8lm.numerics import BF16, E4M3
@@ -24,10 +24,21 @@ def gradient(rank, amplitude=1.0):
     return amplitude * (common + own) * 2.0 ** (rank % 3)
 
 
-def reducer(group, policy, world=None):
+def reducer(group, policy, world=None, native=None):
     scaling = Scaling(["w"], group.size(), policy, CPU)
     wire = Wire("grads", "fp8", WireCounter(("grads",)))
-    return Fp8Sum(group, world or group, wire, KERNELS, scaling)
+    return Fp8Sum(group, world or group, wire, KERNELS, scaling, native)
+
+
+def like_nccl(codes, fmt, group, wire):
+    """A collective of the backend that sums in FP8, in the ring's order; gloo has none."""
+    gathered = all_gather_bytes(codes.view(-1), group, Wire("grads", "fp8", WireCounter())).wait()
+    terms = [
+        ScaledTensor(rank_codes.view_as(codes)[group.rank()], torch.ones(()), fmt)
+        for rank_codes in gathered
+    ]
+    wire.count((group.size() - 1) * codes.shape[1])
+    return Handle.done(ring_sum(terms, group.rank(), KERNELS).payload)
 
 
 def rows_of(size):
@@ -39,10 +50,10 @@ def rows_of(size):
     return own
 
 
-def reduce(policy, amplitude, poison=None):
+def reduce(policy, amplitude, poison=None, native=None):
     group = dist.group.WORLD
     rank, size = group.rank(), group.size()
-    reduction = reducer(group, policy)
+    reduction = reducer(group, policy, native=native)
     value = gradient(rank, amplitude)
     if poison == rank:
         value[3, 3] = float("inf")
@@ -87,6 +98,25 @@ def test_ring_of_processes_is_the_ring_of_one(size, policy, run_distributed):
     for rank, (_, _, _, sent) in enumerate(results):
         others = sum(payload) - payload[rank]
         assert others <= sent <= others + 16 * size + 24 + 16 * 8
+
+
+@pytest.mark.parametrize("poison", [None, 1])
+def test_the_sum_of_a_backend_takes_the_place_of_the_ring(poison, run_distributed):
+    ring = run_distributed(reduce, 4, "automatic", 1.0, poison)
+    native = run_distributed(reduce, 4, "automatic", 1.0, poison, like_nccl)
+    for (means, share, mu, _), (expected, ring_share, ring_mu, _) in zip(native, ring, strict=True):
+        assert torch.equal(means["w"].nan_to_num(7.0), expected["w"].nan_to_num(7.0))
+        assert means.keys() == expected.keys()
+        # Codes of NaN count for nothing: such a step is skipped, and mu stays as it is.
+        assert poison is not None or (share == ring_share and mu == ring_mu)
+
+
+def test_gloo_adds_up_no_fp8(run_distributed):
+    assert run_distributed(asked, 2) == [False, False]
+
+
+def asked():
+    return sums_fp8(dist.group.WORLD, CPU)
 
 
 def test_saturation_on_one_rank_halves_mu_on_all(run_distributed):
