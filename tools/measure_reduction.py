@@ -30,6 +30,7 @@ from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import Run, build
+from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import linear_weights
 from fp8lm.training.step import batch_loss, train_step, zero_gradients
 
@@ -65,10 +66,8 @@ def main(argv: list[str]) -> None:
 
 def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
     """Train `run` and measure after each of `moments` steps."""
-    from fp8lm.training.trainer import Trainer
-
-    trainer, results, consumed = Trainer(run), {}, 0
-    batches = trainer._batches(run.datasets[0], 0)
+    results, consumed = {}, 0
+    batches = run_batches(run, run.datasets[0], 0)
     for step in range(1, max(moments.values()) + 1):
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
         train_step(run.model, run.optimizer, microbatches, run.learning_rate.rate(consumed))
@@ -81,7 +80,7 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
                     "replicas": measure(gradients),
                     "accumulation": measure_accumulation(gradients),
                 }
-                batches = trainer._batches(run.datasets[0], consumed)
+                batches = run_batches(run, run.datasets[0], consumed)
     return results
 
 

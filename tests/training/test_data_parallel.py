@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp8lm.errors import InputError
+from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,
     model_tensors,
@@ -256,7 +257,7 @@ def arrivals(config):
             part.wait = wait
             part.start_gather()
         events.clear()
-        batch = trainer._batches(run.datasets[0], 0).next(1)[0]
+        batch = run_batches(run, run.datasets[0], 0).next(1)[0]
         model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
     return events, len(replicas._slabs)
 
