@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fp8lm.errors import InputError
+from fp8lm.training.trackers import warn
 
 NAME = "metrics.jsonl"
 
@@ -18,7 +19,8 @@ class MetricsFile:
 
     Floats keep all their digits; NaN and the infinities, which JSON lacks, become null. A run that
     resumes at `first_iteration` cuts the lines of later iterations off, a new one (0) all of them,
-    so that every iteration is there once. Raises `InputError` if `folder` cannot be written to.
+    so that every iteration is there once. Raises `InputError` if `folder` cannot be written to at
+    the start; later, on a full disk, lines wait in memory for space, with one warning.
     """
 
     def __init__(self, folder: Path, first_iteration: int) -> None:
@@ -27,14 +29,25 @@ class MetricsFile:
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _keep(path, list(_lines_until(path, first_iteration)))
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"cannot write to logging.dir = {folder}: {error}") from error
+        self._unwritten = b""
+        self._warned = False
 
     def write(self, values: Mapping[str, float]) -> None:
         """Append one object."""
-        self._file.write(json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n"
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                # A write may take a part, and the next one tell that the disk is full.
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self._file.name} waits for space on the disk: {error}")
+            self._warned = True
 
     def close(self) -> None:
         """Close the file."""
