@@ -109,8 +109,11 @@ class TrainLogger:
 
 
 def _tensorboard(folder: Path, run: RunInfo) -> Unfailing:
-    texts = {"config": to_yaml(run.config), "facts": to_yaml(run.facts)}
-    return Unfailing("TensorBoard", lambda: TensorBoard(folder, run.first_iteration, texts))
+    def start() -> TensorBoard:
+        texts = {"config": to_yaml(dict(run.config)), "facts": to_yaml(dict(run.facts))}
+        return TensorBoard(folder, run.first_iteration, texts)
+
+    return Unfailing("TensorBoard", start)
 
 
 def _wandb(config: LoggingConfig, run: RunInfo) -> Unfailing:

@@ -27,7 +27,7 @@ def start_facts() -> dict[str, Any]:
     versions = {
         "fp8lm": fp8lm.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which YAML does not know
         "megatron-core": version("megatron-core"),
     }
     return {"versions": versions, "git": asdict(source_revision())}
