@@ -58,7 +58,8 @@ def judge_python(found: str, tested: str) -> Finding:
         return Finding("python", found, "problem", cure)
     if _position(found, tested) == 0:
         return Finding("python", found, remark=f"tested {tested}")
-    return Finding("python", found, "problem", f"python {found} is too old: use one {tested}")
+    cure = f"python {found} is too old: use one {tested}"
+    return Finding("python", found, "problem", cure)
 
 
 def judge_package(package: Package, packages: Sequence[Package] = ()) -> Finding:

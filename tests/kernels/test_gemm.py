@@ -115,9 +115,7 @@ def test_cpu_gets_the_reference():
 def test_gpu_without_fp8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    with pytest.raises(
-        InputError, match=r"A100 has compute capability 8\.0; .* need 8\.9 or newer"
-    ):
+    with pytest.raises(InputError, match=r"A100 has compute capability 8\.0; .* need 8\.9"):
         select_kernels(torch.device("cuda", 0))
 
 
