@@ -52,9 +52,7 @@ def problems(findings: list[Finding]) -> list[str]:
 def judge_python(found: str, tested: str) -> Finding:
     """Python's version against the range declared, which is empty if none was found."""
     if not tested:
-        cure = (
-            "fp8lm is not installed, and what it needs is unknown: pip install its wheel or folder"
-        )
+        cure = "fp8lm is not installed, and what it needs is unknown: pip install its folder"
         return Finding("python", found, "problem", cure)
     if _position(found, tested) == 0:
         return Finding("python", found, remark=f"tested {tested}")

@@ -120,9 +120,9 @@ def test_versions_of_torch(version, status):
 
 def test_python():
     assert judge_python("3.12.3", ">=3.11").status == "ok"
-    assert problems([judge_python("3.10.13", ">=3.11")]) == [
-        "python 3.10.13 is not >=3.11: use another"
-    ]
+    old, unknown = judge_python("3.10.13", ">=3.11"), judge_python("3.12.3", "")
+    assert problems([old]) == ["python 3.10.13 is too old: use one >=3.11"]
+    assert problems([unknown])[0].startswith("fp8lm is not installed")
 
 
 def test_missing_packages():
