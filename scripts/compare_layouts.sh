@@ -82,8 +82,10 @@ pipelines() {
   train_seed 1 tp2-pp2-dp2 8 "${pp2[@]}" "${tp2[@]:1}"
 
   names=(4-layers-bf16 4-layers-o3 pp2-bf16-wire pp2 pp2-interleaved pp4-zb-h1 tp2-pp2-dp2)
-  "$PYTHON" tools/compare_runs.py $(for name in "${names[@]}"; do echo "$name=$run/$name-1"; done) \
-    --summary "$run/pipelines.json" --plot "$run/pipelines.png"
+  settings=()
+  for name in "${names[@]}"; do settings+=("$name=$run/$name-1"); done
+  "$PYTHON" tools/compare_runs.py "${settings[@]}" --summary "$run/pipelines.json" \
+    --plot "$run/pipelines.png"
 }
 
 for part in $parts; do "${part/-/_}"; done
