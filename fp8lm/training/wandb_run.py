@@ -83,7 +83,7 @@ class WandB:
             aside.write_text(json.dumps(asdict(self._record), indent=2) + "\n")
             os.replace(aside, self._path)
         except OSError as error:
-            warn(f"the next start will be another run at wandb: {error}")
+            warn(f"{self._path} is not up to date, the next start may be another run: {error}")
 
 
 def _init(wandb: Any, config: LoggingConfig, run_id: str | None, run_config: dict[str, Any]) -> Any:
