@@ -62,12 +62,16 @@ class WandB:
         continued = former is not None and former.continues(start, first_iteration > 0)
         run_id = former.id if continued else None
         self._run = _init(wandb, config, run_id, {**run_config, **facts})
+        # wandb drops what is logged at a step it has passed, and iterations that are done again
+        # would be: they are an axis of their own, and its steps only count calls.
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
         self._record = replace(start, id=self._run.id)
         self._remember()
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         """Hand the values of one iteration to wandb's own process."""
-        self._run.log(dict(values), step=iteration)
+        self._run.log({"iteration": iteration, **values})
 
     def close(self, failed: bool) -> None:
         """Finish the run, as a failed one if the training has failed."""

@@ -106,6 +106,17 @@ def test_what_wandb_keeps(tmp_path):
         assert text.encode() in kept, text
 
 
+def test_iterations_done_again_are_kept(tmp_path):
+    config = LoggingConfig(
+        dir=str(tmp_path), tensorboard=False, wandb_project="project", wandb_mode="offline"
+    )
+    with TrainLogger(config, RunInfo(1000), io.StringIO()) as logger:
+        for iteration, loss in ((10, 3.125), (20, 9.375), (15, 2.625)):
+            logger.log_step({**VALUES, "iteration": iteration, "lm loss": loss})
+    kept, _ = stored(tmp_path)
+    assert all(loss in kept for loss in (b"3.125", b"9.375", b"2.625"))
+
+
 def test_save_dir_takes_wandbs_files_and_not_the_id(tmp_path):
     record = start(tmp_path / "run", wandb_save_dir=str(tmp_path / "elsewhere"))
     _, ids = stored(tmp_path / "elsewhere")
