@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import yaml
 from pydantic import Field, model_validator
 
 from fp8lm.config.checks import find_problems
@@ -15,7 +14,7 @@ from fp8lm.config.precision import PrecisionConfig
 from fp8lm.config.section import Section
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
-from fp8lm.config.yaml_format import ConfigDumper
+from fp8lm.config.yaml_format import to_yaml
 from fp8lm.errors import InputError
 
 
@@ -53,7 +52,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Write every key with its resolved value; loading the text gives an equal config."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=ConfigDumper, sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
     def save_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write `to_yaml()` to a file that is either complete or not there."""

@@ -13,6 +13,7 @@ def _as_list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_list, json_schema_input_type=list[str])]
 DataPath = Annotated[
     tuple[Annotated[float, Strict(), Field(gt=0)] | Text, ...],
     BeforeValidator(_as_list, json_schema_input_type=list[float | str] | str),
@@ -85,7 +86,8 @@ class LoggingConfig(Section):
 
     dir: Text | None = Field(
         None,
-        description="Folder for config.yaml, metrics.jsonl and tensorboard/; null: only the log.",
+        description="Folder for config.yaml, starts.jsonl, metrics.jsonl and tensorboard/; null: "
+        "only the log.",
     )
     log_interval: Count = Field(100, description="Iterations between reports.")
     tensorboard: Bool = Field(True, description="Write TensorBoard events into dir.")
@@ -94,6 +96,16 @@ class LoggingConfig(Section):
     )
     wandb_exp_name: Text | None = Field(
         None, description="Name of the run there; null: chosen by wandb."
+    )
+    wandb_entity: Text | None = Field(
+        None, description="User or team that the project belongs to; null: the key's own."
+    )
+    wandb_group: Text | None = Field(
+        None, description="Group of runs shown together there, such as seeds of one setting."
+    )
+    wandb_tags: Texts = Field((), description="Tags of the run there.")
+    wandb_save_dir: Text | None = Field(
+        None, description="Folder for wandb's own files; null: dir, else the current folder."
     )
     wandb_mode: Literal["online", "offline", "disabled"] = Field(
         "online", description="offline keeps the run on disk for `wandb sync`."

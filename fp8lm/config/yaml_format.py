@@ -74,6 +74,11 @@ def parse_value(text: str, where: str) -> Any:
         raise InputError(f"{where}: not a YAML value ({_problem(error)}); quote it") from error
 
 
+def to_yaml(content: Any) -> str:
+    """Write plain data as YAML, mappings in their own order."""
+    return yaml.dump(content, Dumper=ConfigDumper, sort_keys=False)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; empty files count as empty mappings."""
     try:

@@ -35,6 +35,10 @@ class ReferenceKernels:
     """
 
     block_elements = 1 << 17
+    # What a person is told of them.
+    gemm_by = "decoded operands in a BF16 GEMM: FP8's arithmetic, not its speed"
+    attention_by = "scaled_dot_product_attention in fp32"
+    elementwise_by = "eager PyTorch, in blocks that stay in cache"
 
     def amax(self, x: Tensor) -> Tensor:
         """Absolute maximum of `x` (any float dtype) as a 0-d fp32 tensor; NaN and Inf survive.

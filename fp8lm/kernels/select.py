@@ -12,18 +12,31 @@ FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
 def select_kernels(device: torch.device) -> ReferenceKernels:
-    """Kernels for `device`: eager PyTorch on CPU, cuBLASLt FP8 GEMMs on a GPU that has them.
+    """Kernels for `device`; InputError for a GPU without FP8 tensor cores.
 
-    FP8 support is read off the compute capability, not the product's name. A GPU without FP8
-    tensor cores is refused here instead of failing in the first GEMM.
+    It is refused here instead of failing in the first GEMM.
     """
     if device.type == "cpu":
-        return ReferenceKernels()
-    capability = torch.cuda.get_device_capability(device)
+        return kernels_for_cpu()
+    return kernels_for_gpu(
+        torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    )
+
+
+def kernels_for_cpu() -> ReferenceKernels:
+    """Eager PyTorch."""
+    return ReferenceKernels()
+
+
+def kernels_for_gpu(capability: tuple[int, int], name: str) -> ReferenceKernels:
+    """cuBLASLt FP8 GEMMs, on a GPU that has them; InputError names the one that has not.
+
+    FP8 support is read off the compute capability, not the product's name.
+    """
     if capability < FP8_COMPUTE_CAPABILITY:
+        needed = ".".join(map(str, FP8_COMPUTE_CAPABILITY))
         raise InputError(
-            f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}; FP8 tensor cores need 8.9 or newer: "
-            "use another GPU or train.device=cpu"
+            f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 tensor cores need "
+            f"{needed} or newer: use another GPU or train.device=cpu"
         )
     return HopperKernels()

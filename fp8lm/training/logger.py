@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fp8lm.config import LoggingConfig
+from fp8lm.config.yaml_format import to_yaml
 from fp8lm.training.console import Console, evaluation_line, saved_line, training_line
 from fp8lm.training.metrics_file import MetricsFile
-from fp8lm.training.trackers import TensorBoard, WandB
+from fp8lm.training.tensorboard_file import TensorBoard
+from fp8lm.training.trackers import Unfailing
+from fp8lm.training.wandb_run import WandB
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,15 @@ class RunInfo:
     """What the reports need to know of a run.
 
     `first_iteration` is the one a resumed run was saved at, 0 for a new one; `is_main` says
-    whether this process reports; `config` is the resolved config, kept by wandb.
+    whether this process reports; `config` is the resolved config and `facts` are what else should
+    be known of the run (versions, state of the source), both kept by the trackers.
     """
 
     total_iterations: int
     first_iteration: int = 0
     is_main: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TrainLogger:
@@ -36,16 +41,16 @@ class TrainLogger:
     def __init__(self, config: LoggingConfig, run: RunInfo, stream: TextIO | None = None) -> None:
         self._run = run
         self._console = self._file = None
-        self._trackers: list[TensorBoard | WandB] = []
+        self._trackers: list[Unfailing] = []
         if not run.is_main:
             return
         if config.dir is not None:
             folder = Path(config.dir)
             self._file = MetricsFile(folder, run.first_iteration)
             if config.tensorboard:
-                self._trackers.append(TensorBoard(folder / "tensorboard", run.first_iteration))
+                self._trackers.append(_tensorboard(folder / "tensorboard", run))
         if config.wandb_project is not None:
-            self._trackers.append(WandB(config, run.config, run.first_iteration))
+            self._trackers.append(_wandb(config, run))
         self._console = Console(run.total_iterations, run.first_iteration, stream)
 
     def go_back(self, iteration: int) -> None:
@@ -53,12 +58,14 @@ class TrainLogger:
         for part in (self._console, self._file):
             if part is not None:
                 part.go_back(iteration)
+        for tracker in self._trackers:
+            tracker.go_back(iteration)
 
     def __enter__(self) -> TrainLogger:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def advance(self) -> None:
         """Move the progress bar by one iteration."""
@@ -91,11 +98,13 @@ class TrainLogger:
         if self._console is not None:
             self._console.write(line)
 
-    def close(self) -> None:
-        """Finish all files and trackers."""
-        for part in (self._console, self._file, *self._trackers):
+    def close(self, failed: bool = False) -> None:
+        """Finish all files and trackers; `failed` if the training ended in an error."""
+        for part in (self._console, self._file):
             if part is not None:
                 part.close()
+        for tracker in self._trackers:
+            tracker.close(failed)
         self._console = self._file = None
         self._trackers = []
 
@@ -105,3 +114,15 @@ class TrainLogger:
         numbers = {key: value for key, value in values.items() if key != "iteration"}
         for tracker in self._trackers:
             tracker.log(numbers, values["iteration"])
+
+
+def _tensorboard(folder: Path, run: RunInfo) -> Unfailing:
+    def start() -> TensorBoard:
+        texts = {"config": to_yaml(dict(run.config)), "facts": to_yaml(dict(run.facts))}
+        return TensorBoard(folder, run.first_iteration, texts)
+
+    return Unfailing("TensorBoard", start)
+
+
+def _wandb(config: LoggingConfig, run: RunInfo) -> Unfailing:
+    return Unfailing("wandb", lambda: WandB(config, run.config, run.first_iteration, run.facts))

@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from fp8lm.errors import InputError
+from fp8lm.training.trackers import warn
 
 NAME = "metrics.jsonl"
 
@@ -19,11 +20,14 @@ class MetricsFile:
 
     Floats keep all their digits; NaN and the infinities, which JSON lacks, become null. A run that
     resumes at `first_iteration` cuts the lines of later iterations off, a new one (0) all of them,
-    so that every iteration is there once. Raises `InputError` if `folder` cannot be written to.
+    so that every iteration is there once. Raises `InputError` if `folder` cannot be written to at
+    the start; later, on a full disk, lines wait in memory for space, with one warning.
     """
 
     def __init__(self, folder: Path, first_iteration: int) -> None:
         self._path = folder / NAME
+        self._unwritten = b""
+        self._warned = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(first_iteration)
@@ -32,18 +36,32 @@ class MetricsFile:
 
     def go_back(self, iteration: int) -> None:
         """Cut the lines of later iterations off."""
+        try:
+            reopened = self._open(iteration)
+        except OSError as error:
+            warn(f"{self._path} keeps lines after iteration {iteration}: {error}")
+            return
         self._file.close()
-        self._file = self._open(iteration)
+        self._file = reopened
 
-    def _open(self, iteration: int) -> TextIO:
+    def _open(self, iteration: int) -> FileIO:
         if self._path.exists():
             _keep(self._path, list(_lines_until(self._path, iteration)))
-        return self._path.open("a", encoding="utf-8")
+        return self._path.open("ab", buffering=0)
 
     def write(self, values: Mapping[str, float]) -> None:
         """Append one object."""
-        self._file.write(json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n"
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                # A write may take a part, and the next one tell that the disk is full.
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self._path} waits for space on the disk: {error}")
+            self._warned = True
 
     def close(self) -> None:
         """Close the file."""

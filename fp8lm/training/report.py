@@ -1,9 +1,10 @@
-"""What a run reports of itself, and where its resolved config goes."""
+"""What a run reports of itself, and what its folder says of how it was started."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.memory import memory_bytes
 from fp8lm.training.progress import Lap, Progress
+from fp8lm.training.starts import record_start, start_facts
 from fp8lm.training.state import bytes_per_parameter, describe_state, linear_weights, state_bytes
 
 
@@ -23,12 +25,14 @@ class Reporter:
     def __init__(self, run: Run, first_iteration: int) -> None:
         config = run.config
         self._run = run
-        self._write_config()
+        facts = start_facts() if run.groups.is_main else {}
+        self._write_start(facts, first_iteration)
         info = RunInfo(
             total_iterations=run.total_iterations,
             first_iteration=first_iteration,
             is_main=run.groups.is_main,
             config=config.model_dump(mode="json"),
+            facts=facts,
         )
         self._logger = TrainLogger(config.logging, info)
         self._flops_per_sample = training_flops(
@@ -50,8 +54,8 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._logger.close()
+    def __exit__(self, *error: Any) -> None:
+        self._logger.__exit__(*error)
 
     def advance(self) -> None:
         """One iteration is done."""
@@ -111,13 +115,14 @@ class Reporter:
         """Report a saved checkpoint."""
         self._logger.log_saved(iteration, folder)
 
-    def _write_config(self) -> None:
-        folder = self._run.config.logging.dir
-        if folder is None or not self._run.groups.is_main:
+    def _write_start(self, facts: dict[str, Any], first_iteration: int) -> None:
+        folder, groups = self._run.config.logging.dir, self._run.groups
+        if folder is None or not groups.is_main:
             return
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._run.config.save_yaml(Path(folder) / "config.yaml")
+            record_start(Path(folder), facts, first_iteration, groups.world.size())
         except OSError as error:
             raise InputError(f"logging.dir={folder} cannot be written to: {error}") from error
 

@@ -1,0 +1,71 @@
+"""What PyTorch sees of this machine, and what would compute on it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fp8lm.doctor.facts import Accelerators, Execution, Gpu
+from fp8lm.errors import InputError
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def find_accelerators() -> Accelerators:
+    """GPUs, CUDA, NCCL and driver; needs a PyTorch that can be imported."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver too old for this PyTorch: judged from facts
+        available = torch.cuda.is_available()
+    count = torch.cuda.device_count() if available else 0
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+    return Accelerators(
+        gpus=tuple(_gpu(torch.cuda.get_device_properties(index)) for index in range(count)),
+        cuda=torch.version.cuda,
+        driver=find_driver(),
+        nccl=tuple(nccl) if nccl is not None else None,
+    )
+
+
+def find_driver() -> str | None:
+    """Version of NVIDIA's driver, with or without a PyTorch that can use it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, timeout=30, check=True).stdout
+        return output.decode(errors="replace").split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass
+    try:
+        found = re.search(r"\s(\d+(?:\.\d+)+)\s", DRIVER_FILE.read_text(errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def plan_execution(gpus: Sequence[Gpu]) -> tuple[Execution, ...]:
+    """What `fp8lm.kernels` would use on the CPU and on each of `gpus`."""
+    return tuple(_executions(gpus))
+
+
+def _executions(gpus: Sequence[Gpu]) -> Iterator[Execution]:
+    from fp8lm.kernels.select import kernels_for_cpu, kernels_for_gpu
+
+    choices = [("cpu", kernels_for_cpu)]
+    for index, gpu in enumerate(gpus):
+        choices.append((f"cuda:{index}", lambda gpu=gpu: kernels_for_gpu(gpu.capability, gpu.name)))
+    for device, choose in choices:
+        try:
+            kernels = choose()
+        except InputError as error:
+            yield Execution(device, refusal=str(error))
+        else:
+            by = (kernels.gemm_by, kernels.attention_by, kernels.elementwise_by)
+            yield Execution(device, *by)
+
+
+def _gpu(properties) -> Gpu:  # noqa: ANN001
+    return Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)

@@ -1,0 +1,119 @@
+"""Facts of this machine, and of one whose packages are missing or broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8lm.doctor.__main__ import main, table
+from fp8lm.doctor.facts import Accelerators
+from fp8lm.doctor.gather import gather
+from fp8lm.doctor.judge import Finding
+from fp8lm.doctor.packages import declared, error_of_import, find_packages
+from fp8lm.kernels import select_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+def fine(modules):
+    return None
+
+
+def broken(name):
+    return lambda modules: "ImportError: undefined symbol" if name in modules.split(", ") else None
+
+
+def test_facts_of_this_machine():
+    facts = gather(import_check=fine)
+    versions = {package.name: package.version for package in facts.packages}
+    assert versions["torch"] == version("torch") and versions["pyyaml"] == version("pyyaml")
+    assert ">=2.11,<2.14" in {package.tested for package in facts.packages}
+    assert not any(package.name == "pytest" for package in facts.packages)  # of an extra
+    assert len(facts.accelerators.gpus) == torch.cuda.device_count()
+    cpu = facts.execution[0]
+    kernels = select_kernels(torch.device("cpu"))
+    assert (cpu.device, cpu.gemm, cpu.attention) == ("cpu", kernels.gemm_by, kernels.attention_by)
+
+
+def test_ranges_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    python, requirements = declared(ROOT)
+    assert f'requires-python = "{python}"' in text
+    packages = find_packages(requirements, fine)
+    required = [package for package in packages if package.required]
+    assert len(required) == 13
+    for package in required:
+        assert f'"{package.name}{package.tested}"' in text
+
+
+def test_a_broken_package_is_named_and_the_others_are_not():
+    packages = find_packages(["torch>=2", "numpy>=1,<3"], broken("numpy"))
+    errors = {package.name: package.error for package in packages if package.required}
+    assert errors == {"torch": None, "numpy": "ImportError: undefined symbol"}
+
+
+def test_without_torch_no_cuda_is_asked():
+    asked = []
+    facts = gather(lambda: asked.append(True), broken("torch"))
+    assert not asked and facts.accelerators.gpus == () and facts.execution == ()
+
+
+def test_cuda_that_raises_is_a_fact():
+    def raising():
+        raise RuntimeError("CUDA error")
+
+    assert gather(raising, fine).accelerators.error == "CUDA error"
+    assert gather(Accelerators, fine).accelerators.error is None
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("broken_raise", "RuntimeError: half installed"),
+        ("broken_exit", "without a message"),
+        ("broken_crash", "the process dies of signal 6"),
+        ("broken_nowhere", "ModuleNotFoundError: No module named 'broken_nowhere'"),
+        ("json, broken_raise", "RuntimeError: half installed"),
+        ("json", None),
+    ],
+)
+def test_imports_in_a_process_of_their_own(tmp_path, monkeypatch, module, text):
+    (tmp_path / "broken_raise.py").write_text("raise RuntimeError('half installed')")
+    (tmp_path / "broken_exit.py").write_text("raise SystemExit(3)")
+    (tmp_path / "broken_crash.py").write_text("import os; os.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert error_of_import(module) == text
+
+
+def test_table_marks_what_matters():
+    lines = table(
+        [Finding("a", "1"), Finding("bcd", "22", "note", "costs"), Finding("e", "", "problem", "!")]
+    ).splitlines()
+    assert lines == ["  a    1", "- bcd  22  costs", "! e        see the error"]
+
+
+@pytest.mark.slow  # imports everything
+def test_the_command_on_this_machine(capsys):
+    assert main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["problems"] == []
+    assert {"torch", "cpu", "NCCL"} <= {finding["subject"] for finding in report["findings"]}
+
+
+def test_the_command_without_any_package(tmp_path):
+    """A Python with nothing installed: everything is missing, each one a line with its cure."""
+    command = [sys.executable, "-S", "-m", "fp8lm.doctor"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in errors)
+    assert 'error: torch is missing: pip install "torch>=2.11,<2.14"' in errors
+    assert "! megatron-core" in done.stdout
