@@ -142,16 +142,14 @@ def _why_no_gpu(found: Accelerators, torch_version: str | None) -> str:
 
 
 def judge_nccl(version: tuple[int, ...] | None, gpus: tuple[Gpu, ...]) -> Finding:
-    """NCCL, and whether it could add FP8 by itself on these GPUs."""
+    """NCCL, and whether it adds FP8 by itself on these GPUs (`fp8lm.comm.sums_fp8`)."""
     if version is None:
         return Finding("NCCL", "none", remark="processes talk through gloo")
     able = version[:2] >= NCCL_FP8_VERSION and any(
         gpu.capability >= NCCL_FP8_CAPABILITY for gpu in gpus
     )
-    remark = (
-        f"{'reduces' if able else 'does not reduce'} FP8 natively here; fp8lm needs no such "
-        "thing: it moves bytes and adds in fp32"
-    )
+    sums = "in NCCL" if able else "in a ring of sends, as this NCCL or GPU does not add FP8"
+    remark = f"grad_reduce: fp32_accumulate moves bytes, fp8_sum adds {sums}"
     return Finding("NCCL", ".".join(map(str, version)), remark=remark)
 
 

@@ -45,14 +45,14 @@ def test_h100():
     assert "compute capability 9.0, 80 GiB" in remark(facts, "GPU 1")
     assert "_scaled_mm" in remark(facts, "cuda:1", "GEMM")
     assert "BF16" in remark(facts, "cuda:0", "attention")
-    assert remark(facts, "NCCL").startswith("reduces FP8 natively")
+    assert remark(facts, "NCCL").endswith("fp8_sum adds in NCCL")
 
 
 def test_l40s_has_fp8_and_no_reduction_of_it():
     facts = machine(L40S)
     assert problems(judge(facts)) == []
     assert "_scaled_mm" in remark(facts, "cuda:0", "GEMM")
-    assert remark(facts, "NCCL").startswith("does not reduce FP8")
+    assert "fp8_sum adds in a ring" in remark(facts, "NCCL")
 
 
 @pytest.mark.parametrize("gpu", [A100, DISGUISED])
@@ -96,7 +96,7 @@ def test_cuda_in_a_bad_state_is_a_problem():
     ],
 )
 def test_nccl(version, gpus, able):
-    assert judge_nccl(version, gpus).remark.startswith("reduces") is able
+    assert judge_nccl(version, gpus).remark.endswith("fp8_sum adds in NCCL") is able
 
 
 @pytest.mark.parametrize(
