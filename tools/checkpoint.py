@@ -72,8 +72,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def list_all(options: argparse.Namespace) -> None:
     """List the checkpoints of a folder."""
     root = options.folder
+    checked = list(check_all(root))
     print(f"{'iteration':>10}  {'bytes':>14}  {'files':>5}  {'written':16}  state")
-    for iteration, problem in check_all(root):
+    for iteration, problem in checked:
         folder = find_folder(root, iteration)
         files = [path for path in folder.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)

@@ -65,6 +65,8 @@ def type_text(schema: Mapping[str, Any]) -> str:
     """Say in words what a JSON schema allows: `integer >= 1 or null`."""
     if "anyOf" in schema:
         return " or ".join(type_text(choice) for choice in schema["anyOf"])
+    if "const" in schema:
+        return schema["const"]
     if "enum" in schema:
         return " | ".join(schema["enum"])
     if schema["type"] == "boolean":

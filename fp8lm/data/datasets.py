@@ -76,7 +76,7 @@ def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | N
 
 def _plain_split(split: str) -> str:
     """The shares without exponents, which megatron-core would read as two numbers."""
-    return ",".join(np.format_float_positional(float(share)) for share in split.split(","))
+    return ",".join(np.format_float_positional(float(share), trim="-") for share in split.split(","))
 
 
 @dataclass(frozen=True)

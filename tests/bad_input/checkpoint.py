@@ -1,0 +1,109 @@
+"""Checkpoints: missing, damaged, of another model, and folders that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+
+from fp8lm.checkpoint import Shard, save_checkpoint
+from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
+from tests.bad_input.cases import run, train
+
+LOAD = "checkpoint.load=ck"
+META = {
+    "iteration": 1,
+    "consumed_samples": 16,
+    "batch_size": 16,
+    "skipped_samples": 0,
+    "rollbacks": 0,
+    "losses": {},
+    "gradient_tensors": 0,
+    "config": {},
+}
+
+
+def saved(change=lambda folder: None, **meta):
+    """One checkpoint of a model of one scalar in ck/, and what is wrong with it."""
+
+    def prepare(folder):
+        shards = {"model.w": [Shard.whole(torch.zeros(()))]}
+        change(save_checkpoint(folder / "ck", 1, shards, META | meta))
+
+    return prepare
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def flip(name):
+    def change(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def newer(folder):
+    common = json.loads((folder / "common.json").read_text())
+    (folder / "common.json").write_text(json.dumps({**common, "format_version": 99}))
+    digests = {p.name: file_digest(p) for p in folder.iterdir() if p.name != CHECKSUMS}
+    (folder / CHECKSUMS).write_text(checksums_text(digests))
+
+
+def latest(text):
+    return lambda folder: (folder.parent / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def replaced(folder):
+    """The latest file names an iteration of which there is no folder, nor any other."""
+    folder.rename(folder.parent / "something")
+
+
+def a_file(folder):
+    (folder / "ck").write_text("")
+
+
+NONE = "no valid checkpoint in ck: iteration 1: "
+FILE = "__0_0.distcp"
+CASES = [
+    train(LOAD, says="a checkpoint from another model: ", prepare=saved()),
+    train(LOAD, says="is a release, without optimizer states", prepare=saved(released=True)),
+    train(LOAD, says=(NONE, f"{FILE} is truncated"), prepare=saved(cut(FILE))),
+    train(LOAD, says=(NONE, f"{FILE} is damaged: its SHA-256"), prepare=saved(flip(FILE))),
+    train(LOAD, says=(NONE, f"is incomplete: no {FILE}"), prepare=saved(remove(FILE))),
+    train(LOAD, says=(NONE, ".metadata is damaged"), prepare=saved(cut(".metadata"))),
+    train(LOAD, says=(NONE, "is incomplete: no .metadata"), prepare=saved(remove(".metadata"))),
+    train(LOAD, says=(NONE, "common.json is damaged"), prepare=saved(cut("common.json"))),
+    train(LOAD, says=(NONE, "no common.json"), prepare=saved(remove("common.json"))),
+    train(LOAD, says=(NONE, f"{CHECKSUMS} is damaged"), prepare=saved(cut(CHECKSUMS))),
+    train(LOAD, says=(NONE, f"no {CHECKSUMS}"), prepare=saved(remove(CHECKSUMS))),
+    train(LOAD, says="has format version 99, written by fp8lm", prepare=saved(newer)),
+    train(LOAD, says="no such folder", prepare=saved(replaced)),
+    train("checkpoint.save=ck", says="cannot save checkpoints in ck", prepare=a_file),
+    train("checkpoint.save=ck/in", says="cannot save checkpoints in ck/in", prepare=a_file),
+    train("logging.dir=ck", says="logging.dir=ck cannot be written to", prepare=a_file),
+    run("generate", "--load", "ck", "--prompt", "1", says="no checkpoint in ck"),
+    run("checkpoint", "list", "ck", says="no checkpoint in ck"),
+    run("checkpoint", "inspect", "ck", says="no checkpoint in ck: latest_checkpointed_iteration"),
+    run("checkpoint", "inspect", "ck/iter_0000009", says="of iteration 9", prepare=saved()),
+    run("checkpoint", "verify", "nowhere", says="no checkpoint in nowhere"),
+    run("checkpoint", "compare", "ck", "nowhere", says="in nowhere", prepare=saved()),
+    run(
+        "checkpoint",
+        "release",
+        "ck",
+        "a/b",
+        says="cannot save checkpoints in a/b",
+        prepare=lambda f: (saved()(f), (f / "a").write_text("")),
+    ),
+    run("compare_runs", "a=nowhere", says="nowhere"),
+    run("compare_runs", "nowhere", says="NAME=FOLDER"),
+]

@@ -1,0 +1,197 @@
+"""Configs: files, keys, values, and combinations that are impossible."""
+
+from __future__ import annotations
+
+from tests.bad_input.cases import run, train, writes
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+SAVE = "checkpoint.save=ck"
+
+
+def config_file(content, *says):
+    return run("pretrain_gpt", "--config", "c.yaml", says=says, prepare=writes(c__yaml=content))
+
+
+FILES = [
+    run("pretrain_gpt", says=("no config: pretrain_gpt.py --config FILE.yaml",)),
+    run("pretrain_gpt", "--config", says="expected one argument; see pretrain_gpt.py --help"),
+    run("pretrain_gpt", "--config", "no.yaml", says="config file no.yaml does not exist"),
+    run("pretrain_gpt", "--config", ".", says="config file . cannot be read: Is a directory"),
+    config_file("model: [", "c.yaml:1: not valid YAML"),
+    config_file("model: {a: 1, a: 2}", "c.yaml:1: not valid YAML: key 'a' is given twice"),
+    config_file("- 1\n- 2", "config file c.yaml must hold sections of keys, not [1, 2]"),
+    config_file(b"model: \xff\xfe", "config file c.yaml is not UTF-8 text"),
+    config_file("base: no.yaml", "base file no.yaml does not exist: named by base in c.yaml"),
+    config_file("base: 3", "c.yaml: base = 3: expected a file name or a list of them"),
+    config_file("base: c.yaml", "base files form a cycle: c.yaml -> c.yaml"),
+    config_file("", "model.num_layers is missing", "train.micro_batch_size is missing"),
+    config_file("model: 7", "model = 7: expected a section of keys"),
+]
+
+KEYS = [
+    train("--train.seed=3", says="unknown option --train.seed=3: write train.seed=3"),
+    train("--verbose", says="unknown option --verbose: see --help"),
+    train("train.seed", says="override 'train.seed': write it as section.key=value"),
+    train("seed=3", says="unknown key seed: did you mean train.seed?"),
+    train(
+        "train.trian_iters=3", says="unknown key train.trian_iters: did you mean train.train_iters?"
+    ),
+    train("trian.seed=3", says="unknown key trian: did you mean train?"),
+    train("train.seed.low=3", says='train.seed = {"low": 3}: expected integer >= 0'),
+    train("train.seed=[", says="override 'train.seed=[': not a YAML value"),
+    train("train.seed=3", "train.seed.low=1", says="override 'train.seed.low=1': seed was given"),
+    train("precision.wire.gather=int8", says='precision.wire.gather = "int8": expected fp8 | bf16'),
+    train("precision.wire.gathre=fp8", says="unknown key precision.wire.gathre: did you mean"),
+]
+
+VALUES = [
+    train("train.seed=abc", says='train.seed = "abc": expected integer >= 0'),
+    train("train.seed=-1", says="train.seed = -1: expected integer >= 0"),
+    train("train.seed=1.5", says="train.seed = 1.5: expected integer >= 0"),
+    train("train.seed=true", says="train.seed = true: expected integer >= 0"),
+    train('optimizer.lr="1e-3"', says='optimizer.lr = "1e-3": expected number > 0'),
+    train("optimizer.lr=0", says="optimizer.lr = 0: expected number > 0"),
+    train("optimizer.lr=.inf", says="optimizer.lr = Infinity: expected number > 0"),
+    train("optimizer.lr=.nan", says="optimizer.lr = NaN: expected number > 0"),
+    train("optimizer.adam_beta1=1", says="optimizer.adam_beta1 = 1: expected number >= 0 and < 1"),
+    train("model.swiglu=1", says="model.swiglu = 1: expected true | false"),
+    train("model.num_layers=", says="model.num_layers = null: expected integer >= 1"),
+    train(
+        "precision.preset=fp4", says='precision.preset = "fp4": expected bf16 | te | o1 | o2 | o3'
+    ),
+    train("train.device=tpu", says='train.device = "tpu": expected auto | cpu | cuda'),
+    train("data.data_path=[true]", says="data.data_path = [true]: expected list of"),
+    train("train.rampup_batch_size=[4]", says="train.rampup_batch_size = [4]: expected ["),
+    train(
+        "train.exit_duration_in_mins=0", says="train.exit_duration_in_mins = 0: expected number > 0"
+    ),
+    train("parallel.distributed_timeout_minutes=-1", says="expected number > 0"),
+    train("checkpoint.keep_last=0", says="checkpoint.keep_last = 0: expected integer >= 1"),
+    train(
+        "checkpoint.ckpt_format=zarr", says='checkpoint.ckpt_format = "zarr": expected torch_dist'
+    ),
+    train("checkpoint.save=''", says='checkpoint.save = "": expected text'),
+]
+
+MODEL = [
+    train("model.num_attention_heads=7", says="is not divisible by model.num_attention_heads = 7"),
+    train("model.num_query_groups=3", says="not divisible by model.num_query_groups = 3"),
+    train("model.seq_length=4096", "model.max_position_embeddings=64", says="is longer than"),
+    train("model.kv_channels=15", says="RoPE rotates pairs of channels"),
+    train("model.hidden_size=72", says="model.hidden_size = 72 is not a multiple of 16"),
+    train("model.ffn_hidden_size=100", says="model.ffn_hidden_size = 100 is not a multiple of 16"),
+    train("model.seq_length=10", "train.micro_batch_size=1", says="model.seq_length * train.micro"),
+    train("model.num_query_groups=1", "model.kv_channels=4", says="the width of queries, keys and"),
+]
+
+TRAINING = [
+    train("train.micro_batch_size=3", says="is not divisible by train.micro_batch_size = 3"),
+    train("train.train_samples=64", "train.train_iters=4", says="both are set"),
+    train(
+        "train.train_iters=null", says="exactly one of train.train_iters and train.train_samples"
+    ),
+    train("train.train_samples=8", says="less than one batch of train.global_batch_size = 16"),
+    train("train.rampup_batch_size=[4,4,64]", says="needs a run measured in train.train_samples"),
+    train("train.train_samples=640", "train.rampup_batch_size=[4,5,64]", says="does not reach"),
+    train(
+        "train.train_samples=640", "train.rampup_batch_size=[6,5,64]", says="must be multiples of"
+    ),
+    train("optimizer.min_lr=1", says="optimizer.min_lr = 1 is greater than optimizer.lr = 0.001"),
+    train("scheduler.lr_warmup_init=1", says="scheduler.lr_warmup_init = 1 is greater than"),
+    train("scheduler.lr_warmup_iters=99", says="must be less than the decay's 50"),
+    train("scheduler.lr_decay_samples=99", says="use scheduler.lr_decay_iters"),
+    train("scheduler.lr_decay_style=WSD", says="needs scheduler.lr_wsd_decay_iters"),
+    train(
+        "scheduler.lr_wsd_decay_iters=5", says="needs scheduler.lr_decay_style = WSD, not cosine"
+    ),
+    train(
+        "scheduler.lr_decay_style=WSD",
+        "scheduler.lr_wsd_decay_iters=51",
+        says="are longer than the schedule's 50",
+    ),
+    train(
+        "train.loss_spike_threshold=1",
+        says="needs checkpoint.save and checkpoint.save_interval: a run rolls back to a checkpoint",
+    ),
+    train(
+        "train.loss_spike_threshold=1",
+        SAVE,
+        "checkpoint.save_interval=5",
+        "checkpoint.keep_last=1",
+        says="needs checkpoint.keep_last of 2 or more",
+    ),
+    train("checkpoint.save_interval=5", says="checkpoint.save_interval = 5 needs checkpoint.save"),
+]
+
+SOURCES = [
+    train(
+        "data.mock_data=false", says="no data: set data.data_path=[PREFIX] or data.mock_data=true"
+    ),
+    train("data.mock_data=true", "data.data_path=[a]", says="reads no files: drop data.data_path"),
+    train("data.data_path=[a,b]", says="expected [prefix] or [weight1, prefix1, weight2"),
+    train("data.data_path=[0.5,a,0.5]", says="expected [prefix] or [weight1, prefix1"),
+    train(
+        "data.data_path=[0,a]", says='data.data_path = [0, "a"]: expected list of (number or text)'
+    ),
+    train("data.split=most", says='data.split = "most": expected up to three shares'),
+    train("data.split='0,1,0'", says="expected up to three shares"),
+    train("data.split='1,-1'", says="expected up to three shares"),
+    train("tokenizer.vocab_size=null", says="NullTokenizer needs tokenizer.vocab_size"),
+    train(
+        "tokenizer.tokenizer_model=t", says="NullTokenizer has no tokenizer.tokenizer_model: drop t"
+    ),
+    train(
+        "tokenizer.tokenizer_type=SentencePieceTokenizer", says="needs tokenizer.tokenizer_model"
+    ),
+    train(
+        "tokenizer.tokenizer_type=HuggingFaceTokenizer",
+        "tokenizer.tokenizer_model=t",
+        "tokenizer.vocab_size=9",
+        says="knows its size: drop tokenizer.vocab_size = 9",
+    ),
+]
+
+PRECISION = [
+    train(
+        "precision.gemm=bf16", says="params_dtype = fp8_e4m3 needs precision.gemm = fp8, not bf16"
+    ),
+    train("precision.main_params_dtype=none", says="needs a master weight"),
+    train("precision.preset=te", "precision.wire.params=fp8", says="wire.params = fp8 needs"),
+    train(
+        "precision.main_grads_dtype=fp32",
+        "precision.grad_reduce=fp8_sum",
+        says="adds FP8 gradients, but precision.main_grads_dtype = fp32",
+    ),
+]
+
+LAYOUTS = [
+    train("parallel.sequence_parallel=true", says="needs parallel.tensor_model_parallel_size > 1"),
+    train("parallel.tensor_model_parallel_size=3", says="model.num_attention_heads = 4 is not div"),
+    train(TP2, "model.num_query_groups=1", says="model.num_query_groups = 1 is not divisible by"),
+    train(TP2, "model.ffn_hidden_size=80", says="= 2 is 40, not a multiple of 16"),
+    train(
+        "parallel.decoder_first_pipeline_num_layers=1", says="needs parallel.pipeline_model_para"
+    ),
+    train("parallel.pipeline_model_parallel_size=3", says="do not divide evenly"),
+    train(PP2, "parallel.num_layers_per_virtual_pipeline_stage=3", says="is not divisible by"),
+    train(
+        PP2,
+        "parallel.num_layers_per_virtual_pipeline_stage=1",
+        "parallel.pipeline_schedule=zb-h1",
+        says="has a schedule of its own",
+    ),
+    train("parallel.pipeline_schedule=dualpipe", says='"dualpipe": expected 1f1b | zb-h1'),
+    train("parallel.partition=rows", says='parallel.partition = "rows": expected tensor | even'),
+]
+
+CASES = [
+    *FILES,
+    *KEYS,
+    *VALUES,
+    *MODEL,
+    *TRAINING,
+    *SOURCES,
+    *PRECISION,
+    *LAYOUTS,
+]
