@@ -69,7 +69,7 @@ def process_groups(
     the sizes do not divide the number of processes.
     """
     launch = Launch.from_environment(os.environ)
-    _check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
+    check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         _check_gpus(launch, backend, torch.cuda.device_count())
@@ -114,14 +114,11 @@ def model_parallel_groups(
     `initialize_model_parallel`: a gloo group costs three threads that poll, an NCCL one memory.
     """
     world_size = dist.get_world_size()
-    _check_sizes(world_size, tensor_parallel, pipeline_parallel)
+    check_sizes(world_size, tensor_parallel, pipeline_parallel)
     replicas = world_size // (tensor_parallel * pipeline_parallel)
-    order = RankGenerator(
-        tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
-    )
     made = [
-        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=timeout)[0]
-        for kind in ("tp", "dp", "pp")
+        dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
+        for ranks in rank_lists(tensor_parallel, replicas, pipeline_parallel).values()
     ]
     made.append(dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT))
     try:
@@ -129,6 +126,12 @@ def model_parallel_groups(
     finally:
         for group in made:
             dist.destroy_process_group(group)
+
+
+def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
+    """The ranks of every tensor-parallel ("tp"), data-parallel ("dp") and pipeline ("pp") group."""
+    order = RankGenerator(tp=tensor, dp=data, pp=pipeline, ep=1, cp=1, order="tp-dp-pp")
+    return {kind: order.get_ranks(kind) for kind in ("tp", "dp", "pp")}
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,11 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
 
     None where that leaves one rank per node, or one node. InputError if nodes are not alike.
     """
-    ranks, shards = groups.data_parallel.size(), groups.tensor_parallel.size()
-    per_node = max(1, node_size // shards)
-    if per_node == 1 or per_node >= ranks:
+    per_node = replicas_per_node(
+        groups.data_parallel.size(), groups.tensor_parallel.size(), node_size
+    )
+    if per_node is None:
         return None
-    if ranks % per_node or node_size % shards:
-        raise InputError(
-            f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
-            f"{shards} processes evenly over nodes: set it to a size that does"
-        )
     replicas = _all_like(groups.data_parallel)
     nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
     numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
@@ -161,6 +160,22 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
         for kind in (nodes, numbers)
     ]
     return NodeGroups(*made)
+
+
+def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
+    """How many of `ranks` data-parallel ranks a node has, None where it is one or all of them.
+
+    A replica's stage is `shards` processes. InputError if the nodes are not alike.
+    """
+    per_node = max(1, node_size // shards)
+    if per_node == 1 or per_node >= ranks:
+        return None
+    if ranks % per_node or node_size % shards:
+        raise InputError(
+            f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
+            f"{shards} processes evenly over nodes: set it to a size that does"
+        )
+    return per_node
 
 
 @dataclass(frozen=True)
@@ -206,7 +221,8 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
     return torch.device("cuda", Launch.from_environment(os.environ).local_rank % num_gpus)
 
 
-def _check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise `InputError` unless `world_size` processes can be divided like that."""
     if (
         tensor_parallel < 1
         or pipeline_parallel < 1

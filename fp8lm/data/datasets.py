@@ -47,9 +47,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             for split, size in enumerate(sizes)
         )
     prefixes, weights = _blend(config.data.data_path)
-    files = [inspect_indexed(prefix) for prefix in prefixes]
-    for file in files:
-        check_tokenizer(file, tokenizer)
+    files = check_files(config, tokenizer)
     with quiet_megatron():
         gpt_config = GPTDatasetConfig(
             random_seed=config.train.seed,
@@ -67,6 +65,19 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
     return tuple(_build(gpt_config, sizes))
 
 
+def check_files(config: Config, tokenizer: Tokenizer) -> list[IndexedFile]:
+    """The token files that `data.data_path` names, none for mock data.
+
+    Raises `InputError` for missing or damaged ones and for a tokenizer that did not make them.
+    """
+    if config.data.mock_data:
+        return []
+    files = [inspect_indexed(prefix) for prefix in _blend(config.data.data_path)[0]]
+    for file in files:
+        check_tokenizer(file, tokenizer)
+    return files
+
+
 def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of `[prefix]` or `[weight, prefix, ...]`; one prefix needs no weight."""
     if len(data_path) <= 2:
@@ -76,7 +87,9 @@ def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | N
 
 def _plain_split(split: str) -> str:
     """The shares without exponents, which megatron-core would read as two numbers."""
-    return ",".join(np.format_float_positional(float(share), trim="-") for share in split.split(","))
+    return ",".join(
+        np.format_float_positional(float(share), trim="-") for share in split.split(",")
+    )
 
 
 @dataclass(frozen=True)

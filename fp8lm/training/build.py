@@ -167,7 +167,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    _check_batches(config, groups.data_parallel.size())
+    check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
     datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
@@ -223,7 +223,8 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     )
 
 
-def _check_batches(config: Config, replicas: int) -> None:
+def check_batches(config: Config, replicas: int) -> None:
+    """Raise `InputError` unless every step's batch divides over `replicas` and their stages."""
     train = config.train
     share = train.micro_batch_size * replicas
     of = f"train.micro_batch_size = {train.micro_batch_size} times {replicas} data-parallel ranks"

@@ -25,7 +25,7 @@ from fp8lm.layers.weight import GemmWeight, Weight
 from fp8lm.model.gpt import GPTModel, ModelPart
 from fp8lm.numerics import E4M3
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.ownership import row_blocks, whole_tensors
+from fp8lm.parallel.ownership import Ownership, row_blocks, whole_tensors
 from fp8lm.parallel.pipeline import Batch, Pipeline
 from fp8lm.parallel.replicas import (
     OneReplica,
@@ -73,14 +73,8 @@ def build_replicas(
     parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
     if group.size() == 1:
         return OneReplica(weights)
-    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
-    # Forward can only begin with the first weights if these travel apart from the last.
-    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    parts = [(part, place(tensors_of(part), group.size())) for part in in_parts(weights, size)]
-    rows = [
-        {name: span for _, ownership in parts for name, span in ownership.rows[rank].items()}
-        for rank in range(group.size())
-    ]
+    parts = owned_parts(config, weights, group.size())
+    rows = rows_by_rank([ownership for _, ownership in parts])
     buckets = GradientBuckets(
         weights,
         rows,
@@ -97,6 +91,25 @@ def build_replicas(
     params = Wire("params", sent, counter)
     slabs = [WeightSlabs(part, ownership, group, params, kernels) for part, ownership in parts]
     return ZeroReplicas(weights, slabs, buckets)
+
+
+def owned_parts(
+    config: Config, weights: dict[str, Weight], replicas: int
+) -> list[tuple[dict[str, Weight], Ownership]]:
+    """`weights` in the parts that travel apart, and who of `replicas` ranks owns what of each."""
+    parallel = config.parallel
+    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
+    # Forward can only begin with the first weights if these travel apart from the last.
+    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
+    return [(part, place(tensors_of(part), replicas)) for part in in_parts(weights, size)]
+
+
+def rows_by_rank(parts: list[Ownership]) -> list[dict[str, tuple[int, int]]]:
+    """The rows of every weight that each rank owns."""
+    return [
+        {name: span for ownership in parts for name, span in ownership.rows[rank].items()}
+        for rank in range(parts[0].num_ranks)
+    ]
 
 
 def build_reduction(
