@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
+PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
 EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
 
 
@@ -22,5 +25,15 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or 0
     except InputError as error:
+        _let_the_first_speak()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _let_the_first_speak() -> None:
+    """Ranks mostly find the same thing wrong: the others are ended while they wait here.
+
+    What only one of them has found is said a little later.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE)
