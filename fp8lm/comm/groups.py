@@ -57,7 +57,7 @@ def process_groups(
     is made, if the environment is incomplete or the sizes do not divide the number of processes.
     """
     launch = Launch.from_environment(os.environ)
-    _check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
+    check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         _check_gpus(launch, backend, torch.cuda.device_count())
@@ -86,13 +86,10 @@ def model_parallel_groups(
     `initialize_model_parallel`: a gloo group costs three threads that poll, an NCCL one memory.
     """
     world_size = dist.get_world_size()
-    _check_sizes(world_size, tensor_parallel, pipeline_parallel)
-    replicas = world_size // (tensor_parallel * pipeline_parallel)
-    order = RankGenerator(
-        tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
-    )
+    check_sizes(world_size, tensor_parallel, pipeline_parallel)
+    ranks = group_ranks(world_size, tensor_parallel, pipeline_parallel)
     made = [
-        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=TIMEOUT)[0]
+        dist.new_subgroups_by_enumeration(ranks[kind], timeout=TIMEOUT)[0]
         for kind in ("tp", "dp", "pp")
     ]
     try:
@@ -100,6 +97,17 @@ def model_parallel_groups(
     finally:
         for group in made:
             dist.destroy_process_group(group)
+
+
+def group_ranks(
+    world_size: int, tensor_parallel: int, pipeline_parallel: int
+) -> dict[str, list[list[int]]]:
+    """Ranks of every tensor- (`tp`), data- (`dp`) and pipeline-parallel (`pp`) group."""
+    replicas = world_size // (tensor_parallel * pipeline_parallel)
+    order = RankGenerator(
+        tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
+    )
+    return {kind: order.get_ranks(kind) for kind in ("tp", "dp", "pp")}
 
 
 @dataclass(frozen=True)
@@ -115,15 +123,9 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
 
     None where that leaves one rank per node, or one node. InputError if nodes are not alike.
     """
-    ranks, shards = groups.data_parallel.size(), groups.tensor_parallel.size()
-    per_node = max(1, node_size // shards)
-    if per_node == 1 or per_node >= ranks:
+    per_node = ranks_per_node(groups.data_parallel.size(), groups.tensor_parallel.size(), node_size)
+    if per_node is None:
         return None
-    if ranks % per_node or node_size % shards:
-        raise InputError(
-            f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
-            f"{shards} processes evenly over nodes: set it to a size that does"
-        )
     replicas = _all_like(groups.data_parallel)
     nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
     numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
@@ -131,6 +133,19 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
         dist.new_subgroups_by_enumeration(kind, timeout=TIMEOUT)[0] for kind in (nodes, numbers)
     ]
     return NodeGroups(*made)
+
+
+def ranks_per_node(replicas: int, shards: int, node_size: int) -> int | None:
+    """Of `replicas` data-parallel ranks of `shards` processes, those on a node (`node_groups`)."""
+    per_node = max(1, node_size // shards)
+    if per_node == 1 or per_node >= replicas:
+        return None
+    if replicas % per_node or node_size % shards:
+        raise InputError(
+            f"parallel.node_size = {node_size} does not divide {replicas} data-parallel ranks of "
+            f"{shards} processes evenly over nodes: set it to a size that does"
+        )
+    return per_node
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,8 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
     return torch.device("cuda", Launch.from_environment(os.environ).local_rank % num_gpus)
 
 
-def _check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise `InputError` unless the processes divide into replicas of such a model."""
     if (
         tensor_parallel < 1
         or pipeline_parallel < 1

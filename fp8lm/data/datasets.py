@@ -46,6 +46,17 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             _mock(config, tokenizer, split, size) if size else None
             for split, size in enumerate(sizes)
         )
+    return tuple(_build(_checked(config, tokenizer, sizes), sizes))
+
+
+def check_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> None:
+    """Raise what `build_datasets` would raise before it builds anything; writes nothing."""
+    if not config.data.mock_data:
+        _checked(config, tokenizer, sizes)
+
+
+def _checked(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> GPTDatasetConfig:
+    """What to build, once files, tokenizer and splits have been found to agree."""
     prefixes, weights = _blend(config.data.data_path)
     files = [inspect_indexed(prefix) for prefix in prefixes]
     for file in files:
@@ -64,7 +75,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             create_attention_mask=False,
         )
     _keep_wanted_splits(gpt_config, files, sizes)
-    return tuple(_build(gpt_config, sizes))
+    return gpt_config
 
 
 def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:

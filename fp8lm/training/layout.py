@@ -25,7 +25,7 @@ from fp8lm.layers.weight import GemmWeight, Weight
 from fp8lm.model.gpt import GPTModel, ModelPart
 from fp8lm.numerics import E4M3
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.ownership import row_blocks, whole_tensors
+from fp8lm.parallel.ownership import Ownership, row_blocks, whole_tensors
 from fp8lm.parallel.pipeline import Batch, Pipeline
 from fp8lm.parallel.replicas import (
     OneReplica,
@@ -72,10 +72,7 @@ def build_replicas(
     parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
     if group.size() == 1:
         return OneReplica(weights)
-    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
-    # Forward can only begin with the first weights if these travel apart from the last.
-    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    parts = [(part, place(tensors_of(part), group.size())) for part in in_parts(weights, size)]
+    parts = place_weights(config, weights, group.size())
     rows = [
         {name: span for _, ownership in parts for name, span in ownership.rows[rank].items()}
         for rank in range(group.size())
@@ -96,6 +93,17 @@ def build_replicas(
     params = Wire("params", sent, counter)
     slabs = [WeightSlabs(part, ownership, group, params, kernels) for part, ownership in parts]
     return ZeroReplicas(weights, slabs, buckets)
+
+
+def place_weights(
+    config: Config, weights: dict[str, Weight], num_replicas: int
+) -> list[tuple[dict[str, Weight], Ownership]]:
+    """Which replica owns what of `weights`, in the parts that are dealt out on their own."""
+    parallel = config.parallel
+    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
+    # Forward can only begin with the first weights if these travel apart from the last.
+    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
+    return [(part, place(tensors_of(part), num_replicas)) for part in in_parts(weights, size)]
 
 
 def build_reduction(
