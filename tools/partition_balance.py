@@ -12,40 +12,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
-from fp8lm.config import PrecisionConfig, load_config
+from fp8lm.config import load_config
 from fp8lm.errors import run_command
-from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.edge import Partition
-from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.split import Split
-from fp8lm.layers.weight import named_weights
-from fp8lm.model import GPTModel
+from fp8lm.inspect.layout import plan_stage
 from fp8lm.parallel.ownership import Ownership, Tensor2D, row_blocks, whole_tensors
 from fp8lm.parallel.replicas import tensors_of
 
-LAYOUTS = {"7b": (1, 1), "13b": (2, 1), "175b": (8, 4)}  # tensor, pipeline
+MODELS = ("7b", "13b", "175b")
 REPLICAS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 VOCABULARY = 50304
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-class Shard(Partition):
-    """The first of `size` tensor-parallel ranks, without a group to talk to."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def split(self, dim: int, parts: int = 1) -> Split:
-        """See `Partition`."""
-        return Split(dim, parts, 0, self.size)
-
-
 def main(argv: list[str]) -> None:
     """Print the table."""
     print(f"{'max/mean':16}" + "".join(f"{size:>7}" for size in REPLICAS))
-    for model in LAYOUTS:
+    for model in MODELS:
         tensors, columns = local_tensors(model)
         for name, place in (("tensor", whole_tensors), ("even", row_blocks)):
             ratios = [balance(place(tensors, size), columns) for size in REPLICAS]
@@ -54,13 +36,8 @@ def main(argv: list[str]) -> None:
 
 def local_tensors(model: str) -> tuple[list[Tensor2D], dict[str, int]]:
     """What a rank of the first stage holds in preset o3, and elements per row."""
-    tensor, pipeline = LAYOUTS[model]
-    config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"]).model
-    stage = config.model_copy(update={"num_layers": config.num_layers // pipeline})
-    recipe = Recipe.from_config(
-        PrecisionConfig(), ReferenceKernels(), torch.device("meta"), Shard(tensor)
-    )
-    weights = named_weights(GPTModel(stage, VOCABULARY, recipe))
+    config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"])
+    weights = plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights
     columns = {
         name: weight.spec.numel // weight.spec.local_shape[0] for name, weight in weights.items()
     }

@@ -1,0 +1,1 @@
+"""What a run will be, worked out before a process is started."""

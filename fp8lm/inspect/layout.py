@@ -1,0 +1,187 @@
+"""Which rank will hold what, and in how many bytes, worked out without starting a process.
+
+Models are built on the meta device, so that nothing is allocated and no weight gets a value; what
+is counted are the same modules, owners and formats that a run builds. The bytes are those that a
+running rank reports as `state_bytes/*`, scales included.
+
+Ranks of one stage hold parts of the same shapes, whatever their number in the tensor-parallel
+group; with ZeRO their states depend on their number among the replicas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fp8lm.comm.groups import check_sizes, group_ranks
+from fp8lm.config import Config
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.edge import Partition
+from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.split import Split
+from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.model.gpt import ModelPart
+from fp8lm.optim import StatePrecision
+from fp8lm.training.build import gpt, table_rows
+from fp8lm.training.layout import model_parts, place_weights
+
+KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
+Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and its numbers in the tensor-, data- and pipeline-parallel groups."""
+
+    rank: int
+    node: int
+    local_rank: int
+    tensor: int
+    data: int
+    stage: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every rank of a pipeline stage holds: parts of the model, and bytes by replica."""
+
+    parts: tuple[ModelPart, ...]
+    weights: Mapping[str, Weight]
+    state: tuple[Mapping[str, int], ...]
+
+    @property
+    def totals(self) -> list[int]:
+        """Bytes of all kinds together, by replica."""
+        return [sum(kinds.values()) for kinds in self.state]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All ranks and all stages of a run."""
+
+    config: Config
+    node_size: int
+    ranks: tuple[Place, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+        return self.ranks[-1].node + 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel ranks."""
+        return len(self.stages[0].state)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all logical tensors; a table that two stages hold counts once."""
+        specs = {
+            name: weight.spec for stage in self.stages for name, weight in stage.weights.items()
+        }
+        return sum(math.prod(spec.shape) for spec in specs.values())
+
+    def state(self, place: Place) -> Mapping[str, int]:
+        """Bytes that the rank at `place` holds, by kind."""
+        return self.stages[place.stage].state[place.data]
+
+    @property
+    def totals(self) -> list[int]:
+        """Bytes that each rank holds."""
+        return [self.stages[place.stage].totals[place.data] for place in self.ranks]
+
+
+def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -> Layout:
+    """The layout of `config` on `world_size` processes, `node_size` a machine.
+
+    `num_ids` is the size of the tokenizer's vocabulary. InputError if the processes do not divide
+    into replicas.
+    """
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    check_sizes(world_size, tensor, stages)
+    replicas = world_size // (tensor * stages)
+    rows = table_rows(config, num_ids)
+    made = tuple(plan_stage(config, rows, stage, replicas) for stage in range(stages))
+    return Layout(config, node_size, _places(world_size, tensor, stages, node_size), made)
+
+
+def _places(world_size: int, tensor: int, stages: int, node_size: int) -> tuple[Place, ...]:
+    numbers = {
+        kind: {rank: number for group in groups for number, rank in enumerate(group)}
+        for kind, groups in group_ranks(world_size, tensor, stages).items()
+    }
+    return tuple(
+        Place(rank, *divmod(rank, node_size), *(numbers[kind][rank] for kind in ("tp", "dp", "pp")))
+        for rank in range(world_size)
+    )
+
+
+class ShapesOnly(Partition):
+    """The first of `size` tensor-parallel ranks, without a group to talk to."""
+
+    def __init__(self, size: int, sequence_parallel: bool = False) -> None:
+        self.size, self.sequence_parallel = size, sequence_parallel
+
+    def split(self, dim: int, parts: int = 1) -> Split:
+        """See `Partition`."""
+        return Split(dim, parts, 0, self.size)
+
+
+def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stage:
+    """What each of `num_replicas` replicas holds of stage number `stage`.
+
+    `rows` are those of the word table, padding included.
+    """
+    parallel = config.parallel
+    partition = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
+    recipe = Recipe.from_config(
+        config.precision, ReferenceKernels(), torch.device("meta"), partition
+    )
+    parts = model_parts(config, stage)
+    chunks = [gpt(config, rows, None, recipe, part) for part in parts]
+    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    formats = StatePrecision.from_config(config.precision)
+    owned = owned_rows(config, weights, num_replicas)
+    held = _held_bytes(weights)
+    state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
+    return Stage(tuple(parts), weights, state)
+
+
+def owned_rows(
+    config: Config, weights: dict[str, Weight], num_replicas: int
+) -> list[dict[str, Rows]]:
+    """The rows of each weight whose states each replica holds."""
+    if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
+        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
+        return [everything] * num_replicas
+    placed = [ownership for _, ownership in place_weights(config, weights, num_replicas)]
+    return [
+        {name: span for ownership in placed for name, span in ownership.rows[replica].items()}
+        for replica in range(num_replicas)
+    ]
+
+
+def _held_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
+    return {
+        "weights": sum(weight.compute.nbytes for weight in weights.values()),
+        "grads": sum(weight.grad.value.nbytes for weight in weights.values()),
+    }
+
+
+def _states_bytes(
+    weights: Mapping[str, Weight], rows: Mapping[str, Rows], formats: StatePrecision
+) -> dict[str, int]:
+    sizes = dict.fromkeys(KINDS[2:], 0)
+    for name, (first, last) in rows.items():
+        spec = weights[name].spec
+        elements = (last - first) * math.prod(spec.local_shape[1:])
+        kept = formats.own_master(spec.format), formats.exp_avg, formats.exp_avg_sq
+        for kind, fmt in zip(sizes, kept, strict=True):
+            if fmt is not None:
+                sizes[kind] += elements * fmt.bytes + 4 * fmt.scaled  # and an fp32 scale
+    return sizes
