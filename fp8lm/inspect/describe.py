@@ -21,8 +21,9 @@ def summary(layout: Layout, batches: Batches, compared: Sequence[Layout] = ()) -
     of_nodes = f" on {layout.num_nodes} nodes" if layout.num_nodes > 1 else ""
     batch = (
         f"batch: {count(batches.global_batch_size, 'sample')} = "
-        f"{batches.micro_batch_size} x {count(batches.num_microbatches, 'micro-batch')} x "
-        f"{count(batches.num_replicas, 'replica')}, {short(batches.tokens_per_step)} tokens"
+        f"{count(batches.num_replicas, 'replica')} x "
+        f"{count(batches.num_microbatches, 'micro-batch')} of {batches.micro_batch_size}, "
+        f"{short(batches.tokens_per_step)} tokens"
     )
     run = f"run: {count(batches.iterations, 'step')}, {short(batches.tokens)} tokens"
     if batches.bubble:
@@ -56,8 +57,9 @@ def _state_line(layout: Layout) -> str:
     totals, preset = layout.totals, layout.config.precision.preset
     mean = {kind: _mean(layout.state(place)[kind] for place in layout.ranks) for kind in KINDS}
     kinds = ", ".join(f"{kind} {size(value)}" for kind, value in mean.items() if value)
-    most = f", at most {size(max(totals))}" if min(totals) < max(totals) else ""
-    return f"state per process, {preset}: {size(_mean(totals))}{most} ({kinds})"
+    usual, most = size(_mean(totals)), size(max(totals))
+    most = f", at most {most}" if most != usual else ""
+    return f"state per process, {preset}: {usual}{most} ({kinds})"
 
 
 def stage_table(layout: Layout) -> list[str]:

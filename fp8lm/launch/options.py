@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("overrides", nargs="*", help=argparse.SUPPRESS)
     add("--config", metavar="FILE", help="the config; or the first argument without a dash")
-    add("--nnodes", type=_at_least(1), default=1, metavar="N", help="machines (1)")
+    add("--nnodes", type=_nodes, default=1, metavar="N", help="machines (1)")
     add(
         "--nproc-per-node",
         type=_at_least(1),
@@ -142,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
         help="N machines as N groups of processes on this one",
     )
     return parser
+
+
+def _nodes(text: str) -> int:
+    """N, or N:N as Kubeflow writes it; the batches of a run do not fit any number of machines."""
+    least, _, most = text.partition(":")
+    if most not in ("", least):
+        raise argparse.ArgumentTypeError(f"{text!r} is a range: give one number")
+    return _at_least(1)(least)
 
 
 def _at_least(smallest: int):  # noqa: ANN202
