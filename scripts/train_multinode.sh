@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train on several machines: start this on each of them. They meet at machine 0.
-#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_multinode.sh CONFIG.yaml [section.key=value ...]
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_multinode.sh CONFIG.yaml [key=value ...]
 #   scripts/train_multinode.sh --nnodes 4 --node-rank 0 --rdzv-endpoint node0:29400 CONFIG.yaml ...
 #   scripts/train_multinode.sh --simulate 2 configs/gpt_tiny.yaml      two "machines" on this one
 #   scripts/train_multinode.sh --dry-run --nnodes 16 --nproc-per-node 8 configs/gpt_175b.yaml
-# Arguments win over the variables, and these over what SLURM (srun) and Kubeflow (PyTorchJob with an
-# elasticPolicy) set:
+# Arguments win over these variables, and these over what SLURM (srun) and Kubeflow (PyTorchJob with
+# an elasticPolicy) set:
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE JOB_ID MAX_RESTARTS LOG_DIR LOCAL_ADDR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh

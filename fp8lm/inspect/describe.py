@@ -9,7 +9,7 @@ from fp8lm.inspect.batches import Batches
 from fp8lm.inspect.layout import KINDS, Layout, Place, Stage
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def summary(layout: Layout, batches: Batches, compared: Sequence[Layout] = ()) -> list[str]:
@@ -123,8 +123,7 @@ def ends(layout: Layout, number: int) -> str:
         held.append("embeddings")
     if any(part.has_head for part in parts):
         untied = layout.config.model.untie_embeddings_and_output_weights
-        tied = "tied head" if len(layout.stages) == 1 else "head (copy of the word table)"
-        held += ["final norm", "head" if untied else tied]
+        held += ["final norm", "head" if untied else "tied head"]
     return ", ".join(held)
 
 
@@ -161,7 +160,7 @@ def short(number: float, units: Sequence[tuple[float, str]] = UNITS) -> str:
 
 def size(number: float) -> str:
     """Bytes, in units of powers of ten: 18.3 GB."""
-    return short(number, BYTES)
+    return short(number, BYTES) if number >= BYTES[-1][0] else f"{number:.0f} B"
 
 
 def count(number: int, noun: str) -> str:
