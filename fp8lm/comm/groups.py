@@ -87,9 +87,9 @@ def model_parallel_groups(
     """
     world_size = dist.get_world_size()
     check_sizes(world_size, tensor_parallel, pipeline_parallel)
-    ranks = group_ranks(world_size, tensor_parallel, pipeline_parallel)
+    order = rank_order(world_size, tensor_parallel, pipeline_parallel)
     made = [
-        dist.new_subgroups_by_enumeration(ranks[kind], timeout=TIMEOUT)[0]
+        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=TIMEOUT)[0]
         for kind in ("tp", "dp", "pp")
     ]
     try:
@@ -99,15 +99,12 @@ def model_parallel_groups(
             dist.destroy_process_group(group)
 
 
-def group_ranks(
-    world_size: int, tensor_parallel: int, pipeline_parallel: int
-) -> dict[str, list[list[int]]]:
-    """Ranks of every tensor- (`tp`), data- (`dp`) and pipeline-parallel (`pp`) group."""
+def rank_order(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> RankGenerator:
+    """Lists the ranks of all groups of a kind: `get_ranks("tp")`, `"dp"` or `"pp"`."""
     replicas = world_size // (tensor_parallel * pipeline_parallel)
-    order = RankGenerator(
+    return RankGenerator(
         tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
     )
-    return {kind: order.get_ranks(kind) for kind in ("tp", "dp", "pp")}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8lm.comm.groups import check_sizes, group_ranks
+from fp8lm.comm.groups import check_sizes, rank_order
 from fp8lm.config import Config
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.edge import Partition
@@ -111,12 +111,13 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
 
 
 def _places(world_size: int, tensor: int, stages: int, node_size: int) -> tuple[Place, ...]:
-    numbers = {
-        kind: {rank: number for group in groups for number, rank in enumerate(group)}
-        for kind, groups in group_ranks(world_size, tensor, stages).items()
-    }
+    order = rank_order(world_size, tensor, stages)
+    numbers = [
+        {rank: number for group in order.get_ranks(kind) for number, rank in enumerate(group)}
+        for kind in ("tp", "dp", "pp")
+    ]
     return tuple(
-        Place(rank, *divmod(rank, node_size), *(numbers[kind][rank] for kind in ("tp", "dp", "pp")))
+        Place(rank, *divmod(rank, node_size), *(number[rank] for number in numbers))
         for rank in range(world_size)
     )
 

@@ -66,7 +66,7 @@ def _tell(error: ChildFailedError, log_dir: str | None) -> None:
     rank, failure = error.get_first_failure()
     print(f"error: rank {rank} {describe_exit(failure.exitcode)}", file=sys.stderr)
     log = _last_log(log_dir, failure.local_rank)
-    if log is not None:
+    if log is not None and failure.local_rank:  # the console shows local rank 0 anyway
         lines = log.read_text(errors="replace").splitlines()
         print(f"the last lines of {log}:", *lines[-TAIL:], sep="\n", file=sys.stderr)
 

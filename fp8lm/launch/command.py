@@ -22,6 +22,7 @@ def torchrun_arguments(
     arguments = [f"--nproc-per-node={nproc_per_node}", f"--max-restarts={options.max_restarts}"]
     if options.nnodes == 1:
         arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        arguments += [f"--rdzv-id={options.rdzv_id}"]  # names the folder of logs
     else:
         arguments += _rendezvous(options, rdzv_conf or {})
     arguments.append(f"--signals-to-handle={SIGNALS}")
