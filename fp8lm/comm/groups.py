@@ -87,10 +87,10 @@ def model_parallel_groups(
     """
     world_size = dist.get_world_size()
     check_sizes(world_size, tensor_parallel, pipeline_parallel)
-    order = rank_order(world_size, tensor_parallel, pipeline_parallel)
+    replicas = world_size // (tensor_parallel * pipeline_parallel)
     made = [
-        dist.new_subgroups_by_enumeration(order.get_ranks(kind), timeout=TIMEOUT)[0]
-        for kind in ("tp", "dp", "pp")
+        dist.new_subgroups_by_enumeration(ranks, timeout=TIMEOUT)[0]
+        for ranks in rank_lists(tensor_parallel, replicas, pipeline_parallel).values()
     ]
     try:
         yield ProcessGroups(dist.group.WORLD, *made)
@@ -99,12 +99,10 @@ def model_parallel_groups(
             dist.destroy_process_group(group)
 
 
-def rank_order(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> RankGenerator:
-    """Lists the ranks of all groups of a kind: `get_ranks("tp")`, `"dp"` or `"pp"`."""
-    replicas = world_size // (tensor_parallel * pipeline_parallel)
-    return RankGenerator(
-        tp=tensor_parallel, dp=replicas, pp=pipeline_parallel, ep=1, cp=1, order="tp-dp-pp"
-    )
+def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
+    """The ranks of every tensor-parallel ("tp"), data-parallel ("dp") and pipeline ("pp") group."""
+    order = RankGenerator(tp=tensor, dp=data, pp=pipeline, ep=1, cp=1, order="tp-dp-pp")
+    return {kind: order.get_ranks(kind) for kind in ("tp", "dp", "pp")}
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,9 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
 
     None where that leaves one rank per node, or one node. InputError if nodes are not alike.
     """
-    per_node = ranks_per_node(groups.data_parallel.size(), groups.tensor_parallel.size(), node_size)
+    per_node = replicas_per_node(
+        groups.data_parallel.size(), groups.tensor_parallel.size(), node_size
+    )
     if per_node is None:
         return None
     replicas = _all_like(groups.data_parallel)
@@ -132,14 +132,17 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
     return NodeGroups(*made)
 
 
-def ranks_per_node(replicas: int, shards: int, node_size: int) -> int | None:
-    """Of `replicas` data-parallel ranks of `shards` processes, those on a node (`node_groups`)."""
+def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
+    """How many of `ranks` data-parallel ranks a node has, None where it is one or all of them.
+
+    A replica's stage is `shards` processes. InputError if the nodes are not alike.
+    """
     per_node = max(1, node_size // shards)
-    if per_node == 1 or per_node >= replicas:
+    if per_node == 1 or per_node >= ranks:
         return None
-    if replicas % per_node or node_size % shards:
+    if ranks % per_node or node_size % shards:
         raise InputError(
-            f"parallel.node_size = {node_size} does not divide {replicas} data-parallel ranks of "
+            f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
             f"{shards} processes evenly over nodes: set it to a size that does"
         )
     return per_node
@@ -185,7 +188,7 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
 
 
 def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raise `InputError` unless the processes divide into replicas of such a model."""
+    """Raise `InputError` unless `world_size` processes can be divided like that."""
     if (
         tensor_parallel < 1
         or pipeline_parallel < 1

@@ -46,21 +46,8 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             _mock(config, tokenizer, split, size) if size else None
             for split, size in enumerate(sizes)
         )
-    return tuple(_build(_checked(config, tokenizer, sizes), sizes))
-
-
-def check_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> None:
-    """Raise what `build_datasets` would raise before it builds anything; writes nothing."""
-    if not config.data.mock_data:
-        _checked(config, tokenizer, sizes)
-
-
-def _checked(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> GPTDatasetConfig:
-    """What to build, once files, tokenizer and splits have been found to agree."""
     prefixes, weights = _blend(config.data.data_path)
-    files = [inspect_indexed(prefix) for prefix in prefixes]
-    for file in files:
-        check_tokenizer(file, tokenizer)
+    files = check_files(config, tokenizer)
     with quiet_megatron():
         gpt_config = GPTDatasetConfig(
             random_seed=config.train.seed,
@@ -75,7 +62,20 @@ def _checked(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> GPTDatasetCo
             create_attention_mask=False,
         )
     _keep_wanted_splits(gpt_config, files, sizes)
-    return gpt_config
+    return tuple(_build(gpt_config, sizes))
+
+
+def check_files(config: Config, tokenizer: Tokenizer) -> list[IndexedFile]:
+    """The token files that `data.data_path` names, none for mock data.
+
+    Raises `InputError` for missing or damaged ones and for a tokenizer that did not make them.
+    """
+    if config.data.mock_data:
+        return []
+    files = [inspect_indexed(prefix) for prefix in _blend(config.data.data_path)[0]]
+    for file in files:
+        check_tokenizer(file, tokenizer)
+    return files
 
 
 def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:

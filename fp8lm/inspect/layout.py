@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8lm.comm.groups import check_sizes, rank_order
+from fp8lm.comm.groups import check_sizes, rank_lists
 from fp8lm.config import Config
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.edge import Partition
@@ -26,7 +26,7 @@ from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model.gpt import ModelPart
 from fp8lm.optim import StatePrecision
 from fp8lm.training.build import gpt, table_rows
-from fp8lm.training.layout import model_parts, place_weights
+from fp8lm.training.layout import model_parts, owned_parts, rows_by_rank
 
 KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
 Rows = tuple[int, int]
@@ -111,9 +111,9 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
 
 
 def _places(world_size: int, tensor: int, stages: int, node_size: int) -> tuple[Place, ...]:
-    order = rank_order(world_size, tensor, stages)
+    groups = rank_lists(tensor, world_size // (tensor * stages), stages)
     numbers = [
-        {rank: number for group in order.get_ranks(kind) for number, rank in enumerate(group)}
+        {rank: number for group in groups[kind] for number, rank in enumerate(group)}
         for kind in ("tp", "dp", "pp")
     ]
     return tuple(
@@ -160,11 +160,7 @@ def owned_rows(
     if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
         everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
         return [everything] * num_replicas
-    placed = [ownership for _, ownership in place_weights(config, weights, num_replicas)]
-    return [
-        {name: span for ownership in placed for name, span in ownership.rows[replica].items()}
-        for replica in range(num_replicas)
-    ]
+    return rows_by_rank([owner for _, owner in owned_parts(config, weights, num_replicas)])
 
 
 def _held_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from fp8lm.comm.groups import ranks_per_node
+from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
-from fp8lm.data.datasets import check_datasets
+from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.errors import InputError
 from fp8lm.inspect.plan import Plan, plan_run
-from fp8lm.training.build import dataset_sizes, resolve_device
+from fp8lm.training.build import resolve_device
 
 
 def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
@@ -22,14 +22,14 @@ def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
     tokenizer = build_tokenizer(config.tokenizer)
     plan = plan_run(config, tokenizer.vocab_size, nnodes * nproc_per_node, nproc_per_node)
     _check_nodes(config, plan.layout.num_replicas, nproc_per_node)
-    check_datasets(config, tokenizer, dataset_sizes(config))
+    check_files(config, tokenizer)
     return plan
 
 
 def _check_nodes(config: Config, num_replicas: int, nproc_per_node: int) -> None:
     if num_replicas > 1 and config.precision.grad_reduce == "fp32_accumulate":
         shards = config.parallel.tensor_model_parallel_size
-        ranks_per_node(num_replicas, shards, config.parallel.node_size or nproc_per_node)
+        replicas_per_node(num_replicas, shards, config.parallel.node_size or nproc_per_node)
 
 
 def check_devices(config: Config, nproc_per_node: int) -> None:

@@ -164,7 +164,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
-    datasets = build_datasets(config, tokenizer, dataset_sizes(config))
+    datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
     kernels = select_kernels(device)
     counter = WireCounter()
     partition = build_partition(config, groups, kernels, counter)
@@ -243,8 +243,7 @@ def check_batches(config: Config, replicas: int) -> None:
         )
 
 
-def dataset_sizes(config: Config) -> tuple[int, int, int]:
-    """Samples that a run wants of its training, validation and test data."""
+def _dataset_sizes(config: Config) -> tuple[int, int, int]:
     # A last step may reach beyond the run's samples by less than one batch.
     train = total_samples(config.train) + config.train.global_batch_size
     evaluation = config.train.eval_iters * config.train.global_batch_size

@@ -72,11 +72,8 @@ def build_replicas(
     parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
     if group.size() == 1:
         return OneReplica(weights)
-    parts = place_weights(config, weights, group.size())
-    rows = [
-        {name: span for _, ownership in parts for name, span in ownership.rows[rank].items()}
-        for rank in range(group.size())
-    ]
+    parts = owned_parts(config, weights, group.size())
+    rows = rows_by_rank([ownership for _, ownership in parts])
     buckets = GradientBuckets(
         weights,
         rows,
@@ -95,15 +92,23 @@ def build_replicas(
     return ZeroReplicas(weights, slabs, buckets)
 
 
-def place_weights(
-    config: Config, weights: dict[str, Weight], num_replicas: int
+def owned_parts(
+    config: Config, weights: dict[str, Weight], replicas: int
 ) -> list[tuple[dict[str, Weight], Ownership]]:
-    """Which replica owns what of `weights`, in the parts that are dealt out on their own."""
+    """`weights` in the parts that travel apart, and who of `replicas` ranks owns what of each."""
     parallel = config.parallel
     place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
     # Forward can only begin with the first weights if these travel apart from the last.
     size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    return [(part, place(tensors_of(part), num_replicas)) for part in in_parts(weights, size)]
+    return [(part, place(tensors_of(part), replicas)) for part in in_parts(weights, size)]
+
+
+def rows_by_rank(parts: list[Ownership]) -> list[dict[str, tuple[int, int]]]:
+    """The rows of every weight that each rank owns."""
+    return [
+        {name: span for ownership in parts for name, span in ownership.rows[rank].items()}
+        for rank in range(parts[0].num_ranks)
+    ]
 
 
 def build_reduction(
