@@ -45,11 +45,9 @@ def run_agent(arguments: Sequence[str]) -> int:
     except SignalException as error:
         return signal_exit_code(error.sigval)
     except RendezvousError as error:
-        cause = error.__cause__ or error
-        print(
-            f"error: the nodes did not meet ({type(error).__name__}: {cause})",
-            file=sys.stderr,
-        )
+        where = parse_args(list(arguments)).rdzv_endpoint
+        cause = type(error).__name__
+        print(f"error: the nodes did not meet at {where} ({cause})", file=sys.stderr)
         return 1
     return 0
 

@@ -19,15 +19,17 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     config = load_config(options.config, options.overrides)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
-    from fp8lm.launch.preflight import check_devices, check_run, default_processes, notes
+    from fp8lm.launch import preflight
 
-    processes = options.nproc_per_node or default_processes(config)
-    plan = check_run(config, options.nnodes, processes)
-    remarks = notes(config, processes, options.max_restarts)
+    processes = options.nproc_per_node or preflight.default_processes(config)
+    plan = preflight.check_run(config, options.nnodes, processes)
+    remarks = preflight.notes(config, processes, options.max_restarts)
     if options.dry_run:
         print(describe(options, plan, processes, remarks))
         return 0
-    check_devices(config, processes)
+    preflight.check_devices(config, processes)
+    if options.simulate:
+        preflight.check_simulation(config)
     if options.node_rank in (None, 0):
         say(f" {plan.summary()[0]}")
         for remark in remarks:

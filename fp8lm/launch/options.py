@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fp8lm.errors import InputError
 
@@ -105,8 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Keys of the config: python pretrain_gpt.py --help. More: docs/launching.md",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("overrides", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    _add_machines(parser.add_argument)
+    _add_behaviour(parser.add_argument)
+    return parser
+
+
+def _add_machines(add: Callable[..., Any]) -> None:
     add("--config", metavar="FILE", help="the config; or the first argument without a dash")
     add("--nnodes", type=_nodes, default=1, metavar="N", help="machines (1)")
     add(
@@ -119,6 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet: at number 0's")
     add("--rdzv-id", default="fp8lm", metavar="ID", help="name of the job, the same on all (fp8lm)")
     add("--local-addr", metavar="ADDR", help="where the others reach this machine (its name)")
+    add(
+        "--simulate",
+        type=_at_least(1),
+        metavar="N",
+        help="N machines as N groups of processes on this one",
+    )
+
+
+def _add_behaviour(add: Callable[..., Any]) -> None:
     add(
         "--max-restarts",
         type=_at_least(0),
@@ -135,13 +149,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-dir", metavar="DIR", help="a file per rank; the console shows one rank per machine")
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
     add("--all-ranks", action="store_true", help="a line per rank in the layout")
-    add(
-        "--simulate",
-        type=_at_least(1),
-        metavar="N",
-        help="N machines as N groups of processes on this one",
-    )
-    return parser
 
 
 def _nodes(text: str) -> int:
@@ -152,7 +159,7 @@ def _nodes(text: str) -> int:
     return _at_least(1)(least)
 
 
-def _at_least(smallest: int):  # noqa: ANN202
+def _at_least(smallest: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {smallest}")

@@ -88,3 +88,13 @@ def test_a_warning_reaches_workers_and_leaves_them_time(launch, number):
     for rank in (0, 1):
         assert f"rank {rank} saved on {number.name}" in job.output
     assert job.output.count("ready") == 2
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_meet(launch):
+    """Nobody listens at that port; torchrun's own text is a page of traceback."""
+    meeting = ["--nnodes=2", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=1"]
+    job = launch([*AGENT, *meeting, WORKER, "0:0"])
+    assert job.finish() == 1
+    assert "error: the nodes did not meet at 127.0.0.1:1" in job.output
+    assert "Traceback" not in job.output

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from fp8lm.config import load_config
 from fp8lm.errors import InputError, run_command
 from fp8lm.launch.main import main
-from fp8lm.launch.preflight import check_devices, default_processes, notes
+from fp8lm.launch.preflight import check_devices, check_simulation, default_processes, notes
 from tests.launch.conftest import ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
@@ -80,6 +80,9 @@ def test_devices(monkeypatch):
     check_devices(config, 2)
     with pytest.raises(InputError, match="--nproc-per-node=3, but this machine has 2 GPUs"):
         check_devices(config, 3)
+    with pytest.raises(InputError, match="--simulate runs on this machine's CPU"):
+        check_simulation(config)
     on_cpu = load_config(CONFIG, ["train.device=cpu"])
+    check_simulation(on_cpu)
     assert default_processes(on_cpu) == 1
     check_devices(on_cpu, 3)
