@@ -14,11 +14,11 @@ from pathlib import Path
 
 from fp8lm.config import load_config
 from fp8lm.errors import run_command
-from fp8lm.inspect.layout import stage_weights
+from fp8lm.inspect.layout import plan_stage
 from fp8lm.parallel.ownership import Ownership, Tensor2D, row_blocks, whole_tensors
 from fp8lm.parallel.replicas import tensors_of
 
-LAYOUTS = {"7b": (1, 1), "13b": (2, 1), "175b": (8, 4)}  # tensor, pipeline
+MODELS = ("7b", "13b", "175b")
 REPLICAS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 VOCABULARY = 50304
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def main(argv: list[str]) -> None:
     """Print the table."""
     print(f"{'max/mean':16}" + "".join(f"{size:>7}" for size in REPLICAS))
-    for model in LAYOUTS:
+    for model in MODELS:
         tensors, columns = local_tensors(model)
         for name, place in (("tensor", whole_tensors), ("even", row_blocks)):
             ratios = [balance(place(tensors, size), columns) for size in REPLICAS]
@@ -36,13 +36,8 @@ def main(argv: list[str]) -> None:
 
 def local_tensors(model: str) -> tuple[list[Tensor2D], dict[str, int]]:
     """What a rank of the first stage holds in preset o3, and elements per row."""
-    tensor, pipeline = LAYOUTS[model]
-    keys = {"tensor": tensor, "pipeline": pipeline}
-    overrides = [f"parallel.{kind}_model_parallel_size={size}" for kind, size in keys.items()]
-    config = load_config(
-        CONFIGS / f"gpt_{model}.yaml", [*overrides, "parallel.sequence_parallel=false"]
-    )
-    weights = stage_weights(config, VOCABULARY, 0)
+    config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"])
+    weights = plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights
     columns = {
         name: weight.spec.numel // weight.spec.local_shape[0] for name, weight in weights.items()
     }

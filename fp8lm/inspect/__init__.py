@@ -1,1 +1,1 @@
-"""What a run will be, told from its config alone: who holds what, and in how many bytes."""
+"""What a run will be, worked out before a process is started."""

@@ -1,13 +1,16 @@
-"""Which rank of a job holds what, and the bytes of state that it will hold.
+"""Which rank will hold what, and in how many bytes, worked out without starting a process.
 
-The model's parts, the owners of their rows and the optimizer's states are made by the code that
-makes them in a run, on PyTorch's meta device: shapes and dtypes without memory. All shards of a
-layer are alike, so one tensor-parallel rank stands for all.
+Models are built on the meta device, so that nothing is allocated and no weight gets a value; what
+is counted are the same modules, owners and formats that a run builds. The bytes are those that a
+running rank reports as `state_bytes/*`, scales included.
+
+Ranks of one stage hold parts of the same shapes, whatever their number in the tensor-parallel
+group; with ZeRO their states depend on their number among the replicas.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,22 +24,105 @@ from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.split import Split
 from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model.gpt import ModelPart
-from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.optim import StatePrecision
 from fp8lm.training.build import gpt, table_rows
 from fp8lm.training.layout import model_parts, owned_parts, rows_by_rank
 
-META = torch.device("meta")
 KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
-Bytes = dict[str, int]
+Rows = tuple[int, int]
 
 
-class MetaKernels(ReferenceKernels):
-    """A tensor at a time: there is no memory whose cache blocks would have to fit."""
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and its numbers in the tensor-, data- and pipeline-parallel groups."""
 
-    block_elements = sys.maxsize
+    rank: int
+    node: int
+    local_rank: int
+    tensor: int
+    data: int
+    stage: int
 
 
-class Shard(Partition):
+@dataclass(frozen=True)
+class Stage:
+    """What every rank of a pipeline stage holds: parts of the model, and bytes by replica."""
+
+    parts: tuple[ModelPart, ...]
+    weights: Mapping[str, Weight]
+    state: tuple[Mapping[str, int], ...]
+
+    @property
+    def totals(self) -> list[int]:
+        """Bytes of all kinds together, by replica."""
+        return [sum(kinds.values()) for kinds in self.state]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All ranks and all stages of a run."""
+
+    config: Config
+    node_size: int
+    ranks: tuple[Place, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+        return self.ranks[-1].node + 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel ranks."""
+        return len(self.stages[0].state)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all logical tensors; a table that two stages hold counts once."""
+        specs = {
+            name: weight.spec for stage in self.stages for name, weight in stage.weights.items()
+        }
+        return sum(math.prod(spec.shape) for spec in specs.values())
+
+    def state(self, place: Place) -> Mapping[str, int]:
+        """Bytes that the rank at `place` holds, by kind."""
+        return self.stages[place.stage].state[place.data]
+
+    @property
+    def totals(self) -> list[int]:
+        """Bytes that each rank holds."""
+        return [self.stages[place.stage].totals[place.data] for place in self.ranks]
+
+
+def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -> Layout:
+    """The layout of `config` on `world_size` processes, `node_size` a machine.
+
+    `num_ids` is the size of the tokenizer's vocabulary. InputError if the processes do not divide
+    into replicas.
+    """
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    check_sizes(world_size, tensor, stages)
+    replicas = world_size // (tensor * stages)
+    rows = table_rows(config, num_ids)
+    made = tuple(plan_stage(config, rows, stage, replicas) for stage in range(stages))
+    return Layout(config, node_size, _places(world_size, tensor, stages, node_size), made)
+
+
+def _places(world_size: int, tensor: int, stages: int, node_size: int) -> tuple[Place, ...]:
+    groups = rank_lists(tensor, world_size // (tensor * stages), stages)
+    numbers = [
+        {rank: number for group in groups[kind] for number, rank in enumerate(group)}
+        for kind in ("tp", "dp", "pp")
+    ]
+    return tuple(
+        Place(rank, *divmod(rank, node_size), *(number[rank] for number in numbers))
+        for rank in range(world_size)
+    )
+
+
+class ShapesOnly(Partition):
     """The first of `size` tensor-parallel ranks, without a group to talk to."""
 
     def __init__(self, size: int, sequence_parallel: bool = False) -> None:
@@ -47,122 +133,52 @@ class Shard(Partition):
         return Split(dim, parts, 0, self.size)
 
 
-@dataclass(frozen=True)
-class RankLayout:
-    """One process: where it runs, its coordinates, its part of the model, its bytes by kind."""
+def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stage:
+    """What each of `num_replicas` replicas holds of stage number `stage`.
 
-    rank: int
-    node: int
-    local_rank: int
-    tensor: int
-    replica: int
-    stage: int
-    parts: tuple[ModelPart, ...]
-    state_bytes: Mapping[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """Of weights, gradients and optimizer states."""
-        return sum(self.state_bytes.values())
-
-
-@dataclass(frozen=True)
-class JobLayout:
-    """All processes of a job, and the parameters of the whole model."""
-
-    ranks: tuple[RankLayout, ...]
-    parameters: int
-    tensor_size: int
-    replicas: int
-    stages: int
-
-
-def job_layout(config: Config, num_ids: int, world_size: int, node_size: int) -> JobLayout:
-    """The layout of `world_size` processes, `node_size` on each machine.
-
-    `num_ids` is the size of the tokenizer's vocabulary. InputError if the processes do not divide.
+    `rows` are those of the word table, padding included.
     """
     parallel = config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    check_sizes(world_size, tensor, stages)
-    replicas = world_size // (tensor * stages)
-    groups = rank_lists(tensor, replicas, stages)
-    held = [stage_bytes(config, num_ids, stage, replicas) for stage in range(stages)]
-    ranks = []
-    for rank in range(world_size):
-        shard, replica, stage = (_index_in(groups[kind], rank) for kind in ("tp", "dp", "pp"))
-        ranks.append(
-            RankLayout(
-                rank,
-                *divmod(rank, node_size),
-                shard,
-                replica,
-                stage,
-                tuple(model_parts(config, stage)),
-                held[stage][replica],
-            )
-        )
-    return JobLayout(tuple(ranks), count_parameters(config, num_ids), tensor, replicas, stages)
+    partition = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
+    recipe = Recipe.from_config(
+        config.precision, ReferenceKernels(), torch.device("meta"), partition
+    )
+    parts = model_parts(config, stage)
+    chunks = [gpt(config, rows, None, recipe, part) for part in parts]
+    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    formats = StatePrecision.from_config(config.precision)
+    owned = owned_rows(config, weights, num_replicas)
+    held = _held_bytes(weights)
+    state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
+    return Stage(tuple(parts), weights, state)
 
 
-def stage_bytes(config: Config, num_ids: int, stage: int, replicas: int) -> list[Bytes]:
-    """Bytes by kind of a rank of `stage`, for each of `replicas` data-parallel ranks."""
-    weights = stage_weights(config, num_ids, stage)
-    optimizer = _optimizer(config, weights)
-    everywhere = {
+def owned_rows(
+    config: Config, weights: dict[str, Weight], num_replicas: int
+) -> list[dict[str, Rows]]:
+    """The rows of each weight whose states each replica holds."""
+    if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
+        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
+        return [everything] * num_replicas
+    return rows_by_rank([owner for _, owner in owned_parts(config, weights, num_replicas)])
+
+
+def _held_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
+    return {
         "weights": sum(weight.compute.nbytes for weight in weights.values()),
         "grads": sum(weight.grad.value.nbytes for weight in weights.values()),
     }
-    whole = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
-    rows = [whole] * replicas
-    if config.parallel.use_distributed_optimizer and replicas > 1:
-        rows = rows_by_rank([owner for _, owner in owned_parts(config, weights, replicas)])
-    return [everywhere | _states_of(optimizer, own) for own in rows]
 
 
-def stage_weights(config: Config, num_ids: int, stage: int) -> dict[str, Weight]:
-    """The weights of a rank of `stage`, on the meta device."""
-    parallel = config.parallel
-    partition = Shard(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
-    recipe = Recipe.from_config(config.precision, MetaKernels(), META, partition)
-    rows = table_rows(config, num_ids)
-    chunks = [gpt(config, rows, num_ids, recipe, part) for part in model_parts(config, stage)]
-    return {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
-
-
-def count_parameters(config: Config, num_ids: int) -> int:
-    """Parameters of the whole model, padding of the vocabulary included."""
-    whole = config.model_copy(update={"parallel": type(config.parallel)()})
-    weights = stage_weights(whole, table_rows(config, num_ids), 0)
-    return sum(weight.spec.numel for weight in weights.values())
-
-
-def _optimizer(config: Config, weights: dict[str, Weight]) -> AdamW:
-    """The states of all rows."""
-    optimizer = AdamW(
-        weights,
-        config.optimizer,
-        StatePrecision.from_config(config.precision),
-        MetaKernels(),
-        seed=0,
-    )
-    for name, weight in weights.items():
-        optimizer.initialize(name, torch.empty(weight.spec.shape, device=META))
-    return optimizer
-
-
-def _states_of(optimizer: AdamW, rows: Mapping[str, tuple[int, int]]) -> Bytes:
-    """Bytes of the states of `rows`: the same as whole ones, but for fewer rows of payload."""
-    held = dict.fromkeys(KINDS[2:], 0)
-    for name, (start, stop) in rows.items():
-        state = optimizer.states[name]
-        for kind in held:
-            tensor = getattr(state, kind)
-            if kind == "master" and not state.owns_master:
-                continue
-            held[kind] += tensor.rows(start, stop).nbytes
-    return held
-
-
-def _index_in(groups: list[list[int]], rank: int) -> int:
-    return next(ranks.index(rank) for ranks in groups if rank in ranks)
+def _states_bytes(
+    weights: Mapping[str, Weight], rows: Mapping[str, Rows], formats: StatePrecision
+) -> dict[str, int]:
+    sizes = dict.fromkeys(KINDS[2:], 0)
+    for name, (first, last) in rows.items():
+        spec = weights[name].spec
+        elements = (last - first) * math.prod(spec.local_shape[1:])
+        kept = formats.own_master(spec.format), formats.exp_avg, formats.exp_avg_sq
+        for kind, fmt in zip(sizes, kept, strict=True):
+            if fmt is not None:
+                sizes[kind] += elements * fmt.bytes + 4 * fmt.scaled  # and an fp32 scale
+    return sizes

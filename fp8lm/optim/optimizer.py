@@ -17,7 +17,7 @@ from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.weight import Weight
-from fp8lm.numerics import Format, format_by_name, scale_from_amax
+from fp8lm.numerics import FP16, Format, format_by_name, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
 from fp8lm.optim.clipping import Exchange, GradientNorm, gradient_norm
 from fp8lm.optim.rounding import StateRounding
@@ -45,6 +45,15 @@ class StatePrecision:
             exp_avg_sq=format_by_name(precision.exp_avg_sq_dtype),
             stochastic_master=precision.master_rounding == "stochastic",
         )
+
+    def own_master(self, stored: Format) -> Format | None:
+        """Format of the master weight of a weight stored in `stored`; None: it is its own master.
+
+        A dense weight that is not stored with enough bits to be that gets one in FP16.
+        """
+        if self.master is not None:
+            return self.master
+        return None if stored.scaled else FP16
 
 
 @dataclass
@@ -131,17 +140,14 @@ class AdamW:
             return
         start, stop = self.owned[name]
         value, compute = value[start:stop], compute.rows(start, stop)
-        # A dense weight that is not stored with enough bits to be its own master gets one.
-        owns_master = p.master is not None or not compute.format.scaled
-        master = compute
-        if owns_master:
-            fmt = p.master or format_by_name("fp16")
+        fmt, master = p.own_master(compute.format), compute
+        if fmt is not None:
             master = quantize(value.clone(), fmt, self.kernels, amax=amax)
         self.states[name] = AdamState(
             master=master,
             exp_avg=ScaledTensor.zeros(value.shape, p.exp_avg, compute.device),
             exp_avg_sq=ScaledTensor.zeros(value.shape, p.exp_avg_sq, compute.device),
-            owns_master=owns_master,
+            owns_master=fmt is not None,
         )
 
     def step(
@@ -244,9 +250,7 @@ class AdamW:
         return self._master_format(weight), p.exp_avg, p.exp_avg_sq
 
     def _master_format(self, weight: Weight) -> Format:
-        stored = weight.spec.format
-        own = format_by_name("fp16") if not stored.scaled else stored
-        return self.precision.master or own
+        return self.precision.own_master(weight.spec.format) or weight.spec.format
 
     def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
         config = self.config

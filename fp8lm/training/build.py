@@ -62,18 +62,12 @@ class Run:
     @property
     def total_samples(self) -> int:
         """Samples of the whole run, over all ranks."""
-        return _total_samples(self.config.train)
+        return total_samples(self.config.train)
 
     @property
     def total_iterations(self) -> int:
-        """Iterations of the whole run; with a ramp-up, counted by going through it."""
-        if self.config.train.train_iters is not None:
-            return self.config.train.train_iters
-        iterations = samples = 0
-        while samples < self.total_samples:
-            samples += self.batch_size.global_batch_size(samples)
-            iterations += 1
-        return iterations
+        """Iterations of the whole run."""
+        return total_iterations(self.config.train, self.batch_size)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -251,13 +245,25 @@ def check_batches(config: Config, replicas: int) -> None:
 
 def _dataset_sizes(config: Config) -> tuple[int, int, int]:
     # A last step may reach beyond the run's samples by less than one batch.
-    train = _total_samples(config.train) + config.train.global_batch_size
+    train = total_samples(config.train) + config.train.global_batch_size
     evaluation = config.train.eval_iters * config.train.global_batch_size
     shares = [float(share) for share in config.data.split.split(",")] + [0.0, 0.0]
     return train, evaluation * (shares[1] > 0), evaluation * (shares[2] > 0)
 
 
-def _total_samples(train) -> int:  # noqa: ANN001
+def total_samples(train) -> int:  # noqa: ANN001
+    """Samples of the whole run, over all ranks, from the config section `train`."""
     if train.train_samples is not None:
         return train.train_samples
     return train.train_iters * train.global_batch_size
+
+
+def total_iterations(train, batch_size: BatchSize) -> int:  # noqa: ANN001
+    """Iterations of the whole run; with a ramp-up, counted by going through it."""
+    if train.train_iters is not None:
+        return train.train_iters
+    iterations = samples = 0
+    while samples < train.train_samples:
+        samples += batch_size.global_batch_size(samples)
+        iterations += 1
+    return iterations

@@ -1,0 +1,41 @@
+"""One run on a number of processes, and what can be said of it: see `python -m fp8lm.launch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fp8lm.config import Config, PrecisionConfig
+from fp8lm.inspect.batches import Batches, plan_batches
+from fp8lm.inspect.describe import rank_table, stage_table, summary
+from fp8lm.inspect.layout import Layout, plan_layout
+
+BASELINE = "bf16"  # what a run's bytes are compared with
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layout and steps of a run, and its layout in BF16 for comparison (None: it is BF16)."""
+
+    layout: Layout
+    batches: Batches
+    baseline: Layout | None
+
+    def summary(self) -> list[str]:
+        """The arithmetic, which the files in configs/ open with too."""
+        compared = [] if self.baseline is None else [self.baseline]
+        return summary(self.layout, self.batches, compared)
+
+    def table(self, all_ranks: bool = False) -> list[str]:
+        """Who holds what: a line per stage, or per rank."""
+        return rank_table(self.layout) if all_ranks else stage_table(self.layout)
+
+
+def plan_run(config: Config, num_ids: int, world_size: int, node_size: int) -> Plan:
+    """Work out a run; InputError if processes or batches do not divide."""
+    layout = plan_layout(config, num_ids, world_size, node_size)
+    batches = plan_batches(config, layout.num_replicas)
+    baseline = None
+    if config.precision.preset != BASELINE:
+        plain = config.model_copy(update={"precision": PrecisionConfig(preset=BASELINE)})
+        baseline = plan_layout(plain, num_ids, world_size, node_size)
+    return Plan(layout, batches, baseline)

@@ -1,0 +1,80 @@
+"""torchrun in this process, with an exit code that means something.
+
+python -m fp8lm.launch.agent ARGUMENTS OF TORCHRUN
+
+    0     done                          2     bad input
+    75    all is saved: the same command goes on
+    other, 128 + n                      the first worker's failure, or death by signal n
+
+torchrun restarts its workers (`--max-restarts`) whatever they ended with. It has no way to be told
+that 2 is final, so what can be checked is checked before: see `preflight`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import main as torchrun
+from torch.distributed.run import parse_args
+
+from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
+
+TAIL = 20  # lines
+
+
+def run_agent(arguments: Sequence[str]) -> int:
+    """Run torchrun to its end; the job's exit code. Call it in the main thread.
+
+    On a signal torchrun passes it on to the workers' process groups, waits for
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30 in torch 2.11) and kills what is left.
+    """
+    for number in WARNINGS:  # until torchrun has workers, and handlers of its own
+        signal.signal(number, _raise)
+    try:
+        torchrun(list(arguments))
+    except ChildFailedError as error:
+        _tell(error, parse_args(list(arguments)).log_dir)
+        return job_exit_code([failure.exitcode for failure in _in_time(error)])
+    except SignalException as error:
+        return signal_exit_code(error.sigval)
+    except RendezvousError as error:
+        where = parse_args(list(arguments)).rdzv_endpoint
+        cause = type(error).__name__
+        print(f"error: the nodes did not meet at {where} ({cause})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    raise SignalException(f"received signal {number}", signal.Signals(number))
+
+
+def _in_time(error: ChildFailedError) -> list:
+    return sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+
+
+def _tell(error: ChildFailedError, log_dir: str | None) -> None:
+    rank, failure = error.get_first_failure()
+    print(f"error: rank {rank} {describe_exit(failure.exitcode)}", file=sys.stderr)
+    log = _last_log(log_dir, failure.local_rank)
+    if log is not None and failure.local_rank:  # the console shows local rank 0 anyway
+        lines = log.read_text(errors="replace").splitlines()
+        print(f"the last lines of {log}:", *lines[-TAIL:], sep="\n", file=sys.stderr)
+
+
+def _last_log(log_dir: str | None, local_rank: int) -> Path | None:
+    if log_dir is None:
+        return None
+    found = Path(log_dir).glob(f"*/attempt_*/{local_rank}/stderr.log")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(run_agent(sys.argv[1:]))

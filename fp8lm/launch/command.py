@@ -1,0 +1,87 @@
+"""The torchrun command of a node: arguments, and the variables that belong to them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from fp8lm.errors import InputError
+from fp8lm.launch.options import Options
+
+# torchrun's own, and SLURM's usual warning of a job's end. It passes them on to the workers.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def torchrun_arguments(
+    options: Options, nproc_per_node: int, rdzv_conf: Mapping[str, int] | None = None
+) -> list[str]:
+    """Arguments for this node; `rdzv_conf`: further settings of the rendezvous."""
+    arguments = [f"--nproc-per-node={nproc_per_node}", f"--max-restarts={options.max_restarts}"]
+    if options.nnodes == 1:
+        arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        arguments += [f"--rdzv-id={options.rdzv_id}"]  # names the folder of logs
+    else:
+        arguments += _rendezvous(options, rdzv_conf or {})
+    arguments.append(f"--signals-to-handle={SIGNALS}")
+    if options.log_dir is not None:
+        arguments += [f"--log-dir={_log_dir(options)}", "--redirects=3", "--tee=3"]
+        arguments.append("--local-ranks-filter=0")
+    return [*arguments, training_script(), "--config", options.config, *options.overrides]
+
+
+def _rendezvous(options: Options, conf: Mapping[str, int]) -> list[str]:
+    if options.node_rank is not None:
+        # Otherwise torchrun compares names and addresses, and an alias defeats it.
+        conf = {"is_host": int(options.node_rank == 0), **conf}
+    arguments = [f"--nnodes={options.nnodes}", "--rdzv-backend=c10d"]
+    arguments += [f"--rdzv-endpoint={options.rdzv_endpoint or 'HOST:PORT'}"]
+    arguments += [f"--rdzv-id={options.rdzv_id}"]
+    if conf:
+        arguments.append("--rdzv-conf=" + ",".join(f"{key}={n}" for key, n in conf.items()))
+    if options.local_addr is not None:
+        arguments.append(f"--local-addr={options.local_addr}")
+    return arguments
+
+
+def _log_dir(options: Options) -> Path:
+    # Below it torchrun makes ID_RANDOM/attempt_K/LOCAL_RANK/, which does not tell nodes apart.
+    folder = Path(options.log_dir)
+    if options.nnodes == 1:
+        return folder
+    node = platform.node() if options.node_rank is None else f"node_{options.node_rank}"
+    return folder / node
+
+
+def torchrun_environment(options: Options) -> dict[str, str]:
+    """Variables that the command needs, beyond those that are set already."""
+    wanted = {
+        # What torchrun sets too, with a banner.
+        "OMP_NUM_THREADS": "1",
+        # Workers finish their step and save in this time. An option only from torch 2.12 on.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(options.shutdown_timeout),
+    }
+    if options.nnodes > 1:
+        # Otherwise (seen in torch 2.13) a node keeps the address of the former first node, and
+        # never meets the others again when that node has been replaced.
+        wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if options.log_dir is not None:
+        wanted["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def command_line(environment: Mapping[str, str], arguments: list[str]) -> str:
+    """What a shell takes: the same as is started."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*variables, "torchrun", *map(shlex.quote, arguments)])
+
+
+def training_script() -> str:
+    """`pretrain_gpt.py` beside the package, relative to the current folder where it is below it."""
+    script = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
+    if not script.exists():
+        raise InputError(f"{script} does not exist: start from a checkout of the project")
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)

@@ -1,0 +1,72 @@
+"""What can be checked before a process is started.
+
+A worker finds the same mistakes, but after torchrun has started and connected all of them, and
+torchrun would start them again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fp8lm.comm.groups import replicas_per_node
+from fp8lm.config import Config
+from fp8lm.data.datasets import check_files
+from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.errors import InputError
+from fp8lm.inspect.plan import Plan, plan_run
+from fp8lm.training.build import resolve_device
+
+
+def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
+    """The plan of a run; InputError if sizes, batches, tokenizer or data do not fit."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    plan = plan_run(config, tokenizer.vocab_size, nnodes * nproc_per_node, nproc_per_node)
+    _check_nodes(config, plan.layout.num_replicas, nproc_per_node)
+    check_files(config, tokenizer)
+    return plan
+
+
+def _check_nodes(config: Config, num_replicas: int, nproc_per_node: int) -> None:
+    if num_replicas > 1 and config.precision.grad_reduce == "fp32_accumulate":
+        shards = config.parallel.tensor_model_parallel_size
+        replicas_per_node(num_replicas, shards, config.parallel.node_size or nproc_per_node)
+
+
+def check_devices(config: Config, nproc_per_node: int) -> None:
+    """InputError unless this machine has a device for each of its processes."""
+    if resolve_device(config.train.device).type != "cuda":
+        return
+    found = torch.cuda.device_count()
+    if nproc_per_node > found:
+        raise InputError(
+            f"--nproc-per-node={nproc_per_node}, but this machine has {found} GPUs: start at most "
+            f"{found} processes, or use train.device=cpu"
+        )
+
+
+def check_simulation(config: Config) -> None:
+    """InputError where simulated machines would share GPUs, which NCCL refuses."""
+    if resolve_device(config.train.device).type == "cuda":
+        raise InputError("--simulate runs on this machine's CPU: add train.device=cpu")
+
+
+def default_processes(config: Config) -> int:
+    """A process per GPU of this machine where the run takes GPUs, else one."""
+    if config.train.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 1
+
+
+def notes(config: Config, nproc_per_node: int, max_restarts: int) -> list[str]:
+    """What is allowed, and probably not meant."""
+    found = []
+    checkpoint, shards = config.checkpoint, config.parallel.tensor_model_parallel_size
+    if max_restarts and (checkpoint.save is None or checkpoint.save != checkpoint.load):
+        found.append(
+            "a restart begins anew: checkpoint.save and checkpoint.load do not name one folder"
+        )
+    if nproc_per_node % shards:
+        found.append(
+            f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
+        )
+    return found

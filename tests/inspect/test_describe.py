@@ -1,0 +1,85 @@
+"""The words: numbers with units, ranges, tables; the 175B's dry run, line by line."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8lm.inspect.describe import aligned, count, ranges, short, size
+from fp8lm.launch.main import main
+from tests.launch.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1024, "1.02 k"),
+        (1048576, "1.05 M"),
+        (40e9, "40.0 B"),
+        (175e9, "175 B"),
+    ],
+)
+def test_numbers(number, text):
+    assert short(number) == text
+
+
+def test_bytes():
+    assert [size(n) for n in (5, 2048, 18.3e9)] == ["5 B", "2.05 kB", "18.3 GB"]
+
+
+def test_counts():
+    assert count(1, "process") == "1 process" and count(2, "process") == "2 processes"
+    assert count(2, "micro-batch") == "2 micro-batches" and count(3, "step") == "3 steps"
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 3, 8, 10, 11]) == "0-3, 8, 10-11"
+    assert ranges([0, 0, 0, 1, 1]) == "0-1"
+
+
+def test_columns():
+    assert aligned([("a", "bb"), ("ccc", "d")], left={1}) == ["  a  bb", "ccc  d"]
+
+
+# By hand. A stage of 24 layers on 8 shards has, of H = 12288, 24 * 12 H^2 / 8 = 5,435,817,984
+# elements in E4M3: 5.44 GB of weights, 5.44 GB of gradients, and on each of 4 replicas a quarter of
+# 2 + 1 + 2 bytes of states: 6.79 GB. Together 17.7 GB. The word table adds to the outer stages, on
+# each shard, 50304 / 8 rows of H in BF16 with fp32 gradients and states of 5 bytes:
+# 0.155 + 0.309 GB, and 0.386 GB on one of 4 replicas: 18.2 GB in the mean.
+# 175 B = 96 * 12 H^2 + 50304 H + ... = 174.6 B.
+# Idle: (4 - 1) / (128 + 4 - 1) = 2.3 %.
+DRY_RUN = """\
+128 processes on 16 nodes: TP 8 with SP, PP 4 (1f1b), DP 4 (ZeRO, tensor)
+batch: 512 samples = 4 replicas x 128 micro-batches of 1, 1.05 M tokens
+run: 38147 steps, 40.0 B tokens; a stage is idle 2.3% of the time
+parameters: 175 B
+stage   ranks  nodes  layers  besides                state: least     mean     most
+    0    0-31    0-3  0-23    embeddings                  18.0 GB  18.2 GB  18.3 GB
+    1   32-63    4-7  24-47                               17.7 GB  17.7 GB  17.7 GB
+    2   64-95   8-11  48-71                               17.7 GB  17.7 GB  17.7 GB
+    3  96-127  12-15  72-95   final norm, tied head       18.0 GB  18.2 GB  18.3 GB
+"""
+JOB = ["--dry-run", "--nnodes", "16", "--nproc-per-node", "8", str(ROOT / "configs/gpt_175b.yaml")]
+
+
+def test_dry_run_of_the_175b(capsys):
+    assert main(JOB) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in DRY_RUN.splitlines():
+        assert line in lines
+    command = next(line for line in lines if " torchrun " in line)
+    assert "--nnodes=16 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT" in command
+    assert command.endswith(f"pretrain_gpt.py --config {ROOT}/configs/gpt_175b.yaml")
+
+
+def test_all_ranks(capsys):
+    """Rank (stage * 4 + replica) * 8 + shard: 37 is shard 5 of replica 0 of stage 1."""
+    assert main([*JOB, "--all-ranks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ranks = {line.split()[0]: " ".join(line.split()) for line in lines if line[:5].strip()}
+    assert {str(rank) for rank in range(128)} < set(ranks)
+    head = "rank node local tensor data stage layers besides weights grads master exp_avg"
+    assert ranks["rank"].startswith(head)
+    assert ranks["37"].startswith("37 4 5 5 0 1 24-47 5.44 GB 5.44 GB")
+    assert ranks["101"].startswith("101 12 5 5 0 3 72-95 final norm, tied head 5.59 GB")

@@ -1,0 +1,87 @@
+"""Planned layouts: what is predicted is what processes hold, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from fp8lm.errors import InputError
+from fp8lm.inspect.layout import KINDS, plan_layout
+from fp8lm.training.state import state_bytes
+from tests.inspect.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, UNEVEN, tiny
+from tests.training.runs import LLAMA, trainer_of
+
+POSITIONS = {"position_embedding_type": "learned_absolute"}
+
+RUNS = [
+    (1, {}),
+    (1, {"precision": {"preset": "o1"}}),
+    (4, {}),
+    (4, {"parallel": {"partition": "even"}}),
+    (4, {"parallel": {"use_distributed_optimizer": False}, "precision": {"preset": "o2"}}),
+    (4, {"parallel": {"overlap_param_gather": True, "ddp_bucket_size": 20000}, "model": POSITIONS}),
+    (2, {"parallel": PP2 | INTERLEAVED, "model": LLAMA}),
+    (2, {"parallel": PP2 | UNEVEN, "precision": {"preset": "te"}}),
+    (8, {"parallel": TP2 | PP2}),
+    (8, {"parallel": TP2 | PP2 | {"partition": "even"}, "precision": {"preset": "o2"}}),
+    (8, {"parallel": TP2 | PP2 | INTERLEAVED, "model": LLAMA, "precision": {"preset": "bf16"}}),
+    (4, {"parallel": TP2, "precision": {"first_last_layers_bf16": True}, "model": POSITIONS}),
+]
+
+
+def held(config):
+    """What the job's processes count in their buffers, and where they are in its groups."""
+    with trainer_of(config) as trainer:
+        run, groups = trainer.run, trainer.run.groups
+        place = (
+            groups.tensor_parallel.rank(),
+            groups.data_parallel.rank(),
+            groups.pipeline_parallel.rank(),
+        )
+        return state_bytes(run.optimizer), place, sorted(run.weights), dist.get_rank()
+
+
+@pytest.mark.parametrize(("world_size", "sections"), RUNS)
+def test_what_is_predicted_is_what_processes_hold(run_distributed, world_size, sections):
+    config = tiny(**sections)
+    layout = plan_layout(config, NUM_IDS, world_size, node_size=2)
+    results = run_distributed(held, world_size, config)
+    for place, (state, numbers, names, rank) in zip(layout.ranks, results, strict=True):
+        assert (place.rank, *numbers) == (rank, place.tensor, place.data, place.stage)
+        assert (place.node, place.local_rank) == divmod(rank, 2)
+        assert dict(layout.state(place)) == state
+        assert sorted(layout.stages[place.stage].weights) == names
+    assert layout.totals == [sum(state.values()) for state, *_ in results]
+
+
+def test_bytes_of_preset_o3_by_hand():
+    """One FP8 matrix of R x C: 1 + 4/RC bytes of weight and of gradient, 2 + 1 + 2 of states."""
+    layout = plan_layout(tiny(), NUM_IDS, world_size=2, node_size=2)
+    stage = layout.stages[0]
+    matrices = [weight for weight in stage.weights.values() if weight.spec.format.scaled]
+    others = [weight for weight in stage.weights.values() if not weight.spec.format.scaled]
+    fp8, rest = (sum(w.spec.numel for w in ws) for ws in (matrices, others))
+    assert stage.state[0]["weights"] == fp8 + 4 * len(matrices) + 2 * rest
+    assert stage.state[0]["grads"] == fp8 + 4 * len(matrices) + 4 * rest
+    owned = {kind: sum(replica[kind] for replica in stage.state) for kind in KINDS[2:]}
+    scales, everything = 4 * len(stage.weights), fp8 + rest
+    assert owned == {
+        "master": 2 * everything + scales,
+        "exp_avg": everything + scales,
+        "exp_avg_sq": 2 * everything + scales,
+    }
+
+
+def test_parameters_count_once():
+    """A table that first and last stage hold is one; so is a matrix that two ranks hold."""
+    whole = plan_layout(tiny(), NUM_IDS, 1, 1)
+    assert (
+        whole.num_parameters == plan_layout(tiny(parallel=TP2 | PP2), NUM_IDS, 8, 8).num_parameters
+    )
+    table, layer = 256 * 64, 4 * 64 + 64 * 3 * 64 + 3 * 64 + 64 * 64 + 64 + 2 * 4 * 64 * 64 + 5 * 64
+    assert whole.num_parameters == table + 4 * layer + 2 * 64
+
+
+def test_processes_that_do_not_divide_are_refused():
+    with pytest.raises(InputError, match="6 processes cannot be divided"):
+        plan_layout(tiny(parallel=TP2 | PP2), NUM_IDS, 6, 2)

@@ -1,0 +1,100 @@
+"""Exit codes of a job: what workers ended with, or the signal that its launcher got."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fp8lm.launch.exits import describe_exit, job_exit_code, signal_exit_code
+from tests.launch.conftest import ENVIRONMENT, ROOT
+
+AGENT = [sys.executable, "-m", "fp8lm.launch.agent", "--nproc-per-node=2"]
+AGENT += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+WORKER = "tests/launch/worker.py"
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([1], 1),
+        ([3, 1], 3),
+        ([-9], 137),
+        ([-11, 1], 139),
+        ([1, 2], 2),
+        ([-15, 75], 75),
+        ([75, 2], 2),
+        ([1, -15], 1),
+    ],
+)
+def test_code_of_a_job(codes, expected):
+    assert job_exit_code(codes) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+)
+def test_code_after_a_signal(number, expected):
+    assert signal_exit_code(number) == expected
+
+
+def test_codes_in_words():
+    assert describe_exit(3) == "ended with exit code 3"
+    assert describe_exit(-9) == "was killed by SIGKILL"
+    assert describe_exit(-100) == "was killed by signal 100"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "code", "told"),
+    [
+        (["0:0", "1:0"], 0, ""),
+        (["1:2"], 2, "error: rank 1 ended with exit code 2"),
+        (["0:75", "1:75"], 75, "ended with exit code 75"),
+        (["0:-9"], 137, "error: rank 0 was killed by SIGKILL"),
+    ],
+)
+def test_workers_under_torchrun(workers, code, told, tmp_path):
+    """Together with the last lines of the log of the rank that failed."""
+    logs = [f"--log-dir={tmp_path}", "--redirects=3", "--tee=3", "--local-ranks-filter=0"]
+    done = subprocess.run(
+        [*AGENT, *logs, WORKER, *workers],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    if code == 2:
+        assert "attempt_0/1/stderr.log:\nrank 1 has failed" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_warning_reaches_workers_and_leaves_them_time(launch, number):
+    """Longer than a second of saving, of the ten that they have here."""
+    command = [*AGENT, SIGNALS, "--max-restarts=3", WORKER, "saves", "1"]
+    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    for rank in (0, 1):
+        job.wait_for(f"rank {rank} ready")
+    job.process.send_signal(number)
+    assert job.finish() == 75, job.output
+    for rank in (0, 1):
+        assert f"rank {rank} saved on {number.name}" in job.output
+    assert job.output.count("ready") == 2
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_meet(launch):
+    """Nobody listens at that port; torchrun's own text is a page of traceback."""
+    meeting = ["--nnodes=2", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=1"]
+    job = launch([*AGENT, *meeting, WORKER, "0:0"])
+    assert job.finish() == 1
+    assert "error: the nodes did not meet at 127.0.0.1:1" in job.output
+    assert "Traceback" not in job.output

@@ -1,0 +1,88 @@
+"""What is found before a process is started: one line, exit code 2."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from fp8lm.config import load_config
+from fp8lm.errors import InputError, run_command
+from fp8lm.launch.main import main
+from fp8lm.launch.preflight import check_devices, check_simulation, default_processes, notes
+from tests.launch.conftest import ROOT
+
+CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three documents of tokens below 200."""
+    prefix = str(tmp_path / "data_text_document")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for _ in range(3):
+        builder.add_document(torch.arange(200), [200])
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nproc-per-node=3", *TP2], "3 processes cannot be divided by tensor_model_parallel"),
+        (["--nproc-per-node=3"], "train.global_batch_size = 16 is not divisible by"),
+        (
+            ["--nproc-per-node=4", "train.micro_batch_size=1", "parallel.node_size=3"],
+            "parallel.node_size = 3 does not divide 4 data-parallel ranks",
+        ),
+        (["model.num_layers=x"], 'model.num_layers = "x": expected'),
+        (["data.data_path=[nowhere]"], "data.data_path: nowhere.idx does not exist"),
+        (
+            ["tokenizer.tokenizer_type=SentencePieceTokenizer", "tokenizer.tokenizer_model=no"],
+            "tokenizer_model no does not exist",
+        ),
+    ],
+)
+def test_mistakes(argv, message, capsys):
+    assert run_command(main, ["--dry-run", CONFIG, *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_data_and_its_tokenizer(data, tmp_path, capsys):
+    files = [f"data.data_path=[{data}]", "data.split=1,0,0", "train.train_iters=2"]
+    before = sorted(tmp_path.iterdir())
+    assert run_command(main, ["--dry-run", CONFIG, *files]) == 0
+    assert run_command(main, ["--dry-run", CONFIG, *files, "tokenizer.vocab_size=99"]) == 2
+    assert (
+        "holds token id 199, outside the tokenizer's vocabulary of 100" in capsys.readouterr().err
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_notes():
+    config = load_config(CONFIG, TP2)
+    assert notes(config, 2, 0) == []
+    assert "a restart begins anew" in notes(config, 2, 3)[0]
+    assert "tensor-parallel groups of 2 span nodes of 3" in notes(config, 3, 0)[0]
+    kept = load_config(CONFIG, ["checkpoint.save=a", "checkpoint.load=a"])
+    assert notes(kept, 2, 3) == []
+
+
+def test_devices(monkeypatch):
+    """As on a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = load_config(CONFIG)
+    assert default_processes(config) == 2
+    check_devices(config, 2)
+    with pytest.raises(InputError, match="--nproc-per-node=3, but this machine has 2 GPUs"):
+        check_devices(config, 3)
+    with pytest.raises(InputError, match="--simulate runs on this machine's CPU"):
+        check_simulation(config)
+    on_cpu = load_config(CONFIG, ["train.device=cpu"])
+    check_simulation(on_cpu)
+    assert default_processes(on_cpu) == 1
+    check_devices(on_cpu, 3)

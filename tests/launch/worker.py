@@ -1,0 +1,34 @@
+"""A worker that torchrun starts, without PyTorch: ends as it is told, or when it hears a signal.
+
+worker.py RANK:CODE ...    the rank ends with CODE; -n: kills itself with signal n; without one it
+                           ends with 0
+worker.py saves SECONDS    on SIGUSR1 or SIGTERM it saves for so long and ends with 75
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+rank = os.environ["RANK"]
+if sys.argv[1] == "saves":
+
+    def save(number, _frame):
+        time.sleep(float(sys.argv[2]))
+        print(f"rank {rank} saved on {signal.Signals(number).name}", flush=True)
+        sys.exit(75)
+
+    signal.signal(signal.SIGUSR1, save)
+    signal.signal(signal.SIGTERM, save)
+    print(f"rank {rank} ready", flush=True)
+    time.sleep(60)
+code = int(dict(word.split(":") for word in sys.argv[1:]).get(rank, 0))
+if code < 0:
+    os.kill(os.getpid(), -code)
+if code:
+    print(f"rank {rank} has failed", file=sys.stderr, flush=True)
+else:
+    time.sleep(0.5 * (len(sys.argv) > 2))
+sys.exit(code)
