@@ -5,11 +5,12 @@ python pretrain_gpt.py --config configs/gpt_tiny.yaml [section.key=value ...]
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
 from fp8lm.config import parse_command_line
-from fp8lm.errors import run_command
+from fp8lm.errors import EXIT_RESTART, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -17,9 +18,13 @@ def main(argv: list[str]) -> int:
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.comm.groups import process_groups, rank_device
+    from fp8lm.comm.launch import Launch
     from fp8lm.training.build import build, resolve_device
+    from fp8lm.training.stopping import is_over
     from fp8lm.training.trainer import Trainer
 
+    if is_over(config.train, Launch.from_environment(os.environ)):
+        return EXIT_RESTART  # torchrun has started again what had saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel
     with process_groups(

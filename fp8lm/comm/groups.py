@@ -96,8 +96,10 @@ def _job_store(launch: Launch, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     # torchrun (seen with 2.13) keeps one store for all restarts, unless the environment variable
-    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1: addresses of processes that are gone lie in it.
-    return dist.PrefixStore(f"restart_{launch.restart}", store)
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1: addresses of processes that are gone lie in it. Of
+    # several machines each counts its own restarts, so the count could not be a name for all.
+    restart = launch.restart if launch.machines == 1 else 0
+    return dist.PrefixStore(f"restart_{restart}", store)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from fp8lm.errors import InputError
 # MASTER_PORT alone do not: clusters export them to every shell.
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _CURE = "start with torchrun, or unset them to run one process"
 
 
@@ -19,8 +18,8 @@ _CURE = "start with torchrun, or unset them to run one process"
 class Launch:
     """Number of this process in the job and on its machine, and how many there are in each.
 
-    `restart` counts how often torchrun has started the processes of a machine anew. Machines count
-    for themselves, so among several of them it means nothing and is 0.
+    `restart` counts how often torchrun has started the processes of this machine anew; of several
+    `machines` each counts for itself.
     """
 
     rank: int = 0
@@ -28,6 +27,7 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     by_launcher: bool = False
+    machines: int = 1
     restart: int = 0
 
     @classmethod
@@ -51,10 +51,11 @@ class Launch:
         # Only torchrun sets it; without, all processes count as being on one machine.
         local = environment.get("LOCAL_WORLD_SIZE") or str(world_size)
         local_world_size = _number("LOCAL_WORLD_SIZE", local)
-        restart = 0
-        if environment.get("GROUP_WORLD_SIZE") == "1":
-            restart = _number(_RESTARTS, environment.get(_RESTARTS) or "0")
-        return cls(rank, world_size, local_rank, local_world_size, True, restart)
+        machines, restart = (
+            _number(name, environment.get(name) or default)
+            for name, default in (("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "0"))
+        )
+        return cls(rank, world_size, local_rank, local_world_size, True, machines, restart)
 
 
 def _number(name: str, value: str) -> int:

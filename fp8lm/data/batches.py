@@ -92,7 +92,7 @@ class BatchIterator:
             num_workers=num_workers,
             collate_fn=_stack,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_signals,
             # Its own generator: the loader draws a seed for its workers, and the global RNG is
             # part of what a resumed run must find unchanged.
             generator=torch.Generator(),
@@ -122,6 +122,11 @@ def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {field: torch.stack([item[field] for item in items]) for field in FIELDS}
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the parent alone answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_worker: int) -> None:
+    """A terminal's Ctrl-C, and a launcher's signals, reach every process: the parent answers them.
+
+    Were it left without the batches of its last step, it could not save. A worker ends by itself
+    when its parent has.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ says in the step's one exchange of scalars what it knows, and all act on the lar
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -28,9 +29,7 @@ class StopRequests:
 
     def __init__(self, config, launch: Launch) -> None:  # noqa: ANN001
         self._signals = SIGNALS if config.exit_signal_handler else ()
-        self._deadline = None
-        if config.exit_duration_in_mins is not None:
-            self._deadline = job_started(launch) + _SECONDS * config.exit_duration_in_mins
+        self._deadline = deadline(config, launch)
         self._received = 0
         self._former: dict[signal.Signals, object] = {}
 
@@ -47,8 +46,7 @@ class StopRequests:
         """0 to go on, the number of a signal, or `TIME_IS_OVER`; what ranks compare."""
         if self._received:
             return float(self._received)
-        over = self._deadline is not None and time.time() >= self._deadline
-        return TIME_IS_OVER if over else 0.0
+        return TIME_IS_OVER if time.time() >= self._deadline else 0.0
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._received = number
@@ -59,6 +57,18 @@ def describe(reason: float) -> str:
     if reason == TIME_IS_OVER:
         return "train.exit_duration_in_mins is over"
     return f"received {signal.Signals(int(reason)).name}"
+
+
+def is_over(config, launch: Launch) -> bool:  # noqa: ANN001
+    """Whether torchrun has started this process again after the job's time was over."""
+    return launch.restart > 0 and time.time() >= deadline(config, launch)
+
+
+def deadline(config, launch: Launch) -> float:  # noqa: ANN001
+    """Unix time at which the job's time is over, of the config section `train`; or never."""
+    if config.exit_duration_in_mins is None:
+        return math.inf
+    return job_started(launch) + _SECONDS * config.exit_duration_in_mins
 
 
 def job_started(launch: Launch) -> float:

@@ -29,10 +29,11 @@ def test_torchrun():
     assert Launch.from_environment(several) == Launch(5, 8, 1, 4, by_launcher=True)
 
 
-def test_restarts_count_where_all_processes_are_on_one_machine():
-    restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "3", "GROUP_WORLD_SIZE": "1"}
-    assert Launch.from_environment(restarted).restart == 3
-    assert Launch.from_environment(restarted | {"GROUP_WORLD_SIZE": "2"}).restart == 0
+def test_restarts_and_machines():
+    restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "3", "GROUP_WORLD_SIZE": "2"}
+    launch = Launch.from_environment(restarted)
+    assert (launch.restart, launch.machines) == (3, 2)
+    assert Launch.from_environment(TORCHRUN).restart == 0
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)

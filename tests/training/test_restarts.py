@@ -39,11 +39,11 @@ def test_nothing_is_lost_when_workers_are_killed(tmp_path):
 
 @pytest.mark.slow
 def test_a_warning_of_the_cluster_reaches_all_through_torchrun(tmp_path):
-    """SIGTERM to torchrun is SIGTERM to its workers, who save before they end."""
+    """SIGTERM to torchrun is one to its workers, who save, and to those that load their batches."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "pretrain_gpt.py"]
     command += ["--config=configs/gpt_tiny.yaml", "train.train_iters=100000", *SMALL]
-    command += [f"checkpoint.save={tmp_path}", "logging.log_interval=1"]
+    command += [f"checkpoint.save={tmp_path}", "logging.log_interval=1", "data.num_workers=1"]
     log = tmp_path / "log.txt"
     with log.open("w") as file:
         job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)

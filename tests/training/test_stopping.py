@@ -13,7 +13,13 @@ from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.launch import Launch
 from fp8lm.config import TrainConfig
 from fp8lm.errors import EXIT_RESTART
-from fp8lm.training.stopping import TIME_IS_OVER, StopRequests, describe, job_started
+from fp8lm.training.stopping import (
+    TIME_IS_OVER,
+    StopRequests,
+    describe,
+    is_over,
+    job_started,
+)
 from tests.training.runs import curve, trainer_of
 
 SIZES = {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1}
@@ -44,6 +50,13 @@ def test_time_counts_from_the_start_of_the_job():
     assert describe(over.reason) == "train.exit_duration_in_mins is over"
     # A launcher may have restarted this process: the job is as old as the launcher.
     assert job_started(Launch(by_launcher=True)) <= job_started(Launch())
+
+
+def test_a_restart_after_the_end_of_time_does_not_train():
+    config = TrainConfig(**SIZES, exit_duration_in_mins=1e-9)
+    assert is_over(config, Launch(by_launcher=True, restart=1))
+    assert not is_over(config, Launch(by_launcher=True))  # the first start gets its first step
+    assert not is_over(TrainConfig(**SIZES), Launch(by_launcher=True, restart=1))
 
 
 def train_and_kill(config, rank, iteration, number):
