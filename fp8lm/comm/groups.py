@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -44,6 +44,14 @@ class ProcessGroups:
     saving: dist.ProcessGroup
     store: dist.Store | None = None
     timeout: timedelta = TIMEOUT
+    made: list[dist.ProcessGroup] = field(default_factory=list)
+
+    def divide(self, ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        """This process's one of the groups of `ranks`, which live as long as these groups do."""
+        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self.timeout)
+        if group is not None:
+            self.made.append(group)
+        return group
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +132,8 @@ def model_parallel_groups(
     ]
     made.append(dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT))
     try:
-        yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout)
+        # Those that parts of the run divide off later are in the list, too, by the end.
+        yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout, made=made)
     finally:
         for group in made:
             dist.destroy_process_group(group)
@@ -157,11 +166,7 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
     replicas = _all_like(groups.data_parallel)
     nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
     numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
-    made = [
-        dist.new_subgroups_by_enumeration(kind, timeout=groups.timeout)[0]
-        for kind in (nodes, numbers)
-    ]
-    return NodeGroups(*made)
+    return NodeGroups(groups.divide(nodes), groups.divide(numbers))
 
 
 def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
@@ -202,9 +207,7 @@ def stage_groups(groups: ProcessGroups) -> StageGroups:
         [[ranks[0], ranks[-1]] for ranks in pipelines],
         [list(ranks) for ranks in zip(*pipelines, strict=True)],
     )
-    backward, ends, alike = (
-        dist.new_subgroups_by_enumeration(kind, timeout=groups.timeout)[0] for kind in kinds
-    )
+    backward, ends, alike = map(groups.divide, kinds)
     return StageGroups(groups.pipeline_parallel, backward, ends, alike)
 
 

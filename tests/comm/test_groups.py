@@ -11,7 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm.groups import model_parallel_groups, process_groups, rank_device
+from fp8lm.comm.groups import (
+    model_parallel_groups,
+    node_groups,
+    process_groups,
+    rank_device,
+    stage_groups,
+)
 from fp8lm.errors import InputError
 
 CPU = torch.device("cpu")
@@ -58,11 +64,15 @@ def test_one_process(monkeypatch):
 def threads_after(repeats):
     for _ in range(repeats):
         divide(2, 1)
+        with model_parallel_groups(pipeline_parallel=2) as groups:
+            assert stage_groups(groups).ends is not None
+        with model_parallel_groups() as groups:
+            assert node_groups(groups, 2).node.size() == 2
     return threading.active_count(), len(os.listdir("/proc/self/task"))
 
 
 def test_groups_leave_nothing_behind(run_distributed):
-    few, many = (run_distributed(threads_after, 2, repeats) for repeats in (1, 4))
+    few, many = (run_distributed(threads_after, 4, repeats) for repeats in (1, 4))
     assert few == many
 
 
