@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from fp8lm import errors
 from fp8lm.errors import run_command
 from tests.bad_input import checkpoint, config, data, environment
 from tests.bad_input.cases import ROOT, Case
@@ -50,6 +51,7 @@ def test_one_clear_line_and_nothing_written(case: Case, tmp_path, monkeypatch, c
         monkeypatch.delenv(name, raising=False)
     for name, value in case.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(errors, "PATIENCE", 0.0)
     monkeypatch.chdir(tmp_path)
     case.prepare(tmp_path)
     before = contents(tmp_path)

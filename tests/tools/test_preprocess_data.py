@@ -201,6 +201,7 @@ def processes_left(group):
     return alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [

@@ -15,6 +15,8 @@ from fp8lm.training.state import (
 )
 from tests.training.runs import LLAMA, curve, read, train, trainer_of
 
+pytestmark = pytest.mark.slow
+
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EVEN = {"partition": "even"}
 PLAIN = {"use_distributed_optimizer": False}

@@ -13,6 +13,8 @@ import torch
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import LLAMA, curve, read, train, trainer_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "eval_iters": 1}
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}

@@ -8,6 +8,8 @@ from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from tests.training.runs import LLAMA, read, save_again, train
 
+pytestmark = pytest.mark.slow
+
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 8, "train_iters": 4, "eval_iters": 0}

@@ -124,6 +124,7 @@ def test_a_spike_is_rolled_back_and_its_data_skipped(
     assert saved_iterations(tmp_path / "ck") == [20, 16, 12, 8, 4]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_a_rollback_goes_on_alike(config, train_run, tmp_path):
     bad = range(4 * 14, 4 * 16)
 
@@ -141,6 +142,7 @@ def test_a_run_resumed_after_a_rollback_goes_on_alike(config, train_run, tmp_pat
     assert curve(tmp_path / "parts log") == curve(tmp_path / "whole log")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_saves_again_finds_the_spike_again(config, train_run, tmp_path):
     bad = range(4 * 14, 4 * 16)
 
@@ -181,6 +183,7 @@ def test_no_checkpoint_before_the_spike(config, train_run, capsys):
     assert "and no checkpoint before it: going on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_too_many_rollbacks_stop_the_run(config, train_run, tmp_path):
     with pytest.raises(RuntimeError, match=r"after 2 rollbacks \(train.max_rollbacks\): stopped"):
         train_run(config(max_rollbacks=2), lambda trainer: garble(trainer, range(4 * 14, 400)))

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from fp8lm.config import load_config
+from fp8lm.training.step import NUM_TOLD
 from tests.training.runs import LLAMA, curve, read, train
+
+pytestmark = pytest.mark.slow
 
 PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 SHAPES = {
@@ -121,8 +124,9 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
     for line in read(tmp_path):
         if "lm loss" in line:
             assert line["comm_bytes/tp_gather"] == gather
-            # The step's scalars: norm (two), loss, per weight four amaxes (gradient, states).
-            assert line["comm_bytes/grads"] == 4 * (3 + 4 * len(specs))
+            # The step's scalars: norm (two), what ranks tell each other (loss, why to stop), and
+            # per weight four amaxes (gradient, states).
+            assert line["comm_bytes/grads"] == 4 * (2 + NUM_TOLD + 4 * len(specs))
             assert line["comm_bytes/tp_reduce"] == reduce
 
 
