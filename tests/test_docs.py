@@ -1,0 +1,75 @@
+"""What the pages name is there: files, headings, keys of the config, modules, and no more."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fp8lm.config import Config
+from fp8lm.config.keys import list_keys
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = "|".join(Config.model_fields)
+NO_KEYS = {"train.trian_iters", "optimizer.num_steps", "optimizer.amax"}  # a typo shown; tensors
+FOLDERS = "configs|docker|docs|fp8lm|scripts|tests|tools"
+TREE = (ROOT / "docs" / "architecture.md").read_text().split("## Tree")[1].split("```")[1]
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: path.stem)
+def page(request):
+    return request.param
+
+
+def anchors(path):
+    """The anchors that a public host gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"https?:", target):
+            file, _, anchor = target.partition("#")
+            linked = (page.parent / file).resolve() if file else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+def test_keys_exist(page):
+    keys = list_keys()
+    groups = {path.rpartition(".")[0] for path in keys}
+    pattern = rf"(?<![\w./-])((?:{SECTIONS})\.[a-z_0-9]+(?:\.[a-z_0-9]+)?)\b(?![*(])"
+    named = set(re.findall(pattern, page.read_text())) - NO_KEYS
+    files = {name for name in named if re.search(r"\.(py|yaml|json|model|sh)$", name)}
+    assert named - files - groups <= keys.keys()
+
+
+def test_paths_exist(page):
+    """Every file that a page names with its folder; braces and stars as a shell reads them."""
+    pattern = rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]+\.(?:py|sh|sbatch|yaml|md|json|txt|png)\b"
+    missing = [name for name in re.findall(pattern, page.read_text()) if not any(ROOT.glob(name))]
+    assert set(missing) <= {"configs/mine.yaml"}  # what the reader writes
+
+
+def test_tree_names_every_module():
+    """Each package's block in the tree names exactly its modules."""
+    blocks = re.split(r"^  (\w+)/ ", TREE, flags=re.MULTILINE)
+    named = {
+        package: set(re.findall(r"(\w+)\.py\b", block.split("\n\n")[0]))
+        for package, block in zip(blocks[1::2], blocks[2::2], strict=True)
+    }
+    packages = {path.parent for path in ROOT.glob("fp8lm/*/__init__.py")}
+    assert named == {
+        package.name: {path.stem for path in package.glob("*.py")} - {"__init__"}
+        for package in packages
+    }
+
+
+def test_tree_names_every_tool():
+    block = TREE.split("\ntools/\n")[1].split("\n\n")[0]
+    assert set(re.findall(r"([\w.]+\.py)\b", block)) == {
+        path.name for path in (ROOT / "tools").glob("*.py")
+    }
