@@ -1,0 +1,38 @@
+"""Combinations of keys that are each valid but impossible together, section by section.
+
+A check yields a sentence for each: which keys, their values, what would be valid.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8lm.config.checks import model, parallel, precision, schedule, storage, training
+
+if TYPE_CHECKING:
+    from fp8lm.config.root import Config
+
+_CHECKS = (
+    model.heads,
+    model.positions,
+    training.batches,
+    training.rampup,
+    training.length,
+    schedule.learning_rate,
+    schedule.schedule,
+    schedule.wsd,
+    storage.data,
+    storage.tokenizer,
+    storage.checkpoint,
+    precision.formats,
+    precision.fp8_gemms,
+    parallel.tensor_parallel,
+    precision.params_wire,
+    precision.grad_reduce,
+    parallel.pipeline,
+)
+
+
+def find_problems(config: Config) -> list[str]:
+    """List every impossible combination: which keys, their values, what would be valid."""
+    return [problem for check in _CHECKS for problem in check(config)]

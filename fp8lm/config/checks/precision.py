@@ -1,0 +1,82 @@
+"""Formats that do not go together, and sizes that FP8 GEMMs do not take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fp8lm.config.checks.parallel import TENSOR_PARALLEL
+
+if TYPE_CHECKING:
+    from fp8lm.config.root import Config
+
+FP8_GEMM_MULTIPLE = 16  # cuBLASLt: every dimension of an FP8 GEMM
+
+
+def formats(config: Config) -> Iterator[str]:
+    """FP8 weights enter FP8 GEMMs; only scaled FP16 is its own master."""
+    precision = config.precision
+    if precision.params_dtype == "fp8_e4m3" and precision.gemm != "fp8":
+        yield (
+            "precision.params_dtype = fp8_e4m3 needs precision.gemm = fp8, "
+            f"not {precision.gemm}: FP8 weights only enter FP8 GEMMs"
+        )
+    if precision.main_params_dtype == "none" and precision.params_dtype != "fp16":
+        yield (
+            f"precision.params_dtype = {precision.params_dtype} needs a master weight: "
+            "precision.main_params_dtype = none is for params_dtype = fp16"
+        )
+
+
+def params_wire(config: Config) -> Iterator[str]:
+    """Only FP8 weights travel in FP8."""
+    precision = config.precision
+    if precision.wire.params == "fp8" and precision.params_dtype != "fp8_e4m3":
+        yield (
+            f"precision.wire.params = fp8 needs precision.params_dtype = fp8_e4m3, not "
+            f"{precision.params_dtype}: other weights travel as they are stored "
+            "(precision.wire.params = bf16)"
+        )
+
+
+def grad_reduce(config: Config) -> Iterator[str]:
+    """Only FP8 gradients are added up in FP8."""
+    precision = config.precision
+    if precision.grad_reduce == "fp32_accumulate":
+        return
+    name = f"precision.grad_reduce = {precision.grad_reduce}"
+    if precision.main_grads_dtype != "fp8_e4m3":
+        yield (
+            f"{name} adds FP8 gradients, but precision.main_grads_dtype = "
+            f"{precision.main_grads_dtype}: use fp8_e4m3, or fp32_accumulate"
+        )
+
+
+def fp8_gemms(config: Config) -> Iterator[str]:
+    """Every dimension of an FP8 GEMM, on every rank, is what cuBLASLt takes."""
+    if config.precision.gemm != "fp8":
+        return
+    model, train = config.model, config.train
+    queries, kv = model.query_projection_size, model.kv_projection_size
+    whole = {
+        "model.hidden_size": model.hidden_size,
+        "model.seq_length * train.micro_batch_size": model.seq_length * train.micro_batch_size,
+    }
+    split = {
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_attention_heads * model.kv_channels": queries,
+        "the width of queries, keys and values (model.num_query_groups, model.kv_channels)": queries
+        + 2 * kv,
+    }
+    ranks = config.parallel.tensor_model_parallel_size
+    for dimensions, parts in ((whole, 1), (split, ranks)):
+        for name, size in dimensions.items():
+            # A size that does not divide at all is told by another check.
+            if size % parts == 0 and size // parts % FP8_GEMM_MULTIPLE:
+                of_rank = (
+                    f" / {TENSOR_PARALLEL} = {ranks} is {size // parts}, " if parts > 1 else " is "
+                )
+                yield (
+                    f"{name} = {size}{of_rank}not a multiple of {FP8_GEMM_MULTIPLE}, which FP8 "
+                    "GEMMs need (precision.gemm = fp8)"
+                )

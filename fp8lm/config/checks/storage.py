@@ -1,0 +1,89 @@
+"""What is read and written: data, tokenizer, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fp8lm.config.root import Config
+
+
+def data(config: Config) -> Iterator[str]:
+    """There is one source of data, well written."""
+    data = config.data
+    if data.mock_data and data.data_path:
+        yield f"data.mock_data = true reads no files: drop data.data_path = {list(data.data_path)}"
+    if not data.mock_data and not data.data_path:
+        yield "no data: set data.data_path=[PREFIX] or data.mock_data=true"
+    if data.data_path and not _is_blend(data.data_path):
+        yield (
+            f"data.data_path = {list(data.data_path)}: expected [prefix] or "
+            "[weight1, prefix1, weight2, prefix2, ...]"
+        )
+    if not _is_split(data.split):
+        yield (
+            f'data.split = "{data.split}": expected up to three shares for training, validation '
+            'and test, none negative and the first positive, as in "99,1,0"'
+        )
+
+
+def _is_blend(data_path: tuple[float | str, ...]) -> bool:
+    if len(data_path) == 1:
+        return isinstance(data_path[0], str)
+    weights, prefixes = data_path[0::2], data_path[1::2]
+    return (
+        len(weights) == len(prefixes)
+        and not any(isinstance(weight, str) for weight in weights)
+        and all(isinstance(prefix, str) for prefix in prefixes)
+    )
+
+
+def _is_split(split: str) -> bool:
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        return False
+    # Comparisons with NaN are false, so it fails here like a negative share.
+    in_range = all(0 <= share < float("inf") for share in shares)
+    return len(shares) <= 3 and in_range and shares[0] > 0
+
+
+def tokenizer(config: Config) -> Iterator[str]:
+    """A tokenizer has its model or its size, whichever its type needs."""
+    tokenizer = config.tokenizer
+    kind = f"tokenizer.tokenizer_type = {tokenizer.tokenizer_type}"
+    if tokenizer.tokenizer_type == "NullTokenizer":
+        if tokenizer.vocab_size is None:
+            yield f"{kind} needs tokenizer.vocab_size"
+        if tokenizer.tokenizer_model is not None:
+            yield f"{kind} has no tokenizer.tokenizer_model: drop {tokenizer.tokenizer_model}"
+        return
+    if tokenizer.tokenizer_model is None:
+        yield f"{kind} needs tokenizer.tokenizer_model, its file or folder"
+    if tokenizer.vocab_size is not None:
+        yield f"{kind} knows its size: drop tokenizer.vocab_size = {tokenizer.vocab_size}"
+
+
+def checkpoint(config: Config) -> Iterator[str]:
+    """What is saved has a folder, and a rollback something to go back to."""
+    checkpoint = config.checkpoint
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        yield (
+            f"checkpoint.save_interval = {checkpoint.save_interval} needs checkpoint.save, "
+            "the folder to save to"
+        )
+    train, threshold = config.train, config.train.loss_spike_threshold
+    if threshold is None:
+        return
+    if checkpoint.save is None or checkpoint.save_interval is None:
+        yield (
+            f"train.loss_spike_threshold = {threshold} needs checkpoint.save and "
+            "checkpoint.save_interval: a run rolls back to a checkpoint"
+        )
+    kept = checkpoint.keep_last or (1 if checkpoint.save_retain_interval else None)
+    if kept == 1:
+        yield (
+            f"train.loss_spike_threshold = {threshold} needs checkpoint.keep_last of 2 or more: "
+            f"the last one may be of the {train.loss_spike_patience} steps of the spike"
+        )

@@ -1,0 +1,53 @@
+"""Batches, and how long a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fp8lm.config.root import Config
+
+
+def batches(config: Config) -> Iterator[str]:
+    """Micro-batches divide the global batch."""
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by "
+            f"train.micro_batch_size = {train.micro_batch_size}"
+        )
+
+
+def rampup(config: Config) -> Iterator[str]:
+    """A ramp-up reaches the global batch in whole micro-batches."""
+    train = config.train
+    if train.rampup_batch_size is None:
+        return
+    start, increment, _ = train.rampup_batch_size
+    name = f"train.rampup_batch_size = {list(train.rampup_batch_size)}"
+    if train.train_samples is None:
+        yield f"{name} needs a run measured in train.train_samples, not train.train_iters"
+    if start >= train.global_batch_size or (train.global_batch_size - start) % increment:
+        yield (
+            f"{name} does not reach train.global_batch_size = {train.global_batch_size} "
+            f"from {start} in steps of {increment}"
+        )
+    if start % train.micro_batch_size or increment % train.micro_batch_size:
+        yield (
+            f"{name}: start and increment must be multiples of "
+            f"train.micro_batch_size = {train.micro_batch_size}"
+        )
+
+
+def length(config: Config) -> Iterator[str]:
+    """A run has one length, of one batch at least."""
+    train = config.train
+    if (train.train_iters is None) == (train.train_samples is None):
+        given = "neither is" if train.train_iters is None else "both are"
+        yield f"give exactly one of train.train_iters and train.train_samples: {given} set"
+    if train.train_samples is not None and train.train_samples < train.global_batch_size:
+        yield (
+            f"train.train_samples = {train.train_samples} is less than one batch of "
+            f"train.global_batch_size = {train.global_batch_size}"
+        )
