@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fp8lm.config import build_config
+from fp8lm.config import Config, build_config
 from fp8lm.errors import run_command
 from fp8lm.kernels import select_kernels
 from fp8lm.training.build import build_model, resolve_device
@@ -101,7 +101,7 @@ def make_batch(options: argparse.Namespace, device: torch.device) -> list[dict[s
     return batches
 
 
-def make_config(options: argparse.Namespace, preset: str):  # noqa: ANN201
+def make_config(options: argparse.Namespace, preset: str) -> Config:
     """The config of the same model under `preset`."""
     batch = options.micro_batch_size * options.num_microbatches
     return build_config(

@@ -8,6 +8,7 @@ for the next older one, unless a certain iteration was asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _open(root: Path, iteration: int, group: Group, passed_over: list[str]) -> C
     return Checkpoint(folder, common, metadata, passed_over)
 
 
-def _caught(check):  # noqa: ANN001, ANN202
+def _caught(check: Callable[[], list[str]]) -> list[str] | InputError:
     # Raised by one rank alone, an error would leave the others waiting.
     try:
         return check()

@@ -7,6 +7,8 @@ the buffers. A group of one rank sends nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -144,6 +146,6 @@ def _handle(work: dist.Work, sent: Tensor, result: Tensor) -> Handle[Tensor]:
     return Handle(finish)
 
 
-def _all_gather_function():  # noqa: ANN202
+def _all_gather_function() -> Callable[..., dist.Work | None]:
     # torch 2.13 renamed it, and warns of the old name, the only one that 2.11 and 2.12 have.
     return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -26,7 +26,8 @@ from fp8lm.layers.weight import Weight, named_weights
 from fp8lm.model.gpt import ModelPart
 from fp8lm.optim import StatePrecision
 from fp8lm.training.build import gpt, table_rows
-from fp8lm.training.layout import model_parts, owned_parts, rows_by_rank
+from fp8lm.training.layout import owned_parts, rows_by_rank
+from fp8lm.training.pipelining import model_parts
 
 KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
 Rows = tuple[int, int]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import Format
 
 BLOCK = 1 << 16
@@ -59,7 +60,7 @@ def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> No
 
 
 def adam_step(
-    kernels,  # noqa: ANN001  (any object with the kernels' cast and decode)
+    kernels: ReferenceKernels,
     gradient: tuple[Tensor, Tensor, Format],
     states: tuple[StoredTensor, StoredTensor, StoredTensor],
     compute: StoredTensor | None,
@@ -94,7 +95,9 @@ def adam_step(
     return amax
 
 
-def _read(kernels, stored: StoredTensor, block: slice, skip: Tensor | None) -> Tensor:  # noqa: ANN001
+def _read(
+    kernels: ReferenceKernels, stored: StoredTensor, block: slice, skip: Tensor | None
+) -> Tensor:
     payload = stored.payload.view(-1)[block]
     values = kernels.decode(payload, stored.scale, stored.format, torch.float32)
     # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.

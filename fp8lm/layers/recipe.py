@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fp8lm.config import PrecisionConfig
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, GemmPrecision
@@ -34,7 +35,7 @@ class Recipe:
     @classmethod
     def from_config(
         cls,
-        precision,  # noqa: ANN001
+        precision: PrecisionConfig,
         kernels: ReferenceKernels,
         device: torch.device,
         partition: Partition = ALONE,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fp8lm.config import ModelConfig
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.projections import column_linear, row_linear
@@ -23,7 +24,7 @@ from fp8lm.model.rope import apply_rope
 class SelfAttention(nn.Module):
     """Fused QKV projection, causal attention, output projection."""
 
-    def __init__(self, config, recipe: Recipe, *, recompute_core: bool) -> None:  # noqa: ANN001
+    def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
         self.num_groups = config.num_query_groups // recipe.partition.size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups

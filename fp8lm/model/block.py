@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fp8lm.config import ModelConfig
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.recipe import Recipe
@@ -14,7 +15,7 @@ from fp8lm.model.mlp import MLP
 class TransformerLayer(nn.Module):
     """[S,B,H] -> [S,B,H]."""
 
-    def __init__(self, config, recipe: Recipe, *, recompute_core: bool) -> None:  # noqa: ANN001
+    def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
         norm = NORMS[config.normalization]
         arguments = (config.hidden_size, config.norm_epsilon, recipe.dense)

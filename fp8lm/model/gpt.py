@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fp8lm.config import ModelConfig
 from fp8lm.layers.cross_entropy import cross_entropy
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.edge import ALONE, Partition
@@ -35,13 +36,13 @@ class Table(nn.Module):
         self.weight = GemmWeight(spec, recipe.kernels, recipe.device)
 
     @classmethod
-    def of_vocabulary(cls, vocab_size: int, config, recipe: Recipe) -> Table:  # noqa: ANN001
+    def of_vocabulary(cls, vocab_size: int, config: ModelConfig, recipe: Recipe) -> Table:
         """[V,H], rows split over the ranks."""
         init, split = normal_init(config.init_method_std), recipe.partition.split(0)
         return cls(table_spec(vocab_size, config.hidden_size, init, recipe, split), recipe)
 
     @classmethod
-    def of_positions(cls, config, recipe: Recipe) -> Table:  # noqa: ANN001
+    def of_positions(cls, config: ModelConfig, recipe: Recipe) -> Table:
         """[max_position_embeddings, H], whole on every rank."""
         shape = (config.max_position_embeddings, config.hidden_size)
         init, partial_grad = (
@@ -54,7 +55,7 @@ class Table(nn.Module):
 class Embedding(nn.Module):
     """Token table, optional learned positions, dropout."""
 
-    def __init__(self, config, vocab_size: int, recipe: Recipe) -> None:  # noqa: ANN001
+    def __init__(self, config: ModelConfig, vocab_size: int, recipe: Recipe) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
         self.partition = recipe.partition
@@ -86,7 +87,9 @@ class ModelPart:
 class Decoder(nn.Module):
     """The transformer layers `part` names, by their number in the model, and the final norm."""
 
-    def __init__(self, config, recipe: Recipe, recompute: str | None, part: ModelPart) -> None:  # noqa: ANN001
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: ModelPart
+    ) -> None:
         super().__init__()
         self.recompute_layers = recompute == "full"
         self.layers = nn.ModuleDict(
@@ -131,7 +134,7 @@ class Decoder(nn.Module):
 class TiedTable(nn.Module):
     """The word embeddings where they are only the head's matrix, under their own name."""
 
-    def __init__(self, config, vocab_size: int, recipe: Recipe) -> None:  # noqa: ANN001
+    def __init__(self, config: ModelConfig, vocab_size: int, recipe: Recipe) -> None:
         super().__init__()
         self.word_embeddings = Table.of_vocabulary(vocab_size, config, recipe)
 
@@ -146,7 +149,7 @@ class GPTModel(nn.Module):
 
     def __init__(
         self,
-        config,  # noqa: ANN001
+        config: ModelConfig,
         vocab_size: int,
         recipe: Recipe,
         recompute_granularity: str | None = None,

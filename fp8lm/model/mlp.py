@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fp8lm.config import ModelConfig
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.projections import column_linear, row_linear
@@ -16,7 +17,7 @@ from fp8lm.model.projections import column_linear, row_linear
 class MLP(nn.Module):
     """[S,B,H] -> [S,B,H] through `ffn_hidden_size` features, this rank's part of them."""
 
-    def __init__(self, config, recipe: Recipe) -> None:  # noqa: ANN001
+    def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         super().__init__()
         self.swiglu = config.swiglu
         hidden, ffn = config.hidden_size, config.ffn_hidden_size

@@ -1,5 +1,6 @@
 """Precision-decoupled AdamW, clipping and schedules."""
 
-from fp8lm.optim.optimizer import AdamW, StatePrecision
+from fp8lm.optim.optimizer import AdamW
+from fp8lm.optim.states import StatePrecision
 
 __all__ = ["AdamW", "StatePrecision"]

@@ -8,67 +8,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fp8lm.config import OptimizerConfig
 from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.weight import Weight
-from fp8lm.numerics import FP16, Format, format_by_name, scale_from_amax
+from fp8lm.numerics import Format, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
 from fp8lm.optim.clipping import Exchange, GradientNorm, gradient_norm
 from fp8lm.optim.rounding import StateRounding
+from fp8lm.optim.states import AdamState, StatePrecision
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 Rows = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class StatePrecision:
-    """Formats of the optimizer's states; `master` None: the weight itself is the master."""
-
-    master: Format | None
-    exp_avg: Format
-    exp_avg_sq: Format
-    stochastic_master: bool
-
-    @classmethod
-    def from_config(cls, precision) -> StatePrecision:  # noqa: ANN001
-        """What config section `precision` describes."""
-        master = precision.main_params_dtype
-        return cls(
-            master=None if master == "none" else format_by_name(master),
-            exp_avg=format_by_name(precision.exp_avg_dtype),
-            exp_avg_sq=format_by_name(precision.exp_avg_sq_dtype),
-            stochastic_master=precision.master_rounding == "stochastic",
-        )
-
-    def own_master(self, stored: Format) -> Format | None:
-        """Format of the master weight of a weight stored in `stored`; None: it is its own master.
-
-        A dense weight that is not stored with enough bits to be that gets one in FP16.
-        """
-        if self.master is not None:
-            return self.master
-        return None if stored.scaled else FP16
-
-
-@dataclass
-class AdamState:
-    """States of one weight; `owns_master` False: `master` is the weight's compute copy."""
-
-    master: ScaledTensor
-    exp_avg: ScaledTensor
-    exp_avg_sq: ScaledTensor
-    owns_master: bool
-
-    @property
-    def stored(self) -> tuple[ScaledTensor, ScaledTensor, ScaledTensor]:
-        """Master, m and v."""
-        return self.master, self.exp_avg, self.exp_avg_sq
 
 
 class AdamW:
@@ -90,7 +47,7 @@ class AdamW:
     def __init__(
         self,
         weights: dict[str, Weight],
-        config,  # noqa: ANN001
+        config: OptimizerConfig,
         precision: StatePrecision,
         kernels: ReferenceKernels,
         *,

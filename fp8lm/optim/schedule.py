@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from fp8lm.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
@@ -20,7 +21,9 @@ with quiet_megatron():
 class LearningRate:
     """`rate(consumed_samples)`, from the config sections optimizer, scheduler and train."""
 
-    def __init__(self, optimizer, scheduler, train) -> None:  # noqa: ANN001
+    def __init__(
+        self, optimizer: OptimizerConfig, scheduler: SchedulerConfig, train: TrainConfig
+    ) -> None:
         def samples(iterations: int | None, samples: int | None) -> int | None:
             return samples if iterations is None else iterations * train.global_batch_size
 
@@ -55,7 +58,7 @@ class LearningRate:
 class BatchSize:
     """`global_batch_size(consumed_samples)`, constant or ramping up, from config section train."""
 
-    def __init__(self, train, data_parallel_size: int) -> None:  # noqa: ANN001
+    def __init__(self, train: TrainConfig, data_parallel_size: int) -> None:
         self._stride = train.micro_batch_size * data_parallel_size
         common = dict(
             global_batch_size=train.global_batch_size,

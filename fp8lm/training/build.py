@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from fp8lm.comm import Wire, WireCounter, all_gather_scalars
-from fp8lm.comm.groups import ProcessGroups, stage_groups
+from fp8lm.comm import WireCounter
+from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
@@ -25,18 +24,12 @@ from fp8lm.model import GPTModel
 from fp8lm.model.gpt import ModelPart
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
-from fp8lm.optim.clipping import Exchange
 from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel.pipeline import Pipeline
-from fp8lm.parallel.replicas import OneReplica, ZeroReplicas
-from fp8lm.training.layout import (
-    build_exchange,
-    build_partition,
-    build_pipeline,
-    build_replicas,
-    counted_elsewhere,
-    model_parts,
-)
+from fp8lm.parallel.replicas import OneReplica
+from fp8lm.training.layout import build_partition, link
+from fp8lm.training.length import check_batches, dataset_sizes, total_iterations, total_samples
+from fp8lm.training.pipelining import model_parts
 
 
 @dataclass(frozen=True)
@@ -164,40 +157,24 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
-    datasets = build_datasets(config, tokenizer, _dataset_sizes(config))
-    kernels = select_kernels(device)
-    counter = WireCounter()
+    datasets = build_datasets(config, tokenizer, dataset_sizes(config))
+    kernels, counter = select_kernels(device), WireCounter()
     partition = build_partition(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, partition)
-    stage, num_stages = groups.pipeline_parallel.rank(), groups.pipeline_parallel.size()
     chunks = [
         gpt(config, vocab_size, tokenizer.vocab_size, recipe, part)
-        for part in model_parts(config, stage)
+        for part in model_parts(config, groups.pipeline_parallel.rank())
     ]
-    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
-    elsewhere = counted_elsewhere(config, stage)
-    scalars = Wire("grads", "fp32", counter)
-    pipeline, peers, alike = None, None, groups.world
-    exchange: Exchange = partial(all_gather_scalars, group=groups.world, wire=scalars)
-    if num_stages > 1:
-        stages = stage_groups(groups)
-        alike = stages.alike
-        exchange = build_exchange(groups, stages, scalars, len(weights))
-        peers = exchange.peers
-        pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
-    replicas = build_replicas(config, groups, kernels, counter, alike, weights)
+    links = link(config, groups, chunks, kernels, counter, device)
     optimizer = build_optimizer(
         config,
-        replicas,
+        links.replicas,
         kernels,
         partition,
-        exchange=exchange,
-        peers=peers,
-        counted_elsewhere=elsewhere,
+        exchange=links.exchange,
+        peers=links.peers,
+        counted_elsewhere=links.counted_elsewhere,
     )
-    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
-        for chunk in chunks:
-            replicas.overlap_gather(chunk)
     return Run(
         config=config,
         groups=groups,
@@ -205,65 +182,13 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         model=chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
-        weights=weights,
+        weights=links.weights,
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
-        replicas=replicas,
-        pipeline=pipeline,
-        counted_elsewhere=elsewhere,
+        replicas=links.replicas,
+        pipeline=links.pipeline,
+        counted_elsewhere=links.counted_elsewhere,
         sent=counter,
     )
-
-
-def check_batches(config: Config, replicas: int) -> None:
-    """Raise `InputError` unless every step's batch divides over `replicas` and their stages."""
-    train = config.train
-    share = train.micro_batch_size * replicas
-    of = f"train.micro_batch_size = {train.micro_batch_size} times {replicas} data-parallel ranks"
-    if train.global_batch_size % share:
-        raise InputError(
-            f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}: use a "
-            f"multiple of {share}, or another number of processes"
-        )
-    stages = config.parallel.pipeline_model_parallel_size
-    if config.parallel.num_chunks(config.model.num_layers) > 1:
-        share, of = share * stages, f"{of} times {stages} pipeline stages"
-        if train.global_batch_size % share:
-            raise InputError(
-                f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}, "
-                "which the interleaved schedule needs"
-            )
-    start, increment, _ = train.rampup_batch_size or (share, share, 0)
-    if start % share or increment % share:
-        raise InputError(
-            f"train.rampup_batch_size = {list(train.rampup_batch_size)}: start and increment must "
-            f"be multiples of {of}"
-        )
-
-
-def _dataset_sizes(config: Config) -> tuple[int, int, int]:
-    # A last step may reach beyond the run's samples by less than one batch.
-    train = total_samples(config.train) + config.train.global_batch_size
-    evaluation = config.train.eval_iters * config.train.global_batch_size
-    shares = [float(share) for share in config.data.split.split(",")] + [0.0, 0.0]
-    return train, evaluation * (shares[1] > 0), evaluation * (shares[2] > 0)
-
-
-def total_samples(train) -> int:  # noqa: ANN001
-    """Samples of the whole run, over all ranks, from the config section `train`."""
-    if train.train_samples is not None:
-        return train.train_samples
-    return train.train_iters * train.global_batch_size
-
-
-def total_iterations(train, batch_size: BatchSize) -> int:  # noqa: ANN001
-    """Iterations of the whole run; with a ramp-up, counted by going through it."""
-    if train.train_iters is not None:
-        return train.train_iters
-    iterations = samples = 0
-    while samples < train.train_samples:
-        samples += batch_size.global_batch_size(samples)
-        iterations += 1
-    return iterations

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from fp8lm.comm import Wire, WireCounter, reduce_scatter_fp8, sums_fp8
-from fp8lm.comm.groups import ProcessGroups, StageGroups, node_groups
+from fp8lm.comm import Wire, WireCounter, all_gather_scalars, reduce_scatter_fp8, sums_fp8
+from fp8lm.comm.groups import ProcessGroups, node_groups, stage_groups
 from fp8lm.comm.launch import Launch
-from fp8lm.comm.stages import StageWire
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
 from fp8lm.gradient.hierarchical import HierarchicalAccumulate
 from fp8lm.gradient.reduction import Fp32Accumulate, GradientReduction
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.deferred import DeferredGradients
 from fp8lm.layers.edge import ALONE, Partition
-from fp8lm.layers.weight import GemmWeight, Weight
-from fp8lm.model.gpt import GPTModel, ModelPart
+from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.model.gpt import GPTModel
 from fp8lm.numerics import E4M3
+from fp8lm.optim.clipping import Exchange
 from fp8lm.parallel import TensorParallel
 from fp8lm.parallel.ownership import Ownership, row_blocks, whole_tensors
-from fp8lm.parallel.pipeline import Batch, Pipeline
+from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.replicas import (
     OneReplica,
     PlainReplicas,
@@ -34,15 +34,8 @@ from fp8lm.parallel.replicas import (
     in_parts,
     tensors_of,
 )
-from fp8lm.parallel.stages import (
-    WORD_TABLE,
-    StepExchange,
-    TiedEnds,
-    layer_ranges,
-    schedule_maker,
-)
 from fp8lm.parallel.weight_slabs import WeightSlabs
-from fp8lm.training.step import NUM_TOLD
+from fp8lm.training.pipelining import build_exchange, build_pipeline, counted_elsewhere
 
 
 def build_partition(
@@ -59,6 +52,48 @@ def build_partition(
         reduce_wire=Wire("tp_reduce", wire.reduce, counter),
         kernels=kernels,
     )
+
+
+@dataclass(frozen=True)
+class Links:
+    """What joins this rank's `weights`, by Megatron name, to the ranks that step with it.
+
+    `exchange`, `peers` and `counted_elsewhere` are those of `AdamW`.
+    """
+
+    weights: dict[str, Weight]
+    replicas: OneReplica
+    pipeline: Pipeline | None
+    exchange: Exchange
+    peers: Sequence[int] | None
+    counted_elsewhere: frozenset[str]
+
+
+def link(
+    config: Config,
+    groups: ProcessGroups,
+    chunks: list[GPTModel],
+    kernels: ReferenceKernels,
+    counter: WireCounter,
+    device: torch.device,
+) -> Links:
+    """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective."""
+    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    scalars = Wire("grads", "fp32", counter)
+    pipeline, peers, alike = None, None, groups.world
+    exchange: Exchange = partial(all_gather_scalars, group=groups.world, wire=scalars)
+    if groups.pipeline_parallel.size() > 1:
+        stages = stage_groups(groups)
+        alike = stages.alike
+        exchange = build_exchange(groups, stages, scalars, len(weights))
+        peers = exchange.peers
+        pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
+    replicas = build_replicas(config, groups, kernels, counter, alike, weights)
+    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
+        for chunk in chunks:
+            replicas.overlap_gather(chunk)
+    elsewhere = counted_elsewhere(config, groups.pipeline_parallel.rank())
+    return Links(weights, replicas, pipeline, exchange, peers, elsewhere)
 
 
 def build_replicas(
@@ -137,82 +172,3 @@ def build_reduction(
     scaling = Scaling(names, group.size(), policy, device)
     native = reduce_scatter_fp8 if sums_fp8(group, device) else None
     return Fp8Sum(group, alike, wire, kernels, scaling, native)
-
-
-def model_parts(config: Config, stage: int) -> list[ModelPart]:
-    """What stage number `stage` holds of the model, a part per chunk."""
-    parallel, layers = config.parallel, config.model.num_layers
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_chunks(layers)
-    ranges = layer_ranges(
-        layers,
-        stages,
-        chunks,
-        parallel.decoder_first_pipeline_num_layers,
-        parallel.decoder_last_pipeline_num_layers,
-    )
-    last = stages * chunks - 1
-    return [
-        ModelPart(ranges[virtual], has_embedding=virtual == 0, has_head=virtual == last)
-        for virtual in range(stage, stages * chunks, stages)
-    ]
-
-
-def counted_elsewhere(config: Config, stage: int) -> frozenset[str]:
-    """Weights of this stage that the first stage has too, and counts."""
-    stages = config.parallel.pipeline_model_parallel_size
-    untied = config.model.untie_embeddings_and_output_weights
-    last = stages > 1 and stage == stages - 1
-    return frozenset({WORD_TABLE} if last and not untied else ())
-
-
-def build_exchange(
-    groups: ProcessGroups, stages: StageGroups, wire: Wire, num_weights: int
-) -> StepExchange:
-    """The step's exchange between stages of different weights; a collective."""
-    counts: list[int] = [0] * groups.world.size()
-    dist.all_gather_object(counts, num_weights)
-    peers = tuple(dist.get_process_group_ranks(stages.alike))
-    return StepExchange(groups.world, peers, 2 + NUM_TOLD + 4 * max(counts), wire)
-
-
-def build_pipeline(
-    config: Config,
-    chunks: list[GPTModel],
-    groups: StageGroups,
-    weights: dict[str, Weight],
-    kernels: ReferenceKernels,
-    counter: WireCounter,
-    device: torch.device,
-) -> Pipeline:
-    """The executor of this stage's `chunks`."""
-    parallel, model, train = config.parallel, config.model, config.train
-    stages = parallel.pipeline_model_parallel_size
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    shape = (model.seq_length // split, train.micro_batch_size, model.hidden_size)
-    wire = Wire("pipeline", config.precision.wire.pipeline, counter)
-    deferred = DeferredGradients()
-    for weight in weights.values():
-        if isinstance(weight, GemmWeight):
-            weight.defer_gradient(deferred)
-    tied = None
-    ends = groups.forward.rank() in (0, stages - 1)
-    if ends and not model.untie_embeddings_and_output_weights:
-        fp32 = Wire("pipeline", "fp32", counter)
-        tied = TiedEnds(groups.ends, fp32, kernels, weights[WORD_TABLE])
-    return Pipeline(
-        [partial(run_chunk, chunk) for chunk in chunks],
-        schedule_maker(parallel.pipeline_schedule, stages, len(chunks)),
-        groups,
-        StageWire(shape, chunks[0].dtype, wire, kernels),
-        device,
-        deferred,
-        tied,
-    )
-
-
-def run_chunk(model: GPTModel, h_SBH: Tensor | None, batch: Batch) -> Tensor:
-    """Hidden states, or the loss of the model's last part (see `Pipeline`)."""
-    samples = batch.get("samples")
-    if model.part.has_head:
-        return model.loss(batch["tokens"], batch["labels"], batch["loss_mask"], samples, h_SBH)
-    return model(batch["tokens"], samples, h_SBH)

@@ -14,6 +14,7 @@ from types import FrameType
 import psutil
 
 from fp8lm.comm.launch import Launch
+from fp8lm.config import TrainConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TIME_IS_OVER = 1000.0
@@ -27,7 +28,7 @@ class StopRequests:
     heard.
     """
 
-    def __init__(self, config, launch: Launch) -> None:  # noqa: ANN001
+    def __init__(self, config: TrainConfig, launch: Launch) -> None:
         self._signals = SIGNALS if config.exit_signal_handler else ()
         self._deadline = deadline(config, launch)
         self._received = 0
@@ -59,12 +60,12 @@ def describe(reason: float) -> str:
     return f"received {signal.Signals(int(reason)).name}"
 
 
-def is_over(config, launch: Launch) -> bool:  # noqa: ANN001
+def is_over(config: TrainConfig, launch: Launch) -> bool:
     """Whether torchrun has started this process again after the job's time was over."""
     return launch.restart > 0 and time.time() >= deadline(config, launch)
 
 
-def deadline(config, launch: Launch) -> float:  # noqa: ANN001
+def deadline(config: TrainConfig, launch: Launch) -> float:
     """Unix time at which the job's time is over, of the config section `train`; or never."""
     if config.exit_duration_in_mins is None:
         return math.inf

@@ -1,0 +1,106 @@
+"""How config section `parallel` divides a model's layers over pipeline stages, and joins these."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm.groups import ProcessGroups, StageGroups
+from fp8lm.comm.stages import StageWire
+from fp8lm.config import Config
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.deferred import DeferredGradients
+from fp8lm.layers.weight import GemmWeight, Weight
+from fp8lm.model.gpt import GPTModel, ModelPart
+from fp8lm.parallel.pipeline import Batch, Pipeline
+from fp8lm.parallel.stages import (
+    WORD_TABLE,
+    StepExchange,
+    TiedEnds,
+    layer_ranges,
+    schedule_maker,
+)
+from fp8lm.training.step import NUM_TOLD
+
+
+def model_parts(config: Config, stage: int) -> list[ModelPart]:
+    """What stage number `stage` holds of the model, a part per chunk."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_chunks(layers)
+    ranges = layer_ranges(
+        layers,
+        stages,
+        chunks,
+        parallel.decoder_first_pipeline_num_layers,
+        parallel.decoder_last_pipeline_num_layers,
+    )
+    last = stages * chunks - 1
+    return [
+        ModelPart(ranges[virtual], has_embedding=virtual == 0, has_head=virtual == last)
+        for virtual in range(stage, stages * chunks, stages)
+    ]
+
+
+def counted_elsewhere(config: Config, stage: int) -> frozenset[str]:
+    """Weights of this stage that the first stage has too, and counts."""
+    stages = config.parallel.pipeline_model_parallel_size
+    untied = config.model.untie_embeddings_and_output_weights
+    last = stages > 1 and stage == stages - 1
+    return frozenset({WORD_TABLE} if last and not untied else ())
+
+
+def build_exchange(
+    groups: ProcessGroups, stages: StageGroups, wire: Wire, num_weights: int
+) -> StepExchange:
+    """The step's exchange between stages of different weights; a collective."""
+    counts: list[int] = [0] * groups.world.size()
+    dist.all_gather_object(counts, num_weights)
+    peers = tuple(dist.get_process_group_ranks(stages.alike))
+    return StepExchange(groups.world, peers, 2 + NUM_TOLD + 4 * max(counts), wire)
+
+
+def build_pipeline(
+    config: Config,
+    chunks: list[GPTModel],
+    groups: StageGroups,
+    weights: dict[str, Weight],
+    kernels: ReferenceKernels,
+    counter: WireCounter,
+    device: torch.device,
+) -> Pipeline:
+    """The executor of this stage's `chunks`."""
+    parallel, model, train = config.parallel, config.model, config.train
+    stages = parallel.pipeline_model_parallel_size
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    shape = (model.seq_length // split, train.micro_batch_size, model.hidden_size)
+    wire = Wire("pipeline", config.precision.wire.pipeline, counter)
+    deferred = DeferredGradients()
+    for weight in weights.values():
+        if isinstance(weight, GemmWeight):
+            weight.defer_gradient(deferred)
+    tied = None
+    ends = groups.forward.rank() in (0, stages - 1)
+    if ends and not model.untie_embeddings_and_output_weights:
+        fp32 = Wire("pipeline", "fp32", counter)
+        tied = TiedEnds(groups.ends, fp32, kernels, weights[WORD_TABLE])
+    return Pipeline(
+        [partial(run_chunk, chunk) for chunk in chunks],
+        schedule_maker(parallel.pipeline_schedule, stages, len(chunks)),
+        groups,
+        StageWire(shape, chunks[0].dtype, wire, kernels),
+        device,
+        deferred,
+        tied,
+    )
+
+
+def run_chunk(model: GPTModel, h_SBH: Tensor | None, batch: Batch) -> Tensor:
+    """Hidden states, or the loss of the model's last part (see `Pipeline`)."""
+    samples = batch.get("samples")
+    if model.part.has_head:
+        return model.loss(batch["tokens"], batch["labels"], batch["loss_mask"], samples, h_SBH)
+    return model(batch["tokens"], samples, h_SBH)
