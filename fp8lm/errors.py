@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
 EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
+EXIT_INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
 class InputError(Exception):
@@ -19,8 +21,8 @@ class InputError(Exception):
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
 
-    `argv` defaults to the arguments of this process. Any other exception passes through, because
-    a traceback is what a failure of the program itself needs.
+    So is Ctrl-C, with code 130. `argv` defaults to the arguments of this process. Any other
+    exception passes through, because a traceback is what a failure of the program itself needs.
     """
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or 0
@@ -28,6 +30,11 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
         _let_the_first_speak()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)  # what was under way ends here, silently
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _let_the_first_speak() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -50,5 +51,6 @@ class Handle(Generic[T]):
         return finish
 
     def __del__(self) -> None:
-        if self._finish is not None:
+        # What an exception leaves behind is its consequence, not one more thing to tell.
+        if self._finish is not None and sys.exception() is None:
             warnings.warn("a collective was never waited for", RuntimeWarning, stacklevel=2)

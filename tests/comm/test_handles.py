@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fp8lm.comm import Handle
+from fp8lm.errors import EXIT_INTERRUPTED, run_command
 
 
 def test_wait_gives_the_result_once():
@@ -44,3 +45,17 @@ def test_a_forgotten_handle_is_told():
     handle = Handle.done(3).then(lambda value: value)
     with pytest.warns(RuntimeWarning, match="never waited for"):
         del handle
+
+
+def test_a_handle_that_an_exception_leaves_behind_is_not(recwarn):
+    def fail():
+        handle = Handle.done(3)
+        raise KeyboardInterrupt
+        handle.wait()
+
+    def main(argv):
+        fail()
+
+    assert run_command(main, []) == EXIT_INTERRUPTED
+    gc.collect()
+    assert not recwarn.list

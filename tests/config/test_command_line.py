@@ -11,7 +11,7 @@ from fp8lm.config import Config, load_config, parse_command_line
 from fp8lm.config.command_line import main
 from fp8lm.config.keys import list_keys
 from fp8lm.config.schema import schema_text
-from fp8lm.errors import EXIT_BAD_INPUT, InputError, run_command
+from fp8lm.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, run_command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
@@ -91,6 +91,14 @@ def test_other_failures_pass_through():
 
     with pytest.raises(RuntimeError):
         run_command(fail, [])
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt, []) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_resolved_config_is_printed(config_file, capsys, tmp_path):
