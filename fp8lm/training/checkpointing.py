@@ -25,6 +25,7 @@ from fp8lm.checkpoint.files import forget_after
 from fp8lm.checkpoint.together import on_main
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
+from fp8lm.training.changes import changed_keys
 from fp8lm.training.console import saved_line
 from fp8lm.training.progress import Progress, Window
 from fp8lm.training.spikes import LossWatch
@@ -78,6 +79,9 @@ class RunCheckpoints:
         self._fill(found)
         self._saved_iteration = found.iteration
         self._report(f" loaded checkpoint of iteration {found.iteration} from {folder}")
+        config = self._run.config.model_dump(mode="json")
+        if changed := changed_keys(found.common["config"], config):
+            self._report(f" note: changed since that checkpoint: {', '.join(changed)}")
 
     def save(self) -> None:
         """Begin a checkpoint, unless this iteration has one."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp8lm.errors import InputError
+from fp8lm.training.changes import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import curve, train
 
@@ -126,6 +127,29 @@ def test_a_checkpoint_of_another_model_is_refused(change, named, tiny_config, tr
     train_run(tiny_config(folders, {"train": {"train_iters": 4}}))
     with pytest.raises(InputError, match=named):
         train_run(tiny_config(folders, change))
+
+
+def test_what_the_config_changes_is_told(tiny_config, train_run, tmp_path, capsys):
+    folders = {"checkpoint": {key: str(tmp_path) for key in ("save", "load")}}
+    train_run(tiny_config(folders, {"train": {"exit_interval": 4}}))
+    changes = {"train": {"exit_interval": 6, "seed": 7}, "optimizer": {"lr": 5e-3}}
+    capsys.readouterr()
+    train_run(tiny_config(folders, changes))
+    # min_lr is a tenth of lr unless given. How long this start trains is not what it trains.
+    assert [line for line in capsys.readouterr().out.splitlines() if "note:" in line] == [
+        " note: changed since that checkpoint: optimizer.lr = 0.005 (was 0.01), "
+        "optimizer.min_lr = 0.0005 (was 0.001), train.seed = 7 (was 1234)"
+    ]
+    train_run(tiny_config(folders, {**changes, "train": {"seed": 7}}))
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_key_of_another_version_is_no_change(tiny_config):
+    config = tiny_config().model_dump(mode="json")
+    older = {name: dict(keys) for name, keys in config.items()}
+    del older["optimizer"]["clip_grad"], older["tokenizer"]
+    older["model"]["of_former_times"] = 1
+    assert changed_keys(older, config) == []
 
 
 def test_a_different_seed_gives_a_different_run(tiny_config, train_run):
