@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.bad_input.cases import run, train, writes
 
 TP2 = "parallel.tensor_model_parallel_size=2"
+PLAIN = "parallel.use_distributed_optimizer=false"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 SAVE = "checkpoint.save=ck"
 
@@ -181,6 +182,9 @@ LAYOUTS = [
         "parallel.pipeline_schedule=zb-h1",
         says="has a schedule of its own",
     ),
+    train("parallel.pipeline_schedule=zb-h1", says="zb-h1 needs parallel.pipeline_model_parallel"),
+    train(PLAIN, "parallel.partition=even", says="parallel.partition = even has nothing to divide"),
+    train(PLAIN, "parallel.overlap_param_gather=true", says="true has nothing to gather"),
     train("parallel.pipeline_schedule=dualpipe", says='"dualpipe": expected 1f1b | zb-h1'),
     train("parallel.partition=rows", says='parallel.partition = "rows": expected tensor | even'),
 ]

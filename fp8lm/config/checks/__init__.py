@@ -27,6 +27,7 @@ _CHECKS = (
     precision.formats,
     precision.fp8_gemms,
     parallel.tensor_parallel,
+    parallel.replicas,
     precision.params_wire,
     precision.grad_reduce,
     parallel.pipeline,

@@ -34,6 +34,18 @@ def tensor_parallel(config: Config) -> Iterator[str]:
             yield f"{name} = {size} is not divisible by {TENSOR_PARALLEL} = {ranks}"
 
 
+def replicas(config: Config) -> Iterator[str]:
+    """What divides optimizer states, or brings weights from who stepped them, has such states."""
+    parallel = config.parallel
+    if parallel.use_distributed_optimizer:
+        return
+    whole = "parallel.use_distributed_optimizer = false, every rank steps all weights"
+    if parallel.partition != "tensor":
+        yield f"parallel.partition = {parallel.partition} has nothing to divide: with {whole}"
+    if parallel.overlap_param_gather:
+        yield f"parallel.overlap_param_gather = true has nothing to gather: with {whole}"
+
+
 def pipeline(config: Config) -> Iterator[str]:
     """Layers divide over the stages, and what describes stages has several to describe."""
     parallel = config.parallel
@@ -45,6 +57,9 @@ def pipeline(config: Config) -> Iterator[str]:
         ):
             if (value := getattr(parallel, name)) is not None:
                 yield f"parallel.{name} = {value} needs {PIPELINE_PARALLEL} > 1"
+        if parallel.pipeline_schedule != "1f1b":
+            schedule = parallel.pipeline_schedule
+            yield f"parallel.pipeline_schedule = {schedule} needs {PIPELINE_PARALLEL} > 1"
     elif parallel.num_layers_per_virtual_pipeline_stage is not None:
         yield from _interleaved(config)
     else:
