@@ -187,10 +187,14 @@ def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
 
 @dataclass(frozen=True)
 class StageGroups:
-    """The stages of a pipeline, once for activations and once for their gradients, and its ends."""
+    """The stages of a pipeline, once for messages up and once for those down, and its ends.
 
-    forward: dist.ProcessGroup
-    backward: dist.ProcessGroup
+    Up is to a stage of a higher number. With NCCL two ranks of a group do what they send each other
+    in one order, so that a message up would wait for one down that waits for it.
+    """
+
+    up: dist.ProcessGroup
+    down: dist.ProcessGroup
     ends: dist.ProcessGroup | None
     alike: dist.ProcessGroup
 
@@ -207,8 +211,8 @@ def stage_groups(groups: ProcessGroups) -> StageGroups:
         [[ranks[0], ranks[-1]] for ranks in pipelines],
         [list(ranks) for ranks in zip(*pipelines, strict=True)],
     )
-    backward, ends, alike = map(groups.divide, kinds)
-    return StageGroups(groups.pipeline_parallel, backward, ends, alike)
+    down, ends, alike = map(groups.divide, kinds)
+    return StageGroups(groups.pipeline_parallel, down, ends, alike)
 
 
 def _all_like(group: dist.ProcessGroup) -> list[tuple[int, ...]]:

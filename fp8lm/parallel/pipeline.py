@@ -2,8 +2,8 @@
 
 A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
 first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
-executor never looks inside. Messages of each direction have a group of their own, so that each
-pair of stages sends and receives in one order, that of the schedule.
+executor never looks inside. What a stage sends to another travels in the order of the schedule and
+apart from what comes back (see `StageGroups`).
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Pipeline:
     ) -> None:
         self.chunks, self.schedule, self.groups = chunks, schedule, groups
         self.wire, self.device, self.deferred = wire, device, deferred
-        self.stage, self.num_stages = groups.forward.rank(), groups.forward.size()
+        self.stage, self.num_stages = groups.up.rank(), groups.up.size()
         self.tied = tied
         self.most_in_flight = 0
         self._most_messages = self.num_stages
         # Of an output only its place in the graph is held: its values have been sent.
         self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
-        # Messages that may not have arrived yet, forward and backward.
-        self._sending: tuple[deque[Handle[None]], ...] = deque(), deque()
+        # Messages that may not have arrived yet: activations and gradients.
+        self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}
         self._losses: list[Tensor] = []
 
     @property
@@ -104,13 +104,11 @@ class Pipeline:
         virtual = self._virtual(action)
         received = None
         if virtual:
-            source = (self.stage - 1) % self.num_stages
-            received = self.wire.receive(source, self.groups.forward, self.device)
+            received = self._receive((self.stage - 1) % self.num_stages)
             received.requires_grad_(torch.is_grad_enabled())
         output = self.chunks[action.chunk](received, microbatches[action.microbatch])
         if virtual < self._last_virtual:
-            to = (self.stage + 1) % self.num_stages
-            self._send(output, to, self.groups.forward)
+            self._send(output, (self.stage + 1) % self.num_stages, self._sending["F"])
         else:
             output = output / len(microbatches)
             self._losses.append(output.detach())
@@ -122,30 +120,33 @@ class Pipeline:
         received, output = self._held.pop((action.microbatch, action.chunk))
         gradient = None
         if virtual < self._last_virtual:
-            source = (self.stage + 1) % self.num_stages
-            gradient = self.wire.receive(source, self.groups.backward, self.device)
+            gradient = self._receive((self.stage + 1) % self.num_stages)
         torch.autograd.backward(output, gradient)
         if received is not None:
-            to = (self.stage - 1) % self.num_stages
-            self._send(received.grad, to, self.groups.backward)
+            self._send(received.grad, (self.stage - 1) % self.num_stages, self._sending["B"])
 
-    def _send(self, x: Tensor, to: int, group: dist.ProcessGroup) -> None:
+    def _receive(self, source: int) -> Tensor:
+        return self.wire.receive(source, self._channel(source, self.stage), self.device)
+
+    def _send(self, x: Tensor, to: int, sending: deque[Handle[None]]) -> None:
         """Send without waiting, except for a message so old that it has been received.
 
         A stage that has as many micro-batches in flight as the schedule allows does nothing more
         before it has received the gradient of the first, and its neighbour likewise.
         """
-        sending = self._sending[group is self.groups.backward]
-        sending.append(self.wire.send(x, to, group))
+        sending.append(self.wire.send(x, to, self._channel(self.stage, to)))
         while len(sending) > self._most_messages:
             sending.popleft().wait()
 
     def _finish(self) -> Tensor:
-        for sending in self._sending:
+        for sending in self._sending.values():
             while sending:
                 sending.popleft().wait()
         losses, self._losses = self._losses, []
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def _channel(self, source: int, to: int) -> dist.ProcessGroup:
+        return self.groups.up if source < to else self.groups.down
 
     def _virtual(self, action: Action) -> int:
         return action.chunk * self.num_stages + self.stage

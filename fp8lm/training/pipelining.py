@@ -83,7 +83,7 @@ def build_pipeline(
         if isinstance(weight, GemmWeight):
             weight.defer_gradient(deferred)
     tied = None
-    ends = groups.forward.rank() in (0, stages - 1)
+    ends = groups.up.rank() in (0, stages - 1)
     if ends and not model.untie_embeddings_and_output_weights:
         fp32 = Wire("pipeline", "fp32", counter)
         tied = TiedEnds(groups.ends, fp32, kernels, weights[WORD_TABLE])

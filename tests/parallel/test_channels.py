@@ -1,0 +1,112 @@
+"""No order of messages that NCCL would wait for ever in.
+
+NCCL does what two ranks of a group send each other in one order at both ends: a message travels
+once it is the next at either. gloo does not mind, so real processes here would not show it. The
+executor's own sends, receives and waits are recorded and played against each other by that rule.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import pytest
+import torch
+
+from fp8lm.comm import Handle
+from fp8lm.comm.groups import StageGroups
+from fp8lm.layers.deferred import DeferredGradients
+from fp8lm.parallel.pipeline import Pipeline
+from fp8lm.parallel.stages import schedule_maker
+
+CPU = torch.device("cpu")
+ONE, SEVERAL = ("1f1b", 1), ("1f1b", 3)
+
+
+class Stage:
+    """A group in which this process is number `number` of `size`, by its name."""
+
+    def __init__(self, name, number, size):
+        self.name, self.number, self.size_ = name, number, size
+
+    def rank(self):
+        return self.number
+
+    def size(self):
+        return self.size_
+
+
+class Recorder:
+    """Takes the place of the wire: `operations` are what a stage did, in order."""
+
+    def __init__(self, stage):
+        self.stage, self.operations = stage, []
+
+    def send(self, x, to, group):
+        number = len(self.operations)
+        self.operations.append(("send", self._channel(group, to)))
+        return Handle(lambda: self.operations.append(("wait", number)))
+
+    def receive(self, source, group, device):
+        self.operations.append(("receive", self._channel(group, source)))
+        return torch.ones(1, 1, 1)
+
+    def _channel(self, group, other):
+        return group.name, frozenset((self.stage, other))
+
+
+def operations(kind, stages, microbatches, stage, names=("up", "down")):
+    groups = StageGroups(*(Stage(name, stage, stages) for name in names), None, None)
+    chunk = [lambda h, batch: (torch.ones(1, 1, 1, requires_grad=True) if h is None else h) * 1]
+    last = [lambda h, batch: h.sum()] if stage == stages - 1 else chunk
+    name, chunks = kind
+    run = schedule_maker(name, stages, chunks)
+    wire = Recorder(stage)
+    pipeline = Pipeline(
+        chunk * (chunks - 1) + last, run, groups, wire, CPU, DeferredGradients(), None
+    )
+    pipeline.train([{}] * microbatches, lambda: None)
+    return wire.operations
+
+
+def play(stages):
+    """Run the stages' operations against each other; how many of each are left undone."""
+    position, waiting = [0] * len(stages), defaultdict(deque)
+    done, moving = set(), True
+    while moving:
+        moving = False
+        for stage, todo in enumerate(stages):
+            while position[stage] < len(todo):
+                number = position[stage]
+                kind, what = todo[number]
+                if kind != "wait" and (stage, number) not in done:
+                    queue = waiting[what, stage]
+                    if (kind, number) not in queue:
+                        queue.append((kind, number))
+                        moving = True
+                blocked = {"send": None, "receive": (stage, number), "wait": (stage, what)}[kind]
+                if blocked is not None and blocked not in done:
+                    break
+                position[stage] += 1
+                moving = True
+        for (channel, stage), queue in list(waiting.items()):
+            (other,) = channel[1] - {stage}
+            opposite = waiting[channel, other]
+            while queue and opposite and queue[0][0] == "send" and opposite[0][0] == "receive":
+                done |= {(stage, queue.popleft()[1]), (other, opposite.popleft()[1])}
+                moving = True
+    return [len(todo) - reached for todo, reached in zip(stages, position, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [ONE, ("zb-h1", 1), ("1f1b", 2), SEVERAL], ids=str)
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_no_stage_waits_for_ever(kind, stages):
+    for microbatches in (stages, 2 * stages, 4 * stages):
+        played = [operations(kind, stages, microbatches, stage) for stage in range(stages)]
+        assert all(len(done) >= microbatches for done in played)
+        assert play(played) == [0] * stages
+
+
+@pytest.mark.parametrize("kind", [ONE, SEVERAL], ids=str)
+def test_with_one_group_they_would(kind):
+    played = [operations(kind, 2, 4, stage, names=("both", "both")) for stage in range(2)]
+    assert min(play(played)) > 0
