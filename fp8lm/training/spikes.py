@@ -22,8 +22,8 @@ class LossWatch:
     """Tells a spike: `patience` losses in a row more than `threshold` nats above the mean.
 
     `mean` of `steps`, `high` losses in a row and the `first` iteration of them are its state, part
-    of a checkpoint. A loss that is too high does not
-    enter the mean, and one that is not finite belongs to a skipped step, which changes nothing.
+    of a checkpoint. A loss that is too high does not enter the mean, and one that is not finite
+    belongs to a skipped step, which changes nothing.
     """
 
     threshold: float | None
