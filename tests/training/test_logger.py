@@ -14,21 +14,9 @@ from fp8lm.config import LoggingConfig
 from fp8lm.errors import InputError
 from fp8lm.training.console import evaluation_line, saved_line, training_line
 from fp8lm.training.logger import RunInfo, TrainLogger
+from tests.training import reports
 
-VALUES = {
-    "iteration": 100,
-    "consumed_samples": 25600,
-    "lm loss": 3.14152,
-    "learning-rate": 1e-4,
-    "batch-size": 256,
-    "grad-norm": 0.5117,
-    "params-norm": 20.5,
-    "throughput": 612.03,
-    "iteration-time": 0.81234,
-    "skipped iterations": 0,
-    "nan iterations": 0,
-    "state_bytes/weights": 123456789012,
-}
+VALUES = {"iteration": 100, **reports.VALUES, "state_bytes/weights": 123456789012}
 
 
 def config(folder=None, **keys):

@@ -13,18 +13,7 @@ from fp8lm.config import LoggingConfig
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.tensorboard_file import TensorBoard
 from fp8lm.training.trackers import Unfailing
-
-VALUES = {
-    "consumed_samples": 25600,
-    "lm loss": 3.14152,
-    "learning-rate": 1e-4,
-    "batch-size": 256,
-    "grad-norm": 0.5117,
-    "throughput": 612.03,
-    "iteration-time": 0.81234,
-    "skipped iterations": 0,
-    "nan iterations": 0,
-}
+from tests.training.reports import VALUES
 
 
 def log(folder, iterations, first=0, evaluate=False, **info):

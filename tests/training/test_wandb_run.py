@@ -12,19 +12,8 @@ import pytest
 from fp8lm.config import LoggingConfig
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.wandb_run import RunRecord
+from tests.training.reports import VALUES
 
-VALUES = {
-    "consumed_samples": 25600,
-    "lm loss": 3.14152,
-    "learning-rate": 1e-4,
-    "batch-size": 256,
-    "grad-norm": 0.5117,
-    "params-norm": 20.5,
-    "throughput": 612.03,
-    "iteration-time": 0.81234,
-    "skipped iterations": 0,
-    "nan iterations": 0,
-}
 KEY = "0123456789abcdef0123456789abcdef01234567"  # the form of a key, and nobody's
 
 
