@@ -102,7 +102,7 @@ def test_a_simulation_ignores_the_cluster(arguments):
 SRUN = """#!/usr/bin/env bash
 echo "srun: $*"
 if [[ -n ${WAIT:-} ]]; then
-  trap 'echo saved; exit 75' USR1
+  trap 'echo saved; exit 75' USR1 TERM
   echo waiting
   for _ in {1..100}; do sleep 0.1; done
 fi
@@ -169,6 +169,16 @@ def test_the_warning_is_passed_on_and_the_job_requeued(slurm, launch):
     job.process.send_signal(signal.SIGUSR1)
     assert job.finish() == 0
     assert "saved" in job.output and "requeued after exit code 75" in job.output
+
+
+def test_a_job_that_slurm_ends_is_saved_and_left_to_slurm(slurm, launch):
+    job = launch(
+        [f"{slurm['SLURM_SUBMIT_DIR']}/scripts/slurm.sbatch", "x.yaml"], **slurm, WAIT="1", CODE="0"
+    )
+    job.wait_for("waiting")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish() == 75
+    assert "saved" in job.output and "requeue" not in job.output
 
 
 def test_kubernetes_job():
