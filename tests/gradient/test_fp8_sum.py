@@ -228,3 +228,22 @@ def test_scales_are_shared_among_replicas_only(run_distributed):
         # Twice 256 saturates at 448 of E4M3 in codes; half of it is the mean.
         expected = 2.0**-8 if rank % 2 == 0 else 2.0**8
         assert torch.equal(mean, torch.full_like(mean, expected * 448 / 512))
+
+
+def mu_of_shards():
+    """Of two shards of a tensor, on two replicas each, only the sum of the second saturates."""
+    with model_parallel_groups(tensor_parallel=2) as groups:
+        replica, shard = divmod(groups.world.rank(), 2)
+        reduction = reducer(groups.data_parallel, "automatic", groups.world)
+        value = torch.full(SHAPE, 1.0 if shard else (-1.0) ** replica)
+        rows = [{"w": (0, 16)}, {"w": (16, 32)}]
+        reduction.start({"w": quantize(value, E4M3, KERNELS)}, rows).wait()
+        share = reduction.scaling.saturated.item()
+        reduction.finish_step(NO)
+        return share, reduction.scaling.mu.item()
+
+
+def test_shards_of_a_tensor_have_one_mu(run_distributed):
+    shares, mus = zip(*run_distributed(mu_of_shards, 4), strict=True)
+    assert shares == (0.0, 1.0, 0.0, 1.0)
+    assert mus == (0.5,) * 4
