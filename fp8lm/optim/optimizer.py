@@ -155,7 +155,7 @@ class AdamW:
                 for i, (name, own) in enumerate(self._per_weight(c))
             ]
         )
-        _replace(self.amax, self._saturated(new_amax, bounds), c.skip)
+        _replace(self.amax, self._saturated(new_amax, scales), c.skip)
 
     def share_amax(self) -> None:
         """Make `amax` that of the logical tensors; a collective of all ranks.
@@ -243,12 +243,10 @@ class AdamW:
         scales["exp_avg_sq"] = scale_from_amax(v, exp_avg_sq)
         return scales
 
-    def _saturated(self, amax: Tensor, bounds: Tensor) -> Tensor:
-        """`amax` [W,3] of what was stored: formats with a scale saturate beyond their bounds."""
-        limits = [
-            bounds[:, kind] if fmt.scaled else torch.full_like(bounds[:, kind], fmt.max)
-            for kind, fmt in enumerate(self._formats)
-        ]
+    def _saturated(self, amax: Tensor, scales: dict[str | Format, Tensor]) -> Tensor:
+        """`amax` [W,3] of what was stored: beyond what its scale leaves room for it saturated."""
+        kinds = zip(("master", "exp_avg", "exp_avg_sq"), self._formats, strict=True)
+        limits = [fmt.max / scales[kind] for kind, fmt in kinds]
         return torch.minimum(amax, torch.stack(limits, dim=1))
 
     def _step_weight(

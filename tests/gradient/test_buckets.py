@@ -64,6 +64,7 @@ def reduce(place, wire, overlap, bucket_size, microbatches=2):
     reduction.events = events
     buckets = GradientBuckets(made, rows, reduction, bucket_size, overlap=overlap)
     for weight in made.values():
+        weight.grad.add(torch.ones(weight.spec.shape))  # of the step before
         weight.grad.zero()
     for number in range(microbatches):
         if number == microbatches - 1:

@@ -67,6 +67,15 @@ def test_factor_is_torchs(clip):
     torch.testing.assert_close(before * norm.clip_factor, parameter.grad, rtol=1e-6, atol=0)
 
 
+def test_a_gradient_that_counts_elsewhere_has_no_part_in_the_norm_but_its_faults_do():
+    first, *others = gradients_of(weights())
+    counted = [False] + [True] * len(others)
+    norm = gradient_norm([first, *others], 1.0, KERNELS, counted=counted)
+    assert norm.norm.item() == pytest.approx(exact_norm(others), rel=1e-6) and not norm.skip
+    first.scale.fill_(float("nan"))
+    assert gradient_norm([first, *others], 1.0, KERNELS, counted=counted).skip
+
+
 def test_zero_clip_means_none():
     assert gradient_norm(gradients_of(weights(), amplitude=1e3), 0.0, KERNELS).clip_factor == 1.0
 

@@ -174,7 +174,16 @@ def test_updates_without_a_bound_saturate_instead_of_overflowing(setting):
         for name, weight in w.items():
             for tensor in (*adam.states[name].stored, weight.compute):
                 assert tensor.dequantize(KERNELS).isfinite().all()
+        assert_amax_of_what_is_stored(adam)
     assert saturated or setting != "#4"  # otherwise this test shows nothing
+
+
+def assert_amax_of_what_is_stored(adam):
+    """Else the scale of a saturated state would make room for what it lost."""
+    for row, state in zip(adam.amax.tolist(), adam.states.values(), strict=True):
+        for amax, tensor in zip(row, state.stored, strict=True):
+            largest = tensor.dequantize(KERNELS).abs().max().item()
+            assert amax == pytest.approx(largest, rel=2.0**-tensor.format.mantissa_bits)
 
 
 @pytest.mark.parametrize("master", ["fp32", "bf16"])
