@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences
+from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
 from tests.training.runs import LLAMA, read, save_again, train
 
 pytestmark = pytest.mark.slow
@@ -61,12 +62,29 @@ def test_every_byte_survives_every_layout(
     ranks, parallel = TP2_PP2_DP2
     run_distributed(train, ranks, of(parallel, folders("first")), timeout=120)
     first = open_checkpoint(tmp_path / "first")
+    assert_amax_of_the_whole(first)
     former = "first"
     for name, (ranks, parallel) in LAYOUTS.items():
         again = of(parallel, {"checkpoint": {"load": str(tmp_path / former)}})
         run_distributed(save_again, ranks, again, str(tmp_path / name), timeout=120)
         assert list(differences(first, open_checkpoint(tmp_path / name))) == [], name
         former = name
+
+
+def assert_amax_of_the_whole(checkpoint):
+    """Ranks know the amax of what they step; the scales of the next step need all of them."""
+    tensors = {name: read_tensor(checkpoint, t) for name, t in stored_tensors(checkpoint).items()}
+    for name in (n.removeprefix("optimizer.amax.") for n in tensors if ".amax." in n):
+        master = f"optimizer.master.{name}"
+        if f"{master}.payload" not in tensors:  # the weight is its own
+            master = f"model.{name}"
+        kinds = master, f"optimizer.exp_avg.{name}", f"optimizer.exp_avg_sq.{name}"
+        for kind, amax in zip(kinds, tensors[f"optimizer.amax.{name}"].tolist(), strict=True):
+            payload = tensors[f"{kind}.payload"]
+            largest = payload.double().abs().max() / tensors[f"{kind}.scale"].double()
+            # It was taken before the values were rounded.
+            rounding = torch.finfo(payload.dtype).eps
+            assert amax == pytest.approx(largest.item(), rel=rounding), (name, kind)
 
 
 # In fp32 the layouts differ in the order of their sums alone, 2^-24 each, some hundred of them.
