@@ -28,8 +28,11 @@ def main(argv: Sequence[str]) -> int:
         print(describe(options, plan, processes, remarks))
         return 0
     preflight.check_devices(config, processes)
+    preflight.check_log_folder(options.log_dir)
     if options.simulate:
         preflight.check_simulation(config)
+    elif options.nnodes > 1:
+        preflight.check_meeting(options.rdzv_endpoint)
     if options.node_rank in (None, 0):
         say(f" {plan.summary()[0]}")
         for remark in remarks:

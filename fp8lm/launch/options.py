@@ -53,7 +53,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         config = overrides.pop(0)
     if config is None:
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
-    nnodes = given.nnodes if given.simulate is None else given.simulate
+    nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
     return Options(
         config=config,
@@ -75,8 +75,10 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
     if given.simulate is not None:
-        if given.rdzv_endpoint or given.node_rank is not None:
-            raise InputError("--simulate makes its own nodes: drop --rdzv-endpoint and --node-rank")
+        if given.rdzv_endpoint or given.node_rank is not None or given.nnodes is not None:
+            raise InputError(
+                "--simulate makes its own nodes: drop --nnodes, --node-rank and --rdzv-endpoint"
+            )
         return
     if given.node_rank is not None and given.node_rank >= nnodes:
         raise InputError(f"--node-rank={given.node_rank} is not below --nnodes={nnodes}")
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_machines(add: Callable[..., Any]) -> None:
     add("--config", metavar="FILE", help="the config; or the first argument without a dash")
-    add("--nnodes", type=_nodes, default=1, metavar="N", help="machines (1)")
+    add("--nnodes", type=_nodes, metavar="N", help="machines (1)")
     add(
         "--nproc-per-node",
         type=_at_least(1),

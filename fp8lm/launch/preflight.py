@@ -6,6 +6,10 @@ torchrun would start them again.
 
 from __future__ import annotations
 
+import os
+import socket
+import time
+
 import torch
 
 from fp8lm.comm.groups import replicas_per_node
@@ -15,6 +19,8 @@ from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.errors import InputError
 from fp8lm.inspect.plan import Plan, plan_run
 from fp8lm.training.build import resolve_device
+
+NAME_PATIENCE = 60.0
 
 
 def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
@@ -42,6 +48,37 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
             f"--nproc-per-node={nproc_per_node}, but this machine has {found} GPUs: start at most "
             f"{found} processes, or use train.device=cpu"
         )
+
+
+def check_log_folder(folder: str | None) -> None:
+    """Make the folder of log files; InputError if that cannot be, or it cannot be written to."""
+    if folder is None:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--log-dir={folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--log-dir={folder} cannot be written to: Permission denied")
+
+
+def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
+    """InputError if the host of `endpoint` has no address, after so many seconds of asking.
+
+    A cluster may give the first machine its name a little later than it starts the others.
+    """
+    host = endpoint.rpartition(":")[0].strip("[]")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise InputError(
+                    f"--rdzv-endpoint={endpoint}: no machine of that name: {error.strerror}"
+                ) from error
+        time.sleep(1.0)
 
 
 def check_simulation(config: Config) -> None:

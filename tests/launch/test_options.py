@@ -42,6 +42,9 @@ def test_config_comes_first_or_by_name():
         ([*TWO, "--node-rank", "2"], "--node-rank=2 is not below --nnodes=2"),
         (["--nnodes=2", "--rdzv-endpoint=host:x", CONFIG], "write it as HOST:PORT"),
         (["--simulate=2", "--node-rank=0", CONFIG], "--simulate makes its own nodes"),
+        (["--simulate=2", "--nnodes=3", CONFIG], "drop --nnodes, --node-rank and --rdzv-endpoint"),
+        ([CONFIG, "--log-dir", "/proc/no"], "--log-dir=/proc/no cannot be made: No such file"),
+        ([CONFIG, "--log-dir", __file__], f"--log-dir={__file__} cannot be made: File exists"),
     ],
 )
 def test_mistakes(argv, message, capsys):

@@ -10,7 +10,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from fp8lm.config import load_config
 from fp8lm.errors import InputError, run_command
 from fp8lm.launch.main import main
-from fp8lm.launch.preflight import check_devices, check_simulation, default_processes, notes
+from fp8lm.launch.preflight import (
+    check_devices,
+    check_meeting,
+    check_simulation,
+    default_processes,
+    notes,
+)
 from tests.launch.conftest import ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
@@ -69,6 +75,13 @@ def test_notes():
     assert "tensor-parallel groups of 2 span nodes of 3" in notes(config, 3, 0)[0]
     kept = load_config(CONFIG, ["checkpoint.save=a", "checkpoint.load=a"])
     assert notes(kept, 2, 3) == []
+
+
+def test_where_machines_meet():
+    for endpoint in ("localhost:29400", "127.0.0.1:1", "[::1]:1"):
+        check_meeting(endpoint)
+    with pytest.raises(InputError, match=r"nohost.invalid:1: no machine of that name"):
+        check_meeting("nohost.invalid:1", patience=0.0)
 
 
 def test_devices(monkeypatch):
