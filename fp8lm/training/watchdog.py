@@ -70,10 +70,12 @@ class Watchdog:
     def step(self, iteration: int) -> Iterator[None]:
         """Watch one step; what happens between steps is not watched."""
         self._iteration, self._limit = iteration, self._slow_after()
-        self._started = time.monotonic()
-        yield
-        self._durations.append(time.monotonic() - self._started)
-        self._started = None
+        started = self._started = time.monotonic()
+        try:
+            yield
+            self._durations.append(time.monotonic() - started)
+        finally:  # a loss spike ends a step, too, and going back may take long
+            self._started = None
 
     def _slow_after(self) -> float:
         # The first steps are slower than the usual one: they tune, compile and fill caches.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars
 from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.training.spikes import LossSpike
 from fp8lm.training.watchdog import Heartbeats, Watchdog
 
 INTERVAL = 0.1
@@ -71,6 +72,26 @@ def test_usual_steps_are_not_worth_a_word(run_distributed, tmp_path):
 
 def nothing():
     """A step like the others."""
+
+
+def a_step_that_a_spike_ends(path):
+    """What the watchdog writes while the run goes back, which takes long."""
+    store = dist.FileStore(str(path), dist.get_world_size())
+    text = io.StringIO()
+    with model_parallel_groups() as groups, contextlib.redirect_stderr(text):
+        groups = replace(groups, store=store)
+        with Watchdog(groups, 5.0, interval=INTERVAL, shortest=0.3) as watchdog:
+            for iteration in range(1, 5):
+                with watchdog.step(iteration):
+                    time.sleep(0.02)
+            with contextlib.suppress(LossSpike), watchdog.step(5):
+                raise LossSpike(3, 2.0, 9.0)
+            time.sleep(2.0)
+    return text.getvalue()
+
+
+def test_what_comes_after_a_spike_is_no_slow_step(run_distributed, tmp_path):
+    assert run_distributed(a_step_that_a_spike_ends, 2, tmp_path / "store") == ["", ""]
 
 
 def test_a_rank_is_found_in_its_function():
