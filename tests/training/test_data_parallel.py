@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8lm.checkpoint import open_checkpoint
+from fp8lm.checkpoint.contents import differences
 from fp8lm.errors import InputError
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
@@ -92,6 +94,20 @@ def whole_state(results):
         name: torch.cat([parts[row] for row in sorted(parts)]) if isinstance(parts, dict) else parts
         for name, parts in whole.items()
     }
+
+
+def test_a_checkpoint_waits_for_weights_that_still_travel(
+    config, run_distributed, folders, tmp_path
+):
+    """Cast where they arrive, they are not there before somebody has waited for them."""
+    wire, saved = {"wire": {"params": "bf16"}}, []
+    for overlap in (False, True):
+        parallel = {"overlap_param_gather": overlap, "ddp_bucket_size": 1500}
+        made = folders(f"overlap {overlap}")
+        made["checkpoint"]["save_interval"] = 2
+        run_distributed(train, 2, config(parallel, made, precision=wire))
+        saved.append(open_checkpoint(made["checkpoint"]["save"], 2))
+    assert list(differences(*saved)) == []
 
 
 @pytest.mark.parametrize("preset", ["o3", "o2", "bf16"])
