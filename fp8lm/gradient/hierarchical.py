@@ -44,7 +44,7 @@ class HierarchicalAccumulate:
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`; the second hop runs in `wait()`."""
         per_node, names = self.node.size(), cut(gradients, rows)
-        parts = parts_of(gradients, rows)
+        parts, device = parts_of(gradients, rows), next(iter(gradients.values())).device
         by_number = [
             [part for owned in parts[number::per_node] for part in owned]
             for number in range(per_node)
@@ -57,11 +57,12 @@ class HierarchicalAccumulate:
                 [quantize(next(left), part.format, self.kernels) for part in owned]
                 for owned in mine
             ]
-            total = sum_at_owners(cast, self.across, self.wire, self.kernels).wait()
+            total = sum_at_owners(cast, self.across, self.wire, self.kernels, device).wait()
             own, size = names[self.group.rank()], self.group.size()
             return {name: value.div_(size) for name, value in zip(own, total, strict=True)}
 
-        return sum_at_owners(by_number, self.node, self.wire, self.kernels).then(go_across)
+        summing = sum_at_owners(by_number, self.node, self.wire, self.kernels, device)
+        return summing.then(go_across)
 
     def finish_step(self, skipped: Tensor) -> None:
         """Nothing depends on it."""

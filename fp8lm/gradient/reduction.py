@@ -62,7 +62,8 @@ class Fp32Accumulate:
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`."""
         names, parts = cut(gradients, rows), parts_of(gradients, rows)
-        summing = sum_at_owners(parts, self.group, self.wire, self.kernels)
+        device = next(iter(gradients.values())).device
+        summing = sum_at_owners(parts, self.group, self.wire, self.kernels, device)
 
         def mean(sums: list[Tensor]) -> dict[str, Tensor]:
             own = names[self.group.rank()]
@@ -80,9 +81,16 @@ class Fp32Accumulate:
 
 
 def sum_at_owners(
-    parts: Parts, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels
+    parts: Parts,
+    group: dist.ProcessGroup,
+    wire: Wire,
+    kernels: ReferenceKernels,
+    device: torch.device,
 ) -> Handle[list[Tensor]]:
-    """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own."""
+    """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own.
+
+    There may be none, for some rank or for all.
+    """
     rank = group.rank()
     own = parts[rank]
     layouts = [MessageLayout.of(tensors) for tensors in parts]
@@ -96,7 +104,6 @@ def sum_at_owners(
         if size
     ]
     receive = [layouts[rank].nbytes * (other != rank and bool(own)) for other in range(len(parts))]
-    device = next(tensor.device for tensors in parts for tensor in tensors)
     buffer = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *messages])
 
     def add_up(received: list[Tensor]) -> list[Tensor]:

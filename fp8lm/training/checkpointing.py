@@ -29,7 +29,7 @@ from fp8lm.training.changes import changed_keys
 from fp8lm.training.console import saved_line
 from fp8lm.training.progress import Progress, Window
 from fp8lm.training.spikes import LossWatch
-from fp8lm.training.state import model_shards, optimizer_shards
+from fp8lm.training.state import model_shards, optimizer_shards, without
 
 
 class RunCheckpoints:
@@ -96,7 +96,9 @@ class RunCheckpoints:
             "gradient_tensors": len(remembered),
             "config": self._run.config.model_dump(mode="json"),
         }
-        self._saver.save(self._progress.iteration, self._shards(remembered), meta)
+        # A table that two stages have is cut into rows by each in its own way: one writes it.
+        shards = without(self._shards(remembered), self._run.counted_elsewhere)
+        self._saver.save(self._progress.iteration, shards, meta)
         self._saved_iteration = self._progress.iteration
 
     def tell(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from fp8lm.checkpoint import Shard
@@ -53,6 +55,14 @@ def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
         else:
             shards[name] = [Shard.whole(tensor)]
     return shards
+
+
+def without(shards: dict[str, list[Shard]], names: Iterable[str]) -> dict[str, list[Shard]]:
+    """`shards` but those of the weights `names` and of their states."""
+    marks = [f".{name}." for name in names]
+    return {
+        name: own for name, own in shards.items() if not any(mark in f"{name}." for mark in marks)
+    }
 
 
 def blocks(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard]:

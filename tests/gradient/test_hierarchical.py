@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
@@ -17,7 +18,7 @@ from tests.parallel.ranks import KERNELS, random
 ROWS = [{"w": (0, 16), "b": (0, 8)}, {"w": (16, 40)}, {"v": (0, 16)}, {"w": (40, 64)}]
 
 
-def reduce(fmt):
+def reduce(fmt, names="wbv"):
     with model_parallel_groups() as groups:
         nodes = node_groups(groups, 2)
         rank = dist.get_rank()
@@ -28,6 +29,7 @@ def reduce(fmt):
             "b": quantize(random(8, seed=10 + rank), FP32, KERNELS),
             "v": quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt, KERNELS),
         }
+        gradients = {name: gradients[name] for name in names}
         sent = []
         for reduction in (
             Fp32Accumulate(groups.data_parallel, wire, KERNELS),
@@ -47,6 +49,15 @@ def test_two_hops_give_the_mean_of_one(fmt, bound, run_distributed):
             error = (two[name] - mean).norm() / mean.norm()
             assert error < (1e-6 if name == "b" else bound), name
             assert two[name].shape == mean.shape
+
+
+def test_a_bucket_of_which_some_own_nothing(run_distributed):
+    owners = [("b", [0]), ("v", [2]), ("bv", [0, 2])]
+    for names, ranks in owners:
+        results = run_distributed(reduce, 4, FP32, names)
+        assert [rank for rank, ((_, _), (two, _)) in enumerate(results) if two] == ranks
+        for (flat, _), (two, _) in results:
+            assert all(torch.allclose(two[name], mean) for name, mean in flat.items())
 
 
 def test_bytes_of_both_hops(run_distributed):

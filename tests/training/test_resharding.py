@@ -33,6 +33,7 @@ LAYOUTS = {
     "dp4 plain": (4, {"use_distributed_optimizer": False}),
     "pp2 interleaved": (2, layout(1, 2, num_layers_per_virtual_pipeline_stage=1)),
     "pp2 uneven dp2": (4, layout(1, 2, decoder_first_pipeline_num_layers=1)),
+    "pp2 uneven dp4 even": (8, layout(1, 2, decoder_first_pipeline_num_layers=1, **EVEN)),
     "dp2 tp2 overlapped": (4, layout(2, **SP, overlap_param_gather=True)),
     "back": TP2_PP2_DP2,
 }
