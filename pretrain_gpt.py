@@ -9,12 +9,13 @@ import os
 import sys
 from datetime import timedelta
 
-from fp8lm.config import parse_command_line
 from fp8lm.errors import EXIT_RESTART, run_command
 
 
 def main(argv: list[str]) -> int:
     """Read the config, build the run, train it; the exit code."""
+    from fp8lm.config import parse_command_line  # here, so that a missing package is told
+
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.comm.groups import process_groups, rank_device

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
@@ -18,17 +20,32 @@ class InputError(Exception):
     """Bad config, data, tokenizer, checkpoint or environment: names the thing and the cure."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are `InputError`, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
 
-    So is Ctrl-C, with code 130. `argv` defaults to the arguments of this process. Any other
-    exception passes through, because a traceback is what a failure of the program itself needs.
+    So are a missing package, and Ctrl-C with code 130. `argv` defaults to the arguments of this
+    process. Any other exception passes through, because a traceback is what a failure of the
+    program itself needs.
     """
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or 0
     except InputError as error:
         _let_the_first_speak()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        if (error.name or "fp8lm").startswith("fp8lm"):
+            raise
+        cure = "source .venv/bin/activate, or python -m fp8lm.doctor"
+        print(f"error: {sys.executable} has no package {error.name}: {cure}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # what was under way ends here, silently

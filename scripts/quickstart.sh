@@ -2,11 +2,15 @@
 # From nothing to a GPT trained in FP8 beside its BF16 twin: environment, corpus, tokenizer, data,
 # two trainings from the same seed, a table, a picture and a sample. No GPU and no download beyond
 # Python packages. Extra arguments are config overrides for both trainings, such as
-# train.train_iters=200.
+# train.train_iters=200. What a former run left in runs/quickstart is replaced.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/_env.sh
 source scripts/_env.sh
+
+# Mistakes are told before anything is replaced.
+case " $* " in *" --help "*) exec "$PYTHON" -m fp8lm.config --help ;; esac
+"$PYTHON" -m fp8lm.config --config configs/quickstart.yaml "$@" >/dev/null
 
 run=runs/quickstart
 data=$run/data

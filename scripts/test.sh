@@ -12,6 +12,13 @@ fast | full | lint)
     mode=$1
     shift
     ;;
+"" | -*) ;;
+*)
+    [[ -e ${1%%::*} ]] || {
+        echo "error: $1 is none of fast, full, lint, and no test" >&2
+        exit 2
+    }
+    ;;
 esac
 
 # shellcheck source=scripts/_env.sh

@@ -22,7 +22,7 @@ from pathlib import Path
 from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import load_config
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.evaluation import on_device, run_batches
 from fp8lm.training.state import model_shards, optimizer_shards, state_bytes
@@ -34,7 +34,7 @@ COLUMNS = ("held up", "longer", "on disk after")
 
 def main(argv: list[str]) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)

@@ -11,7 +11,6 @@ through sockets: the ratio of bytes is the result, the times are this machine's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,7 +22,7 @@ import torch
 
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.state import state_bytes
 
@@ -34,7 +33,7 @@ WARM_UP = 3
 
 def main(argv: list[str]) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path)

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fp8lm.config import Config, build_config
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import select_kernels
 from fp8lm.training.build import build_model, resolve_device
 from fp8lm.training.step import train_step
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Sizes of the model and the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-attention-heads", type=int, default=8)
@@ -130,7 +131,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Seconds of each timed step by contestant; they take turns within every round."""
     times = {name: [] for name in contestants}
-    for round_index in range(steps + 2):
+    for round_index in tqdm(range(steps + 2), desc="rounds", mininterval=2.0):
         for name, step in contestants.items():
             synchronize(device)
             started = time.perf_counter()

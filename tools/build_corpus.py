@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fp8lm.data.files import write_aside
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 SUFFIXES = (".py", ".txt", ".rst")
 # Tests, other people's packages, copies, and tables of code points: no text to learn from.
@@ -34,7 +34,7 @@ TOPICS = Path("pydoc_data") / "topics.py"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="writes DIR/corpus.jsonl")

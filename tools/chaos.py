@@ -29,7 +29,7 @@ import psutil
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.checkpoint.files import saved_iterations
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 # Measurements of time and memory differ between any two runs.
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill a training job at random moments.")
+    parser = CommandParser(description="Kill a training job at random moments.")
     parser.add_argument("--config", default=str(ROOT / "configs" / "gpt_tiny.yaml"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)

@@ -33,7 +33,7 @@ from fp8lm.checkpoint.contents import (
     stored_tensors,
 )
 from fp8lm.checkpoint.files import find_folder, latest_iteration, saved_iterations
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 MOST_DIFFERENCES = 20
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=lines[0],
         epilog="\n".join(lines[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,14 +8,13 @@ one setting, reported as mean and spread. Gaps are against the first NAME.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 TRAIN, VALID = "lm loss", "lm loss validation"
 
@@ -42,7 +41,7 @@ class Curves:
 
 def main(argv: list[str]) -> None:
     """Read, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
     parser.add_argument("--summary", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
@@ -113,7 +112,7 @@ def print_table(summary: dict[str, dict]) -> None:
         cells = (
             f"{row['untrained validation loss']:.4f}",
             f"{row['validation loss']:.4f}",
-            f"{row['gap %']:+.2f} %",
+            "" if row is next(iter(summary.values())) else f"{row['gap %']:+.2f} %",
             f"{row['spread']:.4f}" if len(row["validation losses"]) > 1 else "",
             f"{row['state bytes per linear parameter']:.2f}",
             f"{row['state bytes'] / 1e6:.1f} MB",
@@ -122,7 +121,7 @@ def print_table(summary: dict[str, dict]) -> None:
         )
         print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
     print("B/linear: bytes of state per parameter of the linear layers; state: of all parameters;")
-    print("sent: bytes that the main process sends in one iteration")
+    print("saved: of them, against the first; sent: by the main process in one iteration")
 
 
 def plot(settings: dict[str, list[Curves]], path: Path) -> None:
@@ -140,7 +139,9 @@ def plot(settings: dict[str, list[Curves]], path: Path) -> None:
             label = f"{name}: {run.valid[-1][1]:.4f}" if number == 0 else None
             if number == 0 and len(runs) > 1:
                 label = f"{name}: {statistics.fmean(r.valid[-1][1] for r in runs):.4f} (mean)"
+            # Curves that lie on each other are told apart by their dashes.
             marker = dict(marker="os^Dv"[index % 5], markersize=4, linewidth=1.4)
+            marker["linestyle"] = ("-", "--", "-.", ":")[index % 4]
             axis.plot(*zip(*run.valid, strict=True), color=color, label=label, **marker)
     axis.set_xlabel("iteration")
     axis.set_ylabel("loss (thin: training, markers: validation)")

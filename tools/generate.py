@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.training.build import resolve_device
 from fp8lm.training.restore import restore_model
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", required=True, help="folder of checkpoints")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100)

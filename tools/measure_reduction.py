@@ -11,7 +11,6 @@ reduce them. The reference is the mean of the gradients before they were stored.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
@@ -43,7 +42,7 @@ Gradients = dict[str, list[Tensor]]  # of every replica, fp32
 
 def main(argv: list[str]) -> None:
     """Train, measure at both steps, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--early", type=int, default=20)
     parser.add_argument("--late", type=int, default=400)

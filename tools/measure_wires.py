@@ -9,7 +9,6 @@ as a reduction does. Each is cast with one scale per message, as on the wire.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import defaultdict
@@ -23,7 +22,7 @@ from fp8lm.config import load_config
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import build_tokenizer
-from fp8lm.errors import run_command
+from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.edge import Edge, Partition
 from fp8lm.numerics import E4M3, E5M2, Format
@@ -73,7 +72,7 @@ class RecordingPartition(Partition):
 
 def main(argv: list[str]) -> None:
     """Train, record, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=200)
     options, overrides = parser.parse_known_args(argv)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from fp8lm.data.documents import check_inputs, read_records
 from fp8lm.data.encode import EncodedDocument, EncodeSettings, encode_records
 from fp8lm.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
         for writer in writers.values():
             writer.publish({"tokenizer": tokenizer.identity, "append_eod": args.append_eod})
     seconds = time.perf_counter() - began
+    if not args.append_eod:
+        print("note: without --append-eod nothing tells a model where a document ends")
     for writer in writers.values():
         print(
             f"{writer.prefix}: {writer.num_documents} documents, {writer.num_tokens} tokens, "

@@ -20,7 +20,7 @@ import sentencepiece
 
 from fp8lm.data.documents import check_inputs, parse_record, read_records
 from fp8lm.data.files import write_aside
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 # SentencePiece leaves out sentences beyond 4192 bytes without a word; a character has at most 4.
 MAX_CHARACTERS = 1000
@@ -28,7 +28,7 @@ FIXED_PIECES = 3 + 256
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

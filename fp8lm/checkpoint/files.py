@@ -96,7 +96,7 @@ def check_save_folder(root: str | os.PathLike[str]) -> None:
             raise PermissionError(f"no permission to write in {root}")
         settle(root)
     except OSError as error:
-        raise InputError(f"cannot save checkpoints in {root}: {error}") from error
+        raise InputError(f"cannot save checkpoints in {root}: {error.strerror or error}") from error
 
 
 def start_writing(root: Path, iteration: int) -> Path:

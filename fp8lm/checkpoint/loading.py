@@ -74,7 +74,9 @@ def open_checkpoint(
         return _open(Path(root), iteration, group, [])
     found = find_checkpoint(root, group)
     if found is None:
-        raise InputError(f"no checkpoint in {root}: {LATEST} is missing")
+        below = Path(root) / "checkpoints"
+        hint = f"did you mean {below}?" if (below / LATEST).exists() else f"{LATEST} is missing"
+        raise InputError(f"no checkpoint in {root}: {hint}")
     return found
 
 

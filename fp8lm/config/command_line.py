@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from fp8lm.config.help import help_text
 from fp8lm.config.loading import load_config
 from fp8lm.config.root import Config
 from fp8lm.config.schema import schema_text
-from fp8lm.errors import InputError
+from fp8lm.errors import CommandParser, InputError
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `InputError` and whose help is the table of keys."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+class _Parser(CommandParser):
+    """Its help is the table of keys."""
 
     def format_help(self) -> str:
         return help_text(self.prog)
@@ -37,7 +32,9 @@ def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") ->
         cure = f"write {unknown[0].lstrip('-')}" if "=" in unknown[0] else "see --help"
         raise InputError(f"unknown option {unknown[0]}: {cure}")
     if options.config is None:
-        raise InputError(f"no config: {program} --config FILE.yaml, for one of those in configs/")
+        first = next(iter(options.overrides), "")
+        meant = first if first.endswith((".yaml", ".yml")) else "FILE.yaml"
+        raise InputError(f"no config: {program} --config {meant}, for one of those in configs/")
     return load_config(options.config, options.overrides)
 
 

@@ -126,7 +126,8 @@ def _keep_wanted_splits(config: GPTDatasetConfig, files: list[IndexedFile], size
                 raise InputError(
                     f"data.split {config.split!r} leaves no documents of {file.prefix} "
                     f"({len(file.lengths)} documents) for {name}, which wants {size} samples: "
-                    "change data.split, or use more documents"
+                    "change data.split, or use more documents (preprocess_data.py --split-lines "
+                    "makes one of every line)"
                 )
 
 

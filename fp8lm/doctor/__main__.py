@@ -5,19 +5,18 @@ Exit code 0 if training can run here, 2 with a line on stderr for every reason w
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding, judge, problems
-from fp8lm.errors import EXIT_BAD_INPUT, run_command
+from fp8lm.errors import EXIT_BAD_INPUT, CommandParser, run_command
 
 
 def main(argv: list[str]) -> int:
     """Print the report; see the top of this file for the exit code."""
-    parser = argparse.ArgumentParser("python -m fp8lm.doctor", description="Can fp8lm train here?")
+    parser = CommandParser("python -m fp8lm.doctor", description="Can fp8lm train here?")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     facts = gather()

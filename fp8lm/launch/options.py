@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from fp8lm.errors import InputError
+from fp8lm.errors import CommandParser, InputError
 
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"
@@ -33,13 +33,6 @@ class Options:
     dry_run: bool
     all_ranks: bool
     simulate: bool
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `InputError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -100,7 +93,7 @@ def _with_port(endpoint: str | None) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog=PROGRAM,
         usage=USAGE,
         description="Check a run, then start it with torchrun.",

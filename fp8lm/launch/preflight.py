@@ -68,12 +68,15 @@ def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
     A cluster may give the first machine its name a little later than it starts the others.
     """
     host = endpoint.rpartition(":")[0].strip("[]")
-    deadline = time.monotonic() + patience
+    deadline, told = time.monotonic() + patience, False
     while True:
         try:
             socket.getaddrinfo(host, None)
             return
         except OSError as error:
+            if not told:
+                print(f" waiting for a machine named {host}", flush=True)
+                told = True
             if time.monotonic() >= deadline:
                 raise InputError(
                     f"--rdzv-endpoint={endpoint}: no machine of that name: {error.strerror}"

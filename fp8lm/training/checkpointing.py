@@ -76,12 +76,18 @@ class RunCheckpoints:
             return
         for problem in found.passed_over:
             self._report(f" warning: passed over a checkpoint: {problem}")
-        self._fill(found)
+        config = self._run.config.model_dump(mode="json")
+        changed = ", ".join(changed_keys(found.common["config"], config))
+        try:
+            self._fill(found)
+        except InputError as error:
+            if not changed:
+                raise
+            raise InputError(f"{error}; changed since then: {changed}") from error
         self._saved_iteration = found.iteration
         self._report(f" loaded checkpoint of iteration {found.iteration} from {folder}")
-        config = self._run.config.model_dump(mode="json")
-        if changed := changed_keys(found.common["config"], config):
-            self._report(f" note: changed since that checkpoint: {', '.join(changed)}")
+        if changed:
+            self._report(f" note: changed since that checkpoint: {changed}")
 
     def save(self) -> None:
         """Begin a checkpoint, unless this iteration has one."""

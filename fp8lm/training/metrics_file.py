@@ -32,7 +32,7 @@ class MetricsFile:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(first_iteration)
         except OSError as error:
-            raise InputError(f"cannot write to logging.dir = {folder}: {error}") from error
+            raise InputError(f"cannot write to logging.dir = {folder}: {error.strerror}") from error
 
     def go_back(self, iteration: int) -> None:
         """Cut the lines of later iterations off."""

@@ -124,7 +124,9 @@ class Reporter:
             self._run.config.save_yaml(Path(folder) / "config.yaml")
             record_start(Path(folder), facts, first_iteration, groups.world.size())
         except OSError as error:
-            raise InputError(f"logging.dir={folder} cannot be written to: {error}") from error
+            raise InputError(
+                f"logging.dir={folder} cannot be written to: {error.strerror}"
+            ) from error
 
 
 def _count_parameters(run: Run) -> int:

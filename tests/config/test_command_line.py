@@ -93,6 +93,27 @@ def test_other_failures_pass_through():
         run_command(fail, [])
 
 
+def test_a_missing_package_is_one_line(capsys):
+    def need(argv):
+        import package_that_nobody_has.part  # noqa: F401
+
+    assert run_command(need, []) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "has no package package_that_nobody_has: source .venv/bin/activate" in error
+    assert error.count("\n") == 1
+
+    def lost(argv):
+        import fp8lm.of_former_times  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):  # ours: a failure of the program
+        run_command(lost, [])
+
+
+def test_a_config_without_its_option_is_recognized(config_file, capsys):
+    assert run_command(parse_command_line, [str(config_file)]) == EXIT_BAD_INPUT
+    assert f"pretrain_gpt.py --config {config_file}" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line(capsys):
     def interrupt(argv):
         raise KeyboardInterrupt

@@ -119,7 +119,7 @@ def test_resumed_equals_uninterrupted(name, tiny_config, train_run, read_metrics
     [
         ({"model": {"num_layers": 3}}, "layers.2"),
         ({"model": {"hidden_size": 64}}, "expected"),
-        ({"precision": {"preset": "bf16"}}, "expected"),
+        ({"precision": {"preset": "bf16"}}, 'precision.preset = "bf16" .was "o3".'),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(change, named, tiny_config, train_run, tmp_path):

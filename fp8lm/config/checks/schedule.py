@@ -41,7 +41,8 @@ def schedule(config: Config) -> Iterator[str]:
     if warmup >= _decay_length(config):
         yield (
             f"scheduler.lr_warmup_{unit} = {warmup} must be less than the decay's "
-            f"{_decay_length(config)} (scheduler.lr_decay_{unit}, else train.train_{unit})"
+            f"{_decay_length(config)} (scheduler.lr_decay_{unit}, else train.train_{unit}): set it "
+            "lower"
         )
 
 
