@@ -143,11 +143,13 @@ def test_plain_replicas_with_exact_wires_are_the_same_bytes(config, run_distribu
         assert all(torch.equal(tensor, plain[0][1][n]) for n, tensor in states.items())
 
 
-def test_weights_on_a_two_byte_wire_are_the_same(config, run_distributed):
+def test_weights_on_a_two_byte_wire_are_the_same(config, run_distributed, folders, tmp_path):
     fp8, bf16 = (
-        run_distributed(state, 2, config({}, precision={"wire": {"params": wire}}))
+        run_distributed(state, 2, config({}, folders(wire), precision={"wire": {"params": wire}}))
         for wire in ("fp8", "bf16")
     )
+    sent = [read(tmp_path / wire)[1]["comm_bytes/params"] for wire in ("fp8", "bf16")]
+    assert sent[1] > 1.5 * sent[0]  # tables, norms and biases have two bytes on either
     for (first, _, _), (second, _, _) in zip(fp8, bf16, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
