@@ -8,11 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
 EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
+ENDS = "FP8LM_ENDS"  # environment variable: a folder in which processes leave their exit codes
 EXIT_INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
@@ -35,8 +38,22 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     process. Any other exception passes through, because a traceback is what a failure of the
     program itself needs.
     """
+    code = _run(main, list(sys.argv[1:] if argv is None else argv))
+    leave_exit_code(code)
+    return code
+
+
+def leave_exit_code(code: int) -> None:
+    """Tell a launcher that wants to know: torchrun drops the codes of workers it has signalled."""
+    if folder := os.environ.get(ENDS):
+        name = f"{os.environ.get('RANK', 0)}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        with suppress(OSError):
+            Path(folder, name).write_text(str(code), encoding="utf-8")
+
+
+def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
-        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+        return main(argv) or 0
     except InputError as error:
         _let_the_first_speak()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

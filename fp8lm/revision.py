@@ -34,7 +34,7 @@ def source_revision(
     environment = os.environ if environment is None else environment
     # A package installed as a wheel may lie inside the repository of somebody else's project.
     if _git(package, environment, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return Revision(commit=environment.get(COMMIT_VARIABLE))
+        return Revision(commit=environment.get(COMMIT_VARIABLE) or None)
     changes = _git(package, environment, "status", "--porcelain", "--untracked-files=no")
     return Revision(
         commit=_git(package, environment, "rev-parse", "--verify", "HEAD"),

@@ -3,7 +3,7 @@
 python -m fp8lm.launch.agent ARGUMENTS OF TORCHRUN
 
     0     done                          2     bad input
-    75    all is saved: the same command goes on
+    75    all workers have saved: the same command goes on
     other, 128 + n                      the first worker's failure, or death by signal n
 
 torchrun restarts its workers (`--max-restarts`) whatever they ended with. It has no way to be told
@@ -12,8 +12,10 @@ that 2 is final, so what can be checked is checked before: see `preflight`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,6 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
+from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
 
 TAIL = 20  # lines
@@ -35,6 +38,12 @@ def run_agent(arguments: Sequence[str]) -> int:
     On a signal torchrun passes it on to the workers' process groups, waits for
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30 in torch 2.11) and kills what is left.
     """
+    with tempfile.TemporaryDirectory(prefix="fp8lm_") as ends:
+        os.environ[ENDS] = ends
+        return _run(arguments, Path(ends))
+
+
+def _run(arguments: Sequence[str], ends: Path) -> int:
     for number in WARNINGS:  # until torchrun has workers, and handlers of its own
         signal.signal(number, _raise)
     try:
@@ -43,13 +52,21 @@ def run_agent(arguments: Sequence[str]) -> int:
         _tell(error, parse_args(list(arguments)).log_dir)
         return job_exit_code([failure.exitcode for failure in _in_time(error)])
     except SignalException as error:
-        return signal_exit_code(error.sigval)
+        workers = int(parse_args(list(arguments)).nproc_per_node)
+        return signal_exit_code(error.sigval, _last_codes(ends), workers)
     except RendezvousError as error:
         where = parse_args(list(arguments)).rdzv_endpoint
         cause = type(error).__name__
         print(f"error: the nodes did not meet at {where} ({cause})", file=sys.stderr)
         return 1
     return 0
+
+
+def _last_codes(ends: Path) -> list[int]:
+    """What the workers of the last start ended with, as far as they could say."""
+    left = list(ends.iterdir())
+    last = max((file.suffix for file in left), key=lambda suffix: int(suffix[1:]), default="")
+    return [int(file.read_text()) for file in left if file.suffix == last]
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:

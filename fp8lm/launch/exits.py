@@ -23,9 +23,16 @@ def job_exit_code(codes: Sequence[int]) -> int:
     return 128 - codes[0] if codes[0] < 0 else codes[0]
 
 
-def signal_exit_code(number: int) -> int:
-    """The code of a job whose launcher received a signal and passed it on."""
-    return EXIT_RESTART if number in WARNINGS else 128 + number
+def signal_exit_code(number: int, codes: Sequence[int], workers: int) -> int:
+    """The code of a job whose launcher received a signal and passed it on to `workers`.
+
+    `codes` are those that they left: a worker that was killed or failed left none, and then not all
+    is saved.
+    """
+    if failed := [code for code in codes if code not in (0, EXIT_RESTART)]:
+        return job_exit_code(failed)
+    saved = number in WARNINGS and len(codes) >= workers
+    return EXIT_RESTART if saved else 128 + number
 
 
 def describe_exit(code: int) -> str:

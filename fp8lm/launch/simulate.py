@@ -90,7 +90,7 @@ class Cluster:
             signal.signal(number, self._pass_on)
         for node in self._nodes:
             self._start(node)
-        running, codes = list(self._nodes), []
+        running, codes, finished = list(self._nodes), [], 0
         while running:
             time.sleep(POLL)
             for node in list(running):
@@ -100,8 +100,10 @@ class Cluster:
                 running.remove(node)
                 if code:
                     codes.append(code)
+                else:
+                    finished += 1
         if self._received is not None:
-            return signal_exit_code(self._received)
+            return signal_exit_code(self._received, [0] * finished + codes, len(self._nodes))
         return job_exit_code(codes) if codes else 0
 
     def _start(self, node: Node) -> None:

@@ -35,11 +35,19 @@ def test_code_of_a_job(codes, expected):
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+    ("number", "codes", "expected"),
+    [
+        (signal.SIGTERM, [75, 75], 75),
+        (signal.SIGUSR1, [75, 0], 75),
+        (signal.SIGUSR1, [75], 138),  # the other was killed, or failed
+        (signal.SIGTERM, [], 143),
+        (signal.SIGTERM, [75, 2], 2),
+        (signal.SIGINT, [75, 75], 130),
+        (signal.SIGHUP, [], 129),
+    ],
 )
-def test_code_after_a_signal(number, expected):
-    assert signal_exit_code(number) == expected
+def test_code_after_a_signal(number, codes, expected):
+    assert signal_exit_code(number, codes, 2) == expected
 
 
 def test_codes_in_words():
@@ -88,6 +96,17 @@ def test_a_warning_reaches_workers_and_leaves_them_time(launch, number):
     for rank in (0, 1):
         assert f"rank {rank} saved on {number.name}" in job.output
     assert job.output.count("ready") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("left", "expected"), [("3", 3), ("0", 138)])
+def test_what_a_worker_could_not_save_is_not_called_saved(launch, left, expected):
+    command = [*AGENT, SIGNALS, WORKER, "saves", "1", left]
+    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    for rank in (0, 1):
+        job.wait_for(f"rank {rank} ready")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish() == expected, job.output
 
 
 @pytest.mark.slow

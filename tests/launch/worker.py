@@ -2,7 +2,8 @@
 
 worker.py RANK:CODE ...    the rank ends with CODE; -n: kills itself with signal n; without one it
                            ends with 0
-worker.py saves SECONDS    on SIGUSR1 or SIGTERM it saves for so long and ends with 75
+worker.py saves SECONDS [CODE]    on SIGUSR1 or SIGTERM it saves for so long and ends with 75, or
+                           rank 1 with CODE; with 0 it fails without a word
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import signal
 import sys
 import time
 
+from fp8lm.errors import leave_exit_code
+
 rank = os.environ["RANK"]
 if sys.argv[1] == "saves":
 
     def save(number, _frame):
         time.sleep(float(sys.argv[2]))
         print(f"rank {rank} saved on {signal.Signals(number).name}", flush=True)
-        sys.exit(75)
+        code = int(sys.argv[3]) if rank == "1" and len(sys.argv) > 3 else 75
+        if code:
+            leave_exit_code(code)
+        sys.exit(code or 1)
 
     signal.signal(signal.SIGUSR1, save)
     signal.signal(signal.SIGTERM, save)
