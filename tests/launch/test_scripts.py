@@ -102,7 +102,8 @@ def test_a_simulation_ignores_the_cluster(arguments):
 SRUN = """#!/usr/bin/env bash
 echo "srun: $*"
 if [[ -n ${WAIT:-} ]]; then
-  trap 'echo saved; exit 75' USR1 TERM
+  trap 'echo saved; exit 75' USR1
+  trap 'echo killed; exit 137' TERM
   echo waiting
   for _ in {1..100}; do sleep 0.1; done
 fi
@@ -147,6 +148,11 @@ def test_what_slurm_starts_again(slurm, code, requeued):
     assert ("scontrol: requeue 123" in done.stdout) == requeued
     assert done.returncode == (0 if requeued else code), done.stderr
     assert "scripts/train_multinode.sh x.yaml" in done.stdout
+
+
+def test_logs_may_lie_elsewhere(slurm, tmp_path):
+    done = sbatch(slurm, CODE="1", LOG_DIR=str(tmp_path / "logs"))
+    assert done.returncode == 0 and "requeue 123" in done.stdout, done.stderr
 
 
 def test_failures_in_a_row_end_the_job(slurm):
