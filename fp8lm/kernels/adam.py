@@ -3,8 +3,9 @@
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
     w <- (1 - lr wd) w - lr * (m / bc1) / (sqrt(v / bc2) + eps)
 
-(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Tensors are walked in blocks that
-stay in cache, so a step costs one pass over memory although it is many operations.
+(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Tensors are walked in blocks of
+`kernels.step_elements`, so that a step takes little memory beyond the states and, on a CPU, one
+pass over it although it is many operations.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from torch import Tensor
 
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import Format
-
-BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ def adam_step(
     needs_amax = [state.format.scaled for state in states]
     needs_amax[0] |= compute is not None and compute.format.scaled
     amax = torch.zeros(3, device=gradient[0].device)
-    for start in range(0, gradient[0].numel(), BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, gradient[0].numel(), kernels.step_elements):
+        block = slice(start, start + kernels.step_elements)
         w, m, v = (_read(kernels, state, block, coefficients.skip) for state in states)
         g_payload, g_scale, g_format = gradient
         g = kernels.decode(g_payload.view(-1)[block], g_scale, g_format, torch.float32)

@@ -18,6 +18,8 @@ class HopperKernels(ReferenceKernels):
     """Reference kernels with the GEMM replaced by `torch._scaled_mm` (cuBLASLt)."""
 
     block_elements = 1 << 62  # a GPU takes a tensor of any size in one launch
+    # Launches are few already; an fp32 copy of a block takes 32 MiB.
+    step_elements = 1 << 23
     gemm_by = "FP8 tensor cores through torch._scaled_mm (cuBLASLt)"
     attention_by = "scaled_dot_product_attention in BF16"
     elementwise_by = "eager PyTorch"

@@ -31,10 +31,12 @@ class ReferenceKernels:
     """Kernels in eager PyTorch; device-agnostic, no host synchronisation on a GPU.
 
     Large tensors are cast and decoded in blocks of `block_elements`: the several operations of a
-    cast then run in cache, and only its input and output touch memory.
+    cast then run in cache, and only its input and output touch memory. So does an optimizer step
+    over blocks of `step_elements`, with several tensors at once.
     """
 
     block_elements = 1 << 17
+    step_elements = 1 << 16
     # What a person is told of them.
     gemm_by = "decoded operands in a BF16 GEMM: FP8's arithmetic, not its speed"
     attention_by = "scaled_dot_product_attention in fp32"

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.adam import BLOCK
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.scaled_tensor import ScaledTensor
 
 Exchange = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def gradient_norm(
     clip: float,
     kernels: ReferenceKernels,
     *,
+    device: torch.device = CPU,
     exchange: Exchange = alone,
     peers: Sequence[int] | None = None,
     counted: Sequence[bool] | None = None,
@@ -56,18 +57,19 @@ def gradient_norm(
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
+    All are on `device`, and so is what comes of them, even where this rank has no gradient at all.
     `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once;
     `peers` are the ranks that hold parts of the same weights (default: all). A
     gradient that is None lies elsewhere; one that is not `counted` lies on another rank as well,
     where it counts (default: all count). Along with it travel `maxima` (fp32 [m], not negative),
     of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k].
     """
-    nothing = torch.zeros(0, device=_device(gradients))
+    nothing = torch.zeros(0, device=device)
     maxima = nothing if maxima is None else maxima
     values = nothing if values is None else values
     squares, amaxes = [], []
     for index, gradient in enumerate(gradients):
-        square, amax = _square_and_amax(gradient, kernels, nothing.device)
+        square, amax = _square_and_amax(gradient, kernels, device)
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
         squares.append(square if counted is None or counted[index] else square * 0.0)
         amaxes.append(amax)
@@ -99,13 +101,10 @@ def _square_and_amax(
     if gradient is None:
         return square, amax
     flat = gradient.view(-1)
-    for start in range(0, flat.shape[0], BLOCK):
-        block = flat.rows(start, start + BLOCK).dequantize(kernels)
+    step = kernels.step_elements
+    for start in range(0, flat.shape[0], step):
+        block = flat.rows(start, start + step).dequantize(kernels)
         amax = torch.maximum(amax, kernels.amax(block))
         block = block.double()
         square += torch.dot(block, block)
     return square, amax
-
-
-def _device(gradients: Sequence[ScaledTensor | None]) -> torch.device:
-    return next((g.device for g in gradients if g is not None), torch.device("cpu"))

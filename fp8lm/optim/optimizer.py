@@ -181,6 +181,7 @@ class AdamW:
             [tensors.get(name) for name in self.weights],
             clip,
             self.kernels,
+            device=self.amax.device,
             exchange=self._exchange,
             peers=self._peers,
             counted=self._counted,

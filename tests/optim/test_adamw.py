@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fp8lm.config import PrecisionConfig
-from fp8lm.kernels import adam as adam_kernels
+from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
-from fp8lm.optim import StatePrecision, clipping
+from fp8lm.optim import StatePrecision
 from fp8lm.scaled_tensor import quantize
 from tests.optim.bench import (
     FP32_STATES,
@@ -223,8 +223,7 @@ def test_named_tensors_do_not_repeat_a_master_that_is_the_weight():
 def test_result_does_not_depend_on_the_size_of_blocks(monkeypatch, states, stochastic):
     results = []
     for block in (1 << 16, 100):
-        monkeypatch.setattr(adam_kernels, "BLOCK", block)
-        monkeypatch.setattr(clipping, "BLOCK", block)
+        monkeypatch.setattr(ReferenceKernels, "step_elements", block)
         adam = optimizer(weights(), state_precision(*states, stochastic=stochastic), clip_grad=0.0)
         for seed in range(3):
             step(adam, seed)
