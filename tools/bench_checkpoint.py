@@ -122,7 +122,9 @@ def summary(run: Run, rounds: dict[str, list[list[float]]], options: argparse.Na
         "processes": run.groups.world.size(),
         "steps": options.steps,
         "step milliseconds": 1e3 * step,
-        "state bytes of the main process": sum(state_bytes(run.optimizer).values()),
+        "state bytes of the main process": sum(
+            state_bytes(run.optimizer, padding=run.replicas.padding).values()
+        ),
         "checkpoint bytes": sum(path.stat().st_size for path in files) // (options.rounds + 1),
         "milliseconds": {
             mode: dict(zip(COLUMNS, t, strict=True)) for mode, t in milliseconds.items()

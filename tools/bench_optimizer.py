@@ -73,7 +73,7 @@ def measure(runs: dict[str, Run], groups: ProcessGroups, steps: int) -> dict[str
             "parameters": sum(weight.spec.numel for weight in run.weights.values()),
             "milliseconds": {k: 1e3 * statistics.median(v) for k, v in times[preset].items()},
             "bytes sent": {wire: sent[preset][wire] for wire in ("grads", "params")},
-            "bytes held": sum(state_bytes(run.optimizer).values()),
+            "bytes held": sum(state_bytes(run.optimizer, padding=run.replicas.padding).values()),
         }
         for preset, run in runs.items()
     }

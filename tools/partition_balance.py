@@ -28,25 +28,25 @@ def main(argv: list[str]) -> None:
     """Print the table."""
     print(f"{'max/mean':16}" + "".join(f"{size:>7}" for size in REPLICAS))
     for model in MODELS:
-        tensors, columns = local_tensors(model)
+        tensors = local_tensors(model)
         for name, place in (("tensor", whole_tensors), ("even", row_blocks)):
-            ratios = [balance(place(tensors, size), columns) for size in REPLICAS]
+            ratios = [balance(place([tensors], size)[0], tensors) for size in REPLICAS]
             print(f"{model:8}{name:8}" + "".join(f"{ratio:7.3f}" for ratio in ratios))
 
 
-def local_tensors(model: str) -> tuple[list[Tensor2D], dict[str, int]]:
-    """What a rank of the first stage holds in preset o3, and elements per row."""
+def local_tensors(model: str) -> list[Tensor2D]:
+    """What a rank of the first stage holds in preset o3."""
     config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"])
-    weights = plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights
-    columns = {
-        name: weight.spec.numel // weight.spec.local_shape[0] for name, weight in weights.items()
-    }
-    return tensors_of(weights), columns
+    return tensors_of(plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights)
 
 
-def balance(ownership: Ownership, columns: dict[str, int]) -> float:
+def balance(ownership: Ownership, tensors: list[Tensor2D]) -> float:
     """Elements of the fullest rank over the mean."""
-    loads = ownership.load(columns)
+    columns = {tensor.name: tensor.columns for tensor in tensors}
+    loads = [
+        sum((stop - start) * columns[name] for name, (start, stop) in own.items())
+        for own in ownership.rows
+    ]
     return max(loads) * len(loads) / sum(loads)
 
 

@@ -3,9 +3,9 @@
     all-gather of n bytes per rank      (W - 1) n
     all-to-all                          what goes to the others: with n for each, (W - 1) n
     all-reduce of n bytes               2 (W - 1) n / W, rounded up
-    reduce-scatter to n bytes           (W - 1) n
     broadcast of n bytes                n on every rank but the last of the ring that starts at the
                                         source
+    reduction of n bytes                n on every rank but the one that gets the sum
 
 W is the number of ranks in the group; n includes scales and padding. A group of one sends nothing.
 """
@@ -82,11 +82,11 @@ def all_reduce_sent(world_size: int, num_bytes: int) -> int:
     return -(-2 * (world_size - 1) * num_bytes // world_size)
 
 
-def reduce_scatter_sent(world_size: int, num_bytes: int) -> int:
-    """Bytes each rank sends in a ring reduce-scatter that leaves `num_bytes` on every rank."""
-    return (world_size - 1) * num_bytes
-
-
 def broadcast_sent(world_size: int, rank: int, src: int, num_bytes: int) -> int:
     """Bytes `rank` passes on in a ring broadcast of `num_bytes` from rank `src`."""
     return num_bytes if (rank + 1) % world_size != src else 0
+
+
+def reduce_sent(world_size: int, rank: int, dst: int, num_bytes: int) -> int:
+    """Bytes `rank` sends in a ring reduction of `num_bytes` whose sum goes to rank `dst`."""
+    return num_bytes if world_size > 1 and rank != dst else 0

@@ -169,6 +169,17 @@ def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
     return NodeGroups(groups.divide(nodes), groups.divide(numbers))
 
 
+def processes_per_node() -> int | None:
+    """Processes on every machine of the job, as the launcher says; a collective of all processes.
+
+    None where machines have different numbers of them.
+    """
+    local = Launch.from_environment(os.environ).local_world_size
+    sizes: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, local)
+    return local if len(set(sizes)) == 1 else None
+
+
 def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
     """How many of `ranks` data-parallel ranks a node has, None where it is one or all of them.
 

@@ -7,7 +7,7 @@ the buffers. A group of one rank sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,28 @@ def all_gather_bytes(
         out = own.new_empty(world_size, own.numel())
     wire.count(accounting.all_gather_sent(world_size, own.numel()))
     work = _all_gather_function()(out.view(-1), own, group=group, async_op=True)
-    return _handle(work, own, out)
+    return _handle([work], own, out)
+
+
+def all_gather_slabs(
+    buffer: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, wire: Wire
+) -> Handle[Tensor]:
+    """`buffer` has `sizes[r]` bytes for every rank r, this rank's filled; brings the others'.
+
+    One all-gather where all have as many; otherwise a broadcast by each that has any, so that
+    nothing is padded.
+    """
+    rank, size = group.rank(), group.size()
+    slabs = buffer.split(list(sizes))
+    if len(set(sizes)) == 1:
+        out = buffer.view(size, sizes[0])
+        return all_gather_bytes(slabs[rank], group, wire, out=out).then(lambda _: buffer)
+    works = []
+    for source, slab in enumerate(slabs):
+        if slab.numel():
+            wire.count(accounting.broadcast_sent(size, rank, source, slab.numel()))
+            works.append(dist.broadcast(slab, group=group, group_src=source, async_op=True))
+    return _handle(works, buffer, buffer)
 
 
 def all_to_all_bytes(
@@ -62,7 +83,7 @@ def all_to_all_bytes(
     work = dist.all_to_all_single(
         received, send, receive_sizes, send_sizes, group=group, async_op=True
     )
-    return _handle(work, send, received).then(lambda bytes_: list(bytes_.split(receive_sizes)))
+    return _handle([work], send, received).then(lambda bytes_: list(bytes_.split(receive_sizes)))
 
 
 def shift_bytes(
@@ -85,14 +106,7 @@ def shift_bytes(
         transfers.append(dist.P2POp(dist.irecv, received, previous, group))
     wire.count(send.numel())
     works = dist.batch_isend_irecv(transfers) if transfers else []
-
-    def finish() -> Tensor:
-        for work in works:
-            work.wait()
-        _ = send  # held until here
-        return received
-
-    return Handle(finish)
+    return _handle(works, send, received)
 
 
 def sums_fp8(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -103,18 +117,21 @@ def sums_fp8(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def reduce_scatter_fp8(
-    codes: Tensor, fmt: Format, group: dist.ProcessGroup, wire: Wire
+    codes: Sequence[Tensor], fmt: Format, group: dist.ProcessGroup, wire: Wire
 ) -> Handle[Tensor]:
-    """Codes uint8 [W, n] of every rank -> uint8 [n], the sum of all ranks' rows of this rank.
+    """Codes uint8 [n_r] for every rank r -> uint8, the sum of what all ranks have for this one.
 
-    Every partial sum is rounded to `fmt` and saturates (see `sums_fp8`).
+    One reduction for each rank that gets any, as they get different amounts. Every partial sum is
+    rounded to `fmt` and saturates (see `sums_fp8`). `codes` are not what they were afterwards.
     """
-    total = codes.new_empty(codes.shape[1])
-    wire.count(accounting.reduce_scatter_sent(group.size(), total.numel()))
-    work = dist.reduce_scatter_tensor(
-        total.view(fmt.dtype), codes.view(-1).view(fmt.dtype), group=group, async_op=True
-    )
-    return _handle(work, codes, total)
+    rank, size = group.rank(), group.size()
+    works = []
+    for owner, part in enumerate(codes):
+        if part.numel():
+            wire.count(accounting.reduce_sent(size, rank, owner, part.numel()))
+            part = part.view(fmt.dtype)
+            works.append(dist.reduce(part, group=group, group_dst=owner, async_op=True))
+    return _handle(works, codes, codes[rank])
 
 
 def broadcast_bytes(
@@ -125,7 +142,7 @@ def broadcast_bytes(
         return Handle.done(buffer)
     wire.count(accounting.broadcast_sent(group.size(), group.rank(), src, buffer.numel()))
     work = dist.broadcast(buffer, group=group, group_src=src, async_op=True)
-    return _handle(work, buffer, buffer)
+    return _handle([work], buffer, buffer)
 
 
 def all_reduce_max(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Handle[Tensor]:
@@ -134,12 +151,13 @@ def all_reduce_max(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Hand
         return Handle.done(values)
     wire.count(accounting.all_reduce_sent(group.size(), values.nbytes))
     work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group, async_op=True)
-    return _handle(work, values, values)
+    return _handle([work], values, values)
 
 
-def _handle(work: dist.Work, sent: Tensor, result: Tensor) -> Handle[Tensor]:
+def _handle(works: Sequence[dist.Work], sent: object, result: Tensor) -> Handle[Tensor]:
     def finish() -> Tensor:
-        work.wait()
+        for work in works:
+            work.wait()
         _ = sent  # held until here
         return result
 

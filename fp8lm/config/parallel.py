@@ -55,8 +55,8 @@ class ParallelConfig(Section):
     )
     overlap_param_gather: Bool = Field(
         False,
-        description="Let the next forward begin before all stepped weights have arrived; each "
-        "bucket of them is dealt out, and padded, on its own.",
+        description="Let the next forward begin before all stepped weights have arrived, bucket by "
+        "bucket.",
     )
     ddp_bucket_size: Count = Field(
         40_000_000,
@@ -65,7 +65,8 @@ class ParallelConfig(Section):
     node_size: Count | None = Field(
         None,
         description="Processes on a machine, between which data-parallel ranks sum gradients "
-        "before these cross to another. Null: what torchrun says.",
+        "before these cross to another. Null: what torchrun says; machines with different numbers "
+        "of processes do no such sums.",
     )
 
     distributed_timeout_minutes: Positive = Field(

@@ -8,22 +8,26 @@ at all when backward is over. Buckets leave in a fixed order, so ranks never dis
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fp8lm.comm import Handle, MessageLayout, all_gather_bytes
+from fp8lm.comm import Handle, MessageLayout, all_gather_slabs
 from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
 from fp8lm.layers.weight import Weight
 from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
+UNDER_WAY = 2
+
 
 class GradientBuckets:
     """Reduces the gradients of `weights` to the ranks that own their `rows` (one map per rank).
 
-    `overlap`: send during the last backward; otherwise all when it is over.
+    `overlap`: send during the last backward; otherwise all when it is over. At most two buckets are
+    under way at a time, so that their messages take memory for two and not for all.
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class GradientBuckets:
         self.buckets = _fill(weights, bucket_size)
         self._bucket_of = {name: i for i, names in enumerate(self.buckets) for name in names}
         self._missing: list[set[str]] = []
-        self._started: list[Handle[dict[str, Tensor]]] = []
+        self._num_started = 0
+        self._under_way: deque[Handle[dict[str, Tensor]]] = deque()
+        self._arrived: dict[str, Tensor] = {}
         if overlap:
             for name, weight in weights.items():
                 weight.when_gradient_complete(self._completion(name))
@@ -50,12 +56,11 @@ class GradientBuckets:
 
     def finish(self) -> dict[str, ScaledTensor]:
         """Means over the replicas of this rank's rows (fp32), by weight."""
-        while len(self._started) < len(self.buckets):
+        while self._num_started < len(self.buckets):
             self._start()
-        gradients = {}
-        for handle in self._started:
-            gradients.update(handle.wait())
-        self._missing, self._started = [], []
+        self._wait(at_most=0)
+        gradients, self._arrived = self._arrived, {}
+        self._missing, self._num_started = [], 0
         return {n: _fp32(gradients[n]) for n in self.weights if n in gradients}
 
     def finish_everywhere(self) -> dict[str, ScaledTensor]:
@@ -71,17 +76,15 @@ class GradientBuckets:
         ]
         layouts = [self._layout(rows) for rows in self.rows]
         device = next(iter(self.weights.values())).compute.device
-        size = max(layout.nbytes for layout in layouts)
-        message = torch.zeros(size, dtype=torch.uint8, device=device)
+        sizes = [layout.nbytes for layout in layouts]
+        buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         if own:
-            mine = layouts[group.rank()]
-            mine.pack(own, message[: mine.nbytes])
+            layouts[group.rank()].pack(own, buffer.split(sizes)[group.rank()])
         gradients = {}
-        for rows, layout, slab in zip(
-            self.rows, layouts, all_gather_bytes(message, group, wire).wait(), strict=True
-        ):
+        slabs = all_gather_slabs(buffer, sizes, group, wire).wait().split(sizes)
+        for rows, layout, slab in zip(self.rows, layouts, slabs, strict=True):
             names = [name for name in self.weights if name in rows]
-            gradients.update(zip(names, layout.views(slab[: layout.nbytes]), strict=True))
+            gradients.update(zip(names, layout.views(slab), strict=True))
         return {name: gradients[name] for name in self.weights}
 
     def _layout(self, rows: Rows) -> MessageLayout:
@@ -101,17 +104,23 @@ class GradientBuckets:
         def complete() -> None:
             if self._missing:
                 self._missing[self._bucket_of[name]].discard(name)
-                while len(self._started) < len(self.buckets) and not self._next_missing():
+                while self._num_started < len(self.buckets) and not self._next_missing():
                     self._start()
 
         return complete
 
     def _next_missing(self) -> set[str]:
-        return self._missing[len(self._started)]
+        return self._missing[self._num_started]
 
     def _start(self) -> None:
-        sent = {name: self._sent(name) for name in self.buckets[len(self._started)]}
-        self._started.append(self.reduction.start(sent, self.rows))
+        self._wait(at_most=UNDER_WAY - 1)
+        sent = {name: self._sent(name) for name in self.buckets[self._num_started]}
+        self._under_way.append(self.reduction.start(sent, self.rows))
+        self._num_started += 1
+
+    def _wait(self, at_most: int) -> None:
+        while len(self._under_way) > at_most:
+            self._arrived.update(self._under_way.popleft().wait())
 
     def _sent(self, name: str) -> ScaledTensor:
         """The whole gradient in the format it travels in: its scale does not depend on cuts."""

@@ -1,6 +1,6 @@
 """Gradients summed in FP8 with automatic scaling (FP8-LM, arXiv 2310.18313, section 2.1).
 
-    s_g   = min_i s_i                               one shared scale per tensor      (eq. 4)
+    s_g   = min_i s_i, over g_i != 0                one shared scale per tensor      (eq. 4)
     g''_i = FP8(mu s_g g_i)                         mu in [2^-ceil(log2 N), 2]       (eq. 3, 5)
     g     = sum_i g''_i  /  (N s_g mu)              every sum rounded to FP8         (eq. 6)
 
@@ -8,6 +8,8 @@ mu is one number per tensor, applied as a power of two. It halves after a step i
 1e-5 of the reduced values are at the format's maximum, and grows otherwise, doubling in 1,000
 steps. `pre_scaling` (mu = 1/N: no sum overflows, small values vanish) and `post_scaling` (mu = 1)
 are the same arithmetic with mu fixed.
+
+A gradient of zeros only has a scale of 1 whatever the others are, which would flush theirs to zero.
 
 The sum is NCCL's own where it adds FP8 numbers up, else a ring, requantized at every hop; gradients
 of other formats take the way of `Fp32Accumulate`. A rank sends (N-1)/N bytes per parameter, as in a
@@ -57,6 +59,7 @@ class Scaling:
     def factors(self, names: Sequence[str]) -> Tensor:
         """mu of `names` rounded down to powers of two."""
         mu = torch.stack([self.mu[self.index[name]] for name in names])
+        mu = mu.clamp(min=self.smallest)  # it may be that of a run on more ranks
         return (mu.view(torch.int32) & _EXPONENT).view(torch.float32)
 
     def update(self, skipped: Tensor) -> None:
@@ -68,7 +71,7 @@ class Scaling:
             self.mu.copy_(torch.where(skipped, self.mu, moved))
 
 
-ReduceScatter = Callable[[Tensor, Format, dist.ProcessGroup, Wire], Handle[Tensor]]
+ReduceScatter = Callable[[Sequence[Tensor], Format, dist.ProcessGroup, Wire], Handle[Tensor]]
 
 
 class Fp8Sum:
@@ -100,13 +103,13 @@ class Fp8Sum:
         summing = self._others.start(others, rows) if others else Handle.done({})
         if not fp8:
             return summing
-        # The largest reciprocal is the smallest scale, and NaN is larger than all.
-        reciprocals = torch.stack([gradient.scale.reciprocal() for gradient in fp8.values()])
+        reciprocals = torch.stack([_reciprocal_scale(gradient) for gradient in fp8.values()])
         sharing = max_over_group(reciprocals, self.group, self.wire)
 
         def add_up(means: dict[str, Tensor]) -> dict[str, Tensor]:
-            scales = sharing.wait().reciprocal() * self.scaling.factors(list(fp8))
-            return means | self._mean(fp8, scales, rows)
+            largest = sharing.wait()
+            shared = torch.where(largest == 0.0, 1.0, largest.reciprocal())
+            return means | self._mean(fp8, shared * self.scaling.factors(list(fp8)), rows)
 
         return summing.then(add_up)
 
@@ -118,7 +121,9 @@ class Fp8Sum:
         saturated.zero_()
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor's mu, by `mu.NAME`."""
+        """Every tensor's mu, by `mu.NAME`; none where it is fixed."""
+        if self.scaling.policy != "automatic":
+            return {}
         mu = self.scaling.mu
         return {f"mu.{name}": mu[index] for name, index in self.scaling.index.items()}
 
@@ -152,20 +157,12 @@ class Fp8Sum:
         return partial
 
     def _at_once(self, parts: Parts, reduce_scatter: ReduceScatter) -> list[ScaledTensor]:
-        """What every rank owns in a row of one buffer, all as long as the longest."""
-        sizes = [sum(part.payload.numel() for part in own) for own in parts]
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.scaling.mu.device)
+        codes = [torch.cat([nothing, *(part.payload.reshape(-1) for part in own)]) for own in parts]
         fmt = next(part.format for own in parts for part in own)
-        codes = torch.zeros(
-            len(parts), max(sizes), dtype=torch.uint8, device=self.scaling.mu.device
-        )
-        for row, own, size in zip(codes, parts, sizes, strict=True):
-            if own:
-                torch.cat([part.payload.reshape(-1) for part in own], out=row[:size])
         own = parts[self.group.rank()]
         total = reduce_scatter(codes, fmt, self.group, self.wire).wait()
-        pieces = total[: sum(part.payload.numel() for part in own)].split(
-            [part.payload.numel() for part in own]
-        )
+        pieces = total.split([part.payload.numel() for part in own])
         return [
             ScaledTensor(piece.view(part.shape), part.scale, fmt)
             for piece, part in zip(pieces, own, strict=True)
@@ -185,6 +182,15 @@ class Fp8Sum:
         for name, total in zip(names, totals, strict=True):
             share = saturated_share(total)
             self.scaling.saturated[self.scaling.index[name]] = share
+
+
+def _reciprocal_scale(gradient: ScaledTensor) -> Tensor:
+    """1 / scale, 0 for nothing but zeros: the largest is that of the smallest scale that counts.
+
+    NaN is larger than all (see `max_over_group`).
+    """
+    is_zero = (gradient.payload & 0x7F).max() == 0
+    return torch.where(is_zero, 0.0, gradient.scale.reciprocal())
 
 
 def ring_sum(terms: Sequence[ScaledTensor], owner: int, kernels: ReferenceKernels) -> ScaledTensor:

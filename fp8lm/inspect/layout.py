@@ -148,25 +148,27 @@ def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stag
     chunks = [gpt(config, rows, None, recipe, part) for part in parts]
     weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owned = owned_rows(config, weights, num_replicas)
-    held = _held_bytes(weights)
+    owned, padding = owned_rows(config, weights, num_replicas)
+    held = _held_bytes(weights, padding)
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
     return Stage(tuple(parts), weights, state)
 
 
 def owned_rows(
     config: Config, weights: dict[str, Weight], num_replicas: int
-) -> list[dict[str, Rows]]:
-    """The rows of each weight whose states each replica holds."""
+) -> tuple[list[dict[str, Rows]], int]:
+    """The rows of each weight whose states each replica holds; bytes that pad the weights."""
     if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
         everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
-        return [everything] * num_replicas
-    return rows_by_rank([owner for _, owner in owned_parts(config, weights, num_replicas)])
+        return [everything] * num_replicas, 0
+    owners = owned_parts(config, weights, num_replicas)[1]
+    padded = sum(sum(ownership.slabs) for ownership in owners)
+    return rows_by_rank(owners), padded - sum(w.compute.payload.nbytes for w in weights.values())
 
 
-def _held_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
+def _held_bytes(weights: Mapping[str, Weight], padding: int) -> dict[str, int]:
     return {
-        "weights": sum(weight.compute.nbytes for weight in weights.values()),
+        "weights": sum(weight.compute.nbytes for weight in weights.values()) + padding,
         "grads": sum(weight.grad.value.nbytes for weight in weights.values()),
     }
 

@@ -7,7 +7,10 @@
 A tensor that is cut keeps its one scale. The owners' slabs follow each other in one buffer, in
 which every tensor is contiguous, cut or not:
 
-    rank 0 [ a | b | c.. ] rank 1 [ ..c | d | padding ] rank 2 ...
+    rank 0 [ a | b | c.. ] rank 1 [ ..c | d ] rank 2 ...
+
+The weights may be in several parts, with a buffer each. Whole tensors have the same owners then as
+in one part; row blocks are cut in every part, so that each rank has as many bytes of it.
 """
 
 from __future__ import annotations
@@ -15,32 +18,47 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Tensor2D:
-    """What is placed: `rows` rows (the first dimension) of `row_bytes` each."""
+    """What is placed: `rows` rows (the first dimension) of `columns` elements of `itemsize` bytes.
+
+    The bytes are those of the copy that travels; all states of an element take the same.
+    """
 
     name: str
     rows: int
-    row_bytes: int
+    columns: int
+    itemsize: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return self.rows * self.columns
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row."""
+        return self.columns * self.itemsize
 
     @property
     def nbytes(self) -> int:
         """Size of the whole tensor."""
-        return self.rows * self.row_bytes
+        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """`start[name]`: byte in the buffer; `rows[rank][name]`: first and last row (exclusive).
+    """`slabs[rank]`: bytes; `start[name]`: byte in the buffer; `rows[rank][name]`: first and last.
 
-    Every slab has `slab_bytes`; a rank without rows of a tensor does not name it.
+    The last row is exclusive, and a rank without rows of a tensor does not name it.
     """
 
-    slab_bytes: int
+    slabs: Sequence[int]
     start: Mapping[str, int]
     rows: Sequence[Mapping[str, tuple[int, int]]]
 
@@ -49,35 +67,43 @@ class Ownership:
         """Number of owners."""
         return len(self.rows)
 
-    def load(self, sizes: Mapping[str, int]) -> list[int]:
-        """Elements each rank owns, where a row of tensor `name` has `sizes[name]` of them."""
-        return [
-            sum((stop - start) * sizes[name] for name, (start, stop) in own.items())
-            for own in self.rows
-        ]
 
+def whole_tensors(parts: Sequence[Sequence[Tensor2D]], num_ranks: int) -> list[Ownership]:
+    """Algorithm 1 of the paper over all `parts` together; within a slab tensors keep their order.
 
-def whole_tensors(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
-    """Algorithm 1 of the paper; within a slab tensors keep their order."""
+    Sizes are elements: a rank that owns one holds the same bytes of states for it, whatever the
+    weight is stored in.
+    """
     loads = [0] * num_ranks
     owner = {}
-    for tensor in sorted(tensors, key=lambda tensor: -tensor.nbytes):  # stable
+    tensors = [tensor for part in parts for tensor in part]
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.numel):  # stable
         rank = loads.index(min(loads))
         owner[tensor.name] = rank
-        loads[rank] += _padded(tensor.nbytes, ALIGNMENT)
-    slab = max(loads)
-    start, rows = {}, [{} for _ in range(num_ranks)]
-    filled = [rank * slab for rank in range(num_ranks)]
+        loads[rank] += tensor.numel
+    return [_whole(part, owner, num_ranks) for part in parts]
+
+
+def _whole(tensors: Sequence[Tensor2D], owner: Mapping[str, int], num_ranks: int) -> Ownership:
+    slabs = [0] * num_ranks
+    within, rows = {}, [{} for _ in range(num_ranks)]
     for tensor in tensors:
         rank = owner[tensor.name]
-        start[tensor.name] = filled[rank]
+        within[tensor.name] = slabs[rank]
         rows[rank][tensor.name] = (0, tensor.rows)
-        filled[rank] += _padded(tensor.nbytes, ALIGNMENT)
-    return Ownership(slab, start, rows)
+        slabs[rank] += _padded(tensor.nbytes, ALIGNMENT)
+    first = [0, *accumulate(slabs)]
+    start = {name: first[owner[name]] + offset for name, offset in within.items()}
+    return Ownership(slabs, start, rows)
 
 
-def row_blocks(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
-    """Equal slabs. Their size is a multiple of every row's, so that no boundary cuts a row."""
+def row_blocks(parts: Sequence[Sequence[Tensor2D]], num_ranks: int) -> list[Ownership]:
+    """Equal slabs of every part, so that one all-gather brings it."""
+    return [_cut(part, num_ranks) for part in parts]
+
+
+def _cut(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
+    # A slab is a multiple of every row's bytes, so that no boundary cuts a row.
     ordered = sorted(tensors, key=lambda tensor: -tensor.row_bytes)
     unit = math.lcm(ALIGNMENT, *(tensor.row_bytes for tensor in ordered))
     start, end = {}, 0
@@ -94,7 +120,7 @@ def row_blocks(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
                 own[tensor.name] = tuple(
                     (byte - start[tensor.name]) // tensor.row_bytes for byte in (low, high)
                 )
-    return Ownership(slab, start, rows)
+    return Ownership([slab] * num_ranks, start, rows)
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -31,6 +31,7 @@ class OneReplica:
     """Owns everything, exchanges nothing; `owned` names each weight's rows (first dimension)."""
 
     counts_in_norm = True
+    padding = 0  # bytes held beside the weights
 
     def __init__(self, weights: dict[str, Weight]) -> None:
         self.weights = weights
@@ -102,6 +103,7 @@ class ZeroReplicas(SeveralReplicas):
         super().__init__(weights, buckets)
         self._slabs, self.overlaps = slabs, False
         self.owned = {name: rows for part in slabs for name, rows in part.owned.items()}
+        self.padding = sum(part.padding for part in slabs)
 
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `OneReplica`."""
@@ -152,7 +154,8 @@ def tensors_of(weights: dict[str, Weight]) -> list[Tensor2D]:
     made = []
     for name, weight in weights.items():
         payload = weight.compute.payload
-        made.append(Tensor2D(name, payload.shape[0], payload.nbytes // payload.shape[0]))
+        rows = payload.shape[0]
+        made.append(Tensor2D(name, rows, payload.numel() // rows, payload.itemsize))
     return made
 
 

@@ -1,6 +1,6 @@
 """New weights from their owners to all ranks: one all-gather of bytes.
 
-    buffer [ranks, slab bytes] = [ rank 0's rows | rank 1's rows | .. ]
+    buffer = [ rank 0's rows | rank 1's rows | .. ]
 
 Every rank's compute copies are views of such a buffer; an owner steps its rows where they lie and
 sends its slab. Scales do not travel: every rank computes them from shared amaxes, the same bits.
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8lm.comm import Handle, Wire, all_gather_bytes
+from fp8lm.comm import Handle, Wire, all_gather_slabs
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.weight import Weight
 from fp8lm.parallel.ownership import Ownership
@@ -38,27 +38,32 @@ class WeightSlabs:
     ) -> None:
         self.names = list(weights)
         self.owned = dict(ownership.rows[group.rank()])
-        self._weights, self._rows = weights, ownership.rows
+        self._weights, self._rows, self._sizes = weights, ownership.rows, ownership.slabs
         self._group, self._wire, self._kernels = group, wire, kernels
         self._arriving: Handle[Tensor] | None = None
         device = next(iter(weights.values())).compute.device
-        shape = (ownership.num_ranks, ownership.slab_bytes)
-        self._buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._buffer = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
         for name, weight in weights.items():
             start, payload = ownership.start[name], weight.compute.payload
-            view = self._buffer.view(-1)[start : start + payload.nbytes]
+            view = self._buffer[start : start + payload.nbytes]
             view = view.view(payload.dtype).view(payload.shape)
             weight.rebind(view.copy_(payload))
+
+    @property
+    def padding(self) -> int:
+        """Bytes of the buffer that no weight fills."""
+        return self._buffer.nbytes - sum(w.compute.payload.nbytes for w in self._weights.values())
 
     def start_gather(self) -> None:
         """Send this rank's rows; `wait` before anything reads a weight."""
         self.wait()
         if self._wire.precision == "bf16":
-            message = self._values().view(torch.uint8)
-            self._arriving = all_gather_bytes(message, self._group, self._wire).then(self._take)
+            counts = [self._count(own) for own in self._rows]
+            message, sizes = self._values(counts), [2 * count for count in counts]
+            arriving = all_gather_slabs(message.view(torch.uint8), sizes, self._group, self._wire)
+            self._arriving = arriving.then(lambda received: self._take(received, sizes))
         else:
-            own = self._buffer[self._group.rank()]
-            self._arriving = all_gather_bytes(own, self._group, self._wire, out=self._buffer)
+            self._arriving = all_gather_slabs(self._buffer, self._sizes, self._group, self._wire)
 
     def wait(self) -> None:
         """Return when all weights are there; at once if nothing is under way."""
@@ -66,17 +71,17 @@ class WeightSlabs:
             arriving, self._arriving = self._arriving, None
             arriving.wait()
 
-    def _values(self) -> Tensor:
-        sizes = [self._count(own) for own in self._rows]
-        message = torch.zeros(max(sizes), dtype=torch.bfloat16, device=self._buffer.device)
-        parts = [self._part(name, rows) for name, rows in self.owned.items()]
-        if parts:
-            values = [part.dequantize(self._kernels, torch.bfloat16).reshape(-1) for part in parts]
-            message[: sizes[self._group.rank()]] = torch.cat(values)
+    def _values(self, counts: list[int]) -> Tensor:
+        message = torch.empty(sum(counts), dtype=torch.bfloat16, device=self._buffer.device)
+        start = sum(counts[: self._group.rank()])
+        for name, rows in self.owned.items():
+            values = self._part(name, rows).dequantize(self._kernels, torch.bfloat16)
+            message[start : start + values.numel()].copy_(values.view(-1))
+            start += values.numel()
         return message
 
-    def _take(self, received: Tensor) -> Tensor:
-        for rank, message in enumerate(received):
+    def _take(self, received: Tensor, sizes: list[int]) -> Tensor:
+        for rank, message in enumerate(received.split(sizes)):
             if rank == self._group.rank():
                 continue
             start, values = 0, message.view(torch.bfloat16)

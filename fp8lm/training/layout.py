@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars, reduce_scatter_fp8, sums_fp8
-from fp8lm.comm.groups import ProcessGroups, node_groups, stage_groups
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.groups import ProcessGroups, node_groups, processes_per_node, stage_groups
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
@@ -108,8 +106,8 @@ def build_replicas(
     parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
     if group.size() == 1:
         return OneReplica(weights)
-    parts = owned_parts(config, weights, group.size())
-    rows = rows_by_rank([ownership for _, ownership in parts])
+    parts, owners = owned_parts(config, weights, group.size())
+    rows = rows_by_rank(owners)
     buckets = GradientBuckets(
         weights,
         rows,
@@ -124,19 +122,23 @@ def build_replicas(
     # Weights that are not FP8 travel as they are stored.
     sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
-    slabs = [WeightSlabs(part, ownership, group, params, kernels) for part, ownership in parts]
+    slabs = [
+        WeightSlabs(part, ownership, group, params, kernels)
+        for part, ownership in zip(parts, owners, strict=True)
+    ]
     return ZeroReplicas(weights, slabs, buckets)
 
 
 def owned_parts(
     config: Config, weights: dict[str, Weight], replicas: int
-) -> list[tuple[dict[str, Weight], Ownership]]:
+) -> tuple[list[dict[str, Weight]], list[Ownership]]:
     """`weights` in the parts that travel apart, and who of `replicas` ranks owns what of each."""
     parallel = config.parallel
     place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
     # Forward can only begin with the first weights if these travel apart from the last.
     size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    return [(part, place(tensors_of(part), replicas)) for part in in_parts(weights, size)]
+    parts = in_parts(weights, size)
+    return parts, place([tensors_of(part) for part in parts], replicas)
 
 
 def rows_by_rank(parts: list[Ownership]) -> list[dict[str, tuple[int, int]]]:
@@ -161,8 +163,9 @@ def build_reduction(
     """
     kind, group = config.precision.grad_reduce, groups.data_parallel
     if kind == "fp32_accumulate":
-        launched = Launch.from_environment(os.environ)
-        nodes = node_groups(groups, config.parallel.node_size or launched.local_world_size)
+        # Each rank knows its own machine only: what they do has to follow from what all know.
+        size = config.parallel.node_size or processes_per_node()
+        nodes = None if size is None else node_groups(groups, size)
         if nodes is None:
             return Fp32Accumulate(group, wire, kernels)
         return HierarchicalAccumulate(group, nodes.node, nodes.across, wire, kernels)

@@ -43,11 +43,12 @@ class Reporter:
         self._logger.log_text(describe_state(run.optimizer, linear))
         if self._peak is not None:
             self._logger.log_text(f" MFU is the share of {self._peak}")
-        self._constants = {
-            f"state_bytes/{kind}": size for kind, size in state_bytes(run.optimizer).items()
-        } | {
+        padding = run.replicas.padding
+        held = state_bytes(run.optimizer, padding=padding)
+        per_parameter = bytes_per_parameter(run.optimizer, list(run.weights), padding)
+        self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
             "parameters": _count_parameters(run),
-            "state_bytes_per_parameter": bytes_per_parameter(run.optimizer, list(run.weights)),
+            "state_bytes_per_parameter": per_parameter,
             "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
         }
 

@@ -86,16 +86,19 @@ def blocks(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shar
     return found
 
 
-def state_bytes(optimizer: AdamW, names: list[str] | None = None) -> dict[str, int]:
+def state_bytes(
+    optimizer: AdamW, names: list[str] | None = None, padding: int = 0
+) -> dict[str, int]:
     """Bytes this process holds for its weights (all, or those in `names`), by kind.
 
-    Counted from the buffers themselves, scales included.
+    Counted from the buffers themselves, scales included. `padding`: what the buffers of weights
+    have beyond these (see `OneReplica.padding`).
     """
     names = list(optimizer.weights) if names is None else names
     weights = [optimizer.weights[name] for name in names]
     states = [optimizer.states[name] for name in names if name in optimizer.states]
     return {
-        "weights": sum(weight.compute.nbytes for weight in weights),
+        "weights": sum(weight.compute.nbytes for weight in weights) + padding,
         "grads": sum(weight.grad.value.nbytes for weight in weights),
         "master": sum(state.master.nbytes for state in states if state.owns_master),
         "exp_avg": sum(state.exp_avg.nbytes for state in states),
@@ -112,9 +115,9 @@ def linear_weights(weights: dict[str, Weight]) -> list[str]:
     ]
 
 
-def bytes_per_parameter(optimizer: AdamW, names: list[str]) -> float:
+def bytes_per_parameter(optimizer: AdamW, names: list[str], padding: int = 0) -> float:
     """Bytes of state this process holds for each parameter of the weights in `names`."""
-    return sum(state_bytes(optimizer, names).values()) / _count(optimizer, names)
+    return sum(state_bytes(optimizer, names, padding).values()) / _count(optimizer, names)
 
 
 def describe_state(optimizer: AdamW, names: list[str]) -> str:

@@ -32,12 +32,12 @@ def reducer(group, policy, world=None, native=None):
 
 def like_nccl(codes, fmt, group, wire):
     """A collective of the backend that sums in FP8, in the ring's order; gloo has none."""
-    gathered = all_gather_bytes(codes.view(-1), group, Wire("grads", "fp8", WireCounter())).wait()
+    gathered = all_gather_bytes(torch.cat(codes), group, Wire("grads", "fp8", WireCounter())).wait()
+    sizes = [part.numel() for part in codes]
     terms = [
-        ScaledTensor(rank_codes.view_as(codes)[group.rank()], torch.ones(()), fmt)
+        ScaledTensor(rank_codes.split(sizes)[group.rank()], torch.ones(()), fmt)
         for rank_codes in gathered
     ]
-    wire.count((group.size() - 1) * codes.shape[1])
     return Handle.done(ring_sum(terms, group.rank(), KERNELS).payload)
 
 
@@ -132,10 +132,38 @@ def test_fixed_factors_stay(policy, run_distributed):
         assert mu == {"pre_scaling": 0.25, "post_scaling": 1.0}[policy]
 
 
+def remembered(policy):
+    return list(reducer(dist.group.WORLD, policy).named_tensors())
+
+
+def test_only_a_mu_that_moves_is_remembered(run_distributed):
+    """A fixed one that came from a checkpoint would be that of another policy, or size."""
+    assert run_distributed(remembered, 2, "automatic")[0] == ["mu.w"]
+    for policy in ("pre_scaling", "post_scaling"):
+        assert run_distributed(remembered, 2, policy)[0] == []
+
+
 def test_zero_gradients(run_distributed):
     for means, share, mu, _ in run_distributed(reduce, 2, "automatic", 0.0):
         assert not means["w"].any()
         assert (share, mu) == (0.0, pytest.approx(GROWTH))
+
+
+def silent_but_for(rank, policy):
+    """The mean where rank `rank` has small gradients, far below 1, and the others none."""
+    group = dist.group.WORLD
+    value = torch.full(SHAPE, 1e-4) if group.rank() == rank else torch.zeros(SHAPE)
+    if group.rank() == 0:
+        value.mul_(-1.0)  # zeros may have a sign
+    sent = quantize(value, E4M3, KERNELS)
+    return reducer(group, policy).start({"w": sent}, rows_of(group.size())).wait()["w"]
+
+
+@pytest.mark.parametrize("policy", ["automatic", "pre_scaling", "post_scaling"])
+def test_a_rank_without_a_gradient_does_not_flush_the_others(policy, run_distributed):
+    # The scale of nothing but zeros is 1, the smallest of all: 1e-4 would be below subnormals.
+    for mean in run_distributed(silent_but_for, 4, 2, policy):
+        torch.testing.assert_close(mean, torch.full_like(mean, 1e-4 / 4), rtol=2.0**-4, atol=0)
 
 
 def test_a_fault_on_one_rank_reaches_every_owner(run_distributed):
@@ -167,6 +195,12 @@ def test_mu_is_applied_as_a_power_of_two():
     scaling = Scaling(["a", "b", "c"], 8, "automatic", CPU)
     scaling.mu.copy_(torch.tensor([1.9, 1.0, 0.26]))
     assert scaling.factors(["c", "a", "b"]).tolist() == [0.25, 1.0, 1.0]
+
+
+def test_mu_of_a_larger_run_is_not_below_what_this_one_needs():
+    scaling = Scaling(["w"], 4, "automatic", CPU)
+    scaling.mu.fill_(2.0**-6)  # from a checkpoint of 64 ranks
+    assert scaling.factors(["w"]) == 0.25
 
 
 def snr(found, true):

@@ -20,6 +20,10 @@ RUNS = [
     (4, {"parallel": {"partition": "even"}}),
     (4, {"parallel": {"use_distributed_optimizer": False}, "precision": {"preset": "o2"}}),
     (4, {"parallel": {"overlap_param_gather": True, "ddp_bucket_size": 20000}, "model": POSITIONS}),
+    (
+        4,
+        {"parallel": {"overlap_param_gather": True, "ddp_bucket_size": 20000, "partition": "even"}},
+    ),
     (2, {"parallel": PP2 | INTERLEAVED, "model": LLAMA}),
     (2, {"parallel": PP2 | UNEVEN, "precision": {"preset": "te"}}),
     (8, {"parallel": TP2 | PP2}),
@@ -38,7 +42,8 @@ def held(config):
             groups.data_parallel.rank(),
             groups.pipeline_parallel.rank(),
         )
-        return state_bytes(run.optimizer), place, sorted(run.weights), dist.get_rank()
+        state = state_bytes(run.optimizer, padding=run.replicas.padding)
+        return state, place, sorted(run.weights), dist.get_rank()
 
 
 @pytest.mark.parametrize(("world_size", "sections"), RUNS)
