@@ -1,7 +1,8 @@
 """Weight gradients computed later than the backward that found their operands.
 
 A linear layer's wgrad GEMM is a step of its own; a zero-bubble schedule runs it where a stage
-would wait. Until then its operands, in FP8, are held.
+would wait. Until then its operands, in FP8, are held; under sequence parallelism this rank's part
+of the input, which is gathered when it is needed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ class DeferredGradients:
         self._waiting: dict[int, list[Callable[[], None]]] = {}
         self._collecting: int | None = None
 
+    @property
+    def is_collecting(self) -> bool:
+        """Whether gradients wait."""
+        return self._collecting is not None
+
     def add(self, compute: Callable[[], None]) -> None:
         """Run `compute` now, or with the others of its micro-batch."""
-        if self._collecting is None:
-            compute()
-        else:
+        if self.is_collecting:
             self._waiting.setdefault(self._collecting, []).append(compute)
+        else:
+            compute()
 
     @contextmanager
     def collecting(self, microbatch: int | None) -> Iterator[None]:

@@ -128,15 +128,19 @@ class _LinearFunction(torch.autograd.Function):
         dy_TO = output_edge.gather(sent, precision.grad_output, kernels).wait()
         # The inputs travel while dgrad runs, its result while wgrad runs.
         x_saved = ScaledTensor(*ctx.saved_tensors, ctx.saved_format)
-        gathering = input_edge.gather(x_saved, precision.input, kernels)
+        # Those of a gradient that is computed later travel then: until then a rank holds its own.
+        gathering = None
+        if not weight.deferred.is_collecting:
+            gathering = input_edge.gather(x_saved, precision.input, kernels)
         reducing = None
         if ctx.needs_input_grad[0]:
             w_OI = weight.operand(input_edge.share_amax)
             dx_TI = kernels.gemm(dy_TO.operand, w_OI.t().operand, out_dtype=dtype)
             reducing = input_edge.reduce(dx_TI, kernels)
-        x_TI = gathering.wait()
 
         def compute_weight_gradient() -> None:
+            arriving = gathering or input_edge.gather(x_saved, precision.input, kernels)
+            x_TI = arriving.wait()
             dw_OI = kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype)
             weight.grad.add(dw_OI)
 

@@ -20,7 +20,7 @@ from fp8lm.comm.groups import StageGroups
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.stages import StageWire
 from fp8lm.layers.deferred import DeferredGradients
-from fp8lm.parallel.schedule import Action, Schedule
+from fp8lm.parallel.schedule import Action, Schedule, forwards
 from fp8lm.parallel.stages import TiedEnds
 
 Batch = dict[str, Tensor]
@@ -84,9 +84,9 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, microbatches: list[Batch]) -> Tensor:
         """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
-        for k in range(len(microbatches)):
-            for chunk in range(len(self.chunks)):
-                self._forward(Action("F", k, chunk), microbatches)
+        self._most_messages = self.num_stages
+        for action in forwards(self.num_stages, len(microbatches), len(self.chunks)):
+            self._forward(action, microbatches)
         return self._finish()
 
     def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
@@ -132,7 +132,8 @@ class Pipeline:
         """Send without waiting, except for a message so old that it has been received.
 
         A stage that has as many micro-batches in flight as the schedule allows does nothing more
-        before it has received the gradient of the first, and its neighbour likewise.
+        before it has received the gradient of the first, and its neighbour likewise. Without
+        gradients, as many as there are stages go through a chunk before the next.
         """
         sending.append(self.wire.send(x, to, self._channel(self.stage, to)))
         while len(sending) > self._most_messages:

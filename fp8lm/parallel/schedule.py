@@ -74,23 +74,27 @@ def interleaved(num_stages: int, num_microbatches: int, num_chunks: int) -> Sche
     if num_microbatches % num_stages:
         raise ValueError(f"{num_microbatches} micro-batches do not divide by {num_stages} stages")
     total = num_microbatches * num_chunks
-    order = [
-        (group + k, chunk)
-        for group in range(0, num_microbatches, num_stages)
-        for chunk in range(num_chunks)
-        for k in range(num_stages)
-    ]
-    forwards = [Action("F", k, chunk) for k, chunk in order]
-    backwards = [Action("B", k, num_chunks - 1 - chunk) for k, chunk in order]
+    ups = forwards(num_stages, num_microbatches, num_chunks)
+    downs = [Action("B", up.microbatch, num_chunks - 1 - up.chunk) for up in ups]
     stages = []
     for stage in range(num_stages):
         ahead = min(2 * (num_stages - stage - 1) + (num_chunks - 1) * num_stages, total)
-        actions = forwards[:ahead]
+        actions = ups[:ahead]
         for i in range(total):
-            actions += forwards[ahead + i : ahead + i + 1]
-            actions.append(backwards[i])
+            actions += ups[ahead + i : ahead + i + 1]
+            actions.append(downs[i])
         stages.append(tuple(actions))
     return Schedule(tuple(stages), num_chunks)
+
+
+def forwards(num_stages: int, num_microbatches: int, num_chunks: int) -> list[Action]:
+    """All forwards of a stage: p micro-batches through each chunk in turn, any number in all."""
+    return [
+        Action("F", k, chunk)
+        for first in range(0, num_microbatches, num_stages)
+        for chunk in range(num_chunks)
+        for k in range(first, min(first + num_stages, num_microbatches))
+    ]
 
 
 def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:

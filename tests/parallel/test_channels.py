@@ -54,7 +54,7 @@ class Recorder:
         return group.name, frozenset((self.stage, other))
 
 
-def operations(kind, stages, microbatches, stage, names=("up", "down")):
+def operations(kind, stages, microbatches, stage, names=("up", "down"), training=True):
     groups = StageGroups(*(Stage(name, stage, stages) for name in names), None, None)
     chunk = [lambda h, batch: (torch.ones(1, 1, 1, requires_grad=True) if h is None else h) * 1]
     last = [lambda h, batch: h.sum()] if stage == stages - 1 else chunk
@@ -64,7 +64,10 @@ def operations(kind, stages, microbatches, stage, names=("up", "down")):
     pipeline = Pipeline(
         chunk * (chunks - 1) + last, run, groups, wire, CPU, DeferredGradients(), None
     )
-    pipeline.train([{}] * microbatches, lambda: None)
+    if training:
+        pipeline.train([{}] * microbatches, lambda: None)
+    else:
+        pipeline.evaluate([{}] * microbatches)
     return wire.operations
 
 
@@ -102,6 +105,17 @@ def play(stages):
 def test_no_stage_waits_for_ever(kind, stages):
     for microbatches in (stages, 2 * stages, 4 * stages):
         played = [operations(kind, stages, microbatches, stage) for stage in range(stages)]
+        assert all(len(done) >= microbatches for done in played)
+        assert play(played) == [0] * stages
+
+
+@pytest.mark.parametrize("kind", [ONE, ("1f1b", 2), SEVERAL], ids=str)
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_no_stage_waits_for_ever_in_an_evaluation(kind, stages):
+    for microbatches in (1, stages, stages + 1, 4 * stages - 1):
+        played = [
+            operations(kind, stages, microbatches, stage, training=False) for stage in range(stages)
+        ]
         assert all(len(done) >= microbatches for done in played)
         assert play(played) == [0] * stages
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from fp8lm.layers.cross_entropy import cross_entropy
+from fp8lm.layers.deferred import DeferredGradients
 from fp8lm.layers.edge import ALONE
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.weight import GemmWeight, WeightSpec
@@ -100,6 +101,46 @@ def test_linear(run_distributed, size, sequence_parallel, kind):
         arguments = kind, sequence_parallel, precision, wire
         for errors in run_distributed(compare_linear, size, *arguments):
             assert max(errors) < bound, (precision, wire, errors)
+
+
+def deferred_bytes(kind):
+    """Bytes gathered in a backward that defers its weight gradient, and when that is computed.
+
+    And whether the gradient is that of a backward that does not.
+    """
+    tp = tensor_parallel(sequence_parallel=True, gather="fp8", reduce="fp8")
+    gradients, sent = [], []
+    at_input, at_output = (TOKENS // 2, IN), (TOKENS // 2, OUT)
+    if kind == "row":
+        at_input = (TOKENS, IN // 2)
+    else:
+        at_output = (TOKENS, OUT // 2)
+    for microbatch in (None, 7):
+        linear, deferred = layer(kind, tp, dict(preset="o3")), DeferredGradients()
+        linear.weight.defer_gradient(deferred)
+        x = random(*at_input, seed=3 + tp.rank, dtype=torch.bfloat16).requires_grad_()
+        y = linear(x)
+        dy = random(*at_output, seed=5 + tp.rank, dtype=torch.bfloat16)
+        counter = tp.gather_wire.counter
+        counter.take()
+        with deferred.collecting(microbatch):
+            y.backward(dy)
+        sent.append(counter.take()["tp_gather"])
+        if microbatch is not None:
+            deferred.compute(microbatch)
+            sent.append(counter.take()["tp_gather"])
+        gradients.append(linear.weight.grad.value.dequantize(KERNELS))
+    return sent, torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_a_deferred_gradient_gathers_its_input_when_it_is_computed(run_distributed, kind):
+    """Until then a rank holds its own part of the sequence, not the whole of it."""
+    for (at_once, before, later), same in run_distributed(deferred_bytes, 2, kind):
+        assert same
+        assert at_once == before + later
+        # One byte per element of this rank's input; a row-parallel layer gathers none.
+        assert later == (TOKENS // 2 * IN if kind == "column" else 0)
 
 
 VOCABULARY, HIDDEN = 32, 16

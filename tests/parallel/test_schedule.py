@@ -9,6 +9,7 @@ import pytest
 from fp8lm.parallel.schedule import (
     Action,
     Schedule,
+    forwards,
     interleaved,
     one_forward_one_backward,
     simulate,
@@ -48,6 +49,31 @@ def test_zero_bubble(p):
         assert trace.seconds <= whole.seconds
         if m >= p:
             assert trace.bubble == pytest.approx((p - 1) / (3 * m + p - 1))
+
+
+def ends(p, m, chunks):
+    """When stages of unit speed that only do forwards are done, by arithmetic of its own."""
+    done, clock = {}, [0] * p
+    left = [list(forwards(p, m, chunks)) for _ in range(p)]
+    while any(left):
+        for stage, todo in enumerate(left):
+            while todo:
+                virtual = todo[0].chunk * p + stage
+                before = done.get((virtual - 1, todo[0].microbatch), None if virtual else 0)
+                if before is None:
+                    break
+                clock[stage] = done[virtual, todo[0].microbatch] = max(clock[stage], before) + 1
+                todo.pop(0)
+    return max(clock)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_forwards_alone_fill_the_pipeline(p, chunks):
+    for m in (p, 2 * p, 8 * p):
+        assert ends(p, m, chunks) == m * chunks + p - 1
+    for m in (1, p + 1, 3 * p - 1):  # the last group may have gaps
+        assert m * chunks + p - 1 <= ends(p, m, chunks) <= (m + p) * chunks + p - 1
 
 
 def test_it_prints_like_the_figure():

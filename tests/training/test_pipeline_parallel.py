@@ -35,7 +35,9 @@ LAYOUTS = {
     "pp2 interleaved": (2, pp(2) | VIRTUAL),
     "pp4 zb-h1": (4, pp(4) | ZB),
     "pp2 dp2": (4, pp(2)),
+    "pp2 dp2 zb-h1": (4, pp(2) | ZB),
     "pp2 tp2": (4, pp(2) | TP2),
+    "pp2 tp2 zb-h1": (4, pp(2) | TP2 | ZB),
 }
 ALL = {
     "tp2 pp2 dp2": (8, pp(2) | TP2 | {"partition": "even"}),
@@ -114,7 +116,7 @@ def in_flight(config):
 
         def count(*args):
             send(*args)
-            messages.append(max(map(len, pipeline._sending)))
+            messages.append(max(map(len, pipeline._sending.values())))
 
         pipeline._send = count
         trainer.train()
