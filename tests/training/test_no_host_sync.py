@@ -1,20 +1,37 @@
 """A training step asks the device for no value: on the meta device, which has none, it runs whole.
 
 There `.item()`, `.tolist()` and `bool()` raise, as does an operation that mixes tensors of both
-devices (of one dimension or more). On a GPU either would stop the host in every step.
+devices (of one dimension or more). On a GPU either would stop the host in every step. Of several
+ranks this process is one; what they would send each other goes nowhere.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars
 from fp8lm.config import OptimizerConfig, PrecisionConfig
+from fp8lm.gradient.buckets import GradientBuckets
+from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.gradient.reduction import Fp32Accumulate
 from fp8lm.kernels.hopper import HopperKernels
+from fp8lm.layers.edge import ALONE
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
+from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.parallel import TensorParallel
+from fp8lm.parallel.ownership import row_blocks, whole_tensors
+from fp8lm.parallel.replicas import ZeroReplicas, in_parts, tensors_of
+from fp8lm.parallel.weight_slabs import WeightSlabs
+from fp8lm.training.layout import rows_by_rank
 from fp8lm.training.step import evaluate, train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 
@@ -32,23 +49,92 @@ def batch():
     }
 
 
-def made(model, preset):
-    precision = PrecisionConfig(preset=preset)
-    kernels = HopperKernels()
-    recipe = Recipe.from_config(precision, kernels, META)
-    config = model_config(**SHAPES[model], **DROPOUT)
-    gpt = GPTModel(config, VOCABULARY, recipe, num_ids=VOCABULARY - 3)
+KERNELS = HopperKernels()
+
+
+def model(shape, precision, partition=ALONE):
+    recipe = Recipe.from_config(precision, KERNELS, META, partition)
+    config = model_config(**SHAPES[shape], **DROPOUT)
+    return GPTModel(config, VOCABULARY, recipe, num_ids=VOCABULARY - 3)
+
+
+def optimizer(weights, precision, **where):
     states = StatePrecision.from_config(precision)
-    adam = AdamW(named_weights(gpt), OptimizerConfig(lr=1e-3), states, kernels, seed=1)
-    for name, weight in adam.weights.items():
+    adam = AdamW(weights, OptimizerConfig(lr=1e-3), states, KERNELS, seed=1, **where)
+    for name, weight in weights.items():
         adam.initialize(name, torch.zeros(weight.spec.shape))
-    return gpt, adam
+    return adam
 
 
-@pytest.mark.parametrize("model", ["gpt", "llama"])
+def check_two_steps(gpt, adam, replicas=None):
+    for _ in range(2):  # weights of the first may still travel in the second
+        step = train_step(gpt, adam, [batch(), batch()], 1e-3, replicas)
+    if replicas is not None:
+        replicas.wait_for_weights()
+    adam.share_amax()
+    told = step.loss, step.grad_norm, step.skipped, step.stop, adam.params_norm()
+    assert {x.device for x in told} == {META}
+
+
+@pytest.mark.parametrize("shape", ["gpt", "llama"])
 @pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
-def test_a_step_and_an_evaluation(preset, model):
-    gpt, adam = made(model, preset)
-    step = train_step(gpt, adam, [batch(), batch()], 1e-3)
-    loss = evaluate(gpt, [batch()])
-    assert {x.device for x in (step.loss, step.grad_norm, step.skipped, step.stop, loss)} == {META}
+def test_steps_and_an_evaluation(preset, shape):
+    precision = PrecisionConfig(preset=preset)
+    gpt = model(shape, precision)
+    check_two_steps(gpt, optimizer(named_weights(gpt), precision))
+    assert evaluate(gpt, [batch()]).device == META
+
+
+@pytest.fixture
+def ranks():
+    """This process as rank 5 of 8: shard 1 of 2, replica 2 of 4, on nodes of two replicas."""
+    dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
+    lists = {"tp": [4, 5], "dp": [1, 3, 5, 7], "node": [5, 7], "across": [1, 5]}
+    try:
+        yield {name: dist.new_group(members) for name, members in lists.items()}
+    finally:
+        dist.destroy_process_group()
+
+
+def summed_by_nccl(codes, fmt, group, wire):
+    return Handle.done(codes[group.rank()])
+
+
+def reduction(kind, groups, wire, weights):
+    if kind == "two hops":
+        return HierarchicalAccumulate(groups["dp"], groups["node"], groups["across"], wire, KERNELS)
+    if kind == "fp8_sum":
+        names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
+        scaling = Scaling(names, groups["dp"].size(), "automatic", META)
+        return Fp8Sum(groups["dp"], dist.group.WORLD, wire, KERNELS, scaling, summed_by_nccl)
+    return Fp32Accumulate(groups["dp"], wire, KERNELS)
+
+
+@pytest.mark.parametrize("preset", ["bf16", "o3"])
+@pytest.mark.parametrize("place", [whole_tensors, row_blocks])
+@pytest.mark.parametrize("kind", ["fp32_accumulate", "two hops", "fp8_sum"])
+def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
+    counter, group = WireCounter(), ranks["dp"]
+    tp = TensorParallel(
+        group=ranks["tp"],
+        sequence_parallel=True,
+        gather_wire=Wire("tp_gather", "fp8", counter),
+        reduce_wire=Wire("tp_reduce", "fp8", counter),
+        kernels=KERNELS,
+    )
+    precision = PrecisionConfig(preset=preset)
+    gpt = model("gpt", precision, tp)
+    weights, grads = named_weights(gpt), Wire("grads", "fp8", counter)
+    parts = in_parts(weights, 3000)
+    owners = place([tensors_of(part) for part in parts], group.size())
+    buckets = GradientBuckets(
+        weights, rows_by_rank(owners), reduction(kind, ranks, grads, weights), 2000, overlap=True
+    )
+    params = Wire("params", "fp8", counter)
+    slabs = [WeightSlabs(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
+    replicas = ZeroReplicas(weights, slabs, buckets)
+    replicas.overlap_gather(gpt)
+    exchange = partial(all_gather_scalars, group=dist.group.WORLD, wire=grads)
+    adam = optimizer(weights, precision, partition=tp, owned=replicas.owned, exchange=exchange)
+    check_two_steps(gpt, adam, replicas)
+    assert all(count for wire, count in counter.sent.items() if wire != "pipeline")
