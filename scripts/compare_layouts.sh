@@ -60,6 +60,7 @@ tensor_data() {
   train tp2-no-sp-bf16-wires "${tp2[@]}" "$no_sp" "${bf16[@]}"
   train tp4-bf16-wires "${tp4[@]}" "${bf16[@]}"
   train tp4 "${tp4[@]}"
+  train tp4-no-sp "${tp4[@]}" "$no_sp"
   dp4=(4 train.micro_batch_size=16)
   train dp4-bf16 "${dp4[@]}" precision.preset=bf16
   train dp4 "${dp4[@]}"
@@ -67,7 +68,7 @@ tensor_data() {
   train dp2-tp2 "${tp2[@]/#2/4}" train.micro_batch_size=32
 
   names=(bf16 o3 tp2-bf16-wires tp2-gather tp2-reduce tp2 tp2-no-sp-bf16-wires tp2-no-sp
-    tp4-bf16-wires tp4 dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
+    tp4-bf16-wires tp4 tp4-no-sp dp4-bf16 dp4 dp4-fp8-sum dp2-tp2)
   compare tensor-data
 }
 

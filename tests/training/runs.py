@@ -25,7 +25,7 @@ LLAMA = {
 
 
 @contextlib.contextmanager
-def trainer_of(config):
+def trainer_of(config, device="cpu"):
     """A trainer of this rank's part of the job, within its process groups."""
     parallel = config.parallel
     with (
@@ -35,12 +35,12 @@ def trainer_of(config):
             pipeline_parallel=parallel.pipeline_model_parallel_size,
         ) as groups,
     ):
-        yield Trainer(build(config, groups, torch.device("cpu")))
+        yield Trainer(build(config, groups, torch.device(device)))
 
 
-def train(config):
+def train(config, device="cpu"):
     """Train on all ranks; this rank's state, and how each weight is split."""
-    with trainer_of(config) as trainer:
+    with trainer_of(config, device) as trainer:
         trainer.train()
     run = trainer.run
     tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
