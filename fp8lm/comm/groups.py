@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fp8lm.comm.launch import Launch
+from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron
 
@@ -257,6 +258,8 @@ def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -
 
 
 def _check_gpus(launch: Launch, backend: str, num_gpus: int) -> None:
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise InputError(NO_NCCL)
     if backend == "nccl" and launch.local_rank >= num_gpus:
         raise InputError(
             f"LOCAL_RANK={launch.local_rank} on a machine with {num_gpus} GPUs: NCCL needs one for "

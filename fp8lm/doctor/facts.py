@@ -39,6 +39,7 @@ class Accelerators:
 
     gpus: tuple[Gpu, ...] = ()
     cuda: str | None = None  # that PyTorch was built for
+    rocm: str | None = None  # likewise
     driver: str | None = None
     nccl: tuple[int, ...] | None = None
     error: str | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fp8lm.devices import NO_NCCL, NO_ROCM
 from fp8lm.doctor.facts import Accelerators, Execution, Facts, Gpu, Package
 
 NCCL_FP8_VERSION = (2, 24)  # reduces FP8 itself from here on,
@@ -54,10 +55,13 @@ def judge_python(found: str, tested: str) -> Finding:
     if not tested:
         cure = "fp8lm is not installed, and what it needs is unknown: pip install its folder"
         return Finding("python", found, "problem", cure)
-    if _position(found, tested) == 0:
-        return Finding("python", found, remark=f"tested {tested}")
-    cure = f"python {found} is too old: use one {tested}"
-    return Finding("python", found, "problem", cure)
+    position = _position(found, tested)
+    if position < 0:
+        cure = f"python {found} is too old: use one {tested}"
+        return Finding("python", found, "problem", cure)
+    if position > 0:
+        return Finding("python", found, "note", f"not tested with this version: {tested}")
+    return Finding("python", found, remark=f"tested {tested}")
 
 
 def judge_package(package: Package, packages: Sequence[Package] = ()) -> Finding:
@@ -72,6 +76,9 @@ def judge_package(package: Package, packages: Sequence[Package] = ()) -> Finding
     if package.error is not None:
         if (cause := _cause(package, packages)) is not None:
             return Finding(name, found, "note", f"cannot be imported because of {cause}")
+        if name == "triton":
+            costs = f"cannot be imported ({package.error}), which costs {WITHOUT[name]}"
+            return Finding(name, found, "note", costs)
         return Finding(name, found, "problem", _broken(package))
     position = _position(package.version, package.tested)
     if position < 0:
@@ -116,6 +123,8 @@ def judge_accelerators(found: Accelerators, torch_version: str | None) -> Iterat
     if found.error is not None:
         line = f"CUDA fails ({found.error}): check the GPU with nvidia-smi, or use train.device=cpu"
         yield Finding("GPU", "unknown", "problem", line)
+    elif found.rocm is not None:
+        yield Finding("GPU", "AMD", "problem", f"torch {torch_version}: {NO_ROCM}")
     elif not found.gpus:
         yield Finding("GPU", "none", "note", _why_no_gpu(found, torch_version))
     for index, gpu in enumerate(found.gpus):
@@ -144,10 +153,13 @@ def _why_no_gpu(found: Accelerators, torch_version: str | None) -> str:
 def judge_nccl(version: tuple[int, ...] | None, gpus: tuple[Gpu, ...]) -> Finding:
     """NCCL, and whether it adds FP8 by itself on these GPUs (`fp8lm.comm.sums_fp8`)."""
     if version is None:
+        if gpus:
+            return Finding("NCCL", "none", "problem", NO_NCCL)
         return Finding("NCCL", "none", remark="processes talk through gloo")
-    able = version[:2] >= NCCL_FP8_VERSION and any(
+    able = version[:2] >= NCCL_FP8_VERSION and all(
         gpu.capability >= NCCL_FP8_CAPABILITY for gpu in gpus
     )
+    able = able and bool(gpus)
     sums = "in NCCL" if able else "in a ring of sends, as this NCCL or GPU does not add FP8"
     remark = f"grad_reduce: fp32_accumulate moves bytes, fp8_sum adds {sums}"
     return Finding("NCCL", ".".join(map(str, version)), remark=remark)

@@ -26,6 +26,7 @@ def find_accelerators() -> Accelerators:
     return Accelerators(
         gpus=tuple(_gpu(torch.cuda.get_device_properties(index)) for index in range(count)),
         cuda=torch.version.cuda,
+        rocm=torch.version.hip,
         driver=find_driver(),
         nccl=tuple(nccl) if nccl is not None else None,
     )
@@ -36,8 +37,10 @@ def find_driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, timeout=30, check=True).stdout
-        return output.decode(errors="replace").split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        first = output.decode(errors="replace").strip().partition("\n")[0]
+        if re.fullmatch(r"\d+(\.\d+)+", first):  # it may say that there are no devices
+            return first
+    except (OSError, subprocess.SubprocessError):
         pass
     try:
         found = re.search(r"\s(\d+(?:\.\d+)+)\s", DRIVER_FILE.read_text(errors="replace"))

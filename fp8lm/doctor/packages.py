@@ -36,7 +36,8 @@ def declared(checkout: Path) -> tuple[str, list[str]]:
     """
     try:
         installed = metadata("fp8lm")
-        return installed["Requires-Python"] or "", installed.get_all("Requires-Dist") or []
+        python = _lower_first(installed["Requires-Python"] or "")
+        return python, installed.get_all("Requires-Dist") or []
     except PackageNotFoundError:
         pass
     try:
@@ -83,8 +84,11 @@ def _names_and_ranges(requirements: list[str]) -> Iterator[tuple[str, str]]:
     for requirement in requirements:
         name, versions, marker = _REQUIREMENT.fullmatch(requirement).groups()
         if "extra" not in (marker or ""):
-            bounds = sorted(versions.replace(" ", "").split(","), reverse=True)  # lower ones first
-            yield name.lower().replace("_", "-"), ",".join(bounds)
+            yield name.lower().replace("_", "-"), _lower_first(versions)
+
+
+def _lower_first(bounds: str) -> str:
+    return ",".join(sorted(bounds.replace(" ", "").split(","), reverse=True))
 
 
 def _find(name: str, tested: str | None) -> Package:

@@ -15,6 +15,7 @@ from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from fp8lm.devices import NO_ROCM
 from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.edge import ALONE, Partition
@@ -66,7 +67,7 @@ class Run:
 def resolve_device(name: str) -> torch.device:
     """The device that `train.device` names; `auto` takes CUDA where there is one.
 
-    Raises `InputError` for CUDA where there is none.
+    Raises `InputError` for CUDA where there is none, and for AMD's GPUs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,6 +76,8 @@ def resolve_device(name: str) -> torch.device:
             f"train.device=cuda, but this PyTorch ({torch.__version__}) sees no GPU: check the "
             "driver and that PyTorch is a CUDA build, or use train.device=cpu"
         )
+    if name == "cuda" and torch.version.hip is not None:  # which answers for CUDA
+        raise InputError(f"train.device=cuda: {NO_ROCM}")
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 

@@ -114,3 +114,13 @@ def test_environment_of_a_launcher(run_distributed, tmp_path):
         port = probe.getsockname()[1]
     found = run_distributed(under_a_launcher, 2, port, str(tmp_path / "rejoin"))
     assert found == [([[0, 1], [rank], [rank], [0, 1]], rank == 0) for rank in range(2)]
+
+
+def test_gpus_without_nccl_are_refused_before_any_group_is_made(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with (
+        pytest.raises(InputError, match="this PyTorch has no NCCL"),
+        process_groups(torch.device("cuda", 0)),
+    ):
+        pass

@@ -16,6 +16,7 @@ from fp8lm.doctor.__main__ import main, table
 from fp8lm.doctor.facts import Accelerators
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding
+from fp8lm.doctor.machine import find_driver
 from fp8lm.doctor.packages import declared, error_of_import, find_packages
 from fp8lm.kernels import select_kernels
 
@@ -71,6 +72,19 @@ def test_cuda_that_raises_is_a_fact():
 
     assert gather(raising, fine).accelerators.error == "CUDA error"
     assert gather(Accelerators, fine).accelerators.error is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "driver"),
+    [("580.95.05\\n580.95.05", "580.95.05"), ("No devices were found", None), ("", None)],
+)
+def test_what_nvidia_smi_says(answer, driver, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("fp8lm.doctor.machine.DRIVER_FILE", tmp_path / "none")
+    assert find_driver() == driver
 
 
 @pytest.mark.parametrize(

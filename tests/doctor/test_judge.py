@@ -55,6 +55,19 @@ def test_l40s_has_fp8_and_no_reduction_of_it():
     assert "fp8_sum adds in a ring" in remark(facts, "NCCL")
 
 
+@pytest.mark.parametrize("gpus", [(H100,), (H100, H100)])
+def test_gpus_without_nccl_are_a_problem(gpus):
+    (problem,) = problems(judge(machine(*gpus, nccl=None)))
+    assert problem.startswith("this PyTorch has no NCCL") and "train.device=cpu" in problem
+
+
+def test_amd_gpus_are_refused():
+    """They answer for CUDA, with a compute capability of 9 and more."""
+    facts = machine(Gpu("AMD Instinct MI300X", (9, 4), 192 * GIB), cuda=None, rocm="6.4")
+    (problem,) = problems(judge(facts))
+    assert "torch 2.13.0: this PyTorch is a ROCm build" in problem and "NVIDIA" in problem
+
+
 @pytest.mark.parametrize("gpu", [A100, DISGUISED])
 def test_a_gpu_is_judged_by_its_capability(gpu):
     (problem,) = problems(judge(machine(H100, gpu)))
@@ -92,6 +105,7 @@ def test_cuda_in_a_bad_state_is_a_problem():
         ((2, 24, 3), (H100,), True),
         ((2, 23, 4), (H100,), False),
         ((3, 0), (L40S,), False),
+        ((2, 28, 9), (H100, L40S), False),
         ((2, 28, 9), (), False),
     ],
 )
@@ -120,6 +134,8 @@ def test_versions_of_torch(version, status):
 
 def test_python():
     assert judge_python("3.12.3", ">=3.11").status == "ok"
+    new = judge_python("3.14.0", ">=3.11,<3.14")
+    assert (new.status, new.remark) == ("note", "not tested with this version: >=3.11,<3.14")
     old, unknown = judge_python("3.10.13", ">=3.11"), judge_python("3.12.3", "")
     assert problems([old]) == ["python 3.10.13 is too old: use one >=3.11"]
     assert problems([unknown])[0].startswith("fp8lm is not installed")
@@ -151,6 +167,13 @@ def test_what_fails_for_want_of_another_package_is_not_a_problem_of_its_own():
     found = problems(judge(machine(packages=(missing, megatron))))
     assert found == ['torch is missing: pip install "torch>=2.11"']
     assert problems([judge_package(megatron, (TORCH, megatron))]) != []
+
+
+def test_a_broken_triton_costs_nothing():
+    triton = Package("triton", required=False, present=True, error="ImportError: undefined symbol")
+    facts = machine(packages=(TORCH, triton))
+    assert problems(judge(facts)) == []
+    assert "undefined symbol), which costs nothing" in remark(facts, "triton")
 
 
 def test_an_empty_apex_is_a_problem():

@@ -177,6 +177,14 @@ def test_every_preset_learns(preset, tiny_config, train_run, read_metrics, tmp_p
     assert losses[-1] < 2.5 < 3.5 < losses[0]
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_amd_gpus_are_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(InputError, match=r"ROCm build .* use an NVIDIA GPU or train.device=cpu"):
+        resolve_device(device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_one_clear_message():
     with pytest.raises(InputError, match=r"train.device=cuda, but .* sees no GPU"):
