@@ -107,6 +107,8 @@ class LoggingConfig(Section):
     wandb_save_dir: Text | None = Field(
         None, description="Folder for wandb's own files; null: dir, else the current folder."
     )
-    wandb_mode: Literal["online", "offline", "disabled"] = Field(
-        "online", description="offline keeps the run on disk for `wandb sync`."
+    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
+        None,
+        description="offline keeps the run on disk for `wandb sync`; null: what WANDB_MODE says, "
+        "else online.",
     )

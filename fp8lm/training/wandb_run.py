@@ -111,14 +111,21 @@ def _init(wandb: Any, config: LoggingConfig, run_id: str | None, run_config: dic
         allow_val_change=True,  # of the config, when a run goes on with other keys
         settings=_settings(wandb),
     )
-    if config.wandb_mode == "online":
+    mode = _mode(config.wandb_mode, os.environ)
+    if mode == "online":
         try:
             if not wandb.login(timeout=LOGIN_TIMEOUT):
                 raise ConnectionError("not logged in")
             return wandb.init(**options, mode="online")
         except Exception as error:
             warn(f"wandb is offline, `wandb sync` later: {error}")
-    return wandb.init(**options, mode="disabled" if config.wandb_mode == "disabled" else "offline")
+    return wandb.init(**options, mode="disabled" if mode == "disabled" else "offline")
+
+
+def _mode(asked: str | None, environment: Mapping[str, str]) -> str:
+    """online, offline or disabled: the config's, else the environment's, in wandb's words."""
+    mode = asked or environment.get("WANDB_MODE") or "online"
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
 
 
 def _settings(wandb: Any) -> Any:

@@ -112,6 +112,18 @@ def test_save_dir_takes_wandbs_files_and_not_the_id(tmp_path):
     assert ids == [record["id"]] and not (tmp_path / "run" / "wandb").exists()
 
 
+def test_the_environment_decides_where_the_config_does_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = start(tmp_path, wandb_mode=None)
+    assert stored(tmp_path)[1] == [record["id"]]
+    assert "warning" not in capsys.readouterr().err  # nobody has asked for a server
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start(tmp_path / "other", wandb_mode=None)
+    assert not list((tmp_path / "other").glob("wandb/*run-*"))
+    start(tmp_path / "third", wandb_mode="offline")
+    assert len(stored(tmp_path / "third")[1]) == 1
+
+
 def test_without_a_key_it_goes_offline(tmp_path, capsys):
     record = start(tmp_path, wandb_mode="online")
     error = capsys.readouterr().err
