@@ -38,7 +38,7 @@ FROM nvcr.io/nvidia/pytorch:26.06-py3 AS ngc
 # NVIDIA's apex, from source: the package of that name on PyPI is another project.
 FROM ngc AS apex
 ARG APEX_COMMIT=9e3568a6f90fbc1996a06f8f9e99310bdaf2253a
-ARG TORCH_CUDA_ARCH_LIST="8.9 9.0 10.0"
+ARG TORCH_CUDA_ARCH_LIST="8.9 9.0 10.0 12.0"
 ENV APEX_CPP_EXT=1 APEX_CUDA_EXT=1 NVCC_APPEND_FLAGS="--threads 4"
 RUN pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheels \
     "git+https://github.com/NVIDIA/apex@${APEX_COMMIT}"

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def test_it_works_where_there_is_no_checkout(wheel, tmp_path):
     assert Path(where).is_relative_to(tmp_path / "site") and int(number) > 80
     schema = run(sys.executable, "-m", "fp8lm.config", "--schema", **place)
     assert schema == (ROOT / "configs" / "schema.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_source_distribution_is_the_checkout(tmp_path):
+    """Tests read the workflow and the settings of pre-commit, too."""
+    tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    name = run(sys.executable, "-W", "ignore", "-c", build, cwd=tmp_path).splitlines()[-1]
+    with tarfile.open(tmp_path / "dist" / name) as archive:
+        packed = {member.name.partition("/")[2] for member in archive}
+    of_git_and_its_host = {".gitignore", ".ci/run"}
+    assert set(tracked) - packed <= of_git_and_its_host
 
 
 def test_the_changelog_begins_with_this_version():

@@ -201,6 +201,8 @@ def test_kubernetes_job():
     options = parse_options([*meeting, *container["args"]])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == options.nproc_per_node
     assert pod["terminationGracePeriodSeconds"] > options.shutdown_timeout
+    user = f"USER {pod['securityContext']['fsGroup']}"
+    assert user in (ROOT / "Dockerfile").read_text().splitlines()
     config = load_config(ROOT / options.config, options.overrides)
     check_run(config, options.nnodes, options.nproc_per_node)
     assert config.checkpoint.save == config.checkpoint.load
