@@ -3,7 +3,7 @@
 The table is BF16; its gradient is an fp32 sum over every occurrence of a token, written straight
 to the accumulator, so that the tied output layer's gradient and the lookup's meet there. A rank
 that holds some of the rows looks those up and takes zeros for all others; the sum over ranks is
-the lookup, and each term of it is exact.
+the lookup: exact on a BF16 wire, and rounded once to E4M3 on an FP8 one.
 
 Shapes: S sequence, B micro-batch, H hidden, V (padded) vocabulary.
 """

@@ -140,3 +140,32 @@ def test_tensor_cores_match_the_reference(formats, transposed, fast_accumulation
     # Hopper adds products in 14 bits (fast: over the whole sum).
     bound = 2.0**-8 * product.abs() + 64 * 2.0**-14 * magnitude
     assert ((result.double() - product).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("formats", FP8_PAIRS, ids=repr)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_handed_to_cublas_is_the_product_of_the_values(formats, transposed):
+    """PyTorch has `_scaled_mm` on a CPU as well: scales are reciprocals, b a column-major view."""
+    a = operand(48, 64, formats[0], seed=10, amplitude=1e-6)
+    b = operand(32, 64, formats[1], seed=11, amplitude=300.0)
+    assert a.scale != 1.0 != b.scale
+    if transposed:
+        a, b = (ScaledTensor(x.payload.t().contiguous().t(), x.scale, x.format) for x in (a, b))
+    result = HopperKernels().gemm(a.operand, b.operand)
+    expected = KERNELS.gemm(a.operand, b.operand)
+    torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=2.0**-7 * expected.abs().max())
+
+
+@pytest.mark.parametrize("fast_accumulation", [False, True])
+def test_fast_accumulation_is_passed_on(monkeypatch, fast_accumulation):
+    asked = []
+
+    def record(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        asked.append((use_fast_accum, out_dtype, scale_a.item(), scale_b.item()))
+        return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", record)
+    a, b = operand(16, 32, E4M3, seed=12), operand(16, 32, E4M3, seed=13, amplitude=7.0)
+    HopperKernels().gemm(a.operand, b.operand, fast_accumulation=fast_accumulation)
+    scales = [1.0 / x.scale.item() for x in (a, b)]
+    assert asked == [(fast_accumulation, torch.bfloat16, *scales)]
