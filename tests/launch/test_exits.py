@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fp8lm.errors import ENDS, run_command
 from fp8lm.launch.exits import describe_exit, job_exit_code, signal_exit_code
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
@@ -54,6 +55,16 @@ def test_codes_in_words():
     assert describe_exit(3) == "ended with exit code 3"
     assert describe_exit(-9) == "was killed by SIGKILL"
     assert describe_exit(-100) == "was killed by signal 100"
+
+
+def test_a_worker_says_that_it_has_started(tmp_path, monkeypatch):
+    """What the worker in its place before it has left is gone by then."""
+    monkeypatch.setenv(ENDS, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    mark = tmp_path / "1"
+    mark.write_text("75")
+    assert run_command(lambda argv: int(argv[0]) + len(mark.read_text()), ["3"]) == 3
+    assert mark.read_text() == "3"
 
 
 @pytest.mark.slow
@@ -107,6 +118,15 @@ def test_what_a_worker_could_not_save_is_not_called_saved(launch, left, expected
         job.wait_for(f"rank {rank} ready")
     job.process.send_signal(signal.SIGUSR1)
     assert job.finish() == expected, job.output
+
+
+@pytest.mark.slow
+def test_what_was_saved_before_a_restart_does_not_count(launch):
+    job = launch([*AGENT, SIGNALS, "--max-restarts=1", WORKER, "again"])
+    for rank in (0, 1):
+        job.wait_for(f"rank {rank} ready")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish() == 143, job.output
 
 
 @pytest.mark.slow

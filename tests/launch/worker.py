@@ -4,6 +4,7 @@ worker.py RANK:CODE ...    the rank ends with CODE; -n: kills itself with signal
                            ends with 0
 worker.py saves SECONDS [CODE]    on SIGUSR1 or SIGTERM it saves for so long and ends with 75, or
                            rank 1 with CODE; with 0 it fails without a word
+worker.py again            the first time it ends with 75; then it waits, and dies of a signal
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ import time
 from fp8lm.errors import leave_exit_code
 
 rank = os.environ["RANK"]
+leave_exit_code(None)
+if sys.argv[1] == "again":
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        leave_exit_code(75)
+        sys.exit(75)
+    print(f"rank {rank} ready", flush=True)
+    time.sleep(60)
 if sys.argv[1] == "saves":
 
     def save(number, _frame):
