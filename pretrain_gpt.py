@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 
 from fp8lm.errors import EXIT_RESTART, run_command
+from fp8lm.launch.tether import tie_to_parent
 
 
 def main(argv: list[str]) -> int:
@@ -39,4 +40,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    tie_to_parent()
     sys.exit(run_command(main))
