@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, even if it was killed and could not end them."""
+"""Processes that end with the one that started them, even where it was killed."""
 
 from __future__ import annotations
 

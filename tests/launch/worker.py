@@ -4,8 +4,8 @@ worker.py RANK:CODE ...    the rank ends with CODE; -n: kills itself with signal
                            ends with 0
 worker.py saves SECONDS [CODE]    on SIGUSR1 or SIGTERM it saves for so long and ends with 75, or
                            rank 1 with CODE; with 0 it fails without a word
-worker.py waits [SECONDS CODE]    it is tied to its launcher as a training is, waits for a minute, or
-                           for so long, and ends with 0, or with CODE
+worker.py waits [SECONDS CODE]    tied to its launcher as a training is, it waits for a minute or
+                           for so long, and ends with 0 or CODE
 worker.py again            the first time it ends with 75; then it waits, and dies of a signal
 """
 
