@@ -9,7 +9,7 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE JOB_ID MAX_RESTARTS LOG_DIR LOCAL_ADDR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
 
 # Of a variable whose option is given nothing is read, not even nonsense.
 given=" "

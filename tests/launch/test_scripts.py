@@ -58,6 +58,25 @@ def test_train(arguments):
     assert arguments("train.sh", "a.yaml", "b.c=d e") == ["a.yaml", "b.c=d e"]
 
 
+@pytest.mark.parametrize("script", ["train.sh", "train_multinode.sh"])
+def test_a_link_elsewhere_leads_to_the_script(script, tmp_path):
+    link = tmp_path / "go"
+    link.symlink_to(ROOT / "scripts" / script)
+    echo = tool(tmp_path, "echo-python", ECHO)
+    variables = {"PATH": os.environ["PATH"], "FP8LM_PYTHON": echo}
+    done = subprocess.run([link, "a.yaml"], env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "a.yaml\n"), done.stderr
+
+
+def test_an_empty_config(tmp_path):
+    """A variable of a shell that is not set."""
+    done = subprocess.run(
+        ["scripts/train.sh", ""], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no config: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
@@ -84,7 +103,8 @@ def test_train(arguments):
             ],
         ),
         (
-            {"PET_NNODES": "2:2", "PET_RDZV_ENDPOINT": "w-0:1", "PET_MAX_RESTARTS": "10"},
+            {"PET_NNODES": "2:2", "PET_RDZV_ENDPOINT": "w-0:1", "PET_MAX_RESTARTS": "10"}
+            | {"PET_NPROC_PER_NODE": "auto"},
             ["--nnodes=2:2", "--rdzv-endpoint=w-0:1", "--max-restarts=10"],
         ),
     ],
@@ -95,7 +115,18 @@ def test_variables_become_options(arguments, variables, expected):
 
 def test_a_simulation_ignores_the_cluster(arguments):
     argv = ["--simulate", "2", "x.yaml"]
-    assert arguments("train_multinode.sh", *argv, SLURM_NNODES="4", MASTER_ADDR="a") == argv
+    cluster = {"SLURM_NNODES": "4", "MASTER_ADDR": "a", "LOCAL_ADDR": "b", "PET_MAX_RESTARTS": "9"}
+    cluster |= {"SLURM_GPUS_ON_NODE": "8", "PET_NPROC_PER_NODE": "8"}
+    assert arguments("train_multinode.sh", *argv, **cluster) == argv
+    given = arguments("train_multinode.sh", *argv, **cluster, NPROC_PER_NODE="2")
+    assert given == ["--nproc-per-node=2", *argv]
+
+
+@pytest.mark.parametrize("argv", [["--nproc-per-node=2"], ["--nproc-per-node", "2"]])
+def test_of_a_variable_whose_option_is_given_nothing_is_read(arguments, argv):
+    nonsense = {"PET_NPROC_PER_NODE": "many", "NNODES": "x", "MASTER_ADDR": "a"}
+    expected = ["--rdzv-endpoint=a:29400", *argv, "--nnodes=1", "x.yaml"]
+    assert arguments("train_multinode.sh", *argv, "--nnodes=1", "x.yaml", **nonsense) == expected
 
 
 # A training that ends with the code in $CODE; with $WAIT it waits for SLURM's warning and saves.
@@ -110,6 +141,7 @@ fi
 exit "$CODE"
 """
 SCONTROL = """#!/usr/bin/env bash
+[[ ${FAILS:-} != "$1" ]] || exit 1
 if [[ $1 == show ]]; then printf 'node1\\nnode2\\n'; else echo "scontrol: $*"; fi
 """
 
@@ -148,6 +180,61 @@ def test_what_slurm_starts_again(slurm, code, requeued):
     assert ("scontrol: requeue 123" in done.stdout) == requeued
     assert done.returncode == (0 if requeued else code), done.stderr
     assert "scripts/train_multinode.sh x.yaml" in done.stdout
+
+
+def test_what_cannot_be_requeued_is_not_called_so(slurm):
+    done = sbatch(slurm, CODE="75", FAILS="requeue")
+    assert done.returncode == 75 and "requeued" not in done.stdout
+    assert done.stderr.startswith("error: not requeued after exit code 75")
+
+
+def test_machines_without_names(slurm):
+    done = sbatch(slurm, CODE="0", FAILS="show")
+    assert done.returncode == 2 and "srun" not in done.stdout
+    assert done.stderr == (
+        "error: scontrol show hostnames 'node[1-2]' names no machine to meet at\n"
+    )
+
+
+def test_a_job_is_for_slurm(slurm):
+    done = sbatch(slurm, SLURM_JOB_ID="", SLURM_SUBMIT_DIR=slurm["SLURM_SUBMIT_DIR"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: this is a job for SLURM: sbatch scripts/slurm.sbatch")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_job_is_submitted_in_a_checkout(slurm, tmp_path):
+    """SLURM runs a copy, which has nothing beside it."""
+    copy = shutil.copy(ROOT / "scripts/slurm.sbatch", tool(tmp_path, "slurm_script", ""))
+    elsewhere = slurm | {"SLURM_SUBMIT_DIR": "/usr"}
+    done = subprocess.run([copy, "x.yaml"], env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: /usr is no checkout of fp8lm: submit scripts/slurm.sbatch in one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes"),
+    [([], "16 processes on 2 nodes"), (["--nnodes", "4"], "32 processes on 4 nodes")],
+)
+def test_a_job_can_be_looked_at_before(argv, processes, tmp_path):
+    """Machines and GPUs as its own #SBATCH lines say; from any folder."""
+    link = tmp_path / "job"
+    link.symlink_to(ROOT / "scripts/slurm.sbatch")
+    config = [str(ROOT / "configs/gpt_tiny.yaml"), "train.global_batch_size=32"]
+    done = subprocess.run(
+        [link, "--dry-run", *argv, *config, "train.micro_batch_size=1"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(processes)
+    start = ["srun", "--ntasks-per-node=1", "--wait=300", "scripts/train_multinode.sh"]
+    assert lines[-1].split() == [*start, *argv, *config, "train.micro_batch_size=1"]
 
 
 def test_logs_may_lie_elsewhere(slurm, tmp_path):
