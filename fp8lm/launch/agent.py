@@ -86,7 +86,7 @@ def _describe_parting(error: Exception, where: str, started: bool) -> str:
         return f"the nodes did not meet at {where} ({cause})"
     if isinstance(error, RendezvousTimeoutError):
         return f"a lost node was not replaced in time: the nodes did not meet again at {where}"
-    return f"the connection to {where} is lost: the node there has ended, or its network ({cause})"
+    return f"the connection to {where} is lost: the node there has ended or is cut off ({cause})"
 
 
 def _last_codes(ends: Path) -> list[int]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from fp8lm.checkpoint import latest_iteration
@@ -58,6 +59,25 @@ def test_a_node_that_is_told_to_stop_ends_the_job(launch, tmp_path):
     assert job.finish() == 75, job.output
     assert " node 1 ended with exit code 75: the others have 10 s to end as well" in job.output
     assert f"stopped after iteration {latest_iteration(tmp_path / 'checkpoints')}" in job.output
+
+
+NODE = """
+from fp8lm.launch.simulate import Node
+meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+node = Node(0, ["--nproc-per-node=1", *meeting, "tests/launch/worker.py", "waits"], {})
+node.start()
+node.agent.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ties processes together")
+def test_nodes_do_not_outlive_a_killed_launcher(launch):
+    job = launch([sys.executable, "-c", NODE])
+    job.wait_for("rank 0 ready")
+    family = psutil.Process(job.process.pid).children(recursive=True)
+    job.process.kill()
+    assert len(family) == 2 and not psutil.wait_procs(family, timeout=5)[1]
 
 
 class FakeNode:
