@@ -81,16 +81,16 @@ def test_nodes_do_not_outlive_a_killed_launcher(launch):
 
 
 class FakeNode:
-    """A machine whose launcher is this Python code; `at_start` happens while it is started."""
+    """A machine whose launcher is this shell command; `at_start` happens while it is started."""
 
-    def __init__(self, number, code, at_start=lambda: None):
+    def __init__(self, number, command, at_start=lambda: None):
         self.number, self.starts, self.agent = number, 0, None
-        self._code, self._at_start = code, at_start
+        self._command, self._at_start = command, at_start
 
     def start(self):
         self.starts += 1
         self._at_start()
-        self.agent = subprocess.Popen([sys.executable, "-c", self._code])
+        self.agent = subprocess.Popen(["bash", "-c", self._command])
 
     def poll(self):
         return self.agent.poll()
@@ -99,7 +99,7 @@ class FakeNode:
         pass
 
 
-WAITS = "import time; time.sleep(30)"
+WAITS = "exec sleep 30"
 
 
 @pytest.fixture
@@ -127,17 +127,17 @@ def test_a_signal_while_nodes_are_started(cluster, number):
 
 
 def test_a_killed_node_is_replaced_as_often_as_told(cluster):
-    dies = FakeNode(0, "import os; os.kill(os.getpid(), 9)")
+    dies = FakeNode(0, "kill -9 $$")
     code, said = cluster(dies, FakeNode(1, WAITS))
     assert (code, dies.starts) == (137, 2)
     assert said.count("another takes its place") == 1
 
 
 def test_the_others_are_not_waited_for_when_one_has_ended(cluster):
-    code, said = cluster(FakeNode(0, "raise SystemExit(75)"), FakeNode(1, WAITS))
+    code, said = cluster(FakeNode(0, "exit 75"), FakeNode(1, WAITS))
     assert code == 75
     assert " node 0 ended with exit code 75: the others have 0.5 s" in said
 
 
 def test_the_end_of_all(cluster):
-    assert cluster(FakeNode(0, ""), FakeNode(1, ""))[0] == 0
+    assert cluster(FakeNode(0, "exit 0"), FakeNode(1, "exit 0"))[0] == 0
