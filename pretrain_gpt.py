@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 
 from fp8lm.errors import EXIT_RESTART, run_command
+from fp8lm.launch.tether import tie_to_parent
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
     from fp8lm.training.stopping import is_over
     from fp8lm.training.trainer import Trainer
 
-    if is_over(config.train, Launch.from_environment(os.environ)):
+    saves = config.checkpoint.save is not None
+    if saves and is_over(config.train, Launch.from_environment(os.environ)):
         return EXIT_RESTART  # torchrun has started again what had saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel
@@ -38,4 +40,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    tie_to_parent()
     sys.exit(run_command(main))

@@ -38,17 +38,22 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     process. Any other exception passes through, because a traceback is what a failure of the
     program itself needs.
     """
+    leave_exit_code(None)
     code = _run(main, list(sys.argv[1:] if argv is None else argv))
     leave_exit_code(code)
     return code
 
 
-def leave_exit_code(code: int) -> None:
-    """Tell a launcher that wants to know: torchrun drops the codes of workers it has signalled."""
+def leave_exit_code(code: int | None) -> None:
+    """Tell a launcher that wants to know: torchrun drops the codes of workers it has signalled.
+
+    None, at the start of a worker, takes back what the one in its place before it has left. Ranks
+    may change when workers are started again, places on the machine do not.
+    """
     if folder := os.environ.get(ENDS):
-        name = f"{os.environ.get('RANK', 0)}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         with suppress(OSError):
-            Path(folder, name).write_text(str(code), encoding="utf-8")
+            text = "" if code is None else str(code)
+            Path(folder, os.environ.get("LOCAL_RANK", "0")).write_text(text, encoding="utf-8")
 
 
 def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:

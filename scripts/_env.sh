@@ -10,7 +10,7 @@
 # brought up to date when pyproject.toml has changed.
 # shellcheck shell=bash
 
-fp8lm_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+fp8lm_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 fp8lm_fail() {
     echo "error: $*" >&2

@@ -5,7 +5,7 @@
 #   scripts/compare_layouts.sh [tensor-data|pipelines] [section.key=value ...]
 # The first argument chooses half of it; overrides are for all runs.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
 source scripts/_env.sh
 # shellcheck source=scripts/_corpus.sh

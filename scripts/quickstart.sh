@@ -4,7 +4,7 @@
 # Python packages. Extra arguments are config overrides for both trainings, such as
 # train.train_iters=200. What a former run left in runs/quickstart is replaced.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
 source scripts/_env.sh
 

@@ -4,7 +4,7 @@
 #   full  ruff and every test (the default); those marked gpu are skipped without CUDA
 #   lint  ruff only
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 mode=full
 case ${1:-} in

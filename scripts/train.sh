@@ -5,6 +5,6 @@
 # failure.
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
 
 exec "$PYTHON" -m fp8lm.launch "$@"

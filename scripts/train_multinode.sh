@@ -9,16 +9,21 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE JOB_ID MAX_RESTARTS LOG_DIR LOCAL_ADDR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
 
+# Of a variable whose option is given nothing is read, not even nonsense.
+given=" "
+for argument in "$@"; do given+="${argument%%=*} "; done
 arguments=()
 option() { # name, value or nothing
-  [[ -z ${2:-} ]] || arguments+=("$1=$2")
+  [[ -z ${2:-} || $given == *" $1 "* ]] || arguments+=("$1=$2")
 }
 simulated=no
-for argument in "$@"; do
-  case $argument in --simulate | --simulate=*) simulated=yes ;; esac
-done
+[[ $given != *" --simulate "* ]] || simulated=yes
+processes=${SLURM_GPUS_ON_NODE:-${PET_NPROC_PER_NODE:-}} restarts=${PET_MAX_RESTARTS:-}
+# Kubeflow's ways to say what is done without a number: a process per GPU.
+case $processes in auto | gpu) processes= ;; esac
+[[ $simulated == no ]] || processes='' restarts='' LOCAL_ADDR=''
 if [[ $simulated == no ]]; then
   option --nnodes "${NNODES:-${SLURM_NNODES:-${PET_NNODES:-}}}"
   option --node-rank "${NODE_RANK:-${SLURM_NODEID:-}}"
@@ -29,8 +34,8 @@ if [[ $simulated == no ]]; then
   fi
   option --rdzv-id "${JOB_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}}"
 fi
-option --nproc-per-node "${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-${PET_NPROC_PER_NODE:-}}}"
-option --max-restarts "${MAX_RESTARTS:-${PET_MAX_RESTARTS:-}}"
+option --nproc-per-node "${NPROC_PER_NODE:-$processes}"
+option --max-restarts "${MAX_RESTARTS:-$restarts}"
 option --local-addr "${LOCAL_ADDR:-}"
 option --log-dir "${LOG_DIR:-}"
 

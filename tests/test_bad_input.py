@@ -12,7 +12,8 @@ import torch
 
 from fp8lm import errors
 from fp8lm.errors import run_command
-from tests.bad_input import checkpoint, config, data, environment
+from fp8lm.launch.main import main as launch
+from tests.bad_input import checkpoint, config, data, environment, launcher
 from tests.bad_input.cases import ROOT, Case
 
 TOPICS = {
@@ -20,6 +21,7 @@ TOPICS = {
     "data": data.CASES,
     "checkpoint": checkpoint.CASES,
     "environment": environment.CASES,
+    "launcher": launcher.CASES,
 }
 CASES = [
     pytest.param(case, id=f"{topic}: {case}") for topic, cases in TOPICS.items() for case in cases
@@ -27,6 +29,8 @@ CASES = [
 
 
 def command(name):
+    if name == "launch":
+        return launch
     folder = ROOT if name == "pretrain_gpt" else ROOT / "tools"
     spec = importlib.util.spec_from_file_location(f"bad_input_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

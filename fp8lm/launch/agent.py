@@ -20,14 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
 from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
+from fp8lm.launch.tether import tie_children, tie_to_parent
 
 TAIL = 20  # lines
 
@@ -40,6 +46,7 @@ def run_agent(arguments: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="fp8lm_") as ends:
         os.environ[ENDS] = ends
+        tie_children(os.environ)
         return _run(arguments, Path(ends))
 
 
@@ -47,26 +54,45 @@ def _run(arguments: Sequence[str], ends: Path) -> int:
     for number in WARNINGS:  # until torchrun has workers, and handlers of its own
         signal.signal(number, _raise)
     try:
-        torchrun(list(arguments))
+        _run_deaf_at_the_end(arguments)
     except ChildFailedError as error:
         _tell(error, parse_args(list(arguments)).log_dir)
         return job_exit_code([failure.exitcode for failure in _in_time(error)])
     except SignalException as error:
         workers = int(parse_args(list(arguments)).nproc_per_node)
         return signal_exit_code(error.sigval, _last_codes(ends), workers)
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         where = parse_args(list(arguments)).rdzv_endpoint
-        cause = type(error).__name__
-        print(f"error: the nodes did not meet at {where} ({cause})", file=sys.stderr)
+        started = any(ends.iterdir())
+        print(f"error: {_describe_parting(error, where, started)}", file=sys.stderr)
         return 1
     return 0
 
 
+def _run_deaf_at_the_end(arguments: Sequence[str]) -> None:
+    try:
+        torchrun(list(arguments))
+    finally:  # the end is known, and another signal would make a traceback of it
+        for name in parse_args(list(arguments)).signals_to_handle.split(","):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _describe_parting(error: Exception, where: str, started: bool) -> str:
+    """Why this node is without the others; `started`: they had met, and it had workers."""
+    if isinstance(error, RendezvousClosedError):
+        return "another node has ended the job: its output says why"
+    cause = type(error).__name__
+    if not started:
+        return f"the nodes did not meet at {where} ({cause})"
+    if isinstance(error, RendezvousTimeoutError):
+        return f"a lost node was not replaced in time: the nodes did not meet again at {where}"
+    return f"the connection to {where} is lost: the node there has ended or is cut off ({cause})"
+
+
 def _last_codes(ends: Path) -> list[int]:
     """What the workers of the last start ended with, as far as they could say."""
-    left = list(ends.iterdir())
-    last = max((file.suffix for file in left), key=lambda suffix: int(suffix[1:]), default="")
-    return [int(file.read_text()) for file in left if file.suffix == last]
+    left = [file.read_text() for file in ends.iterdir()]
+    return [int(code) for code in left if code]  # empty: started, and not ended by itself
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:
@@ -94,4 +120,5 @@ def _last_log(log_dir: str | None, local_rank: int) -> Path | None:
 
 
 if __name__ == "__main__":
+    tie_to_parent()
     sys.exit(run_agent(sys.argv[1:]))

@@ -1,11 +1,12 @@
-"""The torchrun command of a node: arguments, and the variables that belong to them."""
+"""The command of a node: torchrun's arguments, and the variables that belong to them."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp8lm.errors import InputError
@@ -21,7 +22,8 @@ def torchrun_arguments(
     """Arguments for this node; `rdzv_conf`: further settings of the rendezvous."""
     arguments = [f"--nproc-per-node={nproc_per_node}", f"--max-restarts={options.max_restarts}"]
     if options.nnodes == 1:
-        arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        # Said although it is the default: torchrun would take PET_NNODES of a Kubeflow pod.
+        arguments += ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         arguments += [f"--rdzv-id={options.rdzv_id}"]  # names the folder of logs
     else:
         arguments += _rendezvous(options, rdzv_conf or {})
@@ -72,10 +74,12 @@ def torchrun_environment(options: Options) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def command_line(environment: Mapping[str, str], arguments: list[str]) -> str:
-    """What a shell takes: the same as is started."""
+def command_line(environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> str:
+    """What a shell in this folder takes to run `module` as it would be run here."""
+    if path := os.environ.get("PYTHONPATH"):  # what finds the package, outside of the checkout
+        environment = {"PYTHONPATH": path, **environment}
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-    return " ".join([*variables, "torchrun", *map(shlex.quote, arguments)])
+    return " ".join([*variables, shlex.join([sys.executable, "-m", module, *arguments])])
 
 
 def training_script() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,17 @@ def main(argv: Sequence[str]) -> int:
 
     processes = options.nproc_per_node or preflight.default_processes(config)
     plan = preflight.check_run(config, options.nnodes, processes)
+    preflight.check_folders(config, options.log_dir, options.node_rank in (None, 0))
     remarks = preflight.notes(config, processes, options.max_restarts)
     if options.dry_run:
-        print(describe(options, plan, processes, remarks))
+        show(describe(plan, options.all_ranks, _command(options, processes, argv), remarks))
         return 0
     preflight.check_devices(config, processes)
-    preflight.check_log_folder(options.log_dir)
     if options.simulate:
         preflight.check_simulation(config)
     elif options.nnodes > 1:
         preflight.check_meeting(options.rdzv_endpoint)
+    preflight.make_log_folder(options.log_dir)
     if options.node_rank in (None, 0):
         say(f" {plan.summary()[0]}")
         for remark in remarks:
@@ -40,15 +42,21 @@ def main(argv: Sequence[str]) -> int:
     return start(options, processes)
 
 
-def describe(options: Options, plan: Plan, processes: int, remarks: Sequence[str]) -> str:
+def describe(plan: Plan, all_ranks: bool, command: Sequence[str], remarks: Sequence[str]) -> str:
     """What `--dry-run` prints."""
-    environment = torchrun_environment(options)
-    command = command_line(environment, torchrun_arguments(options, processes))
-    where = f"on each of {options.nnodes} nodes" if options.nnodes > 1 else "here"
-    if options.simulate:
-        where += ", all of them here"
-    lines = [*plan.summary(), "", *plan.table(options.all_ranks), "", f"command {where}:", command]
+    lines = [*plan.summary(), "", *plan.table(all_ranks), "", *command]
     return "\n".join([*lines, *(f"note: {remark}" for remark in remarks)])
+
+
+def _command(options: Options, processes: int, argv: Sequence[str]) -> list[str]:
+    """What would be started: where, and as a shell takes it."""
+    environment = torchrun_environment(options)
+    if options.simulate:  # the launcher holds the nodes' meeting: there is no command without it
+        given = [argument for argument in argv if argument != "--dry-run"]
+        return ["command for all nodes:", command_line({}, "fp8lm.launch", given)]
+    where = f"on each of {options.nnodes} nodes" if options.nnodes > 1 else "here"
+    arguments = torchrun_arguments(options, processes)
+    return [f"command {where}:", command_line(environment, "fp8lm.launch.agent", arguments)]
 
 
 def start(options: Options, processes: int) -> int:
@@ -60,6 +68,15 @@ def start(options: Options, processes: int) -> int:
         return simulate(options, processes, say)
     os.environ.update(torchrun_environment(options))
     return run_agent(torchrun_arguments(options, processes))
+
+
+def show(text: str) -> None:
+    """Print it; a reader that has seen enough (`| head`) may leave."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:

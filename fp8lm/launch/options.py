@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8lm.errors import CommandParser, InputError
+from fp8lm.launch.values import (
+    MOST_PER_NODE,
+    MOST_PROCESSES,
+    MOST_SIMULATED,
+    endpoint,
+    job_name,
+    node_count,
+    number_type,
+)
 
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"
-DEFAULT_PORT = 29400
 GRACE = 240
 
 
@@ -44,18 +52,19 @@ def parse_options(argv: Sequence[str]) -> Options:
     config, overrides = given.config, list(given.overrides)
     if config is None and overrides and "=" not in overrides[0]:
         config = overrides.pop(0)
-    if config is None:
+    if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
     nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
+    meeting = given.rdzv_endpoint
     return Options(
         config=config,
         overrides=tuple(overrides),
         nnodes=nnodes,
         nproc_per_node=given.nproc_per_node,
         node_rank=given.node_rank,
-        rdzv_endpoint=_with_port(given.rdzv_endpoint),
-        rdzv_id=given.rdzv_id,
+        rdzv_endpoint=None if meeting is None else endpoint(meeting),
+        rdzv_id=job_name(given.rdzv_id),
         local_addr=given.local_addr,
         max_restarts=(3 if nnodes > 1 else 0) if given.max_restarts is None else given.max_restarts,
         shutdown_timeout=given.shutdown_timeout,
@@ -67,11 +76,11 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
+    processes = nnodes * (given.nproc_per_node or 1)
+    if processes > MOST_PROCESSES:
+        raise InputError(f"{processes} processes are more than {MOST_PROCESSES}, as jobs go")
     if given.simulate is not None:
-        if given.rdzv_endpoint or given.node_rank is not None or given.nnodes is not None:
-            raise InputError(
-                "--simulate makes its own nodes: drop --nnodes, --node-rank and --rdzv-endpoint"
-            )
+        _check_simulated(given)
         return
     if given.node_rank is not None and given.node_rank >= nnodes:
         raise InputError(f"--node-rank={given.node_rank} is not below --nnodes={nnodes}")
@@ -81,15 +90,13 @@ def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
         )
 
 
-def _with_port(endpoint: str | None) -> str | None:
-    if endpoint is None:
-        return None
-    host, colon, port = endpoint.rpartition(":")
-    if not colon:
-        return f"{endpoint}:{DEFAULT_PORT}"
-    if not host or not port.isdecimal():
-        raise InputError(f"--rdzv-endpoint={endpoint}: write it as HOST:PORT")
-    return endpoint
+def _check_simulated(given: argparse.Namespace) -> None:
+    for name in ("nnodes", "node_rank", "rdzv_endpoint", "local_addr"):
+        if getattr(given, name) is not None:
+            raise InputError(
+                f"--simulate makes nodes of its own on this machine: drop "
+                f"--{name.replace('_', '-')}"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,20 +115,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_machines(add: Callable[..., Any]) -> None:
     add("--config", metavar="FILE", help="the config; or the first argument without a dash")
-    add("--nnodes", type=_nodes, metavar="N", help="machines (1)")
+    add("--nnodes", type=node_count, metavar="N", help="machines (1)")
     add(
         "--nproc-per-node",
-        type=_at_least(1),
+        type=number_type(1, MOST_PER_NODE, "no machine has so many GPUs or cores"),
         metavar="M",
         help="processes on each (one per GPU, or one)",
     )
-    add("--node-rank", type=_at_least(0), metavar="K", help="this machine's number; 0 is the host")
+    add("--node-rank", type=number_type(0), metavar="K", help="number of this one; 0 is the host")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet: at number 0's")
     add("--rdzv-id", default="fp8lm", metavar="ID", help="name of the job, the same on all (fp8lm)")
     add("--local-addr", metavar="ADDR", help="where the others reach this machine (its name)")
     add(
         "--simulate",
-        type=_at_least(1),
+        type=number_type(1, MOST_SIMULATED, "each of them takes a process with PyTorch and more"),
         metavar="N",
         help="N machines as N groups of processes on this one",
     )
@@ -130,13 +137,13 @@ def _add_machines(add: Callable[..., Any]) -> None:
 def _add_behaviour(add: Callable[..., Any]) -> None:
     add(
         "--max-restarts",
-        type=_at_least(0),
+        type=number_type(0),
         metavar="R",
         help="restarts after a failure (3 on several machines, else 0)",
     )
     add(
         "--shutdown-timeout",
-        type=_at_least(0),
+        type=number_type(0),
         default=GRACE,
         metavar="S",
         help=f"seconds for saving after a warning signal ({GRACE}; torch 2.11 always gives 30)",
@@ -144,20 +151,3 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     add("--log-dir", metavar="DIR", help="a file per rank; the console shows one rank per machine")
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
     add("--all-ranks", action="store_true", help="a line per rank in the layout")
-
-
-def _nodes(text: str) -> int:
-    """N, or N:N as Kubeflow writes it; the batches of a run do not fit any number of machines."""
-    least, _, most = text.partition(":")
-    if most not in ("", least):
-        raise argparse.ArgumentTypeError(f"{text!r} is a range: give one number")
-    return _at_least(1)(least)
-
-
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {smallest}")
-        return int(text)
-
-    return number

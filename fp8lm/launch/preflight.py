@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import torch
 
@@ -50,16 +51,40 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
         )
 
 
-def check_log_folder(folder: str | None) -> None:
-    """Make the folder of log files; InputError if that cannot be, or it cannot be written to."""
+def check_folders(config: Config, log_dir: str | None, is_main: bool) -> None:
+    """InputError if a folder that the run writes to can neither be written to nor made.
+
+    It makes none. Reports are written on one machine, the main one.
+    """
+    save, reports = config.checkpoint.save, config.logging.dir if is_main else None
+    for folder, complaint in (
+        (log_dir, f"--log-dir={log_dir} cannot be written to"),
+        (save, f"cannot save checkpoints in {save}"),
+        (reports, f"logging.dir={reports} cannot be written to"),
+    ):
+        if folder is not None and (reason := _obstacle(Path(folder))):
+            raise InputError(f"{complaint}: {reason}")
+
+
+def _obstacle(folder: Path) -> str | None:
+    path = folder.absolute()
+    present = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not os.path.isdir(present):
+        return f"{present} is no folder"
+    effective = os.access in os.supports_effective_ids
+    if not os.access(present, os.W_OK | os.X_OK, effective_ids=effective):
+        return f"no permission to write in {present}"
+    return None
+
+
+def make_log_folder(folder: str | None) -> None:
+    """Make the folder of log files; InputError if that cannot be."""
     if folder is None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise InputError(f"--log-dir={folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--log-dir={folder} cannot be written to: Permission denied")
 
 
 def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:

@@ -1,11 +1,14 @@
 """Several machines, simulated on one: each is an agent of its own with its own workers.
 
 They meet on the loopback interface, at a store that this process holds, so that any of them may
-die. A machine that is killed takes its workers along and is replaced, as a cluster would do it.
+die. A machine that is killed takes its workers along and is replaced, as a cluster would do it. One
+whose launcher ends by itself, because somebody has told it to stop for instance, is not: the others
+get some seconds to do the same, as from `srun --wait`, and are told to stop then.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -22,9 +25,11 @@ import torch.distributed as dist
 from fp8lm.launch.command import torchrun_arguments, torchrun_environment
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
 from fp8lm.launch.options import Options
+from fp8lm.launch.tether import tie_children
 
 HOST = "127.0.0.1"
 POLL = 0.1
+PATIENCE = 10.0  # seconds
 # Seconds in which a dead node is noticed: its heartbeat every second is missed five times.
 RENDEZVOUS = {"is_host": 0, "keep_alive_interval": 1, "keep_alive_max_attempt": 5}
 
@@ -50,6 +55,8 @@ class Node:
         self.number, self.starts = number, 0
         self._command = [sys.executable, "-m", "fp8lm.launch.agent", *arguments]
         self._environment = {**os.environ, **environment}
+        tie_children(self._environment)
+        self.agent: subprocess.Popen | None = None
         self._family: list[psutil.Process] = []
 
     def start(self) -> None:
@@ -75,52 +82,82 @@ class Node:
 class Cluster:
     """Starts nodes, passes signals on to them, and replaces those that are killed.
 
-    `replacements` is how often each may be.
+    `replacements` is how often each may be; `patience` are the seconds that the others get when one
+    has ended.
     """
 
     def __init__(
-        self, nodes: Sequence[Node], replacements: int, say: Callable[[str], None]
+        self,
+        nodes: Sequence[Node],
+        replacements: int,
+        say: Callable[[str], None],
+        patience: float = PATIENCE,
     ) -> None:
         self._nodes, self._replacements, self._say = list(nodes), replacements, say
-        self._received: int | None = None
+        self._patience = patience
+        self._running: list[Node] = []
+        self._codes: list[int] = []
+        self._signals: list[int] = []  # as they came; how many of them the nodes have got
+        self._passed_on = 0
+        self._deadline: float | None = None  # when one has ended: until when the others have to
 
     def run(self) -> int:
         """Wait for the end of all nodes; the job's exit code."""
         for number in (*WARNINGS, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._receive)
         for node in self._nodes:
-            self._start(node)
-        running, codes, finished = list(self._nodes), [], 0
-        while running:
+            if not self._signals:
+                self._start(node)
+                self._running.append(node)
+        while self._running:
             time.sleep(POLL)
-            for node in list(running):
-                code = node.poll()
-                if code is None or (code < 0 and self._replace(node, code)):
-                    continue
-                running.remove(node)
-                if code:
-                    codes.append(code)
-                else:
-                    finished += 1
-        if self._received is not None:
-            return signal_exit_code(self._received, [0] * finished + codes, len(self._nodes))
-        return job_exit_code(codes) if codes else 0
+            self._pass_on()
+            for node in list(self._running):
+                self._look_at(node)
+            self._end_the_rest()
+        failed = [code for code in self._codes if code]
+        if self._signals:
+            return signal_exit_code(self._signals[0], self._codes, len(self._nodes))
+        return job_exit_code(failed) if failed else 0
 
     def _start(self, node: Node) -> None:
         node.start()
         self._say(f" node {node.number}: process {node.agent.pid}")
 
+    def _look_at(self, node: Node) -> None:
+        code = node.poll()
+        if code is None or (code < 0 and self._replace(node, code)):
+            return
+        self._running.remove(node)
+        self._codes.append(code)
+        if code and self._running and not self._signals and self._deadline is None:
+            self._deadline = time.monotonic() + self._patience
+            told = f" node {node.number} {describe_exit(code)}"
+            self._say(f"{told}: the others have {self._patience:g} s to end as well")
+
     def _replace(self, node: Node, code: int) -> bool:
         node.kill_workers()
-        if self._received is not None or node.starts > self._replacements:
+        if self._signals or self._deadline is not None or node.starts > self._replacements:
             self._say(f" node {node.number} {describe_exit(code)}")
             return False
         self._say(f" node {node.number} {describe_exit(code)}: another takes its place")
         self._start(node)
         return True
 
-    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        self._received = number
-        for node in self._nodes:
-            with suppress(ProcessLookupError):
-                node.agent.send_signal(number)
+    def _end_the_rest(self) -> None:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = math.inf  # told once: a second signal would cut their saving short
+            self._send(signal.SIGTERM)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        # Passed on by the loop: a node may be half started in this moment.
+        self._signals.append(number)
+
+    def _pass_on(self) -> None:
+        while self._passed_on < len(self._signals):
+            self._passed_on += 1
+            self._send(self._signals[self._passed_on - 1])
+
+    def _send(self, number: int) -> None:
+        for node in self._running:
+            node.agent.send_signal(number)

@@ -15,6 +15,7 @@ import psutil
 
 from fp8lm.comm.launch import Launch
 from fp8lm.config import TrainConfig
+from fp8lm.errors import EXIT_RESTART
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TIME_IS_OVER = 1000.0
@@ -58,6 +59,17 @@ def describe(reason: float) -> str:
     if reason == TIME_IS_OVER:
         return "train.exit_duration_in_mins is over"
     return f"received {signal.Signals(int(reason)).name}"
+
+
+def exit_code(reason: float, saved: bool) -> int:
+    """The code of a run that stopped for `reason`: `EXIT_RESTART` promises that it goes on.
+
+    With nothing saved a signal has ended it, as a shell says that, and the end of its time is what
+    it was asked for.
+    """
+    if saved:
+        return EXIT_RESTART
+    return 0 if reason == TIME_IS_OVER else 128 + int(reason)
 
 
 def is_over(config: TrainConfig, launch: Launch) -> bool:

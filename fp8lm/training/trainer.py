@@ -9,7 +9,6 @@ import torch
 
 from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
-from fp8lm.errors import EXIT_RESTART
 from fp8lm.training.build import Run
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import evaluation_loss, on_device, run_batches
@@ -18,7 +17,7 @@ from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
 from fp8lm.training.spikes import LossSpike, LossWatch
 from fp8lm.training.step import StepResult, seed_generators, train_step
-from fp8lm.training.stopping import StopRequests, describe
+from fp8lm.training.stopping import StopRequests, describe, exit_code
 from fp8lm.training.watchdog import Watchdog
 
 
@@ -41,7 +40,7 @@ class Trainer:
     def train(self) -> int:
         """Train to the end, or to where something asks to stop; saves before returning.
 
-        Returns the exit code: 0, or `EXIT_RESTART` if a signal or the time asked to stop.
+        Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop.
         """
         run, config = self.run, self.run.config.train
         launch = Launch.from_environment(os.environ)
@@ -61,8 +60,15 @@ class Trainer:
             self.checkpoints.finish()
             if self._finished or not self._stop:
                 return 0
-            self._say(f" {describe(self._stop)}: stopped after iteration {self.progress.iteration}")
-            return EXIT_RESTART
+            return self._stopped()
+
+    def _stopped(self) -> int:
+        """Say why and where; the exit code."""
+        saved = self.run.config.checkpoint.save is not None
+        where = f"stopped after iteration {self.progress.iteration}"
+        lost = "" if saved else "; nothing is saved without checkpoint.save"
+        self._say(f" {describe(self._stop)}: {where}{lost}")
+        return exit_code(self._stop, saved)
 
     @property
     def _finished(self) -> bool:

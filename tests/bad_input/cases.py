@@ -12,7 +12,7 @@ TINY = ["--config", str(ROOT / "configs" / "gpt_tiny.yaml")]
 
 @dataclass(frozen=True)
 class Case:
-    """`command` (pretrain_gpt, or a tool's name) with `arguments`; `says` stands in the message.
+    """`command` (pretrain_gpt, launch, a tool) with `arguments`; `says` stands in the message.
 
     `prepare(folder)` makes files first, with the folder as working directory; `environment` is set.
     """

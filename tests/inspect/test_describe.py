@@ -68,7 +68,7 @@ def test_dry_run_of_the_175b(capsys):
     lines = capsys.readouterr().out.splitlines()
     for line in DRY_RUN.splitlines():
         assert line in lines
-    command = next(line for line in lines if " torchrun " in line)
+    command = next(line for line in lines if " -m fp8lm.launch.agent " in line)
     assert "--nnodes=16 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT" in command
     assert command.endswith(f"pretrain_gpt.py --config {ROOT}/configs/gpt_175b.yaml")
 

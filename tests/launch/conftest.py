@@ -79,3 +79,11 @@ def reports(folder):
         {key: v for key, v in json.loads(line).items() if key not in timing and "memory" not in key}
         for line in lines
     ]
+
+
+def tool(folder, name, text):
+    """An executable file of this content; its path."""
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 
+from fp8lm.errors import ENDS, run_command
 from fp8lm.launch.exits import describe_exit, job_exit_code, signal_exit_code
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
@@ -54,6 +57,16 @@ def test_codes_in_words():
     assert describe_exit(3) == "ended with exit code 3"
     assert describe_exit(-9) == "was killed by SIGKILL"
     assert describe_exit(-100) == "was killed by signal 100"
+
+
+def test_a_worker_says_that_it_has_started(tmp_path, monkeypatch):
+    """What the worker in its place before it has left is gone by then."""
+    monkeypatch.setenv(ENDS, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    mark = tmp_path / "1"
+    mark.write_text("75")
+    assert run_command(lambda argv: int(argv[0]) + len(mark.read_text()), ["3"]) == 3
+    assert mark.read_text() == "3"
 
 
 @pytest.mark.slow
@@ -110,6 +123,15 @@ def test_what_a_worker_could_not_save_is_not_called_saved(launch, left, expected
 
 
 @pytest.mark.slow
+def test_what_was_saved_before_a_restart_does_not_count(launch):
+    job = launch([*AGENT, SIGNALS, "--max-restarts=1", WORKER, "again"])
+    for rank in (0, 1):
+        job.wait_for(f"rank {rank} ready")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish() == 143, job.output
+
+
+@pytest.mark.slow
 def test_nodes_that_do_not_meet(launch):
     """Nobody listens at that port; torchrun's own text is a page of traceback."""
     meeting = ["--nnodes=2", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=1"]
@@ -117,3 +139,51 @@ def test_nodes_that_do_not_meet(launch):
     assert job.finish() == 1
     assert "error: the nodes did not meet at 127.0.0.1:1" in job.output
     assert "Traceback" not in job.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("host", "restarts", "told"),
+    [
+        (True, 0, "the connection to 127.0.0.1:{port} is lost: the node there has ended"),
+        (False, 1, "another node has ended the job"),
+    ],
+)
+def test_a_node_that_another_one_leaves(launch, host, restarts, told):
+    """One finds a mistake and ends; the other had met it, and has to say something else than that.
+
+    Without the host there is no meeting any more. Its workers' connections would break as well: the
+    one that stays has a failure of its own here, when the other is gone.
+    """
+    port = free_port()
+    meeting = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+
+    def node(name, is_host, *more):
+        return launch([*AGENT, *meeting, f"--rdzv-conf=is_host={int(is_host)}", *more], name)
+
+    ended = node("ended", host, WORKER, "waits", "2", "2")
+    stays = node("stays", not host, f"--max-restarts={restarts}", WORKER, "waits")
+    assert ended.finish() == 2
+    if not host:
+        for worker in psutil.Process(stays.process.pid).children():
+            worker.kill()
+    assert stays.finish() == 1, stays.output
+    assert "error: " + told.format(port=port) in stays.output
+    assert "did not meet" not in stays.output
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ties processes together")
+def test_workers_do_not_outlive_a_killed_launcher(launch):
+    job = launch([*AGENT, WORKER, "waits"])
+    for rank in (0, 1):
+        job.wait_for(f"rank {rank} ready")
+    workers = psutil.Process(job.process.pid).children()
+    job.process.kill()
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=5)[1]

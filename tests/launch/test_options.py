@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import parse_args
 
-from fp8lm.errors import InputError, run_command
+from fp8lm.errors import InputError
 from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.main import main
 from fp8lm.launch.options import parse_options
+from tests.launch.conftest import ENVIRONMENT, ROOT
 
 CONFIG = "configs/gpt_tiny.yaml"
 TWO = ["--nnodes=2", "--rdzv-endpoint=host:1", CONFIG]
@@ -30,26 +35,16 @@ def test_config_comes_first_or_by_name():
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("endpoint", "expected"),
     [
-        ([], "no config: python -m fp8lm.launch"),
-        (["a.b=1"], "no config"),
-        ([CONFIG, "--train.seed=3"], "unknown option --train.seed=3: write train.seed=3"),
-        ([CONFIG, "--nodes", "3"], "unknown option --nodes"),
-        ([CONFIG, "--nnodes", "0"], "'0' is not a number of at least 1"),
-        ([CONFIG, "--nnodes", "2:4"], "'2:4' is a range: give one number"),
-        ([CONFIG, "--nnodes", "2"], "--nnodes=2 needs --rdzv-endpoint=HOST:PORT"),
-        ([*TWO, "--node-rank", "2"], "--node-rank=2 is not below --nnodes=2"),
-        (["--nnodes=2", "--rdzv-endpoint=host:x", CONFIG], "write it as HOST:PORT"),
-        (["--simulate=2", "--node-rank=0", CONFIG], "--simulate makes its own nodes"),
-        (["--simulate=2", "--nnodes=3", CONFIG], "drop --nnodes, --node-rank and --rdzv-endpoint"),
-        ([CONFIG, "--log-dir", "/proc/no"], "--log-dir=/proc/no cannot be made: No such file"),
-        ([CONFIG, "--log-dir", __file__], f"--log-dir={__file__} cannot be made: File exists"),
+        ("host", "host:29400"),
+        ("host.domain:65535", "host.domain:65535"),
+        ("[::1]", "[::1]:29400"),
+        ("[fe80::1]:1", "[fe80::1]:1"),
     ],
 )
-def test_mistakes(argv, message, capsys):
-    assert run_command(main, argv) == 2
-    assert message in capsys.readouterr().err
+def test_where_nodes_meet(endpoint, expected):
+    assert torchrun("--nnodes=2", f"--rdzv-endpoint={endpoint}", CONFIG).rdzv_endpoint == expected
 
 
 def test_help(capsys):
@@ -61,7 +56,7 @@ def test_help(capsys):
 
 def test_one_machine():
     args = torchrun(CONFIG, "a.b=[1, 2]", nproc=8)
-    assert (args.nnodes, args.nproc_per_node, args.max_restarts) == ("1:1", "8", 0)
+    assert (args.nnodes, args.nproc_per_node, args.max_restarts) == ("1", "8", 0)
     assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", "localhost:0")
     assert args.signals_to_handle.split(",") == [
         "SIGTERM",
@@ -80,7 +75,6 @@ def test_several_machines():
     assert (args.rdzv_conf, args.local_addr, args.max_restarts) == ("is_host=0", "me", 3)
     assert torchrun("--node-rank=0", *TWO).rdzv_conf == "is_host=1"
     assert torchrun(*TWO).rdzv_conf == ""  # torchrun compares names
-    assert torchrun("--nnodes=2", "--rdzv-endpoint=host", CONFIG).rdzv_endpoint == "host:29400"
 
 
 def test_number_of_nodes_as_kubeflow_writes_it():
@@ -111,10 +105,61 @@ def test_variables(monkeypatch):
     assert torchrun_environment(parse_options([CONFIG]))["OMP_NUM_THREADS"] == "4"
 
 
-def test_command_is_what_a_shell_takes():
-    arguments = torchrun_arguments(parse_options([CONFIG, "data.data_path=[a b, c]"]), 1)
-    line = command_line({"A": "b c"}, arguments)
-    assert shlex.split(line) == ["A=b c", "torchrun", *arguments]
+def test_one_machine_in_a_pod_of_several(monkeypatch):
+    """torchrun takes PET_... for options that are not given."""
+    monkeypatch.setenv("PET_NNODES", "4")
+    assert torchrun(CONFIG).nnodes == "1"
+
+
+def test_command_is_what_a_shell_takes(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/a b")
+    line = command_line({"A": "b c"}, "a.module", ["data.data_path=[a b, c]"])
+    words = ["PYTHONPATH=/a b", "A=b c", sys.executable, "-m", "a.module"]
+    assert shlex.split(line) == [*words, "data.data_path=[a b, c]"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert shlex.split(command_line({}, "m", [])) == [sys.executable, "-m", "m"]
+
+
+def test_command_of_a_simulation(capsys):
+    """Only the launcher can start it."""
+    assert main(["--dry-run", "--simulate", "2", CONFIG, "train.device=cpu"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if " -m " in line)
+    assert line.endswith(f"{sys.executable} -m fp8lm.launch --simulate 2 {CONFIG} train.device=cpu")
+
+
+@pytest.mark.slow
+def test_the_printed_command_starts_the_run(launch, tmp_path):
+    """In another folder than the checkout; a signal then ends what has nothing to save."""
+    config = str(ROOT / CONFIG)
+    endless = ["train.train_iters=9999", "scheduler.lr_decay_iters=9999", "train.device=cpu"]
+    command = [sys.executable, "-m", "fp8lm.launch", "--dry-run", "--nproc-per-node=2", config]
+    printed = subprocess.run(
+        [*command, *endless], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert printed.returncode == 0, printed.stderr
+    line = printed.stdout.splitlines()[-1]
+    job = launch(["bash", "-c", f"cd {tmp_path} && exec env -u PYTHONPATH {line}"])
+    job.wait_for(r"iteration +\d+/")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish() == 138, job.output
+    assert "received SIGUSR1: stopped after iteration" in job.output
+    assert "; nothing is saved without checkpoint.save" in job.output
+
+
+def test_who_reads_a_dry_run_may_leave():
+    """As in `--dry-run | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8lm.launch", "--dry-run", CONFIG],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_only_one_number():

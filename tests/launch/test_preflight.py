@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fp8lm.errors import InputError, run_command
 from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
+    check_folders,
     check_meeting,
     check_simulation,
     default_processes,
@@ -66,6 +69,31 @@ def test_data_and_its_tokenizer(data, tmp_path, capsys):
         "holds token id 199, outside the tokenizer's vocabulary of 100" in capsys.readouterr().err
     )
     assert sorted(tmp_path.iterdir()) == before
+
+
+KEYS = ["checkpoint.save", "logging.dir", "--log-dir"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_folders_are_not_made_by_a_dry_run(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(main, ["--dry-run", CONFIG, f"{key}=a/b"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").write_text("")
+    assert run_command(main, ["--dry-run", CONFIG, f"{key}=a/b"]) == 2
+    assert f"{tmp_path}/a is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_folders_that_are_not_ours(key, tmp_path, monkeypatch):
+    """As for a user who is not root, who may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: False)
+    log_dir, keys = (str(tmp_path), []) if key == "--log-dir" else (None, [f"{key}={tmp_path}/a"])
+    config = load_config(CONFIG, keys)
+    with pytest.raises(InputError, match=f"{tmp_path}.*: no permission to write in {tmp_path}"):
+        check_folders(config, log_dir, True)
+    if key == "logging.dir":
+        check_folders(config, log_dir, False)  # written on the main machine only
 
 
 def test_notes():

@@ -4,6 +4,9 @@ worker.py RANK:CODE ...    the rank ends with CODE; -n: kills itself with signal
                            ends with 0
 worker.py saves SECONDS [CODE]    on SIGUSR1 or SIGTERM it saves for so long and ends with 75, or
                            rank 1 with CODE; with 0 it fails without a word
+worker.py waits [SECONDS CODE]    tied to its launcher as a training is, it waits for a minute or
+                           for so long, and ends with 0 or CODE
+worker.py again            the first time it ends with 75; then it waits, and dies of a signal
 """
 
 from __future__ import annotations
@@ -14,8 +17,22 @@ import sys
 import time
 
 from fp8lm.errors import leave_exit_code
+from fp8lm.launch.tether import tie_to_parent
 
 rank = os.environ["RANK"]
+leave_exit_code(None)
+if sys.argv[1] == "waits":
+    tie_to_parent()
+    print(f"rank {rank} ready", flush=True)
+    seconds, code = sys.argv[2:] or (60, 0)
+    time.sleep(float(seconds))
+    sys.exit(int(code))
+if sys.argv[1] == "again":
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        leave_exit_code(75)
+        sys.exit(75)
+    print(f"rank {rank} ready", flush=True)
+    time.sleep(60)
 if sys.argv[1] == "saves":
 
     def save(number, _frame):

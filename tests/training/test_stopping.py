@@ -17,6 +17,7 @@ from fp8lm.training.stopping import (
     TIME_IS_OVER,
     StopRequests,
     describe,
+    exit_code,
     is_over,
     job_started,
 )
@@ -59,6 +60,20 @@ def test_a_restart_after_the_end_of_time_does_not_train():
     assert not is_over(TrainConfig(**SIZES), Launch(by_launcher=True, restart=1))
 
 
+@pytest.mark.parametrize(
+    ("reason", "saved", "code"),
+    [
+        (signal.SIGTERM, True, EXIT_RESTART),
+        (TIME_IS_OVER, True, EXIT_RESTART),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGUSR1, False, 138),
+        (TIME_IS_OVER, False, 0),
+    ],
+)
+def test_only_what_is_saved_goes_on(reason, saved, code):
+    assert exit_code(float(reason), saved) == code
+
+
 def train_and_kill(config, rank, iteration, number):
     """The exit code and the last iteration of this rank; `rank` gets the signal."""
     with trainer_of(config) as trainer:
@@ -91,6 +106,11 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 
 def test_a_signal_in_the_last_step_changes_nothing(tiny_config, run_distributed):
     assert run_distributed(train_and_kill, 2, tiny_config(), 0, 8, signal.SIGTERM) == [(0, 8)] * 2
+
+
+def test_a_signal_with_nothing_saved_does_not_promise_to_go_on(tiny_config, run_distributed):
+    ends = run_distributed(train_and_kill, 2, tiny_config(), 0, 5, signal.SIGTERM)
+    assert ends == [(143, 5)] * 2
 
 
 def test_the_end_of_time(tiny_config, run_distributed, tmp_path):

@@ -1,0 +1,59 @@
+"""What may stand behind the launcher's options."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+
+from fp8lm.errors import InputError
+
+DEFAULT_PORT = 29400
+MOST_PORT = 65535
+# Beyond these a number is a slip, and the layout of so many processes not worth waiting for.
+MOST_PROCESSES = 65536
+MOST_PER_NODE = 1024
+MOST_SIMULATED = 256
+_ENDPOINT = re.compile(r"(\[[\w.:-]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
+
+
+def number_type(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:
+    """What argparse takes as type: numbers from `least` to `most`; `why` there are no more."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {most}: {why}")
+        return int(text)
+
+    return number
+
+
+def node_count(text: str) -> int:
+    """N, or N:N as Kubeflow writes it; the batches of a run do not fit any number of machines."""
+    least, _, most = text.partition(":")
+    if most not in ("", least):
+        raise argparse.ArgumentTypeError(f"{text!r} is a range: give one number")
+    return number_type(1, MOST_PROCESSES, "no job has so many machines")(least)
+
+
+def endpoint(text: str) -> str:
+    """HOST:PORT of HOST, HOST:PORT or [IPv6]:PORT; InputError if it is none of them."""
+    option = f"--rdzv-endpoint={text}"
+    match = _ENDPOINT.fullmatch(text)
+    if match is None and text.count(":") > 1 and "[" not in text:
+        raise InputError(f"{option}: an IPv6 address is written in brackets, [::1]:{DEFAULT_PORT}")
+    if match is None:
+        raise InputError(f"{option}: write it as HOST:PORT")
+    host, port = match[1], int(match[2] or DEFAULT_PORT)
+    if not 1 <= port <= MOST_PORT:
+        raise InputError(f"{option}: a port is a number from 1 to {MOST_PORT}")
+    return f"{host}:{port}"
+
+
+def job_name(text: str) -> str:
+    """The name of a job, which is part of a folder's; InputError if it cannot be."""
+    if not re.fullmatch(r"[^/\s]+", text):
+        raise InputError(f"--rdzv-id={text}: a folder of logs gets that name: no slashes or spaces")
+    return text

@@ -1,0 +1,77 @@
+"""The launcher's own options, and what it finds before it starts a process."""
+
+from __future__ import annotations
+
+from tests.bad_input.cases import TINY, run
+
+TWO = ["--nnodes=2", "--rdzv-endpoint=host:1"]
+
+
+def launch(*arguments, says, **more):
+    """`python -m fp8lm.launch` on the tiny config."""
+    return run("launch", *TINY, *arguments, says=says, **more)
+
+
+def meets(endpoint, says):
+    return launch("--nnodes=2", f"--rdzv-endpoint={endpoint}", says=says)
+
+
+def a_file(folder):
+    (folder / "a").write_text("")
+
+
+NO_CONFIG = [
+    run("launch", says="no config: python -m fp8lm.launch"),
+    run("launch", "", says="no config: python -m fp8lm.launch"),
+    run("launch", "--config", "", "train.seed=3", says="no config"),
+    run("launch", "a.b=1", says="no config"),
+    run("launch", "nowhere.yaml", says="nowhere.yaml does not exist"),
+]
+
+OPTIONS = [
+    launch("--train.seed=3", says="unknown option --train.seed=3: write train.seed=3"),
+    launch("--nodes", "3", says="unknown option --nodes"),
+    launch("--nnodes", says="--nnodes: expected one argument; see python -m fp8lm.launch --help"),
+    launch("--nnodes=0", says="'0' is not a number of at least 1"),
+    launch("--nnodes=2:4", says="'2:4' is a range: give one number"),
+    launch("--nnodes=99999999999", says="no job has so many machines"),
+    launch("--nproc-per-node=auto", says="--nproc-per-node: 'auto' is not a number of at least 1"),
+    launch("--nproc-per-node=99999999999", says="is more than 1024: no machine has so many GPUs"),
+    launch(
+        *TWO, "--nnodes=9999", "--nproc-per-node=99", says="989901 processes are more than 65536"
+    ),
+    launch("--max-restarts=-1", says="--max-restarts: '-1' is not a number of at least 0"),
+    launch("--rdzv-id=a/b", says="--rdzv-id=a/b: a folder of logs gets that name: no slashes"),
+    launch("--rdzv-id=", says="--rdzv-id=: a folder of logs gets that name"),
+]
+
+MEETINGS = [
+    launch("--nnodes=2", says="--nnodes=2 needs --rdzv-endpoint=HOST:PORT"),
+    launch(*TWO, "--node-rank=2", says="--node-rank=2 is not below --nnodes=2"),
+    meets("host:x", says="--rdzv-endpoint=host:x: write it as HOST:PORT"),
+    meets("host:", says="write it as HOST:PORT"),
+    meets(":29400", says="--rdzv-endpoint=:29400: write it as HOST:PORT"),
+    meets("", says="write it as HOST:PORT"),
+    meets("host:0", says="--rdzv-endpoint=host:0: a port is a number from 1 to 65535"),
+    meets("host:65536", says="a port is a number from 1 to 65535"),
+    meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
+]
+
+SIMULATIONS = [
+    launch("--simulate=2", "--nnodes=3", says="makes nodes of its own on this machine: drop --nno"),
+    launch("--simulate=2", "--node-rank=0", says="drop --node-rank"),
+    launch("--simulate=2", "--rdzv-endpoint=a", says="drop --rdzv-endpoint"),
+    launch("--simulate=2", "--local-addr=a", says="drop --local-addr"),
+    launch("--simulate=999", says="'999' is more than 256"),
+]
+
+FOLDERS = [
+    launch("--log-dir=a", says="--log-dir=a cannot be written to: ", prepare=a_file),
+    launch("--log-dir=a/b", says="a is no folder", prepare=a_file),
+    launch("checkpoint.save=a", says="cannot save checkpoints in a: ", prepare=a_file),
+    launch("checkpoint.save=a/b", says="a is no folder", prepare=a_file),
+    launch("logging.dir=a", says="logging.dir=a cannot be written to: ", prepare=a_file),
+    launch("logging.dir=a/b", says="a is no folder", prepare=a_file),
+]
+
+CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *SIMULATIONS, *FOLDERS]
