@@ -38,11 +38,14 @@ class TrainConfig(Section):
         None, description="Save and stop when the iteration is a multiple of this."
     )
     exit_signal_handler: Bool = Field(
-        True, description="On SIGTERM or SIGUSR1 finish the step, save, and exit with code 75."
+        True,
+        description="On SIGTERM or SIGUSR1 finish the step, save, and exit with code 75; without "
+        "checkpoint.save with 128 and the signal's number.",
     )
     exit_duration_in_mins: Positive | None = Field(
         None,
-        description="Save and exit with code 75 once the job has run for so many minutes.",
+        description="Save and exit with code 75 once the job has run for so many minutes; without "
+        "checkpoint.save with 0.",
     )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -53,7 +54,7 @@ class Stage:
     weights: Mapping[str, Weight]
     state: tuple[Mapping[str, int], ...]
 
-    @property
+    @cached_property
     def totals(self) -> list[int]:
         """Bytes of all kinds together, by replica."""
         return [sum(kinds.values()) for kinds in self.state]
@@ -91,6 +92,12 @@ class Layout:
         return self.stages[place.stage].state[place.data]
 
     @property
+    def imbalance(self) -> float:
+        """Bytes of optimizer states on the fullest replica over the mean, in the worst stage."""
+        owned = [[sum(s[kind] for kind in KINDS[2:]) for s in stage.state] for stage in self.stages]
+        return max(max(loads) * len(loads) / sum(loads) for loads in owned)
+
+    @cached_property
     def totals(self) -> list[int]:
         """Bytes that each rank holds."""
         return [self.stages[place.stage].totals[place.data] for place in self.ranks]

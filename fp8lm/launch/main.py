@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fp8lm.config import load_config
+from fp8lm.errors import InputError
 from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.options import Options, parse_options
 
@@ -24,11 +25,14 @@ def main(argv: Sequence[str]) -> int:
 
     processes = options.nproc_per_node or preflight.default_processes(config)
     plan = preflight.check_run(config, options.nnodes, processes)
-    preflight.check_folders(config, options.log_dir, options.node_rank in (None, 0))
-    remarks = preflight.notes(config, processes, options.max_restarts)
-    if options.dry_run:
+    remarks = preflight.notes(plan.layout, options.max_restarts)
+    problems = preflight.folder_problems(config, options.log_dir, options.node_rank in (None, 0))
+    if options.dry_run:  # which may be of a cluster whose folders are not here
+        remarks += [f"on this machine: {problem}" for problem in problems]
         show(describe(plan, options.all_ranks, _command(options, processes, argv), remarks))
         return 0
+    for problem in problems:
+        raise InputError(problem)
     preflight.check_devices(config, processes)
     if options.simulate:
         preflight.check_simulation(config)

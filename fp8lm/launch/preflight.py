@@ -18,10 +18,12 @@ from fp8lm.config import Config
 from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.errors import InputError
+from fp8lm.inspect.layout import Layout
 from fp8lm.inspect.plan import Plan, plan_run
 from fp8lm.training.build import resolve_device
 
 NAME_PATIENCE = 60.0
+UNEVEN = 1.2
 
 
 def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
@@ -51,11 +53,12 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
         )
 
 
-def check_folders(config: Config, log_dir: str | None, is_main: bool) -> None:
-    """InputError if a folder that the run writes to can neither be written to nor made.
+def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:
+    """Folders that the run writes to which here can neither be written to nor made; it makes none.
 
-    It makes none. Reports are written on one machine, the main one.
+    Reports are written on one machine, the main one.
     """
+    found = []
     save, reports = config.checkpoint.save, config.logging.dir if is_main else None
     for folder, complaint in (
         (log_dir, f"--log-dir={log_dir} cannot be written to"),
@@ -63,7 +66,8 @@ def check_folders(config: Config, log_dir: str | None, is_main: bool) -> None:
         (reports, f"logging.dir={reports} cannot be written to"),
     ):
         if folder is not None and (reason := _obstacle(Path(folder))):
-            raise InputError(f"{complaint}: {reason}")
+            found.append(f"{complaint}: {reason}")
+    return found
 
 
 def _obstacle(folder: Path) -> str | None:
@@ -122,9 +126,9 @@ def default_processes(config: Config) -> int:
     return 1
 
 
-def notes(config: Config, nproc_per_node: int, max_restarts: int) -> list[str]:
+def notes(layout: Layout, max_restarts: int) -> list[str]:
     """What is allowed, and probably not meant."""
-    found = []
+    found, config, nproc_per_node = [], layout.config, layout.node_size
     checkpoint, shards = config.checkpoint, config.parallel.tensor_model_parallel_size
     if max_restarts and (checkpoint.save is None or checkpoint.save != checkpoint.load):
         found.append(
@@ -133,5 +137,10 @@ def notes(config: Config, nproc_per_node: int, max_restarts: int) -> list[str]:
     if nproc_per_node % shards:
         found.append(
             f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
+        )
+    if (uneven := layout.imbalance) > UNEVEN and config.parallel.partition == "tensor":
+        found.append(
+            f"a process owns {uneven:.1f} times the mean of the optimizer states: whole tensors do "
+            f"not go round {layout.num_replicas} replicas, parallel.partition=even does"
         )
     return found

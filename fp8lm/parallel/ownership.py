@@ -113,13 +113,12 @@ def _cut(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
     slab = _padded(-(-end // num_ranks), unit)
     rows: list[dict[str, tuple[int, int]]] = [{} for _ in range(num_ranks)]
     for tensor in ordered:
-        for rank, own in enumerate(rows):
-            low = max(rank * slab, start[tensor.name])
-            high = min((rank + 1) * slab, start[tensor.name] + tensor.nbytes)
-            if low < high:
-                own[tensor.name] = tuple(
-                    (byte - start[tensor.name]) // tensor.row_bytes for byte in (low, high)
-                )
+        first, end = start[tensor.name], start[tensor.name] + tensor.nbytes
+        for rank in range(first // slab, -(-end // slab)):
+            low, high = max(rank * slab, first), min((rank + 1) * slab, end)
+            rows[rank][tensor.name] = tuple(
+                (byte - first) // tensor.row_bytes for byte in (low, high)
+            )
     return Ownership([slab] * num_ranks, start, rows)
 
 

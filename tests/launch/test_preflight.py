@@ -11,13 +11,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError, run_command
+from fp8lm.inspect.layout import plan_layout
 from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
-    check_folders,
     check_meeting,
     check_simulation,
     default_processes,
+    folder_problems,
     notes,
 )
 from tests.launch.conftest import ROOT
@@ -80,8 +81,12 @@ def test_folders_are_not_made_by_a_dry_run(key, tmp_path, monkeypatch, capsys):
     assert run_command(main, ["--dry-run", CONFIG, f"{key}=a/b"]) == 0
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").write_text("")
-    assert run_command(main, ["--dry-run", CONFIG, f"{key}=a/b"]) == 2
+    assert run_command(main, [CONFIG, f"{key}=a/b"]) == 2
     assert f"{tmp_path}/a is no folder" in capsys.readouterr().err
+    # A dry run may be that of a cluster.
+    assert run_command(main, ["--dry-run", CONFIG, f"{key}=a/b"]) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "on this machine" in line]
+    assert told.startswith("note: ") and told.endswith(f": {tmp_path}/a is no folder")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -90,19 +95,29 @@ def test_folders_that_are_not_ours(key, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, *_, **__: False)
     log_dir, keys = (str(tmp_path), []) if key == "--log-dir" else (None, [f"{key}={tmp_path}/a"])
     config = load_config(CONFIG, keys)
-    with pytest.raises(InputError, match=f"{tmp_path}.*: no permission to write in {tmp_path}"):
-        check_folders(config, log_dir, True)
-    if key == "logging.dir":
-        check_folders(config, log_dir, False)  # written on the main machine only
+    (problem,) = folder_problems(config, log_dir, True)
+    assert str(tmp_path) in problem and f": no permission to write in {tmp_path}" in problem
+    if key == "logging.dir":  # written on the main machine only
+        assert folder_problems(config, log_dir, False) == []
+
+
+def layout(*overrides, world=2, node_size=2):
+    return plan_layout(load_config(CONFIG, list(overrides)), 256, world, node_size)
 
 
 def test_notes():
-    config = load_config(CONFIG, TP2)
-    assert notes(config, 2, 0) == []
-    assert "a restart begins anew" in notes(config, 2, 3)[0]
-    assert "tensor-parallel groups of 2 span nodes of 3" in notes(config, 3, 0)[0]
-    kept = load_config(CONFIG, ["checkpoint.save=a", "checkpoint.load=a"])
-    assert notes(kept, 2, 3) == []
+    assert notes(layout(*TP2), 0) == []
+    assert "a restart begins anew" in notes(layout(*TP2), 3)[0]
+    assert "tensor-parallel groups of 2 span nodes of 3" in notes(layout(*TP2, node_size=3), 0)[0]
+    assert notes(layout("checkpoint.save=a", "checkpoint.load=a"), 3) == []
+
+
+def test_whole_tensors_that_do_not_go_round():
+    (note,) = notes(layout(world=16, node_size=16), 0)
+    assert note.endswith("do not go round 16 replicas, parallel.partition=even does")
+    assert notes(layout("parallel.partition=even", world=16, node_size=16), 0) == []
+    plain = layout("parallel.use_distributed_optimizer=false", world=16, node_size=16)
+    assert notes(plain, 0) == []
 
 
 def test_where_machines_meet():
