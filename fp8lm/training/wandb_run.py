@@ -114,6 +114,8 @@ def _init(wandb: Any, config: LoggingConfig, run_id: str | None, run_config: dic
     mode = _mode(config.wandb_mode, os.environ)
     if mode == "online":
         try:
+            # login() obeys WANDB_MODE by itself, although the config has overruled it.
+            wandb.setup(settings=wandb.Settings(mode="online"))
             if not wandb.login(timeout=LOGIN_TIMEOUT):
                 raise ConnectionError("not logged in")
             return wandb.init(**options, mode="online")
@@ -123,9 +125,15 @@ def _init(wandb: Any, config: LoggingConfig, run_id: str | None, run_config: dic
 
 
 def _mode(asked: str | None, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled: the config's, else the environment's, in wandb's words."""
+    """online, offline or disabled: the config's, else the environment's, in wandb's words.
+
+    ValueError for a word that wandb does not know, or that asks for what is not done here.
+    """
     mode = asked or environment.get("WANDB_MODE") or "online"
-    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode not in ("online", "offline", "disabled"):
+        raise ValueError(f"WANDB_MODE={mode}: expected online, offline or disabled")
+    return mode
 
 
 def _settings(wandb: Any) -> Any:

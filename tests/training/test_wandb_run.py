@@ -124,6 +124,27 @@ def test_the_environment_decides_where_the_config_does_not(tmp_path, monkeypatch
     assert len(stored(tmp_path / "third")[1]) == 1
 
 
+@pytest.mark.parametrize("environment", ["offline", "disabled"])
+def test_the_config_overrules_the_environment(environment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", environment)
+    start(tmp_path / "offline", wandb_mode="offline")  # wandb has then read its environment
+    assert "warning" not in capsys.readouterr().err
+    start(tmp_path / "online", wandb_mode="online")
+    # It went as far as to look for a key: "not logged in" would be the environment's doing.
+    error = capsys.readouterr().err
+    assert error.count("warning: wandb is offline") == 1 and "No API key" in error
+
+
+def test_an_unknown_mode_in_the_environment_is_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    config = LoggingConfig(dir=str(tmp_path), tensorboard=False, wandb_project="project")
+    with TrainLogger(config, RunInfo(1000), io.StringIO()) as logger:
+        logger.log_step({**VALUES, "iteration": 1})
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.count("warning: going on without wandb") == 1
+    assert "WANDB_MODE=ofline: expected online, offline or disabled" in error
+
+
 def test_without_a_key_it_goes_offline(tmp_path, capsys):
     record = start(tmp_path, wandb_mode="online")
     error = capsys.readouterr().err
