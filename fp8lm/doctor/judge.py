@@ -123,7 +123,7 @@ def judge_accelerators(found: Accelerators, torch_version: str | None) -> Iterat
     if found.error is not None:
         line = f"CUDA fails ({found.error}): check the GPU with nvidia-smi, or use train.device=cpu"
         yield Finding("GPU", "unknown", "problem", line)
-    elif found.rocm is not None:
+    elif found.rocm is not None and found.gpus:
         yield Finding("GPU", "AMD", "problem", f"torch {torch_version}: {NO_ROCM}")
     elif not found.gpus:
         yield Finding("GPU", "none", "note", _why_no_gpu(found, torch_version))
@@ -131,6 +131,9 @@ def judge_accelerators(found: Accelerators, torch_version: str | None) -> Iterat
         capability = ".".join(map(str, gpu.capability))
         size = f"{gpu.memory / GIB:.0f} GiB"
         yield Finding(f"GPU {index}", gpu.name, remark=f"compute capability {capability}, {size}")
+    if found.rocm is not None:  # its RCCL answers for NCCL
+        yield Finding("ROCm", found.rocm, remark="that torch was built for")
+        return
     yield Finding("driver", found.driver or "none")
     yield Finding("CUDA", found.cuda or "none", remark="that torch was built for")
     yield judge_nccl(found.nccl, found.gpus)
@@ -139,7 +142,7 @@ def judge_accelerators(found: Accelerators, torch_version: str | None) -> Iterat
 def _why_no_gpu(found: Accelerators, torch_version: str | None) -> str:
     if found.driver is not None and found.cuda is None and torch_version is not None:
         return (
-            f"torch {torch_version} is a CPU build, and an NVIDIA driver is here: install a CUDA "
+            f"torch {torch_version} is no CUDA build, and an NVIDIA driver is here: install a CUDA "
             "build, or training runs on the CPU"
         )
     if found.driver is not None and found.cuda is not None:

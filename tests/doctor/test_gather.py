@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fp8lm.doctor.__main__ import main, table
-from fp8lm.doctor.facts import Accelerators
+from fp8lm.doctor.facts import Accelerators, Gpu
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding
 from fp8lm.doctor.machine import find_driver
@@ -72,6 +72,11 @@ def test_cuda_that_raises_is_a_fact():
 
     assert gather(raising, fine).accelerators.error == "CUDA error"
     assert gather(Accelerators, fine).accelerators.error is None
+
+
+def test_nothing_computes_on_amd_gpus():
+    amd = Accelerators((Gpu("AMD Instinct MI300X", (9, 4), 1 << 37),), rocm="6.4")
+    assert [execution.device for execution in gather(lambda: amd, fine).execution] == ["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,14 @@ def test_amd_gpus_are_refused():
     facts = machine(Gpu("AMD Instinct MI300X", (9, 4), 192 * GIB), cuda=None, rocm="6.4")
     (problem,) = problems(judge(facts))
     assert "torch 2.13.0: this PyTorch is a ROCm build" in problem and "NVIDIA" in problem
+    assert not {"NCCL", "CUDA"} & {finding.subject for finding in judge(facts)}
+
+
+@pytest.mark.parametrize("driver", [None, "580.95"])
+def test_a_rocm_build_without_a_gpu_trains_on_the_cpu(driver):
+    facts = machine(cuda=None, rocm="6.4", driver=driver)
+    assert problems(judge(facts)) == []
+    assert "training runs on the CPU" in remark(facts, "GPU")
 
 
 @pytest.mark.parametrize("gpu", [A100, DISGUISED])
@@ -86,7 +94,7 @@ def test_cpu():
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        (dict(cuda=None), "torch 2.13.0 is a CPU build, and an NVIDIA driver is here"),
+        (dict(cuda=None), "torch 2.13.0 is no CUDA build, and an NVIDIA driver is here"),
         (dict(), "driver 580.95 may be too old for CUDA 13.0, or CUDA_VISIBLE_DEVICES"),
     ],
 )
