@@ -82,7 +82,7 @@ def test_it_works_where_there_is_no_checkout(wheel, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_the_source_distribution_is_the_checkout(tmp_path):
-    """Tests read the workflow and the settings of pre-commit, too."""
+    """Tests read the workflow, .ci/run and the settings of pre-commit, too."""
     tracked = run("git", "ls-files", cwd=ROOT).splitlines()
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +91,7 @@ def test_the_source_distribution_is_the_checkout(tmp_path):
     name = run(sys.executable, "-W", "ignore", "-c", build, cwd=tmp_path).splitlines()[-1]
     with tarfile.open(tmp_path / "dist" / name) as archive:
         packed = {member.name.partition("/")[2] for member in archive}
-    of_git_and_its_host = {".gitignore", ".ci/run"}
-    assert set(tracked) - packed <= of_git_and_its_host
+    assert set(tracked) - packed == {".gitignore"}
 
 
 def test_the_changelog_begins_with_this_version():
