@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 
 import numpy as np
 
@@ -60,6 +60,7 @@ def encode_records(
             yield from encode(batch)
         return
     # Spawned rather than forked: the same on every system, and the caller may have threads.
+    others = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent)
     try:
         pending = deque()
@@ -70,6 +71,12 @@ def encode_records(
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+    except BaseException:
+        # Nobody wants what they are at, and a long document takes minutes.
+        for worker in active_children():
+            if worker not in others:
+                worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
