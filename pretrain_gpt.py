@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     from fp8lm.training.stopping import is_over
     from fp8lm.training.trainer import Trainer
 
-    saves = config.checkpoint.save is not None
-    if saves and is_over(config.train, Launch.from_environment(os.environ)):
+    resumes = config.checkpoint.resumes
+    if resumes and is_over(config.train, Launch.from_environment(os.environ)):
         return EXIT_RESTART  # torchrun has started again what had saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel

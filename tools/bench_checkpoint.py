@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
         result = measure(run, options)
         if groups.is_main:
             report(result)
-            shutil.rmtree(options.folder, ignore_errors=True)
+            for mode in MODES[1:]:
+                shutil.rmtree(options.folder / mode, ignore_errors=True)
             if options.output:
                 options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -29,7 +29,7 @@ import psutil
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.checkpoint.files import saved_iterations
-from fp8lm.errors import CommandParser, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 # Measurements of time and memory differ between any two runs.
@@ -52,13 +52,13 @@ class Job:
 
     def __init__(self, options: argparse.Namespace, folder: Path, restarts: int = 0) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
         launcher += ["--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}"]
         launcher += [f"--nproc-per-node={options.processes}", "--monitor-interval=0.05"]
         keys = [f"checkpoint.{key}={self.checkpoints}" for key in ("save", "load")]
         keys += [f"checkpoint.save_interval={options.save_interval}", f"logging.dir={folder}"]
-        keys += ["logging.log_interval=1", "logging.tensorboard=false", *options.overrides]
+        keys += ["logging.log_interval=1", "logging.tensorboard=false"]
+        keys += [f"train.train_iters={10 * options.kills + 50}", *options.overrides]
         self.command = [*launcher, str(ROOT / "pretrain_gpt.py"), "--config", options.config, *keys]
         self.process: subprocess.Popen | None = None
 
@@ -68,9 +68,19 @@ class Job:
         self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=ROOT)
 
     def finish(self) -> None:
-        """Wait for its end; RuntimeError if that is not a good one."""
+        """Wait for its end; `InputError` or RuntimeError if that is not a good one."""
         if self.process.wait(PATIENCE):
-            raise RuntimeError(f"the job failed, see {self.folder / 'log.txt'}")
+            log = self.folder / "log.txt"
+            for line in log.read_text().splitlines():
+                if line.startswith("error: "):
+                    raise InputError(f"{line.removeprefix('error: ')} (see {log})")
+            raise RuntimeError(f"the job failed, see {log}")
+
+    def end(self) -> None:
+        """End what is still running, when something went wrong."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
 
     def workers(self) -> list[psutil.Process]:
         """The training processes."""
@@ -104,16 +114,18 @@ class Job:
 def main(argv: list[str]) -> int:
     """Run both, compare, print; exit code 0 if nothing is lost, 1 otherwise."""
     options = parse(argv)
-    shutil.rmtree(options.folder, ignore_errors=True)
-    undisturbed = Job(options, options.folder / "undisturbed")
-    undisturbed.start()
-    undisturbed.finish()
-    rng = random.Random(options.seed)
-    disturbed = Job(options, options.folder / "disturbed", restarts=10 * options.kills)
-    kills = []
-    for kill in disturb(disturbed, options, rng):
-        kills.append(kill)
-        print(f"kill {len(kills)} of {options.kills}: {describe(kill)}", flush=True)
+    undisturbed = Job(options, new_folder(options.folder / "undisturbed"))
+    disturbed = Job(options, new_folder(options.folder / "disturbed"), 10 * options.kills)
+    rng, kills = random.Random(options.seed), []
+    try:
+        undisturbed.start()
+        undisturbed.finish()
+        for kill in disturb(disturbed, options, rng):
+            kills.append(kill)
+            print(f"kill {len(kills)} of {options.kills}: {describe(kill)}", flush=True)
+    finally:
+        for job in (undisturbed, disturbed):
+            job.end()
     lost = compare(undisturbed, disturbed)
     report = {
         "victim": options.victim,
@@ -130,6 +142,17 @@ def main(argv: list[str]) -> int:
         f"{len(kills)} kills, {in_save} of them in a save: " + ("; ".join(lost) or "nothing lost")
     )
     return 1 if lost else 0
+
+
+def new_folder(folder: Path) -> Path:
+    """An empty `folder`; `InputError` if it holds anything that this program has not made."""
+    log = folder / "log.txt"
+    if folder.exists() and any(folder.iterdir()) and not log.exists():
+        raise InputError(f"{folder} holds something else: choose another --folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log.touch()
+    return folder
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

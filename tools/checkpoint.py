@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from fp8lm.checkpoint import Checkpoint, open_checkpoint
+from fp8lm.checkpoint import Checkpoint, SaveError, open_checkpoint
 from fp8lm.checkpoint.contents import (
     CIRCUMSTANCES,
     StoredTensor,
@@ -32,7 +33,7 @@ from fp8lm.checkpoint.contents import (
     read_tensor,
     stored_tensors,
 )
-from fp8lm.checkpoint.files import find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.errors import CommandParser, InputError, run_command
 
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")
@@ -71,24 +72,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def list_all(options: argparse.Namespace) -> None:
     """List the checkpoints of a folder."""
-    root = options.folder
-    checked = list(check_all(root))
+    root, iterations = which(options.folder)
+    checked = [(iteration, problem_of(root, iteration)) for iteration in iterations]
     print(f"{'iteration':>10}  {'bytes':>14}  {'files':>5}  {'written':16}  state")
     for iteration, problem in checked:
-        folder = find_folder(root, iteration)
-        files = [path for path in folder.iterdir() if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
-        when = datetime.fromtimestamp(folder.stat().st_mtime)
-        tensors = sum(path.suffix == ".distcp" for path in files)
         state = problem or ("valid, latest" if iteration == latest(root) else "valid")
-        print(f"{iteration:10d}  {size:14,d}  {tensors:5d}  {when:%Y-%m-%d %H:%M}  {state}")
+        print(f"{iteration:10d}  {size_and_time(root, iteration)}  {state}")
 
 
 def inspect(options: argparse.Namespace) -> None:
     """Show what is in a checkpoint."""
     checkpoint = open_one(options.folder)
+    config = checkpoint.common.get("config", {})
     if options.config:
-        print(yaml.safe_dump(checkpoint.common["config"], sort_keys=False), end="")
+        if not config:
+            raise InputError(f"{checkpoint.folder} says nothing of the config it ran with")
+        print(yaml.safe_dump(config, sort_keys=False), end="")
         return
     if options.tensors:
         for stored in stored_tensors(checkpoint, options.tensors).values():
@@ -98,7 +97,7 @@ def inspect(options: argparse.Namespace) -> None:
     for key, value in checkpoint.common.items():
         if key != "config":
             print(f"  {key}: {value}")
-    print("  precision:", checkpoint.common["config"]["precision"]["preset"])
+    print("  precision:", config.get("precision", {}).get("preset", "unknown"))
     tensors = stored_tensors(checkpoint).values()
     for kind in KINDS:
         for dtype, count, elements, size in totals(t for t in tensors if is_of(kind, t)):
@@ -107,8 +106,10 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> int:
     """Check every file against its SHA-256."""
+    root, iterations = which(options.folder)
     bad = 0
-    for iteration, problem in check_all(options.folder):
+    for iteration in iterations:
+        problem = problem_of(root, iteration)
         print(f"iteration {iteration}: {problem or 'valid'}")
         bad += problem is not None
     return 1 if bad else 0
@@ -132,17 +133,33 @@ def compare(options: argparse.Namespace) -> int:
 
 def release(options: argparse.Namespace) -> None:
     """Keep the model, without optimizer states."""
-    checkpoint = open_one(options.folder)
-    folder = copy_checkpoint(
-        checkpoint, options.output, lambda name: name.startswith("model."), {"released": True}
-    )
-    say_sizes(checkpoint, folder)
+    rewrite(options, lambda name: name.startswith("model."), {"released": True})
 
 
 def merge(options: argparse.Namespace) -> None:
     """Rewrite a checkpoint as one process would have written it."""
+    rewrite(options, lambda name: True, {})
+
+
+def rewrite(
+    options: argparse.Namespace, keep: Callable[[str], bool], facts: dict[str, Any]
+) -> None:
+    """Write the tensors that `keep` wants, with more `facts`, to a folder that has no checkpoint.
+
+    Raises `InputError` for a folder that has one, or in which a run is writing.
+    """
+    output = options.output
+    if taken := [path.name for path in (*output.glob("*iter_*"), *output.glob(LATEST))]:
+        raise InputError(f"{output} holds checkpoints ({taken[0]}): name a folder that has none")
     checkpoint = open_one(options.folder)
-    say_sizes(checkpoint, copy_checkpoint(checkpoint, options.output, lambda name: True, {}))
+    try:
+        folder = copy_checkpoint(checkpoint, output, keep, facts)
+    except SaveError as error:
+        raise InputError(str(error)) from error
+    before, after = (
+        sum(file.stat().st_size for file in f.iterdir()) for f in (checkpoint.folder, folder)
+    )
+    print(f"{folder}: {after:,} bytes, from {before:,}")
 
 
 def open_one(path: Path) -> Checkpoint:
@@ -155,21 +172,37 @@ def open_one(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def check_all(path: Path) -> Iterable[tuple[int, str | None]]:
-    """Every checkpoint of a folder, oldest first, and what is wrong with it."""
-    match = re.fullmatch(r"iter_(\d+)", path.name)
+def which(path: Path) -> tuple[Path, list[int]]:
+    """The folder of checkpoints that `path` is or is in, and which of them, oldest first."""
     root, iterations = path, sorted(saved_iterations(path))
-    if match:
-        root, iterations = path.parent, [int(match[1])]
+    if match := re.fullmatch(r"iter_(\d+)", path.name):
+        root = path.parent
+        iterations = [number for number in saved_iterations(root) if number == int(match[1])]
     if not iterations:
-        raise InputError(f"no checkpoint in {path}")
-    for iteration in iterations:
-        try:
-            open_checkpoint(root, iteration)
-        except InputError as error:
-            yield iteration, str(error)
-        else:
-            yield iteration, None
+        raise InputError(f"no checkpoint in {path}" if root == path else f"no checkpoint {path}")
+    return root, iterations
+
+
+def problem_of(root: Path, iteration: int) -> str | None:
+    """What is wrong with a checkpoint, None if nothing."""
+    try:
+        open_checkpoint(root, iteration)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def size_and_time(root: Path, iteration: int) -> str:
+    """Columns of the list: bytes, files of tensors, when written; blanks for one that has gone."""
+    try:
+        folder = find_folder(root, iteration)
+        files = [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        when = f"{datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d %H:%M}" if files else ""
+    except OSError:  # a run deletes what its retention does not keep
+        files, size, when = [], 0, ""
+    tensors = sum(path.suffix == ".distcp" for path in files)
+    return f"{size:14,d}  {tensors:5d}  {when:16}"
 
 
 def latest(root: Path) -> int | None:
@@ -202,14 +235,6 @@ def value_of(checkpoint: Checkpoint, stored: StoredTensor) -> str:
         return f" = {read_tensor(checkpoint, stored).item()}"
     scales = stored_tensors(checkpoint, stored.name.removesuffix(".payload") + ".scale")
     return "".join(f", scale {read_tensor(checkpoint, s).item()}" for s in scales.values())
-
-
-def say_sizes(source: Checkpoint, folder: Path) -> None:
-    """Print what was written."""
-    before, after = (
-        sum(file.stat().st_size for file in f.iterdir()) for f in (source.folder, folder)
-    )
-    print(f"{folder}: {after:,} bytes, from {before:,}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Checkpoints that load under any sharding, on disk whole or not at all, and checked before use."""
 
 from fp8lm.checkpoint.background import CheckpointSaver, Outcome
-from fp8lm.checkpoint.files import Retention, check_save_folder, latest_iteration
+from fp8lm.checkpoint.files import Retention, latest_iteration
 from fp8lm.checkpoint.loading import (
     Checkpoint,
     DamagedCheckpoint,
@@ -9,7 +9,8 @@ from fp8lm.checkpoint.loading import (
     load_checkpoint,
     open_checkpoint,
 )
-from fp8lm.checkpoint.saving import SaveError, save_checkpoint
+from fp8lm.checkpoint.save_folder import check_save_folder, take_over
+from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DamagedCheckpoint",
     "Outcome",
     "Retention",
+    "RetentionError",
     "SaveError",
     "Shard",
     "check_save_folder",
@@ -26,4 +28,5 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
     "save_checkpoint",
+    "take_over",
 ]

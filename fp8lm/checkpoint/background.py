@@ -20,9 +20,8 @@ from typing import Any
 from fp8lm.checkpoint.files import Retention
 from fp8lm.checkpoint.host_copy import HostCopies
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
-from fp8lm.checkpoint.saving import SaveError, save_checkpoint
+from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.together import Group
-from fp8lm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,12 @@ class Outcome:
 
     iteration: int
     seconds: float
-    error: Exception | None = None
+    error: SaveError | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether the checkpoint is on disk, though older ones may be that should not."""
+        return self.error is None or isinstance(self.error, RetentionError)
 
 
 class CheckpointSaver:
@@ -70,7 +74,8 @@ class CheckpointSaver:
         def write() -> Outcome:
             planner.wait()
             outcome = self._write(iteration, planner, meta)
-            self._copies.learn(planner)
+            if outcome.written:
+                self._copies.learn(planner)  # a save that failed may not have come to a plan
             return outcome
 
         self._writing = self._writer.submit(write)
@@ -98,6 +103,6 @@ class CheckpointSaver:
         started, error = time.perf_counter(), None
         try:
             save_checkpoint(self.root, iteration, planner, meta, self._group, self._retention)
-        except (SaveError, InputError) as failure:
+        except SaveError as failure:
             error = failure
         return Outcome(iteration, time.perf_counter() - started, error)

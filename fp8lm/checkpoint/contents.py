@@ -53,7 +53,7 @@ def stored_tensors(checkpoint: Checkpoint, pattern: str = "*") -> dict[str, Stor
 def read_tensor(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
     """The whole tensor on the CPU, bit for bit."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    load_checkpoint(checkpoint, {stored.name: [Shard.whole(tensor)]}, partial=True)
+    load_checkpoint(checkpoint, {stored.name: [Shard.whole(tensor)]}, passing_over="")
     return tensor
 
 

@@ -6,14 +6,17 @@ ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, 
 ROOT/.iter_0000100.tmp/                  one being written
 ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
 ROOT/.iter_0000100.removed/              one being deleted
+ROOT/set_aside/iter_0000100/             one of another past, which this run does not touch
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from fp8lm.errors import InputError
 
 LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common.json"
+SET_ASIDE = "set_aside"
 _FOLDER = re.compile(r"iter_(\d{7,})|\.iter_(\d{7,})\.old")
 
 
@@ -36,10 +40,7 @@ class Retention:
     interval: int | None = None
 
     def superseded(self, iterations: list[int], latest: int) -> list[int]:
-        """Those of `iterations` (newest first) that go once `latest` is written.
-
-        Newer ones than the latest are of another past, and no business of this run.
-        """
+        """Those of `iterations` (newest first) that go once `latest` is written; no newer ones."""
         if self.keep_last is None and self.interval is None:
             return []
         older = [i for i in iterations if i <= latest][self.keep_last or 1 :]
@@ -79,29 +80,28 @@ def saved_iterations(root: Path) -> list[int]:
 
 
 def find_folder(root: Path, iteration: int) -> Path | None:
-    """The folder of checkpoint `iteration`, or the one set aside for it; None if there is none."""
-    for folder in (_folder(root, iteration), _aside(root, iteration, "old")):
-        if folder.is_dir():
-            return folder
+    """The folder of checkpoint `iteration`, or the one it was to replace; None if there is none."""
+    try:
+        for folder in (_folder(root, iteration), _aside(root, iteration, "old")):
+            if folder.is_dir():
+                return folder
+    except OSError as error:
+        raise InputError(f"cannot look for checkpoints in {root}: {error}") from error
     return None
 
 
-def check_save_folder(root: str | os.PathLike[str]) -> None:
-    """Make `root` and remove what killed processes left in it; `InputError` if not writable."""
-    root = Path(root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        effective = os.access in os.supports_effective_ids
-        if not os.access(root, os.W_OK | os.X_OK, effective_ids=effective):
-            raise PermissionError(f"no permission to write in {root}")
-        settle(root)
-    except OSError as error:
-        raise InputError(f"cannot save checkpoints in {root}: {error.strerror or error}") from error
+def make_save_folder(root: Path) -> None:
+    """Make `root` and remove what killed processes left in it; `OSError` if not writable."""
+    root.mkdir(parents=True, exist_ok=True)
+    effective = os.access in os.supports_effective_ids
+    if not os.access(root, os.W_OK | os.X_OK, effective_ids=effective):
+        raise PermissionError(errno.EACCES, "no permission to write in it", str(root))
+    settle(root)
 
 
 def start_writing(root: Path, iteration: int) -> Path:
     """Make the empty folder that the checkpoint is first written to."""
-    check_save_folder(root)
+    make_save_folder(root)
     folder = _aside(root, iteration, "tmp")
     folder.mkdir()
     return folder
@@ -110,13 +110,17 @@ def start_writing(root: Path, iteration: int) -> Path:
 def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str]) -> Path:
     """Give the written checkpoint its name, then let the latest file name it.
 
-    `digests`: of the files that are in the folder already, by name.
+    `digests`: of the files that are in the folder already, by name. `FileNotFoundError` if one of
+    them is not: a process has written it elsewhere.
     """
     written, folder = _aside(root, iteration, "tmp"), _folder(root, iteration)
+    for name in digests:
+        if not (written / name).is_file():
+            raise FileNotFoundError(f"{written / name}, which a process has written, is not there")
     write_durably(written / COMMON, common)
     digests = {**digests, COMMON: text_digest(common)}
     write_durably(written / CHECKSUMS, checksums_text(digests))
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(_aside(root, iteration, "old"))
     written.rename(folder)
     _sync_folder(root)
@@ -133,30 +137,60 @@ def write_latest(root: Path, iteration: int) -> None:
 def remove(root: Path, iterations: list[int]) -> None:
     """Delete checkpoints; one that is deleted in part is no longer named as one."""
     for iteration in iterations:
-        folder = find_folder(root, iteration)
-        if folder is not None:
-            folder.rename(_aside(root, iteration, "removed"))
-    settle(root)
+        for folder in (_folder(root, iteration), _aside(root, iteration, "old")):
+            if os.path.lexists(folder):
+                removed = _aside(root, iteration, "removed")
+                folder.rename(removed)
+                _delete(removed)
 
 
-def forget_after(root: str | os.PathLike[str], iteration: int) -> None:
-    """Make checkpoint `iteration` the latest, and delete newer ones."""
-    root = Path(root)
-    write_latest(root, iteration)
+def forget_after(root: Path, iteration: int) -> None:
+    """Make checkpoint `iteration` the latest, and delete newer ones; 0: none is left."""
+    if iteration:
+        write_latest(root, iteration)
+    else:
+        (root / LATEST).unlink(missing_ok=True)
     remove(root, [newer for newer in saved_iterations(root) if newer > iteration])
 
 
+def set_aside(root: Path, after: int) -> list[int]:
+    """Move checkpoints newer than `after` to SET_ASIDE, where nothing reads them; which ones.
+
+    A run that goes on from an older one makes others of the same names, and no rule of its own may
+    mix the two.
+    """
+    iterations = [iteration for iteration in saved_iterations(root) if iteration > after]
+    for iteration in iterations:
+        (root / SET_ASIDE).mkdir(exist_ok=True)
+        name = place = _folder(root / SET_ASIDE, iteration)
+        number = 1
+        while os.path.lexists(place):
+            number += 1
+            place = name.with_name(f"{name.name}.{number}")
+        _folder(root, iteration).rename(place)
+    return iterations
+
+
 def settle(root: Path) -> None:
-    """Undo what was begun and not finished; a no-op in a folder where all is well."""
+    """Undo what was begun and not finished; a no-op in a folder where all is well.
+
+    What cannot be deleted stays: its name is none of a checkpoint.
+    """
     for replaced in root.glob(".iter_*.old"):
         folder = root / replaced.name[1:].removesuffix(".old")
-        if folder.exists():
-            shutil.rmtree(replaced)
-        else:
+        if not os.path.lexists(folder):
             replaced.rename(folder)
-    for suffix in ("tmp", "removed"):
+    for suffix in ("old", "tmp", "removed"):
         for left in root.glob(f".iter_*.{suffix}"):
-            shutil.rmtree(left)
+            with suppress(OSError):
+                _delete(left)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -187,5 +221,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise  # those filesystems offer no more than the rename
     finally:
         os.close(descriptor)

@@ -81,15 +81,15 @@ def open_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, shards: Shards, group: Group = None, *, partial: bool = False
+    checkpoint: Checkpoint, shards: Shards, group: Group = None, *, passing_over: str | None = None
 ) -> None:
     """Fill the tensors of `shards` in place, bit for bit.
 
-    With `partial`, the checkpoint may hold more tensors than `shards` names, as one with optimizer
-    states does for a model alone. Raises `InputError` for a checkpoint of another model, naming the
-    first tensor that differs; then nothing is filled.
+    The checkpoint may hold more tensors than `shards` names if their names begin with
+    `passing_over`: "optimizer." for a model alone, "" for any. Raises `InputError` for a checkpoint
+    of another model, naming the first tensor that differs; then nothing is filled.
     """
-    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, partial)
+    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, passing_over)
 
 
 def _candidates(root: Path) -> tuple[list[int], list[str]]:
@@ -131,5 +131,12 @@ def _caught(check: Callable[[], list[str]]) -> list[str] | InputError:
 def _inspect(root: Path, iteration: int) -> tuple[Path, dict[str, Any], Metadata, dict[str, str]]:
     folder = find_folder(root, iteration)
     if folder is None:
+        if iteration in saved_iterations(root):
+            raise DamagedCheckpoint(f"what has its name in {root} is no folder")
         raise InputError(f"no checkpoint of iteration {iteration} in {root}")
-    return folder, *inspect_folder(folder)
+    common, metadata, digests = inspect_folder(folder)
+    if common["iteration"] != iteration:
+        raise DamagedCheckpoint(
+            f"{folder} holds iteration {common['iteration']}: its folder has been renamed"
+        )
+    return folder, common, metadata, digests

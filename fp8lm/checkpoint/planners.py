@@ -91,11 +91,11 @@ class ShardSavePlanner(SavePlanner):
 class ShardLoadPlanner(LoadPlanner):
     """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones.
 
-    With `partial`, tensors of the checkpoint that nobody asks for are passed over.
+    Tensors that nobody asks for are passed over if their names begin with `passing_over`.
     """
 
-    def __init__(self, partial: bool = False) -> None:
-        self._partial = partial
+    def __init__(self, passing_over: str | None = None) -> None:
+        self._passing_over = passing_over
 
     def set_up_planner(
         self,
@@ -124,14 +124,13 @@ class ShardLoadPlanner(LoadPlanner):
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Check that some rank asks for every stored tensor."""
-        if self._partial:
-            return global_plan
         wanted = {name for plan in global_plan for name in plan.planner_data}
+        prefix = self._passing_over
         _raise_first(
             [
                 f"{name}: expected no such tensor, found {_describe(stored)}"
                 for name, stored in self._stored.items()
-                if name not in wanted
+                if name not in wanted and (prefix is None or not name.startswith(prefix))
             ]
         )
         return global_plan

@@ -33,6 +33,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
+class RetentionError(SaveError):
+    """A checkpoint is written, but not all that should have gone for it could be deleted."""
+
+
 def save_checkpoint(
     root: str | os.PathLike[str],
     iteration: int,
@@ -45,8 +49,8 @@ def save_checkpoint(
 
     `shards` maps the name of every logical tensor to this rank's pieces of it; all ranks of `group`
     call together. A checkpoint of the same iteration is replaced, and those that `retention` lets
-    go of are deleted afterwards. Raises `InputError` if `root` cannot be written to, `SaveError`
-    if writing fails, as on a full disk.
+    go of are deleted afterwards. Raises `SaveError` if writing fails, as on a full disk, and
+    `RetentionError` if only the deleting does.
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)
@@ -67,7 +71,9 @@ def save_checkpoint(
     try:
         on_main(group, lambda: _clear(root, retention, iteration))
     except OSError as error:
-        raise SaveError(f"{folder} is saved, but older ones cannot be removed: {error}") from error
+        raise RetentionError(
+            f"{folder} is saved, but not all older ones can be removed: {error}"
+        ) from error
     return folder
 
 

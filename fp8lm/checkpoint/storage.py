@@ -63,18 +63,18 @@ def read_shards(
     metadata: Metadata,
     shards: Shards,
     group: Group,
-    partial: bool = False,
+    passing_over: str | None = None,
 ) -> None:
     """Fill all ranks' shards in place; an error of one rank is raised on all of them.
 
-    Nothing is filled if some tensor does not fit (`InputError`); with `partial`, the checkpoint
-    may hold more than the shards.
+    Nothing is filled if some tensor does not fit (`InputError`); tensors whose names begin with
+    `passing_over` need not be asked for.
     """
     with _plain_errors():
         dcp.load(
             dict(shards),
             storage_reader=_Reader(folder, metadata),
-            planner=ShardLoadPlanner(partial),
+            planner=ShardLoadPlanner(passing_over),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
@@ -148,6 +148,12 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.fs = _Files()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        # Rank 0 has made the folder, and torch would make a second one where that is not seen.
+        if not Path(self.path).is_dir():
+            raise FileNotFoundError(f"{self.path}, which rank 0 has made, is not there")
+        return super().prepare_local_plan(plan)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
@@ -79,6 +80,12 @@ class CheckpointConfig(Section):
     ckpt_format: Literal["torch_dist"] = Field(
         "torch_dist", description="torch.distributed.checkpoint, the only one there is."
     )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the same command goes on from what it has saved: one folder for both."""
+        folders = self.save, self.load
+        return None not in folders and len({os.path.realpath(folder) for folder in folders}) == 1
 
 
 class LoggingConfig(Section):

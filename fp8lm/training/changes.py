@@ -1,10 +1,13 @@
-"""What a config changes of the run that it resumes: allowed, but never silently."""
+"""What a config changes of the run that it resumes: never silently, and not what weights mean."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from fp8lm.errors import InputError
 
 # What else the sections hold, and the other sections, does not decide what is learned.
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
@@ -12,6 +15,21 @@ _KEYS = {
     "train": ("seed", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples"),
     "data": ("data_path", "split", "mock_data", "eod_mask_loss"),
 }
+# Tensors of the same names and shapes would be read as something else.
+_MEANING = (
+    "num_attention_heads",
+    "num_query_groups",
+    "position_embedding_type",
+    "rotary_percent",
+    "normalization",
+)
+
+
+def check_same_model(former: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+    """Raise `InputError` if the weights of `former` mean something else in `config`."""
+    keys = {f"model.{key}" for key in _MEANING}
+    if changed := [line for line in changed_keys(former, config) if line.split(" = ")[0] in keys]:
+        raise InputError(f"{folder} is a checkpoint from another model: {', '.join(changed)}")
 
 
 def changed_keys(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -15,21 +15,25 @@ from torch import Tensor
 from fp8lm.checkpoint import (
     Checkpoint,
     CheckpointSaver,
+    Outcome,
     Retention,
     Shard,
     check_save_folder,
     find_checkpoint,
     load_checkpoint,
+    take_over,
 )
-from fp8lm.checkpoint.files import forget_after
+from fp8lm.checkpoint.files import SET_ASIDE, forget_after
 from fp8lm.checkpoint.together import on_main
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
-from fp8lm.training.changes import changed_keys
+from fp8lm.training.changes import changed_keys, check_same_model
 from fp8lm.training.console import saved_line
 from fp8lm.training.progress import Progress, Window
 from fp8lm.training.spikes import LossWatch
 from fp8lm.training.state import model_shards, optimizer_shards, without
+
+REMEMBERED = "gradient."  # begins the names of what a reduction knows from earlier steps
 
 
 class RunCheckpoints:
@@ -49,11 +53,12 @@ class RunCheckpoints:
         self._run, self._window, self._progress, self._losses = run, window, progress, losses
         self._report, self._group = report, run.groups.saving
         self._config = config = run.config.checkpoint
-        self._saver = None
+        self._saver: CheckpointSaver | None = None
+        self._began_at: int | None = None
         self._saved_iteration: int | None = None
         if config.save is not None:
             # Now, not after hours of training.
-            on_main(self._group, lambda: check_save_folder(config.save))
+            check_save_folder(config.save, self._group)
             self._saver = CheckpointSaver(
                 config.save,
                 self._group,
@@ -65,29 +70,46 @@ class RunCheckpoints:
         """Go on from the newest valid checkpoint of `checkpoint.load`.
 
         A folder without any starts a new run, so that one command serves to start and to resume.
-        Raises `InputError` for a checkpoint that does not fit this model or precision.
+        Raises `InputError` for a checkpoint that does not fit this model or precision, and for a
+        `checkpoint.save` that holds those of another run.
         """
         folder = self._config.load
-        if folder is None:
-            return
-        found = find_checkpoint(folder, self._group)
-        if found is None:
+        found = find_checkpoint(folder, self._group) if folder is not None else None
+        if found is not None:
+            self._go_on_from(found)
+        elif folder is not None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
-            return
+        if self._saver is not None:
+            self._take_over(0 if found is None else found.iteration)
+
+    def _go_on_from(self, found: Checkpoint) -> None:
         for problem in found.passed_over:
             self._report(f" warning: passed over a checkpoint: {problem}")
-        config = self._run.config.model_dump(mode="json")
-        changed = ", ".join(changed_keys(found.common["config"], config))
+        former, config = found.common["config"], self._run.config.model_dump(mode="json")
+        check_same_model(former, config, found.folder)
+        changed = ", ".join(changed_keys(former, config))
         try:
             self._fill(found)
         except InputError as error:
             if not changed:
                 raise
             raise InputError(f"{error}; changed since then: {changed}") from error
-        self._saved_iteration = found.iteration
-        self._report(f" loaded checkpoint of iteration {found.iteration} from {folder}")
+        self._began_at = found.iteration
+        self._saved_iteration = found.iteration if self._config.resumes else None
+        root = found.folder.parent
+        self._report(f" loaded checkpoint of iteration {found.iteration} from {root}")
         if changed:
             self._report(f" note: changed since that checkpoint: {changed}")
+
+    def _take_over(self, iteration: int) -> None:
+        root = self._saver.root
+        moved = take_over(root, iteration, self._config.resumes, self._group)
+        if moved:
+            iterations = ", ".join(map(str, reversed(moved)))
+            self._report(
+                f" warning: the checkpoints of {iterations} are of another past than the one that "
+                f"goes on from {iteration}: moved to {root / SET_ASIDE}"
+            )
 
     def save(self) -> None:
         """Begin a checkpoint, unless this iteration has one."""
@@ -99,7 +121,6 @@ class RunCheckpoints:
         meta: dict[str, Any] = {
             **asdict(self._progress),
             "losses": self._losses.state,
-            "gradient_tensors": len(remembered),
             "config": self._run.config.model_dump(mode="json"),
         }
         # A table that two stages have is cut into rows by each in its own way: one writes it.
@@ -110,11 +131,16 @@ class RunCheckpoints:
     def tell(self) -> None:
         """Report the checkpoints that have been written, or not, since."""
         for outcome in self._saver.collect() if self._saver is not None else ():
-            if outcome.error is None:
-                self._report(saved_line(outcome.iteration, self._config.save))
-            else:
+            self._tell_written(outcome)
+            if not outcome.written:
                 self._report(f" warning: {outcome.error}; the training goes on")
                 self._saved_iteration = None
+
+    def _tell_written(self, outcome: Outcome) -> None:
+        if outcome.written:
+            self._report(saved_line(outcome.iteration, self._config.save))
+            if outcome.error is not None:
+                self._report(f" warning: {outcome.error}")
 
     def finish(self) -> None:
         """Save, and wait until that is on disk; raises `SaveError` if it does not get there."""
@@ -125,39 +151,52 @@ class RunCheckpoints:
         self.save()
         self._saver.close()
         for outcome in self._saver.collect():
-            if outcome.error is not None:
+            if not outcome.written:
                 raise outcome.error
-            self._report(saved_line(outcome.iteration, self._config.save))
+            self._tell_written(outcome)
 
-    def go_back(self, before: int) -> int | None:
-        """Return to the newest valid checkpoint older than iteration `before`; its iteration.
+    def find_before(self, iteration: int) -> Checkpoint | None:
+        """The newest valid checkpoint older than `iteration`, of this run or what it began with.
 
-        Newer ones are deleted. None if there is none to go back to.
+        None if there is none to go back to.
         """
         self._saver.wait()
         self.tell()
-        found = find_checkpoint(self._config.save, self._group, up_to=before - 1)
-        if found is None:
-            return None
-        on_main(self._group, lambda: forget_after(self._saver.root, found.iteration))
-        self._fill(found)
-        self._saved_iteration = found.iteration
-        return found.iteration
+        newest = {self._config.save: iteration - 1}
+        if self._began_at is not None:
+            newest.setdefault(self._config.load, min(iteration - 1, self._began_at))
+        for folder, up_to in newest.items():
+            try:
+                found = find_checkpoint(folder, self._group, up_to=up_to)
+            except InputError as error:
+                self._report(f" warning: {error}")
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Return to `checkpoint`, and delete newer ones of this run."""
+        root, iteration = self._saver.root, checkpoint.iteration
+        own = checkpoint.folder.parent == root
+        on_main(self._group, lambda: forget_after(root, iteration if own else 0))
+        self._fill(checkpoint)
+        self._saved_iteration = iteration if own else None
 
     def _fill(self, checkpoint: Checkpoint) -> None:
-        # A reduction that remembers nothing passes over what another remembered, and one that has
-        # nothing to remember yet starts anew.
         common, remembered = checkpoint.common, self._run.replicas.named_tensors()
         if common.get("released"):
             raise InputError(
                 f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
                 "from the checkpoint that it was made of"
             )
-        if not (stored := common["gradient_tensors"]):
+        # A reduction that remembers nothing passes over what another remembered, and one that has
+        # nothing to remember yet starts anew. The whole job's tensors tell: a stage may have none.
+        if not any(name.startswith(REMEMBERED) for name in checkpoint.metadata.state_dict_metadata):
             remembered = {}
         self._run.replicas.wait_for_weights()
-        partial = bool(stored) and not remembered
-        load_checkpoint(checkpoint, self._shards(remembered), self._group, partial=partial)
+        shards = self._shards(remembered)
+        load_checkpoint(checkpoint, shards, self._group, passing_over=REMEMBERED)
         for name in asdict(self._progress):
             setattr(self._progress, name, common[name])
         self._losses.restore(common["losses"])
@@ -167,5 +206,5 @@ class RunCheckpoints:
             **model_shards(self._run.weights),
             **optimizer_shards(self._run.optimizer),
             "window": [Shard.whole(self._window.sums)],
-            **{f"gradient.{name}": [Shard.whole(mu)] for name, mu in remembered.items()},
+            **{f"{REMEMBERED}{name}": [Shard.whole(mu)] for name, mu in remembered.items()},
         }

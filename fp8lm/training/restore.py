@@ -29,5 +29,5 @@ def restore_model(
     vocab_size = table_rows(config, tokenizer.vocab_size)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, vocab_size, recipe, num_ids=tokenizer.vocab_size)
-    load_checkpoint(checkpoint, model_shards(named_weights(model)), partial=True)
+    load_checkpoint(checkpoint, model_shards(named_weights(model)), passing_over="")
     return model.eval(), tokenizer, config

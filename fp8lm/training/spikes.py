@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fp8lm.checkpoint import Checkpoint
+
 MEMORY = 100  # steps that the running mean remembers, about
 STATE = ("mean", "steps", "high", "first")
 
@@ -15,6 +17,14 @@ class LossSpike(Exception):
     def __init__(self, first: int, mean: float, loss: float) -> None:
         super().__init__(f"loss spike at iteration {first}: {loss:.4f} after a mean of {mean:.4f}")
         self.first = first
+
+
+class RollBack(Exception):
+    """The answer to `spike`: the run goes back to `checkpoint`."""
+
+    def __init__(self, spike: LossSpike, checkpoint: Checkpoint) -> None:
+        super().__init__(f"{spike}: back to iteration {checkpoint.iteration}")
+        self.spike, self.checkpoint = spike, checkpoint
 
 
 @dataclass

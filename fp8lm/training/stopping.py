@@ -61,13 +61,13 @@ def describe(reason: float) -> str:
     return f"received {signal.Signals(int(reason)).name}"
 
 
-def exit_code(reason: float, saved: bool) -> int:
+def exit_code(reason: float, resumes: bool) -> int:
     """The code of a run that stopped for `reason`: `EXIT_RESTART` promises that it goes on.
 
-    With nothing saved a signal has ended it, as a shell says that, and the end of its time is what
-    it was asked for.
+    Where the same command would not, a signal has ended it, as a shell says that, and the end of
+    its time is what it was asked for.
     """
-    if saved:
+    if resumes:
         return EXIT_RESTART
     return 0 if reason == TIME_IS_OVER else 128 + int(reason)
 

@@ -15,7 +15,7 @@ from fp8lm.training.evaluation import evaluation_loss, on_device, run_batches
 from fp8lm.training.events import StepNumbers
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
-from fp8lm.training.spikes import LossSpike, LossWatch
+from fp8lm.training.spikes import LossSpike, LossWatch, RollBack
 from fp8lm.training.step import StepResult, seed_generators, train_step
 from fp8lm.training.stopping import StopRequests, describe, exit_code
 from fp8lm.training.watchdog import Watchdog
@@ -57,6 +57,7 @@ class Trainer:
                 self._go_on()
             if self._finished:
                 self._evaluate("test")
+            run.replicas.wait_for_weights()  # what is under way ends before its groups do
             self.checkpoints.finish()
             if self._finished or not self._stop:
                 return 0
@@ -64,11 +65,14 @@ class Trainer:
 
     def _stopped(self) -> int:
         """Say why and where; the exit code."""
-        saved = self.run.config.checkpoint.save is not None
+        checkpoint = self.run.config.checkpoint
         where = f"stopped after iteration {self.progress.iteration}"
-        lost = "" if saved else "; nothing is saved without checkpoint.save"
-        self._say(f" {describe(self._stop)}: {where}{lost}")
-        return exit_code(self._stop, saved)
+        if checkpoint.save is None:
+            where += "; nothing is saved without checkpoint.save"
+        elif not checkpoint.resumes:
+            where += f"; to go on set checkpoint.load={checkpoint.save}"
+        self._say(f" {describe(self._stop)}: {where}")
+        return exit_code(self._stop, checkpoint.resumes)
 
     @property
     def _finished(self) -> bool:
@@ -89,8 +93,8 @@ class Trainer:
             while not (self._finished or self._stop or self._exits):
                 self._iterate(batches)
             self._look_at(self._numbers.drain())
-        except LossSpike as spike:
-            self._roll_back(spike)
+        except RollBack as answer:
+            self._roll_back(answer)
 
     def _iterate(self, batches: BatchIterator) -> None:
         """One step, and what is due after it."""
@@ -126,7 +130,8 @@ class Trainer:
             progress.advance(batches.consumed_samples)
             self._reporter.advance()
             numbers = torch.stack((result.loss, self.window.skipped_in_a_row, result.stop))
-            self._look_at(self._numbers.push(progress.iteration, numbers))
+            arrived = self._numbers.push(progress.iteration, numbers)
+        self._look_at(arrived)
         return result
 
     def _look_at(self, numbers: tuple[int, list[float]] | None) -> None:
@@ -136,7 +141,10 @@ class Trainer:
         iteration, (loss, skipped_in_a_row, stop) = numbers
         self._stop = self._stop or stop
         self._stop_if_stuck(int(skipped_in_a_row))
-        self.losses.add(iteration, loss)
+        try:
+            self.losses.add(iteration, loss)
+        except LossSpike as spike:
+            self._answer(spike)
 
     def _seed_generators(self, consumed_samples: int) -> None:
         groups, seed = self.run.groups, self.run.config.train.seed
@@ -173,23 +181,32 @@ class Trainer:
         with self._stopwatch.paused():
             self.checkpoints.save()
 
-    def _roll_back(self, spike: LossSpike) -> None:
-        """Go back to before `spike` and skip the data since; RuntimeError if once too often."""
-        progress, limit = self.progress, self.run.config.train.max_rollbacks
+    def _answer(self, spike: LossSpike) -> None:
+        """Raise `RollBack`, or go on where there is nothing to go back to.
+
+        RuntimeError if it would be once too often.
+        """
+        limit = self.run.config.train.max_rollbacks
+        if self.progress.rollbacks >= limit:
+            raise RuntimeError(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
+        checkpoint = self.checkpoints.find_before(spike.first)
+        if checkpoint is not None:
+            raise RollBack(spike, checkpoint)
+        self._say(f" warning: {spike}, and no checkpoint before it: going on")
+        self.losses.forget()
+
+    def _roll_back(self, answer: RollBack) -> None:
+        """Go back to before the spike and skip the data since."""
+        progress = self.progress
         position = progress.consumed_samples + progress.skipped_samples
         rollbacks = progress.rollbacks + 1
-        if rollbacks > limit:
-            raise RuntimeError(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
-        iteration = self.checkpoints.go_back(spike.first)
-        if iteration is None:
-            self._say(f" warning: {spike}, and no checkpoint before it: going on")
-            self.losses.forget()
-            return
+        self.checkpoints.go_back(answer.checkpoint)
+        self._numbers = StepNumbers()  # a number still under way is of the past that is left
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
         self._reporter.go_back(progress)
         skipped = f"{progress.skipped_samples} samples are skipped"
-        self._say(f" {spike}: back at iteration {iteration}, from which {skipped}")
+        self._say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
 
     def _say(self, line: str) -> None:
         """Print a line, on the main rank."""

@@ -19,7 +19,6 @@ META = {
     "skipped_samples": 0,
     "rollbacks": 0,
     "losses": {},
-    "gradient_tensors": 0,
     "config": {},
 }
 
@@ -71,6 +70,11 @@ def a_file(folder):
     (folder / "ck").write_text("")
 
 
+def not_of_chaos(folder):
+    (folder / "ck" / "undisturbed").mkdir(parents=True)
+    (folder / "ck" / "undisturbed" / "thesis.txt").write_text("")
+
+
 NONE = "no valid checkpoint in ck: iteration 1: "
 FILE = "__0_0.distcp"
 CASES = [
@@ -88,6 +92,7 @@ CASES = [
     train(LOAD, says="has format version 99, written by fp8lm", prepare=saved(newer)),
     train(LOAD, says="no such folder", prepare=saved(replaced)),
     train("checkpoint.save=ck", says="cannot save checkpoints in ck", prepare=a_file),
+    train("checkpoint.save=ck", says="holds checkpoints up to iteration 1", prepare=saved()),
     train("checkpoint.save=ck/in", says="cannot save checkpoints in ck/in", prepare=a_file),
     train("logging.dir=ck", says="logging.dir=ck cannot be written to", prepare=a_file),
     run("generate", "--load", "ck", "--prompt", "1", says="no checkpoint in ck"),
@@ -101,9 +106,22 @@ CASES = [
         "release",
         "ck",
         "a/b",
-        says="cannot save checkpoints in a/b",
+        says="could not write the checkpoint of iteration 1 in a/b",
         prepare=lambda f: (saved()(f), (f / "a").write_text("")),
     ),
+    run("checkpoint", "release", "ck", "ck", says="ck holds checkpoints", prepare=saved()),
+    run(
+        "checkpoint",
+        "merge",
+        "ck",
+        "other",
+        says="other holds checkpoints (.iter_0000009.tmp): name a folder that has none",
+        prepare=lambda f: (saved()(f), (f / "other/.iter_0000009.tmp").mkdir(parents=True)),
+    ),
+    run("checkpoint", "list", "ck/iter_0000009", says="no checkpoint ck/it", prepare=saved()),
+    run("checkpoint", "verify", "ck/iter_0000009", says="no checkpoint ck/it", prepare=saved()),
+    run("checkpoint", "inspect", "ck", "--config", says="nothing of the config", prepare=saved()),
+    run("chaos", "--folder", "ck", says="holds something else", prepare=not_of_chaos),
     run("compare_runs", "a=nowhere", says="nowhere"),
     run("compare_runs", "nowhere", says="NAME=FOLDER"),
 ]

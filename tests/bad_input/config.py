@@ -122,6 +122,13 @@ TRAINING = [
         "checkpoint.keep_last=1",
         says="needs checkpoint.keep_last of 2 or more",
     ),
+    train(
+        "train.loss_spike_threshold=1",
+        SAVE,
+        "checkpoint.save_interval=1",
+        "checkpoint.keep_last=2",
+        says="needs checkpoint.keep_last of 3 or more: the last 2 may be of the 3 steps",
+    ),
     train("checkpoint.save_interval=5", says="checkpoint.save_interval = 5 needs checkpoint.save"),
 ]
 

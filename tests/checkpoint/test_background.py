@@ -106,6 +106,23 @@ def test_a_failed_save_is_told_and_harms_nothing(tmp_path, asynchronous):
     assert_same_bytes(loaded, tensors)
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_did_not_come_to_a_plan(tmp_path, asynchronous):
+    tensors, root = make_tensors(), tmp_path / "ck"
+    saver = CheckpointSaver(root, None, asynchronous=asynchronous)
+    root.write_text("a file where the folder should be")
+    saver.save(1, shards_of(make_tensors(1)), META)
+    saver.wait()
+    root.unlink()
+    for iteration in (2, 3):
+        saver.save(iteration, shards_of(tensors), META)
+    saver.close()
+    assert [outcome.written for outcome in saver.collect()] == [False, True, True]
+    loaded = blank(tensors)
+    load(root, loaded)
+    assert_same_bytes(loaded, tensors)
+
+
 @contextmanager
 def small_disk(folder, size):
     """A file system of `size` mounted on `folder`; skips where that is not allowed."""

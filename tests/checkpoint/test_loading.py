@@ -67,10 +67,10 @@ def test_checkpoint_of_another_model(saved, changes, problem):
 def test_a_part_of_a_checkpoint(saved):
     root, tensors = saved
     part = {"half": torch.zeros_like(tensors["half"])}
-    load(root, part, partial=True)
+    load(root, part, passing_over="")
     assert_same_bytes(part, {"half": tensors["half"]})
     with pytest.raises(InputError, match="new: expected"):
-        load(root, {**part, "new": torch.zeros(1)}, partial=True)
+        load(root, {**part, "new": torch.zeros(1)}, passing_over="")
 
 
 FILES = ("__0_0.distcp", ".metadata", "common.json", CHECKSUMS)
@@ -190,6 +190,34 @@ def test_the_latest_file(saved, text, iteration, problem):
     found = open_checkpoint(root)
     assert found.iteration == iteration
     assert [problem in text for text in found.passed_over] == ([True] if problem else [])
+
+
+def test_a_name_that_leads_nowhere_is_passed_over(saved):
+    root, _ = saved
+    (root / "iter_0000200").symlink_to(root / "gone")
+    (root / "iter_0000300").write_text("")
+    (root / LATEST).write_text("300")
+    found = find_checkpoint(root)
+    assert found.iteration == 100
+    assert [text.split(": ")[0] for text in found.passed_over] == ["iteration 300", "iteration 200"]
+
+
+def test_a_renamed_folder_is_passed_over(saved):
+    root, tensors = saved
+    save_checkpoint(root, 150, shards_of(tensors), META)
+    (root / "iter_0000150").rename(root / "iter_0000200")
+    (root / LATEST).write_text("200")
+    found = find_checkpoint(root)
+    assert found.iteration == 100
+    assert "holds iteration 150: its folder has been renamed" in found.passed_over[0]
+
+
+def test_only_what_is_named_is_passed_over(saved):
+    root, tensors = saved
+    part = {name: torch.zeros_like(t) for name, t in tensors.items() if name != "half"}
+    load(root, part, passing_over="hal")
+    with pytest.raises(InputError, match="half: expected no such tensor"):
+        load(root, part, passing_over="other.")
 
 
 def test_a_latest_file_and_no_checkpoint(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from fp8lm.checkpoint import (
     SaveError,
     Shard,
+    check_save_folder,
     find_checkpoint,
     load_checkpoint,
     open_checkpoint,
@@ -135,3 +139,37 @@ def test_all_ranks_pass_over_what_one_finds_damaged(run_distributed, tmp_path):
     iteration, (problem,) = results[0]
     assert iteration == 1
     assert problem.startswith("iteration 2: ") and "__1_0.distcp is damaged" in problem
+
+
+def save_to_a_disk_of_its_own(root):
+    """Rank 1 sees another folder under the same relative path."""
+    rank = dist.get_rank()
+    folder = root / f"machine_{rank}"
+    folder.mkdir()
+    former = Path.cwd()
+    os.chdir(folder)
+    try:
+        with pytest.raises(InputError, match=r"in ck: rank 1 \(of 1 ranks\) does not see"):
+            check_save_folder("ck")
+        with pytest.raises(SaveError, match="which rank 0 has made, is not there"):
+            save_checkpoint("ck", 1, by_rows(full_tensors(), rank), {})
+        # One left by an earlier attempt does not help either.
+        Path("ck/.iter_0000001.tmp").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(SaveError, match=r"__1_0\.distcp, which a process has written, is not"):
+            save_checkpoint("ck", 1, by_rows(full_tensors(), rank), {})
+    finally:
+        os.chdir(former)
+
+
+def test_a_folder_that_not_all_ranks_see(run_distributed, tmp_path):
+    run_distributed(save_to_a_disk_of_its_own, 2, tmp_path)
+    assert os.listdir(tmp_path / "machine_0" / "ck") == []
+
+
+def one_folder(root):
+    check_save_folder(root)
+    return sorted(os.listdir(root))
+
+
+def test_a_folder_that_all_ranks_see(run_distributed, tmp_path):
+    assert run_distributed(one_folder, 2, tmp_path / "ck") == [[], []]

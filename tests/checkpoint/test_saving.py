@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from fp8lm.checkpoint import (
     SaveError,
     Shard,
+    check_save_folder,
     latest_iteration,
     load_checkpoint,
     open_checkpoint,
@@ -140,7 +143,24 @@ def test_failure_while_publishing(saved, monkeypatch, failing):
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot save checkpoints in"):
+        check_save_folder(tmp_path / "file")
+    with pytest.raises(SaveError, match="could not write the checkpoint of iteration 1 in"):
         save_checkpoint(tmp_path / "file", 1, {}, {})
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_filesystem_that_cannot_sync_folders(saved, monkeypatch, code):
+    root, tensors = saved
+    fsync = os.fsync
+
+    def of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    save_checkpoint(root, 101, shards_of(tensors), META)
+    assert open_checkpoint(root).iteration == 101
 
 
 @pytest.mark.gpu

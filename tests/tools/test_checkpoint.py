@@ -7,7 +7,7 @@ import torch
 
 from fp8lm.checkpoint import Shard, open_checkpoint, save_checkpoint
 from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
-from tests.checkpoint.tensors import assert_same_bytes
+from tests.checkpoint.tensors import assert_same_bytes, file_size_limit
 
 META = {"consumed_samples": 48, "config": {"precision": {"preset": "o3"}}}
 
@@ -75,6 +75,16 @@ def test_list_and_verify(look, root):
     assert code == 1
     assert "iteration 10: valid" in out and "__0_0.distcp is damaged" in out
     assert look("verify", root / "iter_0000010")[0] == 0
+    code, out, _ = look("list", root / "iter_0000010")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == ["10"]
+
+
+def test_list_while_a_checkpoint_goes_away(look, root):
+    (root / "iter_0000030").symlink_to(root / "gone")
+    code, out, _ = look("list", root)
+    assert code == 0
+    state = f"what has its name in {root} is no folder"
+    assert out.splitlines()[3].split() == ["30", "0", "0", *state.split()]
 
 
 def test_inspect(look, root):
@@ -131,3 +141,9 @@ def test_bad_input(look, root, tmp_path):
     assert (code, out) == (2, "") and err.startswith("error: no checkpoint in ")
     assert look("list", tmp_path)[0] == 2
     assert look("inspect", root / "iter_0000030")[0] == 2
+    before = sorted(path.name for path in root.iterdir())
+    assert look("release", root, root)[0] == 2
+    assert sorted(path.name for path in root.iterdir()) == before
+    with file_size_limit(100):
+        code, _, err = look("merge", root, tmp_path / "full")
+    assert code == 2 and "File too large; there is none before it" in err

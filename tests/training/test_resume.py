@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8lm.checkpoint import find_checkpoint, open_checkpoint
+from fp8lm.checkpoint.contents import differences, stored_tensors
+from fp8lm.checkpoint.files import saved_iterations, write_latest
 from fp8lm.errors import InputError
 from fp8lm.training.changes import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
@@ -120,6 +123,12 @@ def test_resumed_equals_uninterrupted(name, tiny_config, train_run, read_metrics
         ({"model": {"num_layers": 3}}, "layers.2"),
         ({"model": {"hidden_size": 64}}, "expected"),
         ({"precision": {"preset": "bf16"}}, 'precision.preset = "bf16" .was "o3".'),
+        # All tensors fit here, and would be read as something else.
+        ({"model": {"num_attention_heads": 4}}, r"model.num_attention_heads = 4 \(was 2\)"),
+        (
+            {"model": {"position_embedding_type": "none"}},
+            r'another model: model.position_embedding_type = "none" \(was "rope"\)$',
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(change, named, tiny_config, train_run, tmp_path):
@@ -142,6 +151,65 @@ def test_what_the_config_changes_is_told(tiny_config, train_run, tmp_path, capsy
     ]
     train_run(tiny_config(folders, {**changes, "train": {"seed": 7}}))
     assert "note:" not in capsys.readouterr().out
+
+
+def test_going_back_by_hand_leaves_the_other_past_alone(tiny_config, train_run, tmp_path, capsys):
+    folders = {"checkpoint": {key: str(tmp_path) for key in ("save", "load")}}
+    every = {"checkpoint": {"save_interval": 2, "keep_last": 2}}
+    train_run(tiny_config(folders, {"checkpoint": {"save_interval": 2}}))
+    write_latest(tmp_path, 4)
+    capsys.readouterr()
+    train_run(tiny_config(folders, every, {"optimizer": {"lr": 1e-3}, "train": {"train_iters": 6}}))
+    out = capsys.readouterr().out
+    assert "the checkpoints of 6, 8 are of another past than the one that goes on from 4" in out
+    assert saved_iterations(tmp_path) == [6, 4]
+    assert saved_iterations(tmp_path / "set_aside") == [8, 6]
+    lr = {
+        place: find_checkpoint(place).common["config"]["optimizer"]["lr"]
+        for place in (tmp_path, tmp_path / "set_aside")
+    }
+    assert lr == {tmp_path: 1e-3, tmp_path / "set_aside": 1e-2}
+
+
+def test_checkpoints_of_another_run_are_not_replaced(tiny_config, train_run, tmp_path):
+    save = {"checkpoint": {"save": str(tmp_path), "save_interval": 2, "keep_last": 1}}
+    train_run(tiny_config(save))
+    with pytest.raises(InputError, match="holds checkpoints up to iteration 8, and this run does"):
+        train_run(tiny_config(save, {"train": {"train_iters": 3}}))
+    assert saved_iterations(tmp_path) == [8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", ["first", "last"])
+def test_mu_where_a_stage_has_none(outer, tiny_config, run_distributed, folders, tmp_path):
+    """One stage has the BF16 layer alone, and nothing of what the reduction remembers."""
+    base = (
+        {"model": {"num_layers": 4}},
+        {"train": {"micro_batch_size": 1}},
+        {"precision": {"grad_reduce": "fp8_sum", "first_last_layers_bf16": True}},
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                f"decoder_{outer}_pipeline_num_layers": 1,
+            }
+        },
+    )
+    run_distributed(train, 4, tiny_config(*base, folders("whole")))
+    run_distributed(train, 4, tiny_config(*base, folders("parts"), {"train": {"exit_interval": 5}}))
+    run_distributed(train, 4, tiny_config(*base, folders("parts")))
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    found = [open_checkpoint(tmp_path / name) for name in ("whole", "parts")]
+    assert any("gradient.mu." in name for name in stored_tensors(found[0]))
+    assert not list(differences(*found))
+
+
+def test_mu_of_another_model_does_not_let_it_pass(tiny_config, train_run, tmp_path):
+    folders = {"checkpoint": {key: str(tmp_path) for key in ("save", "load")}}
+    remembering = {"precision": {"grad_reduce": "fp8_sum"}}
+    train_run(tiny_config(folders, remembering, {"model": {"num_layers": 3}}))
+    train_run(tiny_config(folders, {"model": {"num_layers": 3}}, {"train": {"train_iters": 9}}))
+    with pytest.raises(InputError, match=r"layers\.2"):
+        train_run(tiny_config(folders))
 
 
 def test_a_key_of_another_version_is_no_change(tiny_config):

@@ -9,6 +9,7 @@ import torch
 
 from fp8lm.checkpoint import find_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.training import trainer as trainer_module
 from fp8lm.training.spikes import LossSpike, LossWatch
 from tests.training.runs import curve, read
 
@@ -181,6 +182,77 @@ def test_no_checkpoint_before_the_spike(config, train_run, capsys):
     trainer = train_run(config(changes), lambda trainer: garble(trainer, range(4 * 14, 4 * 16)))
     assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 0)
     assert "and no checkpoint before it: going on" in capsys.readouterr().out
+
+
+def test_what_is_due_in_the_iteration_of_a_spike_is_done_without_a_rollback(
+    config, train_run, tmp_path
+):
+    # The spike of 15 is known in 16, where a report, a checkpoint and the end are due.
+    changes = {"checkpoint": {"save_interval": 16}}
+    trainer = train_run(
+        config(changes, exit_interval=16),
+        lambda trainer: garble(trainer, range(4 * 14, 4 * 16)),
+    )
+    assert (trainer.progress.iteration, trainer.progress.rollbacks) == (16, 0)
+    assert [line["iteration"] for line in read(tmp_path / "log")] == list(range(1, 17))
+    assert saved_iterations(tmp_path / "ck") == [16]
+
+
+class Late:
+    """Numbers that arrive one step later, as from a GPU."""
+
+    def __init__(self):
+        self.arriving = None
+
+    def push(self, iteration, numbers):
+        arrived, self.arriving = self.arriving, (iteration, numbers.tolist())
+        return arrived
+
+    def drain(self):
+        arrived, self.arriving = self.arriving, None
+        return arrived
+
+
+def test_a_number_under_way_is_left_behind(config, train_run, monkeypatch):
+    # The spike of 15 is known in 16: the loss of 16 must not be looked at from 12.
+    monkeypatch.setattr(trainer_module, "StepNumbers", Late)
+    trainer = train_run(
+        config(loss_spike_patience=1, max_rollbacks=1),
+        lambda trainer: garble(trainer, range(4 * 14, 4 * 16)),
+    )
+    assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 1)
+    assert trainer.losses.high == 0
+
+
+def test_a_rollback_to_what_the_run_began_with(config, train_run, tmp_path, capsys):
+    source = {"checkpoint": {"save": str(tmp_path / "source")}}
+    train_run(config(source, exit_interval=14))
+    changes = {"checkpoint": {"load": str(tmp_path / "source"), "save_interval": 15}}
+    trainer = train_run(config(changes), lambda trainer: garble(trainer, range(4 * 14, 4 * 16)))
+    assert "loss spike at iteration 15: " in (out := capsys.readouterr().out)
+    assert "back at iteration 14, from which 8 samples are skipped" in out
+    assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 1)
+    assert saved_iterations(tmp_path / "source") == [14, 12, 8, 4]
+    assert saved_iterations(tmp_path / "ck") == [20, 15]
+    assert find_checkpoint(tmp_path / "ck", up_to=15).common["skipped_samples"] == 8
+
+
+def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsys):
+    def prepare(trainer):
+        garble(trainer, range(4 * 14, 4 * 16))
+        step = trainer._step
+
+        def damaging(batches):
+            if trainer.progress.iteration == 13:
+                (tmp_path / "ck" / "iter_0000012" / "common.json").write_text("{")
+            return step(batches)
+
+        trainer._step = damaging
+
+    trainer = train_run(config({"checkpoint": {"save_interval": 12}}), prepare)
+    assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 0)
+    out = capsys.readouterr().out
+    assert " warning: no valid checkpoint in" in out and "common.json is damaged" in out
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_a_restart_after_the_end_of_time_does_not_train():
 
 
 @pytest.mark.parametrize(
-    ("reason", "saved", "code"),
+    ("reason", "resumes", "code"),
     [
         (signal.SIGTERM, True, EXIT_RESTART),
         (TIME_IS_OVER, True, EXIT_RESTART),
@@ -70,8 +70,8 @@ def test_a_restart_after_the_end_of_time_does_not_train():
         (TIME_IS_OVER, False, 0),
     ],
 )
-def test_only_what_is_saved_goes_on(reason, saved, code):
-    assert exit_code(float(reason), saved) == code
+def test_only_what_resumes_asks_for_a_restart(reason, resumes, code):
+    assert exit_code(float(reason), resumes) == code
 
 
 def train_and_kill(config, rank, iteration, number):
@@ -113,9 +113,18 @@ def test_a_signal_with_nothing_saved_does_not_promise_to_go_on(tiny_config, run_
     assert ends == [(143, 5)] * 2
 
 
+def test_a_signal_to_a_run_that_would_start_from_elsewhere(tiny_config, run_distributed, tmp_path):
+    config = tiny_config({"checkpoint": {"save": str(tmp_path)}})
+    assert run_distributed(train_and_kill, 2, config, 0, 5, signal.SIGTERM) == [(143, 5)] * 2
+    assert latest_iteration(tmp_path) == 5
+
+
 def test_the_end_of_time(tiny_config, run_distributed, tmp_path):
     config = tiny_config(
-        {"checkpoint": {"save": str(tmp_path)}, "train": {"exit_duration_in_mins": 1e-6}}
+        {
+            "checkpoint": {"save": str(tmp_path), "load": str(tmp_path)},
+            "train": {"exit_duration_in_mins": 1e-6},
+        }
     )
     assert run_distributed(train_and_kill, 2, config, 0, 99, 0) == [(EXIT_RESTART, 1)] * 2
     assert latest_iteration(tmp_path) == 1

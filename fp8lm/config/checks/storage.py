@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,11 @@ def checkpoint(config: Config) -> Iterator[str]:
             "checkpoint.save_interval: a run rolls back to a checkpoint"
         )
     kept = checkpoint.keep_last or (1 if checkpoint.save_retain_interval else None)
-    if kept == 1:
+    interval = checkpoint.save_interval or math.inf
+    of_the_spike = math.ceil((train.loss_spike_patience - 1) / interval)
+    if kept is not None and kept <= of_the_spike:
         yield (
-            f"train.loss_spike_threshold = {threshold} needs checkpoint.keep_last of 2 or more: "
-            f"the last one may be of the {train.loss_spike_patience} steps of the spike"
+            f"train.loss_spike_threshold = {threshold} needs checkpoint.keep_last of "
+            f"{of_the_spike + 1} or more: the last {of_the_spike} may be of the "
+            f"{train.loss_spike_patience} steps of the spike"
         )

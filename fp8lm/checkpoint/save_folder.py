@@ -1,0 +1,60 @@
+"""The folder that a run will save to: seen and writable before the first step, and only its own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from fp8lm.checkpoint.files import make_save_folder, saved_iterations, set_aside
+from fp8lm.checkpoint.together import Group, from_all, on_main
+from fp8lm.errors import InputError
+
+
+def check_save_folder(root: str | os.PathLike[str], group: Group = None) -> None:
+    """Make `root` and remove what killed processes left in it.
+
+    `InputError` if it is not writable, or is not the same folder for all ranks of `group`, as one
+    on a disk of each machine is not.
+    """
+    root = Path(root)
+    token = on_main(group, lambda: _leave_token(root))
+    seen = from_all(group, os.path.exists(token))
+    on_main(group, lambda: token.unlink(missing_ok=True))
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise InputError(
+            f"cannot save checkpoints in {root}: rank {blind[0]} (of {len(blind)} ranks) does not "
+            "see what rank 0 writes there: name a folder that all machines share, by its whole path"
+        )
+
+
+def take_over(
+    root: str | os.PathLike[str], after: int, own: bool, group: Group = None
+) -> list[int]:
+    """Leave checkpoints only of the past that a run goes on from, at iteration `after`.
+
+    `own`: the run has loaded from `root`, and newer ones are moved to `files.SET_ASIDE`; which.
+    Otherwise any that is there is another run's: `InputError`, for this one would replace and
+    delete them.
+    """
+    root = Path(root)
+    if own:
+        return on_main(group, lambda: set_aside(root, after))
+    found = on_main(group, lambda: saved_iterations(root))
+    if found:
+        raise InputError(
+            f"checkpoint.save = {root} holds checkpoints up to iteration {found[0]}, and this run "
+            f"does not go on from them: set checkpoint.load={root} as well, or save to a new folder"
+        )
+    return []
+
+
+def _leave_token(root: Path) -> Path:
+    try:
+        make_save_folder(root)
+        token = root / f".seen_by_all.{secrets.token_hex(8)}"
+        token.touch()
+    except OSError as error:
+        raise InputError(f"cannot save checkpoints in {root}: {error.strerror or error}") from error
+    return token
