@@ -21,6 +21,7 @@ from fp8lm.launch.values import (
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"
 GRACE = 240
+MEETING = ("node_rank", "rdzv_endpoint", "local_addr")  # how one of several machines joins them
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
     if given.simulate is not None:
         _check_simulated(given)
         return
+    if given.nnodes is None:
+        _check_alone(given)
     if given.node_rank is not None and given.node_rank >= nnodes:
         raise InputError(f"--node-rank={given.node_rank} is not below --nnodes={nnodes}")
     if nnodes > 1 and given.rdzv_endpoint is None and not given.dry_run:
@@ -90,8 +93,18 @@ def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
         )
 
 
+def _check_alone(given: argparse.Namespace) -> None:
+    # Without a number of machines each would train for itself, all into the same folders.
+    for name in MEETING:
+        if (value := getattr(given, name)) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')}={value} belongs to a run on several machines: say how "
+                "many with --nnodes=N (NNODES of train_multinode.sh), 1 for this one alone"
+            )
+
+
 def _check_simulated(given: argparse.Namespace) -> None:
-    for name in ("nnodes", "node_rank", "rdzv_endpoint", "local_addr"):
+    for name in ("nnodes", *MEETING):
         if getattr(given, name) is not None:
             raise InputError(
                 f"--simulate makes nodes of its own on this machine: drop "

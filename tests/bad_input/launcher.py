@@ -57,6 +57,13 @@ MEETINGS = [
     meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
 ]
 
+ALONE = [
+    launch("--rdzv-endpoint=host:1", says="--rdzv-endpoint=host:1 belongs to a run on several"),
+    launch("--local-addr=me", says="--local-addr=me belongs to a run on several machines: say"),
+    launch("--node-rank=0", says="--node-rank=0 belongs to a run on several machines: say how many"),
+    launch("--dry-run", "--node-rank=3", says="say how many with --nnodes=N (NNODES of train_mu"),
+]
+
 SIMULATIONS = [
     launch("--simulate=2", "--nnodes=3", says="makes nodes of its own on this machine: drop --nno"),
     launch("--simulate=2", "--node-rank=0", says="drop --node-rank"),
@@ -74,4 +81,4 @@ FOLDERS = [
     launch("logging.dir=a/b", says="a is no folder", prepare=a_file),
 ]
 
-CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *SIMULATIONS, *FOLDERS]
+CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *ALONE, *SIMULATIONS, *FOLDERS]
