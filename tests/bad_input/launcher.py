@@ -60,7 +60,7 @@ MEETINGS = [
 ALONE = [
     launch("--rdzv-endpoint=host:1", says="--rdzv-endpoint=host:1 belongs to a run on several"),
     launch("--local-addr=me", says="--local-addr=me belongs to a run on several machines: say"),
-    launch("--node-rank=0", says="--node-rank=0 belongs to a run on several machines: say how many"),
+    launch("--node-rank=0", says="--node-rank=0 belongs to a run on several machines"),
     launch("--dry-run", "--node-rank=3", says="say how many with --nnodes=N (NNODES of train_mu"),
 ]
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
@@ -65,6 +66,8 @@ def test_data_and_its_tokenizer(data, tmp_path, capsys):
     files = [f"data.data_path=[{data}]", "data.split=1,0,0", "train.train_iters=2"]
     before = sorted(tmp_path.iterdir())
     assert run_command(main, ["--dry-run", CONFIG, *files]) == 0
+    assert run_command(main, ["--dry-run", CONFIG, *files, "data.split=99,1"]) == 2
+    assert "leaves no documents of" in capsys.readouterr().err
     assert run_command(main, ["--dry-run", CONFIG, *files, "tokenizer.vocab_size=99"]) == 2
     assert (
         "holds token id 199, outside the tokenizer's vocabulary of 100" in capsys.readouterr().err
@@ -127,10 +130,19 @@ def test_where_machines_meet():
         check_meeting("nohost.invalid:1", patience=0.0)
 
 
-def test_devices(monkeypatch):
-    """As on a machine with two GPUs."""
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs: of compute capability `of[number]`, and with NCCL."""
+    of = [(9, 0), (9, 0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    return of
+
+
+def test_devices(two_gpus):
     config = load_config(CONFIG)
     assert default_processes(config) == 2
     check_devices(config, 2)
@@ -142,3 +154,17 @@ def test_devices(monkeypatch):
     check_simulation(on_cpu)
     assert default_processes(on_cpu) == 1
     check_devices(on_cpu, 3)
+
+
+def test_a_gpu_without_fp8(two_gpus):
+    two_gpus[1] = (8, 0)
+    check_devices(load_config(CONFIG), 1)
+    with pytest.raises(InputError, match=r"GPU 1 has compute capability 8\.0; FP8"):
+        check_devices(load_config(CONFIG), 2)
+
+
+def test_gpus_without_nccl(two_gpus, monkeypatch):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match="this PyTorch has no NCCL"):
+        check_devices(load_config(CONFIG), 1)
+    check_devices(load_config(CONFIG, ["train.device=cpu"]), 1)
