@@ -16,7 +16,8 @@ from fp8lm.launch.options import parse_options
 from fp8lm.launch.preflight import check_run
 from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 
-SCRIPTS = [ROOT / "scripts" / name for name in ("train.sh", "train_multinode.sh", "slurm.sbatch")]
+NAMES = ("train.sh", "train_multinode.sh", "slurm.sbatch", "quickstart.sh")
+SCRIPTS = [ROOT / "scripts" / name for name in NAMES]
 ECHO = '#!/usr/bin/env bash\n[[ $1 == - ]] && exit 0\nshift 2\nprintf "%s\\n" "$@"\n'
 
 
@@ -58,6 +59,25 @@ def test_a_link_elsewhere_leads_to_the_script(script, tmp_path):
     variables = {"PATH": os.environ["PATH"], "FP8LM_PYTHON": echo}
     done = subprocess.run([link, "a.yaml"], env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "a.yaml\n"), done.stderr
+
+
+@pytest.mark.parametrize("key", ["precision.preset", "logging.dir", "checkpoint.save"])
+def test_the_quickstart_keeps_its_two_runs_apart(key, tmp_path):
+    """Told before what a former call left is replaced."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    before = tmp_path / "runs/quickstart/summary.json"
+    before.parent.mkdir(parents=True)
+    before.write_text("{}")
+    stub = tool(tmp_path, "python-stub", "#!/usr/bin/env bash\n")
+    done = subprocess.run(
+        [tmp_path / "scripts/quickstart.sh", "train.train_iters=5", f"{key}=o2"],
+        env={"PATH": os.environ["PATH"], "FP8LM_PYTHON": stub},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {key} is set by quickstart.sh itself: drop {key}=o2")
+    assert before.exists()
 
 
 def test_an_empty_config(tmp_path):
