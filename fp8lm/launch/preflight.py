@@ -102,7 +102,8 @@ def make_log_folder(folder: str | None) -> None:
 def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
     """InputError if the host of `endpoint` has no address, after so many seconds of asking.
 
-    A cluster may give the first machine its name a little later than it starts the others.
+    A cluster may give the first machine its name a little later than it starts the others. What
+    cannot be a name is told at once.
     """
     host = endpoint.rpartition(":")[0].strip("[]")
     deadline, told = time.monotonic() + patience, False
@@ -110,6 +111,10 @@ def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
         try:
             socket.getaddrinfo(host, None)
             return
+        except UnicodeError as error:  # of the codec of names: an empty or too long part
+            raise InputError(
+                f"--rdzv-endpoint={endpoint}: {host} is no name of a machine: {error}"
+            ) from error
         except OSError as error:
             if not told:
                 print(f" waiting for a machine named {host}", flush=True)

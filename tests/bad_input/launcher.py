@@ -54,6 +54,8 @@ MEETINGS = [
     meets("", says="write it as HOST:PORT"),
     meets("host:0", says="--rdzv-endpoint=host:0: a port is a number from 1 to 65535"),
     meets("host:65536", says="a port is a number from 1 to 65535"),
+    meets("node0..cluster", says="node0..cluster is no name of a machine"),
+    meets("n" * 64, says="is no name of a machine"),
     meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
 ]
 

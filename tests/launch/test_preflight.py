@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -128,6 +129,14 @@ def test_where_machines_meet():
         check_meeting(endpoint)
     with pytest.raises(InputError, match=r"nohost.invalid:1: no machine of that name"):
         check_meeting("nohost.invalid:1", patience=0.0)
+
+
+@pytest.mark.parametrize("host", ["node0..cluster", "n" * 64])
+def test_what_cannot_be_a_name_is_not_waited_for(host, monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(InputError, match=f"--rdzv-endpoint={host}:1: {host} is no name of a"):
+        check_meeting(f"{host}:1")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
