@@ -13,7 +13,7 @@ import torch
 from fp8lm import errors
 from fp8lm.errors import run_command
 from fp8lm.launch.main import main as launch
-from tests.bad_input import checkpoint, config, data, environment, launcher
+from tests.bad_input import checkpoint, config, data, environment, launcher, tools
 from tests.bad_input.cases import ROOT, Case
 
 TOPICS = {
@@ -22,6 +22,7 @@ TOPICS = {
     "checkpoint": checkpoint.CASES,
     "environment": environment.CASES,
     "launcher": launcher.CASES,
+    "tools": tools.CASES,
 }
 CASES = [
     pytest.param(case, id=f"{topic}: {case}") for topic, cases in TOPICS.items() for case in cases

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp8lm.arguments import number_type
 from fp8lm.errors import CommandParser, InputError
 from fp8lm.launch.values import (
     MOST_PER_NODE,
@@ -15,7 +16,6 @@ from fp8lm.launch.values import (
     endpoint,
     job_name,
     node_count,
-    number_type,
 )
 
 PROGRAM = "python -m fp8lm.launch"
