@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError
-from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
+from fp8lm.launch.command import (
+    NODE_NAME,
+    command_line,
+    torchrun_arguments,
+    torchrun_environment,
+)
 from fp8lm.launch.options import Options, parse_options
 
 if TYPE_CHECKING:
@@ -58,9 +63,21 @@ def _command(options: Options, processes: int, argv: Sequence[str]) -> list[str]
     if options.simulate:  # the launcher holds the nodes' meeting: there is no command without it
         given = [argument for argument in argv if argument != "--dry-run"]
         return ["command for all nodes:", command_line({}, "fp8lm.launch", given)]
-    where = f"on each of {options.nnodes} nodes" if options.nnodes > 1 else "here"
-    arguments = torchrun_arguments(options, processes)
-    return [f"command {where}:", command_line(environment, "fp8lm.launch.agent", arguments)]
+    arguments = torchrun_arguments(options, processes, name=NODE_NAME)
+    return [
+        f"command {_where(options)}:",
+        command_line(environment, "fp8lm.launch.agent", arguments),
+    ]
+
+
+def _where(options: Options) -> str:
+    if options.nnodes == 1:
+        return "here"
+    if options.node_rank is not None:
+        return f"on node {options.node_rank} of {options.nnodes}"
+    if options.local_addr is not None:
+        return f"on the node at {options.local_addr}, one of {options.nnodes}"
+    return f"on each of {options.nnodes} nodes"
 
 
 def start(options: Options, processes: int) -> int:

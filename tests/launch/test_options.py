@@ -120,6 +120,25 @@ def test_command_is_what_a_shell_takes(monkeypatch):
     assert shlex.split(command_line({}, "m", [])) == [sys.executable, "-m", "m"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "where", "logs"),
+    [
+        ([], "on each of 2 nodes", 'a b/"$(uname -n)"'),
+        (["--node-rank=1"], "on node 1 of 2", "a b/node_1"),
+        (["--local-addr=me"], "on the node at me, one of 2", 'a b/"$(uname -n)"'),
+    ],
+)
+def test_whose_command_it_is(argv, where, logs, capsys):
+    """A command for all nodes names none of them."""
+    assert main(["--dry-run", "--nproc-per-node=1", "--log-dir=a b", *argv, *TWO]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = lines[lines.index(f"command {where}:") + 1]
+    shell = ["sh", "-c", f"printf '%s\\n' {line[line.index(' -m ') :]}"]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert f"--log-dir={logs}".replace('"$(uname -n)"', platform.node()) in words
+    assert ("$(uname -n)" in line) == ("$(uname -n)" in logs)
+
+
 def test_command_of_a_simulation(capsys):
     """Only the launcher can start it."""
     assert main(["--dry-run", "--simulate", "2", CONFIG, "train.device=cpu"]) == 0
