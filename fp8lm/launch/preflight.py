@@ -126,12 +126,6 @@ def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
         time.sleep(1.0)
 
 
-def check_simulation(config: Config) -> None:
-    """InputError where simulated machines would share GPUs, which NCCL refuses."""
-    if resolve_device(config.train.device).type == "cuda":
-        raise InputError("--simulate runs on this machine's CPU: add train.device=cpu")
-
-
 def default_processes(config: Config) -> int:
     """A process per GPU of this machine where the run takes GPUs, else one."""
     if config.train.device != "cpu" and torch.cuda.is_available():

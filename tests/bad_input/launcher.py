@@ -71,6 +71,8 @@ SIMULATIONS = [
     launch("--simulate=2", "--node-rank=0", says="drop --node-rank"),
     launch("--simulate=2", "--rdzv-endpoint=a", says="drop --rdzv-endpoint"),
     launch("--simulate=2", "--local-addr=a", says="drop --local-addr"),
+    launch("--simulate=2", "train.device=cuda", says="CPU: drop train.device=cuda"),
+    launch("--simulate=2", "--dry-run", "train.device=cuda", says="--simulate runs on this mach"),
     launch("--simulate=999", says="'999' is more than 256"),
 ]
 

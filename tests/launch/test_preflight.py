@@ -18,7 +18,6 @@ from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
     check_meeting,
-    check_simulation,
     default_processes,
     folder_problems,
     notes,
@@ -157,12 +156,24 @@ def test_devices(two_gpus):
     check_devices(config, 2)
     with pytest.raises(InputError, match="--nproc-per-node=3, but this machine has 2 GPUs"):
         check_devices(config, 3)
-    with pytest.raises(InputError, match="--simulate runs on this machine's CPU"):
-        check_simulation(config)
     on_cpu = load_config(CONFIG, ["train.device=cpu"])
-    check_simulation(on_cpu)
     assert default_processes(on_cpu) == 1
     check_devices(on_cpu, 3)
+
+
+@pytest.mark.parametrize("given", [[], ["train.device=auto"], ["train.device=cpu"]])
+def test_a_simulation_leaves_gpus_alone(given, two_gpus, monkeypatch, capsys):
+    """Simulated machines would share them."""
+    started = []
+    monkeypatch.setattr(
+        "fp8lm.launch.simulate.simulate", lambda *arguments: started.append(arguments) or 0
+    )
+    assert run_command(main, ["--simulate=2", CONFIG, *given]) == 0, capsys.readouterr().err
+    ((options, processes, _),) = started
+    assert options.overrides[-1] == "train.device=cpu" and processes == 1
+    assert run_command(main, ["--dry-run", "--simulate=2", CONFIG, *given]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(" ".join(["--simulate=2", CONFIG, *given])) for line in shown)
 
 
 def test_a_gpu_without_fp8(two_gpus):
