@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp8lm.errors import InputError
-from fp8lm.launch.options import Options
+from fp8lm.launch.options import GRACE, Options
 
 # torchrun's own, and SLURM's usual warning of a job's end. It passes them on to the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 NODE_NAME = "$(uname -n)"  # in a command for all nodes; a shell makes of it what platform.node() is
 
 
@@ -66,12 +67,12 @@ def _log_dir(options: Options, name: str | None) -> Path:
 
 
 def torchrun_environment(options: Options) -> dict[str, str]:
-    """Variables that the command needs, beyond those that are set already."""
+    """Variables that the command needs: as they are set already, unless an option says other."""
     wanted = {
         # What torchrun sets too, with a banner.
         "OMP_NUM_THREADS": "1",
         # Workers finish their step and save in this time. An option only from torch 2.12 on.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(options.shutdown_timeout),
+        TIMEOUT: str(GRACE),
     }
     if options.nnodes > 1:
         # Otherwise (seen in torch 2.13) a node keeps the address of the former first node, and
@@ -79,7 +80,10 @@ def torchrun_environment(options: Options) -> dict[str, str]:
         wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if options.log_dir is not None:
         wanted["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    wanted = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    if options.shutdown_timeout is not None:
+        wanted[TIMEOUT] = str(options.shutdown_timeout)
+    return wanted
 
 
 def command_line(environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> str:

@@ -26,7 +26,11 @@ MEETING = ("node_rank", "rdzv_endpoint", "local_addr")  # how one of several mac
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; `nproc_per_node` None: a process per GPU, or one without GPUs."""
+    """What was asked for.
+
+    `nproc_per_node` None: a process per GPU, or one without GPUs; `shutdown_timeout` None: what the
+    environment says, or GRACE seconds.
+    """
 
     config: str
     overrides: tuple[str, ...]
@@ -37,7 +41,7 @@ class Options:
     rdzv_id: str
     local_addr: str | None
     max_restarts: int
-    shutdown_timeout: int
+    shutdown_timeout: int | None
     log_dir: str | None
     dry_run: bool
     all_ranks: bool
@@ -157,7 +161,6 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     add(
         "--shutdown-timeout",
         type=number_type(0),
-        default=GRACE,
         metavar="S",
         help=f"seconds for saving after a warning signal ({GRACE}; torch 2.11 always gives 30)",
     )

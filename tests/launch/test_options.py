@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.run import parse_args
 
 from fp8lm.errors import InputError
-from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
+from fp8lm.launch.command import TIMEOUT, command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.main import main
 from fp8lm.launch.options import parse_options
 from tests.launch.conftest import ENVIRONMENT, ROOT
@@ -96,12 +96,17 @@ def test_logs_of_nodes_are_apart(argv, folder):
 
 
 def test_variables(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+    for name in ("OMP_NUM_THREADS", TIMEOUT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
         monkeypatch.delenv(name, raising=False)
     here = torchrun_environment(parse_options([CONFIG, "--shutdown-timeout=9"]))
-    assert here == {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}
+    assert here == {"OMP_NUM_THREADS": "1", TIMEOUT: "9"}
     assert torchrun_environment(parse_options(TWO))["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert torchrun_environment(parse_options([CONFIG]))[TIMEOUT] == "240"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setenv(TIMEOUT, "30")  # an option wins
+    assert torchrun_environment(parse_options([CONFIG]))[TIMEOUT] == "30"
+    timeout = parse_options([CONFIG, "--shutdown-timeout=600"])
+    assert torchrun_environment(timeout)[TIMEOUT] == "600"
     assert torchrun_environment(parse_options([CONFIG]))["OMP_NUM_THREADS"] == "4"
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fp8lm.config import load_config
-from fp8lm.launch.options import parse_options
+from fp8lm.launch.options import GRACE, parse_options
 from fp8lm.launch.preflight import check_run
 from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 
@@ -154,7 +154,7 @@ def test_kubernetes_job():
     meeting = [f"--nnodes={replicas}:{replicas}", "--rdzv-endpoint=fp8lm-worker-0:23456"]
     options = parse_options([*meeting, *container["args"]])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == options.nproc_per_node
-    assert pod["terminationGracePeriodSeconds"] > options.shutdown_timeout
+    assert pod["terminationGracePeriodSeconds"] > (options.shutdown_timeout or GRACE)
     user = f"USER {pod['securityContext']['fsGroup']}"
     assert user in (ROOT / "Dockerfile").read_text().splitlines()
     config = load_config(ROOT / options.config, options.overrides)
