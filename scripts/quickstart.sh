@@ -5,9 +5,9 @@
 # train.train_iters=200, but not the presets and folders that tell the two apart. What a former run
 # left in runs/quickstart is replaced.
 set -euo pipefail
-cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
-source scripts/_env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
+cd "$fp8lm_root"
 
 # Mistakes are told before anything is replaced.
 case " $* " in *" --help "*) exec "$PYTHON" -m fp8lm.config --help ;; esac

@@ -61,6 +61,26 @@ def test_a_link_elsewhere_leads_to_the_script(script, tmp_path):
     assert (done.returncode, done.stdout) == (0, "a.yaml\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train.sh", "a.yaml"],
+        ["train_multinode.sh", "a.yaml"],
+        ["slurm.sbatch", "--dry-run", "a.yaml"],
+        ["quickstart.sh", "--help"],
+        ["test.sh", "lint"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_relative_interpreter_starts_where_the_script_is_called(argv, tmp_path):
+    (tmp_path / "bin").mkdir()
+    tool(tmp_path / "bin", "echo-python", ECHO)
+    variables = {"PATH": os.environ["PATH"], "FP8LM_PYTHON": "bin/echo-python"}
+    command = [ROOT / "scripts" / argv[0], *argv[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
 @pytest.mark.parametrize("key", ["precision.preset", "logging.dir", "checkpoint.save"])
 def test_the_quickstart_keeps_its_two_runs_apart(key, tmp_path):
     """Told before what a former call left is replaced."""
