@@ -59,6 +59,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         config = overrides.pop(0)
     if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
+    if given.all_ranks and not given.dry_run:
+        raise InputError("--all-ranks is for --dry-run, which shows the layout: add --dry-run")
     nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
     meeting = given.rdzv_endpoint
@@ -166,4 +168,4 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     )
     add("--log-dir", metavar="DIR", help="a file per rank; the console shows one rank per machine")
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
-    add("--all-ranks", action="store_true", help="a line per rank in the layout")
+    add("--all-ranks", action="store_true", help="with --dry-run: a line per rank")

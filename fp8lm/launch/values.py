@@ -14,6 +14,7 @@ MOST_PORT = 65535
 MOST_PROCESSES = 65536
 MOST_PER_NODE = 1024
 MOST_SIMULATED = 256
+_IPV6 = re.compile(r"(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", re.ASCII)  # without its brackets
 _ENDPOINT = re.compile(r"(\[[\w.:-]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
 
 
@@ -29,7 +30,7 @@ def endpoint(text: str) -> str:
     """HOST:PORT of HOST, HOST:PORT or [IPv6]:PORT; InputError if it is none of them."""
     option = f"--rdzv-endpoint={text}"
     match = _ENDPOINT.fullmatch(text)
-    if match is None and text.count(":") > 1 and "[" not in text:
+    if match is None and _IPV6.fullmatch(text):
         raise InputError(f"{option}: an IPv6 address is written in brackets, [::1]:{DEFAULT_PORT}")
     if match is None:
         raise InputError(f"{option}: write it as HOST:PORT")

@@ -42,6 +42,7 @@ OPTIONS = [
     ),
     launch("--max-restarts=-1", says="--max-restarts: '-1' is not a number of at least 0"),
     launch("--rdzv-id=a/b", says="--rdzv-id=a/b: a folder of logs gets that name: no slashes"),
+    launch("--all-ranks", says="--all-ranks is for --dry-run, which shows the layout: add --dry"),
     launch("--rdzv-id=", says="--rdzv-id=: a folder of logs gets that name"),
 ]
 
@@ -56,6 +57,9 @@ MEETINGS = [
     meets("host:65536", says="a port is a number from 1 to 65535"),
     meets("node0..cluster", says="node0..cluster is no name of a machine"),
     meets("n" * 64, says="is no name of a machine"),
+    meets("http://a:1", says="--rdzv-endpoint=http://a:1: write it as HOST:PORT"),
+    meets("host:1:2", says="write it as HOST:PORT"),
+    meets("::1", says="an IPv6 address is written in brackets"),
     meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
 ]
 
