@@ -48,7 +48,7 @@ def _git(folder: Path, environment: Mapping[str, str], *arguments: str) -> str |
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            env=kept | {"GIT_OPTIONAL_LOCKS": "0"},  # reading must not get in a commit's way
+            env={**kept, "GIT_OPTIONAL_LOCKS": "0"},  # reading must not get in a commit's way
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=TIMEOUT,

@@ -5,9 +5,9 @@
 #   scripts/compare_layouts.sh [tensor-data|pipelines] [section.key=value ...]
 # The first argument chooses half of it; overrides are for all runs.
 set -euo pipefail
-cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
-source scripts/_env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
+cd "$fp8lm_root"
 # shellcheck source=scripts/_corpus.sh
 source scripts/_corpus.sh
 

@@ -3,9 +3,9 @@
 # stochastically or to nearest) from the same seeds, 20 M tokens a run, one run per core at a time.
 # An hour and a half on two cores. Finished runs are kept, so that it can be called again.
 set -euo pipefail
-cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
-source scripts/_env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
+cd "$fp8lm_root"
 
 # shellcheck source=scripts/_corpus.sh
 source scripts/_corpus.sh

@@ -2,15 +2,25 @@
 # From nothing to a GPT trained in FP8 beside its BF16 twin: environment, corpus, tokenizer, data,
 # two trainings from the same seed, a table, a picture and a sample. No GPU and no download beyond
 # Python packages. Extra arguments are config overrides for both trainings, such as
-# train.train_iters=200. What a former run left in runs/quickstart is replaced.
+# train.train_iters=200, but not the presets and folders that tell the two apart. What a former run
+# left in runs/quickstart is replaced.
 set -euo pipefail
-cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/_env.sh
-source scripts/_env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/_env.sh"
+cd "$fp8lm_root"
 
 # Mistakes are told before anything is replaced.
 case " $* " in *" --help "*) exec "$PYTHON" -m fp8lm.config --help ;; esac
 "$PYTHON" -m fp8lm.config --config configs/quickstart.yaml "$@" >/dev/null
+for argument in "$@"; do
+  case $argument in
+  --config* | precision=* | precision.preset=* | logging=* | logging.dir=* | checkpoint=* | \
+    checkpoint.save=*)
+    fp8lm_fail "${argument%%=*} is set by quickstart.sh itself: drop $argument, or train with" \
+      "scripts/train.sh configs/quickstart.yaml $argument"
+    ;;
+  esac
+done
 
 run=runs/quickstart
 data=$run/data

@@ -4,7 +4,7 @@
 #   full  ruff and every test (the default); those marked gpu are skipped without CUDA
 #   lint  ruff only
 set -euo pipefail
-cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
+root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
 
 mode=full
 case ${1:-} in
@@ -14,7 +14,7 @@ fast | full | lint)
     ;;
 "" | -*) ;;
 *)
-    [[ -e ${1%%::*} ]] || {
+    (cd "$root" && [[ -e ${1%%::*} ]]) || {
         echo "error: $1 is none of fast, full, lint, and no test" >&2
         exit 2
     }
@@ -22,7 +22,8 @@ fast | full | lint)
 esac
 
 # shellcheck source=scripts/_env.sh
-source scripts/_env.sh
+source "$root/scripts/_env.sh"
+cd "$root"
 
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet . || {

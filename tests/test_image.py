@@ -136,6 +136,11 @@ def test_apex_is_nvidias_and_of_one_commit():
 @pytest.mark.parametrize("stage", ["cpu", "gpu"])
 def test_the_command_names_what_is_there(stage):
     (command,) = (arguments for name, arguments in stages()[stage][1] if name == "CMD")
-    for word in command.strip("[]").replace('"', "").split(", "):
-        if "/" in word or word.endswith(".py"):
-            assert (ROOT / word).exists(), word
+    words = command.strip("[]").replace('"', "").split(", ")
+    files = [word for word in words if "/" in word or word.endswith(".py")]
+    if "-m" in words:
+        module = words[words.index("-m") + 1].replace(".", "/")
+        files.append(f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py")
+    assert files
+    for file in files:
+        assert (ROOT / file).exists(), file

@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
 TRAIN, VALID = "lm loss", "lm loss validation"
@@ -44,15 +47,17 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
     parser.add_argument("--summary", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to write, or one that matplotlib knows")
     options = parser.parse_args(argv)
+    if options.plot:
+        check_format(options.plot)
     settings = dict(read_setting(argument) for argument in options.runs)
     summary = summarize(settings)
     print_table(summary)
     if options.summary:
-        options.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_aside(options.summary, (json.dumps(summary, indent=1) + "\n").encode())
     if options.plot:
-        plot(settings, options.plot)
+        write_aside(options.plot, plot(settings, picture_format(options.plot)))
 
 
 def read_setting(argument: str) -> tuple[str, list[Curves]]:
@@ -68,7 +73,7 @@ def read_curves(folder: Path) -> Curves:
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise InputError(f"{path} does not exist: train with logging.dir={folder}")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = list(read_reports(path))
     points = {
         key: [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
         for key in (TRAIN, VALID)
@@ -77,6 +82,20 @@ def read_curves(folder: Path) -> Curves:
         raise InputError(f"{path} has no training or no validation losses yet")
     last = next(line for line in reversed(lines) if TRAIN in line)
     return Curves(points[TRAIN], points[VALID], last)
+
+
+def read_reports(path: Path) -> Iterator[dict[str, float]]:
+    """The objects of a metrics.jsonl; a last line that a run has not finished is passed over."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            report = json.loads(line)
+            report["iteration"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise InputError(f"{path}, line {number}: no report of a run: {line!r:.40}") from None
+        yield report
 
 
 def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
@@ -124,8 +143,25 @@ def print_table(summary: dict[str, dict]) -> None:
     print("saved: of them, against the first; sent: by the main process in one iteration")
 
 
-def plot(settings: dict[str, list[Curves]], path: Path) -> None:
-    """Training curves as thin lines, validation as markers; one colour per setting."""
+def picture_format(path: Path) -> str:
+    """What the name of a picture says of its format; PNG if it says nothing."""
+    return path.suffix.removeprefix(".").lower() or "png"
+
+
+def check_format(path: Path) -> None:
+    """InputError unless matplotlib writes such pictures."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture_format(path) not in known:
+        raise InputError(f"--plot {path}: a picture is one of {', '.join(sorted(known))}")
+
+
+def plot(settings: dict[str, list[Curves]], kind: str) -> bytes:
+    """A picture in the format `kind`.
+
+    Training curves are thin lines, validation has markers; one colour per setting.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,8 +184,10 @@ def plot(settings: dict[str, list[Curves]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(title="final validation loss")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format=kind)
     pyplot.close(figure)
+    return picture.getvalue()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from fp8lm.arguments import finite, number_type
 from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.training.build import resolve_device
 from fp8lm.training.restore import restore_model
 
+MOST_SEED = 2**64 - 1
 TOKENS_PER_GEMM = 16  # FP8 GEMMs take token counts that are multiples of this
 
 
@@ -46,10 +48,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", required=True, help="folder of checkpoints")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    parser.add_argument("--top-k", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=number_type(0), default=100)
+    parser.add_argument("--temperature", type=finite, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-k", type=number_type(1), default=40)
+    parser.add_argument("--seed", type=number_type(0, MOST_SEED), default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
 

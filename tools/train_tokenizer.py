@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from fp8lm.arguments import finite
 from fp8lm.data.documents import check_inputs, parse_record, read_records
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
@@ -37,7 +38,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--vocab-size", type=int, required=True, help="pieces, the fixed ones included")
     add("--model-type", choices=("bpe", "unigram"), default="bpe")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    add("--max-mb", type=float, default=256, help="read at most so much text (default: 256)")
+    add("--max-mb", type=finite, default=256, help="read at most so much text (default: 256)")
     return parser.parse_args(argv)
 
 

@@ -11,6 +11,7 @@ from fp8lm.errors import InputError
 # MASTER_PORT alone do not: clusters export them to every shell.
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_MOST_PORT = 65535
 _CURE = "start with torchrun, or unset them to run one process"
 
 
@@ -43,6 +44,7 @@ class Launch:
             present = ", ".join(name for name in _NUMBERS if environment.get(name))
             raise InputError(f"{present} set but not {', '.join(missing)}: {_CURE}")
         rank, world_size, local_rank = (_number(name, environment[name]) for name in _NUMBERS)
+        _number("MASTER_PORT", environment["MASTER_PORT"], 1, _MOST_PORT)
         if not (rank < world_size and local_rank < world_size):
             raise InputError(
                 f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: "
@@ -50,15 +52,17 @@ class Launch:
             )
         # Only torchrun sets it; without, all processes count as being on one machine.
         local = environment.get("LOCAL_WORLD_SIZE") or str(world_size)
-        local_world_size = _number("LOCAL_WORLD_SIZE", local)
-        machines, restart = (
-            _number(name, environment.get(name) or default)
-            for name, default in (("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "0"))
-        )
+        local_world_size = _number("LOCAL_WORLD_SIZE", local, 1)
+        machines = _number("GROUP_WORLD_SIZE", environment.get("GROUP_WORLD_SIZE") or "1", 1)
+        restart = environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
+        restart = _number("TORCHELASTIC_RESTART_COUNT", restart)
         return cls(rank, world_size, local_rank, local_world_size, True, machines, restart)
 
 
-def _number(name: str, value: str) -> int:
+def _number(name: str, value: str, least: int = 0, most: int | None = None) -> int:
     if not value.isdecimal():
         raise InputError(f"{name}={value} is not a number: {_CURE}")
+    if int(value) < least or (most is not None and int(value) > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name}={value} must be {allowed}: {_CURE}")
     return int(value)

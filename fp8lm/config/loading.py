@@ -40,13 +40,13 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
         path, equals, text = override.partition("=")
         *parents, name = path.split(".")
         if not equals or not all((*parents, name)):
-            raise InputError(f"override {override!r}: write it as section.key=value")
+            raise InputError(f"override {_cut(override)!r}: write it as section.key=value")
         inner = layer
         for parent in parents:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise InputError(f"override {override!r}: {parent} was given a value before")
-        inner[name] = parse_value(text, f"override {override!r}")
+                raise InputError(f"override {_cut(override)!r}: {parent} was given a value before")
+        inner[name] = parse_value(text, f"override {_cut(override)!r}")
     return layer
 
 
@@ -102,5 +102,8 @@ def _value_at(content: Mapping[str, Any], place: tuple[Any, ...]) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    return _cut(json.dumps(value, default=str))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."

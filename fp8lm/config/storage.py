@@ -99,7 +99,9 @@ class LoggingConfig(Section):
     log_interval: Count = Field(100, description="Iterations between reports.")
     tensorboard: Bool = Field(True, description="Write TensorBoard events into dir.")
     wandb_project: Text | None = Field(
-        None, description="Project at Weights & Biases; null: not used."
+        None,
+        description="Project at Weights & Biases; null: not used. Without dir and wandb_save_dir "
+        "every start is a run of its own there.",
     )
     wandb_exp_name: Text | None = Field(
         None, description="Name of the run there; null: chosen by wandb."

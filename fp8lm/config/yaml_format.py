@@ -16,22 +16,43 @@ import yaml
 
 from fp8lm.errors import InputError
 
+_CORE = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
 _SCALARS = (  # the first pattern that matches the whole scalar wins, so integers precede floats
-    ("tag:yaml.org,2002:null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
-    ("tag:yaml.org,2002:int", _INT, list("-+0123456789")),
-    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+    (f"{_CORE}null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    (f"{_CORE}bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    (f"{_CORE}int", _INT, list("-+0123456789")),
+    (f"{_CORE}float", _FLOAT, list("-+.0123456789")),
 )
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """Safe loader of YAML 1.2 scalars that refuses a key given twice."""
+    """Safe loader of YAML 1.2 scalars that refuses a key given twice; all it raises has a place."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own declaration)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Compose a node; a `ComposerError` for an alias inside of what it stands for."""
+        node = super().compose_node(parent, index)
+        if node.end_mark is None:  # its end is not read yet
+            raise yaml.composer.ComposerError(
+                None, None, "an alias stands inside of what it names", node.start_mark
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build what a node stands for; a `ConstructorError` if it cannot be what its tag says."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # PyYAML's constructors trust a tag that is written out: `!!int abc`.
+            kind = node.tag.removeprefix(_CORE)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.40} cannot be read as {kind}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping; raise a `ConstructorError` with its place for a repeated key."""
@@ -59,7 +80,7 @@ class ConfigDumper(yaml.SafeDumper):
         return super().increase_indent(flow, False)
 
 
-ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.construct_int)
+ConfigLoader.add_constructor(f"{_CORE}int", ConfigLoader.construct_int)
 for _tag, _pattern, _first in _SCALARS:
     _whole = re.compile(rf"^(?:{_pattern.pattern})$")
     ConfigLoader.add_implicit_resolver(_tag, _whole, _first)
@@ -69,7 +90,7 @@ for _tag, _pattern, _first in _SCALARS:
 def parse_value(text: str, where: str) -> Any:
     """Read one YAML value, as on the command line; `where` names it in the error."""
     try:
-        return yaml.load(text, Loader=ConfigLoader)
+        return _load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not a YAML value ({_problem(error)}); quote it") from error
 
@@ -83,7 +104,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; empty files count as empty mappings."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=ConfigLoader)
+        content = _load(text)
     except FileNotFoundError as error:
         raise InputError(f"config file {path} does not exist") from error
     except OSError as error:
@@ -97,6 +118,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold sections of keys, not {content!r:.60}")
     return content
+
+
+def _load(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def _line(error: yaml.YAMLError) -> str:

@@ -23,6 +23,10 @@ with quiet_megatron():
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             for split, size in enumerate(sizes)
         )
     prefixes, weights = _blend(config.data.data_path)
-    files = check_files(config, tokenizer)
+    files = check_files(config, tokenizer, sizes)
     with quiet_megatron():
         gpt_config = GPTDatasetConfig(
             random_seed=config.train.seed,
@@ -61,20 +65,23 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             eod_mask_loss=config.data.eod_mask_loss,
             create_attention_mask=False,
         )
-    _keep_wanted_splits(gpt_config, files, sizes)
+    shares = zip(gpt_config.split_matrix, sizes, strict=True)
+    gpt_config.split_matrix = [share if size else None for share, size in shares]
     return tuple(_build(gpt_config, sizes))
 
 
-def check_files(config: Config, tokenizer: Tokenizer) -> list[IndexedFile]:
+def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[IndexedFile]:
     """The token files that `data.data_path` names, none for mock data.
 
-    Raises `InputError` for missing or damaged ones and for a tokenizer that did not make them.
+    Raises `InputError` for missing or damaged ones, for a tokenizer that did not make them, and
+    where `data.split` leaves no documents for one of `sizes` (train, valid, test) samples.
     """
     if config.data.mock_data:
         return []
     files = [inspect_indexed(prefix) for prefix in _blend(config.data.data_path)[0]]
     for file in files:
         check_tokenizer(file, tokenizer)
+    _check_split(_plain_split(config.data.split), files, sizes)
     return files
 
 
@@ -110,21 +117,20 @@ def _tokenizer_for(tokenizer: Tokenizer, files: list[IndexedFile]) -> _DatasetTo
     return _DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod, identifiers)
 
 
-def _keep_wanted_splits(config: GPTDatasetConfig, files: list[IndexedFile], sizes: Sizes) -> None:
-    """Drop the splits of size 0; `InputError` for one that wants samples and has no tokens.
+def _check_split(split: str, files: list[IndexedFile], sizes: Sizes) -> None:
+    """`InputError` for a share that wants samples and has no tokens.
 
     Megatron-core counts epochs until there are tokens enough: without any it never returns.
     """
-    for split, (name, size) in enumerate(zip(SPLITS, sizes, strict=True)):
-        share = config.split_matrix[split]
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for name, share, size in zip(SPLITS, matrix, sizes, strict=True):
         if size == 0:
-            config.split_matrix[split] = None
             continue
         for file in files:
             begin, end = (round(edge * len(file.lengths)) for edge in share or (0, 0))
             if not file.lengths[begin:end].any():
                 raise InputError(
-                    f"data.split {config.split!r} leaves no documents of {file.prefix} "
+                    f"data.split {split!r} leaves no documents of {file.prefix} "
                     f"({len(file.lengths)} documents) for {name}, which wants {size} samples: "
                     "change data.split, or use more documents (preprocess_data.py --split-lines "
                     "makes one of every line)"

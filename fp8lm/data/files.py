@@ -51,8 +51,14 @@ def folder_aside(target: Path) -> Iterator[Path]:
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it when it is whole."""
+    """Write a file under a temporary name and rename it when it is whole.
+
+    Creates its folder; raises `InputError` where it cannot be written.
+    """
     with folder_aside(path) as aside:
         part = aside / path.name
-        part.write_bytes(data)
-        os.replace(part, path)
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        except OSError as err:
+            raise InputError(f"cannot write {path}: {err.strerror or err}") from None

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     found = problems(findings)
     if options.json:
         report = {"ok": not found, "problems": found, "findings": [asdict(f) for f in findings]}
-        print(json.dumps(report | {"facts": asdict(facts)}, indent=2))
+        print(json.dumps({**report, "facts": asdict(facts)}, indent=2))
     else:
         print(f"fp8lm {facts.fp8lm}, {facts.revision}\n\n{table(findings)}")
     for problem in found:
@@ -35,10 +35,8 @@ def main(argv: list[str]) -> int:
 def table(findings: list[Finding]) -> str:
     """Findings in columns: `-` before what is worth a look, `!` before problems."""
     marks = {"ok": " ", "note": "-", "problem": "!"}
-    subjects, founds = (
-        max(len(text) for text in column)
-        for column in zip(*((f.subject, f.found) for f in findings), strict=True)
-    )
+    subjects = max(len(f.subject) for f in findings)
+    founds = max(len(f.found) for f in findings)
     return "\n".join(
         f"{marks[f.status]} {f.subject:{subjects}}  {f.found:{founds}}  {_remark(f)}".rstrip()
         for f in findings

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import fp8lm
 from fp8lm.doctor.facts import Accelerators, Execution, Facts
 from fp8lm.doctor.machine import find_accelerators, find_driver, plan_execution
-from fp8lm.doctor.packages import ImportCheck, declared, error_of_import, find_packages
+from fp8lm.doctor.packages import declared, error_of_import, find_packages
 from fp8lm.revision import PACKAGE, Revision, source_revision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp8lm.doctor.packages import ImportCheck
 
 
 def gather(

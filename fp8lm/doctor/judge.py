@@ -55,7 +55,7 @@ def judge_python(found: str, tested: str) -> Finding:
     if not tested:
         cure = "fp8lm is not installed, and what it needs is unknown: pip install its folder"
         return Finding("python", found, "problem", cure)
-    position = _position(found, tested)
+    position = _position_of_python(found, tested)
     if position < 0:
         cure = f"python {found} is too old: use one {tested}"
         return Finding("python", found, "problem", cure)
@@ -177,6 +177,21 @@ def judge_execution(execution: Execution) -> Iterator[Finding]:
     yield Finding(device, "GEMM", remark=execution.gemm)
     yield Finding(device, "attention", remark=execution.attention)
     yield Finding(device, "casts, AdamW", remark=execution.elementwise)
+
+
+def _position_of_python(version: str, tested: str) -> int:
+    """-1 below `tested`, 0 inside, 1 above, without packages: too old a Python may have none."""
+    found = _release(version)
+    for operator, bound in re.findall(r"(>=|<)\s*([0-9.]+)", tested):
+        if operator == ">=" and found < _release(bound):
+            return -1
+        if operator == "<" and found >= _release(bound):
+            return 1
+    return 0
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
 
 
 def _position(version: str | None, tested: str) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8lm.doctor.facts import Package
 
@@ -26,13 +26,17 @@ OPTIONAL = ("triton", "transformer-engine", "apex")
 IMPORT_TIMEOUT = 120  # seconds; from a cold network drive PyTorch takes a good part of a minute
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)\)?\s*(?:;(.*))?")
 
-ImportCheck = Callable[[str], str | None]
+if TYPE_CHECKING:  # of the Pythons that are too old, 3.8 to 3.10, some cannot evaluate it
+    from collections.abc import Callable, Iterator
+
+    ImportCheck = Callable[[str], str | None]
 
 
 def declared(checkout: Path) -> tuple[str, list[str]]:
     """Python versions and requirements that fp8lm asks for.
 
-    Of the installed fp8lm, or of the checkout's pyproject.toml where it is not installed.
+    Of the installed fp8lm, or of the checkout's pyproject.toml where it is not installed; of that
+    the versions alone on a Python that cannot read it, for which requirements are none.
     """
     try:
         installed = metadata("fp8lm")
@@ -41,12 +45,16 @@ def declared(checkout: Path) -> tuple[str, list[str]]:
     except PackageNotFoundError:
         pass
     try:
+        text = (checkout / "pyproject.toml").read_text(encoding="utf-8")
         import tomllib  # Python 3.11; an older one is to be told about, not to fail here
 
-        project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
-    except (ImportError, OSError, ValueError):
+        project = tomllib.loads(text)["project"]
+    except ImportError:
+        found = re.search(r'^requires-python = "([^"]*)"', text, re.MULTILINE)
+        return (found[1] if found else ""), []
+    except (OSError, ValueError):
         return "", []
-    return project["project"]["requires-python"], project["project"]["dependencies"]
+    return project["requires-python"], project["dependencies"]
 
 
 def find_packages(requirements: list[str], import_check: ImportCheck) -> tuple[Package, ...]:

@@ -10,16 +10,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp8lm.errors import InputError
-from fp8lm.launch.options import Options
+from fp8lm.launch.options import GRACE, Options
 
 # torchrun's own, and SLURM's usual warning of a job's end. It passes them on to the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+NODE_NAME = "$(uname -n)"  # in a command for all nodes; a shell makes of it what platform.node() is
 
 
 def torchrun_arguments(
-    options: Options, nproc_per_node: int, rdzv_conf: Mapping[str, int] | None = None
+    options: Options,
+    nproc_per_node: int,
+    rdzv_conf: Mapping[str, int] | None = None,
+    name: str | None = None,
 ) -> list[str]:
-    """Arguments for this node; `rdzv_conf`: further settings of the rendezvous."""
+    """Arguments for this node; `rdzv_conf`: further settings of the rendezvous.
+
+    `name` (default: this machine's) is the node's, for its folder of logs where it has no number.
+    """
     arguments = [f"--nproc-per-node={nproc_per_node}", f"--max-restarts={options.max_restarts}"]
     if options.nnodes == 1:
         # Said although it is the default: torchrun would take PET_NNODES of a Kubeflow pod.
@@ -29,7 +37,7 @@ def torchrun_arguments(
         arguments += _rendezvous(options, rdzv_conf or {})
     arguments.append(f"--signals-to-handle={SIGNALS}")
     if options.log_dir is not None:
-        arguments += [f"--log-dir={_log_dir(options)}", "--redirects=3", "--tee=3"]
+        arguments += [f"--log-dir={_log_dir(options, name)}", "--redirects=3", "--tee=3"]
         arguments.append("--local-ranks-filter=0")
     return [*arguments, training_script(), "--config", options.config, *options.overrides]
 
@@ -48,22 +56,23 @@ def _rendezvous(options: Options, conf: Mapping[str, int]) -> list[str]:
     return arguments
 
 
-def _log_dir(options: Options) -> Path:
+def _log_dir(options: Options, name: str | None) -> Path:
     # Below it torchrun makes ID_RANDOM/attempt_K/LOCAL_RANK/, which does not tell nodes apart.
     folder = Path(options.log_dir)
     if options.nnodes == 1:
         return folder
-    node = platform.node() if options.node_rank is None else f"node_{options.node_rank}"
-    return folder / node
+    if options.node_rank is not None:
+        return folder / f"node_{options.node_rank}"
+    return folder / (name or platform.node())
 
 
 def torchrun_environment(options: Options) -> dict[str, str]:
-    """Variables that the command needs, beyond those that are set already."""
+    """Variables that the command needs: as they are set already, unless an option says other."""
     wanted = {
         # What torchrun sets too, with a banner.
         "OMP_NUM_THREADS": "1",
         # Workers finish their step and save in this time. An option only from torch 2.12 on.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(options.shutdown_timeout),
+        TIMEOUT: str(GRACE),
     }
     if options.nnodes > 1:
         # Otherwise (seen in torch 2.13) a node keeps the address of the former first node, and
@@ -71,7 +80,10 @@ def torchrun_environment(options: Options) -> dict[str, str]:
         wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if options.log_dir is not None:
         wanted["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    wanted = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    if options.shutdown_timeout is not None:
+        wanted[TIMEOUT] = str(options.shutdown_timeout)
+    return wanted
 
 
 def command_line(environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> str:
@@ -79,7 +91,14 @@ def command_line(environment: Mapping[str, str], module: str, arguments: Sequenc
     if path := os.environ.get("PYTHONPATH"):  # what finds the package, outside of the checkout
         environment = {"PYTHONPATH": path, **environment}
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-    return " ".join([*variables, shlex.join([sys.executable, "-m", module, *arguments])])
+    words = map(_word, [sys.executable, "-m", module, *arguments])
+    return " ".join([*variables, *words])
+
+
+def _word(argument: str) -> str:
+    if argument.startswith("--log-dir=") and argument.endswith(NODE_NAME):
+        return f'{shlex.quote(argument.removesuffix(NODE_NAME))}"{NODE_NAME}"'
+    return shlex.quote(argument)
 
 
 def training_script() -> str:

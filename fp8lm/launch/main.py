@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError
-from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
+from fp8lm.launch.command import (
+    NODE_NAME,
+    command_line,
+    torchrun_arguments,
+    torchrun_environment,
+)
 from fp8lm.launch.options import Options, parse_options
 
 if TYPE_CHECKING:
+    from fp8lm.config import Config
     from fp8lm.inspect.plan import Plan
 
 
@@ -20,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     """Start what the command line describes; the exit code of the job (see `agent`)."""
     options = parse_options(argv)
     config = load_config(options.config, options.overrides)
+    if options.simulate:
+        options, config = on_the_cpu(options, config)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.launch import preflight
 
@@ -34,9 +43,7 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         raise InputError(problem)
     preflight.check_devices(config, processes)
-    if options.simulate:
-        preflight.check_simulation(config)
-    elif options.nnodes > 1:
+    if options.nnodes > 1 and not options.simulate:
         preflight.check_meeting(options.rdzv_endpoint)
     preflight.make_log_folder(options.log_dir)
     if options.node_rank in (None, 0):
@@ -44,6 +51,19 @@ def main(argv: Sequence[str]) -> int:
         for remark in remarks:
             say(f" note: {remark}")
     return start(options, processes)
+
+
+def on_the_cpu(options: Options, config: Config) -> tuple[Options, Config]:
+    """Both with train.device=cpu; InputError where GPUs are asked for.
+
+    Simulated machines would share them, which NCCL refuses.
+    """
+    if config.train.device == "cuda":
+        raise InputError("--simulate runs on this machine's CPU: drop train.device=cuda")
+    if config.train.device == "auto":
+        options = replace(options, overrides=(*options.overrides, "train.device=cpu"))
+        config = load_config(options.config, options.overrides)
+    return options, config
 
 
 def describe(plan: Plan, all_ranks: bool, command: Sequence[str], remarks: Sequence[str]) -> str:
@@ -58,9 +78,21 @@ def _command(options: Options, processes: int, argv: Sequence[str]) -> list[str]
     if options.simulate:  # the launcher holds the nodes' meeting: there is no command without it
         given = [argument for argument in argv if argument != "--dry-run"]
         return ["command for all nodes:", command_line({}, "fp8lm.launch", given)]
-    where = f"on each of {options.nnodes} nodes" if options.nnodes > 1 else "here"
-    arguments = torchrun_arguments(options, processes)
-    return [f"command {where}:", command_line(environment, "fp8lm.launch.agent", arguments)]
+    arguments = torchrun_arguments(options, processes, name=NODE_NAME)
+    return [
+        f"command {_where(options)}:",
+        command_line(environment, "fp8lm.launch.agent", arguments),
+    ]
+
+
+def _where(options: Options) -> str:
+    if options.nnodes == 1:
+        return "here"
+    if options.node_rank is not None:
+        return f"on node {options.node_rank} of {options.nnodes}"
+    if options.local_addr is not None:
+        return f"on the node at {options.local_addr}, one of {options.nnodes}"
+    return f"on each of {options.nnodes} nodes"
 
 
 def start(options: Options, processes: int) -> int:

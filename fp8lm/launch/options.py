@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp8lm.arguments import number_type
 from fp8lm.errors import CommandParser, InputError
 from fp8lm.launch.values import (
     MOST_PER_NODE,
@@ -15,17 +16,21 @@ from fp8lm.launch.values import (
     endpoint,
     job_name,
     node_count,
-    number_type,
 )
 
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"
 GRACE = 240
+MEETING = ("node_rank", "rdzv_endpoint", "local_addr")  # how one of several machines joins them
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; `nproc_per_node` None: a process per GPU, or one without GPUs."""
+    """What was asked for.
+
+    `nproc_per_node` None: a process per GPU, or one without GPUs; `shutdown_timeout` None: what the
+    environment says, or GRACE seconds.
+    """
 
     config: str
     overrides: tuple[str, ...]
@@ -36,7 +41,7 @@ class Options:
     rdzv_id: str
     local_addr: str | None
     max_restarts: int
-    shutdown_timeout: int
+    shutdown_timeout: int | None
     log_dir: str | None
     dry_run: bool
     all_ranks: bool
@@ -54,6 +59,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         config = overrides.pop(0)
     if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
+    if given.all_ranks and not given.dry_run:
+        raise InputError("--all-ranks is for --dry-run, which shows the layout: add --dry-run")
     nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
     meeting = given.rdzv_endpoint
@@ -82,6 +89,8 @@ def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
     if given.simulate is not None:
         _check_simulated(given)
         return
+    if given.nnodes is None:
+        _check_alone(given)
     if given.node_rank is not None and given.node_rank >= nnodes:
         raise InputError(f"--node-rank={given.node_rank} is not below --nnodes={nnodes}")
     if nnodes > 1 and given.rdzv_endpoint is None and not given.dry_run:
@@ -90,8 +99,18 @@ def _check_nodes(given: argparse.Namespace, nnodes: int) -> None:
         )
 
 
+def _check_alone(given: argparse.Namespace) -> None:
+    # Without a number of machines each would train for itself, all into the same folders.
+    for name in MEETING:
+        if (value := getattr(given, name)) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')}={value} belongs to a run on several machines: say how "
+                "many with --nnodes=N (NNODES of train_multinode.sh), 1 for this one alone"
+            )
+
+
 def _check_simulated(given: argparse.Namespace) -> None:
-    for name in ("nnodes", "node_rank", "rdzv_endpoint", "local_addr"):
+    for name in ("nnodes", *MEETING):
         if getattr(given, name) is not None:
             raise InputError(
                 f"--simulate makes nodes of its own on this machine: drop "
@@ -144,10 +163,9 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     add(
         "--shutdown-timeout",
         type=number_type(0),
-        default=GRACE,
         metavar="S",
         help=f"seconds for saving after a warning signal ({GRACE}; torch 2.11 always gives 30)",
     )
     add("--log-dir", metavar="DIR", help="a file per rank; the console shows one rank per machine")
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
-    add("--all-ranks", action="store_true", help="a line per rank in the layout")
+    add("--all-ranks", action="store_true", help="with --dry-run: a line per rank")

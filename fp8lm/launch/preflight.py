@@ -12,15 +12,19 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
 from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
 from fp8lm.inspect.layout import Layout
 from fp8lm.inspect.plan import Plan, plan_run
+from fp8lm.kernels import select_kernels
 from fp8lm.training.build import resolve_device
+from fp8lm.training.length import dataset_sizes
 
 NAME_PATIENCE = 60.0
 UNEVEN = 1.2
@@ -31,7 +35,7 @@ def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
     tokenizer = build_tokenizer(config.tokenizer)
     plan = plan_run(config, tokenizer.vocab_size, nnodes * nproc_per_node, nproc_per_node)
     _check_nodes(config, plan.layout.num_replicas, nproc_per_node)
-    check_files(config, tokenizer)
+    check_files(config, tokenizer, dataset_sizes(config))
     return plan
 
 
@@ -42,7 +46,7 @@ def _check_nodes(config: Config, num_replicas: int, nproc_per_node: int) -> None
 
 
 def check_devices(config: Config, nproc_per_node: int) -> None:
-    """InputError unless this machine has a device for each of its processes."""
+    """InputError unless this machine has a device for each of its processes, with FP8 and NCCL."""
     if resolve_device(config.train.device).type != "cuda":
         return
     found = torch.cuda.device_count()
@@ -51,6 +55,10 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
             f"--nproc-per-node={nproc_per_node}, but this machine has {found} GPUs: start at most "
             f"{found} processes, or use train.device=cpu"
         )
+    if not dist.is_nccl_available():
+        raise InputError(NO_NCCL)
+    for number in range(nproc_per_node):
+        select_kernels(torch.device("cuda", number))
 
 
 def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:
@@ -94,7 +102,8 @@ def make_log_folder(folder: str | None) -> None:
 def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
     """InputError if the host of `endpoint` has no address, after so many seconds of asking.
 
-    A cluster may give the first machine its name a little later than it starts the others.
+    A cluster may give the first machine its name a little later than it starts the others. What
+    cannot be a name is told at once.
     """
     host = endpoint.rpartition(":")[0].strip("[]")
     deadline, told = time.monotonic() + patience, False
@@ -102,6 +111,10 @@ def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
         try:
             socket.getaddrinfo(host, None)
             return
+        except UnicodeError as error:  # of the codec of names: an empty or too long part
+            raise InputError(
+                f"--rdzv-endpoint={endpoint}: {host} is no name of a machine: {error}"
+            ) from error
         except OSError as error:
             if not told:
                 print(f" waiting for a machine named {host}", flush=True)
@@ -111,12 +124,6 @@ def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
                     f"--rdzv-endpoint={endpoint}: no machine of that name: {error.strerror}"
                 ) from error
         time.sleep(1.0)
-
-
-def check_simulation(config: Config) -> None:
-    """InputError where simulated machines would share GPUs, which NCCL refuses."""
-    if resolve_device(config.train.device).type == "cuda":
-        raise InputError("--simulate runs on this machine's CPU: add train.device=cpu")
 
 
 def default_processes(config: Config) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 
+from fp8lm.arguments import number_type
 from fp8lm.errors import InputError
 
 DEFAULT_PORT = 29400
@@ -14,20 +14,8 @@ MOST_PORT = 65535
 MOST_PROCESSES = 65536
 MOST_PER_NODE = 1024
 MOST_SIMULATED = 256
+_IPV6 = re.compile(r"(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", re.ASCII)  # without its brackets
 _ENDPOINT = re.compile(r"(\[[\w.:-]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
-
-
-def number_type(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:
-    """What argparse takes as type: numbers from `least` to `most`; `why` there are no more."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
-        if most is not None and int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is more than {most}: {why}")
-        return int(text)
-
-    return number
 
 
 def node_count(text: str) -> int:
@@ -42,7 +30,7 @@ def endpoint(text: str) -> str:
     """HOST:PORT of HOST, HOST:PORT or [IPv6]:PORT; InputError if it is none of them."""
     option = f"--rdzv-endpoint={text}"
     match = _ENDPOINT.fullmatch(text)
-    if match is None and text.count(":") > 1 and "[" not in text:
+    if match is None and _IPV6.fullmatch(text):
         raise InputError(f"{option}: an IPv6 address is written in brackets, [::1]:{DEFAULT_PORT}")
     if match is None:
         raise InputError(f"{option}: write it as HOST:PORT")

@@ -13,6 +13,21 @@ CASES = [
     train(says="set but not MASTER_ADDR, MASTER_PORT: start with torchrun", environment=RANK),
     train(says="RANK=zero is not a number", environment=RANK | WHERE | {"RANK": "zero"}),
     train(says="must be below WORLD_SIZE=2", environment=RANK | WHERE | {"RANK": "2"}),
+    train(
+        says="MASTER_PORT=abc is not a number", environment=RANK | WHERE | {"MASTER_PORT": "abc"}
+    ),
+    train(
+        says="MASTER_PORT=99999 must be from 1 to 65535: start with torchrun",
+        environment=RANK | WHERE | {"MASTER_PORT": "99999"},
+    ),
+    train(
+        says="LOCAL_WORLD_SIZE=0 must be at least 1",
+        environment=RANK | WHERE | {"LOCAL_WORLD_SIZE": "0"},
+    ),
+    train(
+        says="GROUP_WORLD_SIZE=0 must be at least 1",
+        environment=RANK | WHERE | {"GROUP_WORLD_SIZE": "0"},
+    ),
     train(TP2, says="1 process cannot"),
     train("parallel.pipeline_model_parallel_size=4", says="pipeline_model_parallel_size=4"),
     train(

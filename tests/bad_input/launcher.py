@@ -42,6 +42,7 @@ OPTIONS = [
     ),
     launch("--max-restarts=-1", says="--max-restarts: '-1' is not a number of at least 0"),
     launch("--rdzv-id=a/b", says="--rdzv-id=a/b: a folder of logs gets that name: no slashes"),
+    launch("--all-ranks", says="--all-ranks is for --dry-run, which shows the layout: add --dry"),
     launch("--rdzv-id=", says="--rdzv-id=: a folder of logs gets that name"),
 ]
 
@@ -54,7 +55,19 @@ MEETINGS = [
     meets("", says="write it as HOST:PORT"),
     meets("host:0", says="--rdzv-endpoint=host:0: a port is a number from 1 to 65535"),
     meets("host:65536", says="a port is a number from 1 to 65535"),
+    meets("node0..cluster", says="node0..cluster is no name of a machine"),
+    meets("n" * 64, says="is no name of a machine"),
+    meets("http://a:1", says="--rdzv-endpoint=http://a:1: write it as HOST:PORT"),
+    meets("host:1:2", says="write it as HOST:PORT"),
+    meets("::1", says="an IPv6 address is written in brackets"),
     meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
+]
+
+ALONE = [
+    launch("--rdzv-endpoint=host:1", says="--rdzv-endpoint=host:1 belongs to a run on several"),
+    launch("--local-addr=me", says="--local-addr=me belongs to a run on several machines: say"),
+    launch("--node-rank=0", says="--node-rank=0 belongs to a run on several machines"),
+    launch("--dry-run", "--node-rank=3", says="say how many with --nnodes=N (NNODES of train_mu"),
 ]
 
 SIMULATIONS = [
@@ -62,6 +75,8 @@ SIMULATIONS = [
     launch("--simulate=2", "--node-rank=0", says="drop --node-rank"),
     launch("--simulate=2", "--rdzv-endpoint=a", says="drop --rdzv-endpoint"),
     launch("--simulate=2", "--local-addr=a", says="drop --local-addr"),
+    launch("--simulate=2", "train.device=cuda", says="CPU: drop train.device=cuda"),
+    launch("--simulate=2", "--dry-run", "train.device=cuda", says="--simulate runs on this mach"),
     launch("--simulate=999", says="'999' is more than 256"),
 ]
 
@@ -74,4 +89,4 @@ FOLDERS = [
     launch("logging.dir=a/b", says="a is no folder", prepare=a_file),
 ]
 
-CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *SIMULATIONS, *FOLDERS]
+CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *ALONE, *SIMULATIONS, *FOLDERS]

@@ -50,6 +50,12 @@ def test_incomplete_environment(missing):
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 is not a number"),
         ({"RANK": "8"}, "must be below WORLD_SIZE=8"),
         ({"LOCAL_RANK": "9"}, "must be below WORLD_SIZE=8"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc is not a number"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 must be from 1 to 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 must be from 1 to 65535"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 must be at least 1"),
+        ({"GROUP_WORLD_SIZE": "0"}, "GROUP_WORLD_SIZE=0 must be at least 1"),
+        ({"TORCHELASTIC_RESTART_COUNT": "-1"}, "TORCHELASTIC_RESTART_COUNT=-1 is not a number"),
     ],
 )
 def test_nonsense(change, complaint):

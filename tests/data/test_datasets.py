@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fp8lm.data.datasets import build_datasets
+from fp8lm.config import load_config
+from fp8lm.data.datasets import build_datasets, check_files
 from fp8lm.data.tokenizer import NullTokenizer
 from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron
@@ -17,6 +18,7 @@ from fp8lm.quiet import quiet_megatron
 pytestmark = pytest.mark.usefixtures("process_group")
 
 SEQ = 16
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,6 +40,21 @@ def test_samples_are_the_documents_tokens(make_config, tokenizer, write_document
     assert item["loss_mask"].tolist() == [1.0] * SEQ
     assert item["position_ids"].tolist() == list(range(SEQ))
     assert item["tokens"].dtype == item["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("documents", [10, 11])
+def test_how_many_documents_the_pages_ask_for(documents, make_config, tokenizer, write_documents):
+    """For the split of the config that they train with."""
+    prefix = write_documents([list(range(20))] * documents)
+    quickstart = load_config(ROOT / "configs/quickstart.yaml", [])
+    config = make_config(data_path=[prefix], split=quickstart.data.split)
+    if documents < 11:
+        with pytest.raises(InputError, match=r"\(10 documents\) for valid"):
+            check_files(config, tokenizer, (1, 1, 0))
+    else:
+        check_files(config, tokenizer, (1, 1, 0))
+    assert "11 files or more" in (ROOT / "README.md").read_text()
+    assert f'`"{quickstart.data.split}"` needs 11' in (ROOT / "docs/guide.md").read_text()
 
 
 def test_labels_are_the_tokens_shifted_by_one(make_config, tokenizer, counting):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,39 @@ def test_ranges_are_those_of_pyproject():
     assert len(required) == 13
     for package in required:
         assert f'"{package.name}{package.tested}"' in text
+
+
+def test_a_python_that_cannot_read_pyproject(monkeypatch):
+    """Below 3.11, where nothing is installed either: it is still told what it has to be."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("fp8lm.doctor.packages.metadata", missing)
+    expected, requirements = declared(ROOT)
+    assert requirements
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    assert declared(ROOT) == (expected, [])
+
+
+def runs(python):
+    done = subprocess.run([python, "-c", ""], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
+def test_a_python_that_is_too_old_is_told_so(version, tmp_path):
+    beside = sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
+    found = [shutil.which(f"python{version}"), *beside]
+    python = next((python for python in found if python and runs(python)), None)
+    if python is None:
+        pytest.skip(f"no Python {version} here")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [python, "-S", "-m", "fp8lm.doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    first = done.stderr.splitlines()[0]
+    assert re.fullmatch(rf"error: python {version}\.\d+ is too old: use one >=3\.11,<3\.14", first)
 
 
 def test_a_broken_package_is_named_and_the_others_are_not():

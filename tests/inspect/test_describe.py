@@ -1,6 +1,10 @@
-"""The words: numbers with units, ranges, tables; the 175B's dry run, line by line."""
+"""The words: numbers with units, ranges, tables; the dry run in the documentation, by the line."""
 
 from __future__ import annotations
+
+import re
+import shlex
+import sys
 
 import pytest
 
@@ -49,28 +53,32 @@ def test_columns():
 # 0.155 + 0.309 GB, and 0.386 GB on one of 4 replicas, which has fewer layers for it: 18.2 GB.
 # 175 B = 96 * 12 H^2 + 50304 H + ... = 174.6 B.
 # Idle: (4 - 1) / (128 + 4 - 1) = 2.3 %.
-DRY_RUN = """\
-128 processes on 16 nodes: TP 8 with SP, PP 4 (1f1b), DP 4 (ZeRO, tensor)
-batch: 512 samples = 4 replicas x 128 micro-batches of 1, 1.05 M tokens
-run: 38147 steps, 40.0 B tokens; a stage is idle 2.3% of the time
-parameters: 175 B
-stage   ranks  nodes  layers  besides                state: least     mean     most
-    0    0-31    0-3  0-23    embeddings                  18.2 GB  18.2 GB  18.2 GB
-    1   32-63    4-7  24-47                               17.7 GB  17.7 GB  17.7 GB
-    2   64-95   8-11  48-71                               17.7 GB  17.7 GB  17.7 GB
-    3  96-127  12-15  72-95   final norm, tied head       18.2 GB  18.2 GB  18.2 GB
-"""
 JOB = ["--dry-run", "--nnodes", "16", "--nproc-per-node", "8", str(ROOT / "configs/gpt_175b.yaml")]
+SET = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
 
 
-def test_dry_run_of_the_175b(capsys):
-    assert main(JOB) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for line in DRY_RUN.splitlines():
-        assert line in lines
-    command = next(line for line in lines if " -m fp8lm.launch.agent " in line)
-    assert "--nnodes=16 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT" in command
-    assert command.endswith(f"pretrain_gpt.py --config {ROOT}/configs/gpt_175b.yaml")
+def shown():
+    """The command that docs/launching.md starts with, and what it says that it prints."""
+    page = (ROOT / "docs/launching.md").read_text()
+    pattern = r"```bash\n(.* --dry-run .*)\n```\n\n```\n([^`]*)```"
+    command, output = re.search(pattern, page).groups()
+    return shlex.split(command)[1:], output.splitlines()
+
+
+def test_the_dry_run_on_the_page(monkeypatch, capsys):
+    argv, lines = shown()
+    for name in (*SET, "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    assert main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (at,) = [i for i, line in enumerate(printed) if " -m fp8lm.launch.agent " in line]
+    # The page leaves out where Python is, and the end.
+    before, after = lines[at].removesuffix(" ...").split("/path/.venv/bin/python ")
+    assert printed[at].startswith(f"{before}{sys.executable} {after} ")
+    assert printed[at].endswith("pretrain_gpt.py --config configs/gpt_175b.yaml")
+    assert "--nnodes=16 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT" in printed[at]
+    assert [*printed[:at], *printed[at + 1 :]] == [*lines[:at], *lines[at + 1 :]]
 
 
 def test_all_ranks(capsys):

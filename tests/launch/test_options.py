@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.run import parse_args
 
 from fp8lm.errors import InputError
-from fp8lm.launch.command import command_line, torchrun_arguments, torchrun_environment
+from fp8lm.launch.command import TIMEOUT, command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.main import main
 from fp8lm.launch.options import parse_options
 from tests.launch.conftest import ENVIRONMENT, ROOT
@@ -96,12 +96,17 @@ def test_logs_of_nodes_are_apart(argv, folder):
 
 
 def test_variables(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+    for name in ("OMP_NUM_THREADS", TIMEOUT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
         monkeypatch.delenv(name, raising=False)
     here = torchrun_environment(parse_options([CONFIG, "--shutdown-timeout=9"]))
-    assert here == {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}
+    assert here == {"OMP_NUM_THREADS": "1", TIMEOUT: "9"}
     assert torchrun_environment(parse_options(TWO))["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert torchrun_environment(parse_options([CONFIG]))[TIMEOUT] == "240"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setenv(TIMEOUT, "30")  # an option wins
+    assert torchrun_environment(parse_options([CONFIG]))[TIMEOUT] == "30"
+    timeout = parse_options([CONFIG, "--shutdown-timeout=600"])
+    assert torchrun_environment(timeout)[TIMEOUT] == "600"
     assert torchrun_environment(parse_options([CONFIG]))["OMP_NUM_THREADS"] == "4"
 
 
@@ -118,6 +123,25 @@ def test_command_is_what_a_shell_takes(monkeypatch):
     assert shlex.split(line) == [*words, "data.data_path=[a b, c]"]
     monkeypatch.delenv("PYTHONPATH")
     assert shlex.split(command_line({}, "m", [])) == [sys.executable, "-m", "m"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "where", "logs"),
+    [
+        ([], "on each of 2 nodes", 'a b/"$(uname -n)"'),
+        (["--node-rank=1"], "on node 1 of 2", "a b/node_1"),
+        (["--local-addr=me"], "on the node at me, one of 2", 'a b/"$(uname -n)"'),
+    ],
+)
+def test_whose_command_it_is(argv, where, logs, capsys):
+    """A command for all nodes names none of them."""
+    assert main(["--dry-run", "--nproc-per-node=1", "--log-dir=a b", *argv, *TWO]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = lines[lines.index(f"command {where}:") + 1]
+    shell = ["sh", "-c", f"printf '%s\\n' {line[line.index(' -m ') :]}"]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert f"--log-dir={logs}".replace('"$(uname -n)"', platform.node()) in words
+    assert ("$(uname -n)" in line) == ("$(uname -n)" in logs)
 
 
 def test_command_of_a_simulation(capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
@@ -16,7 +18,6 @@ from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
     check_meeting,
-    check_simulation,
     default_processes,
     folder_problems,
     notes,
@@ -65,6 +66,8 @@ def test_data_and_its_tokenizer(data, tmp_path, capsys):
     files = [f"data.data_path=[{data}]", "data.split=1,0,0", "train.train_iters=2"]
     before = sorted(tmp_path.iterdir())
     assert run_command(main, ["--dry-run", CONFIG, *files]) == 0
+    assert run_command(main, ["--dry-run", CONFIG, *files, "data.split=99,1"]) == 2
+    assert "leaves no documents of" in capsys.readouterr().err
     assert run_command(main, ["--dry-run", CONFIG, *files, "tokenizer.vocab_size=99"]) == 2
     assert (
         "holds token id 199, outside the tokenizer's vocabulary of 100" in capsys.readouterr().err
@@ -127,18 +130,61 @@ def test_where_machines_meet():
         check_meeting("nohost.invalid:1", patience=0.0)
 
 
-def test_devices(monkeypatch):
-    """As on a machine with two GPUs."""
+@pytest.mark.parametrize("host", ["node0..cluster", "n" * 64])
+def test_what_cannot_be_a_name_is_not_waited_for(host, monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(InputError, match=f"--rdzv-endpoint={host}:1: {host} is no name of a"):
+        check_meeting(f"{host}:1")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs: of compute capability `of[number]`, and with NCCL."""
+    of = [(9, 0), (9, 0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    return of
+
+
+def test_devices(two_gpus):
     config = load_config(CONFIG)
     assert default_processes(config) == 2
     check_devices(config, 2)
     with pytest.raises(InputError, match="--nproc-per-node=3, but this machine has 2 GPUs"):
         check_devices(config, 3)
-    with pytest.raises(InputError, match="--simulate runs on this machine's CPU"):
-        check_simulation(config)
     on_cpu = load_config(CONFIG, ["train.device=cpu"])
-    check_simulation(on_cpu)
     assert default_processes(on_cpu) == 1
     check_devices(on_cpu, 3)
+
+
+@pytest.mark.parametrize("given", [[], ["train.device=auto"], ["train.device=cpu"]])
+def test_a_simulation_leaves_gpus_alone(given, two_gpus, monkeypatch, capsys):
+    """Simulated machines would share them."""
+    started = []
+    monkeypatch.setattr(
+        "fp8lm.launch.simulate.simulate", lambda *arguments: started.append(arguments) or 0
+    )
+    assert run_command(main, ["--simulate=2", CONFIG, *given]) == 0, capsys.readouterr().err
+    ((options, processes, _),) = started
+    assert options.overrides[-1] == "train.device=cpu" and processes == 1
+    assert run_command(main, ["--dry-run", "--simulate=2", CONFIG, *given]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(" ".join(["--simulate=2", CONFIG, *given])) for line in shown)
+
+
+def test_a_gpu_without_fp8(two_gpus):
+    two_gpus[1] = (8, 0)
+    check_devices(load_config(CONFIG), 1)
+    with pytest.raises(InputError, match=r"GPU 1 has compute capability 8\.0; FP8"):
+        check_devices(load_config(CONFIG), 2)
+
+
+def test_gpus_without_nccl(two_gpus, monkeypatch):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match="this PyTorch has no NCCL"):
+        check_devices(load_config(CONFIG), 1)
+    check_devices(load_config(CONFIG, ["train.device=cpu"]), 1)

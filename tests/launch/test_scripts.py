@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from fp8lm.config import load_config
-from fp8lm.launch.options import parse_options
+from fp8lm.launch.options import GRACE, parse_options
 from fp8lm.launch.preflight import check_run
 from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 
-SCRIPTS = [ROOT / "scripts" / name for name in ("train.sh", "train_multinode.sh", "slurm.sbatch")]
+NAMES = ("train.sh", "train_multinode.sh", "slurm.sbatch", "quickstart.sh")
+SCRIPTS = [ROOT / "scripts" / name for name in NAMES]
 ECHO = '#!/usr/bin/env bash\n[[ $1 == - ]] && exit 0\nshift 2\nprintf "%s\\n" "$@"\n'
 
 
@@ -58,6 +59,45 @@ def test_a_link_elsewhere_leads_to_the_script(script, tmp_path):
     variables = {"PATH": os.environ["PATH"], "FP8LM_PYTHON": echo}
     done = subprocess.run([link, "a.yaml"], env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "a.yaml\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train.sh", "a.yaml"],
+        ["train_multinode.sh", "a.yaml"],
+        ["slurm.sbatch", "--dry-run", "a.yaml"],
+        ["quickstart.sh", "--help"],
+        ["test.sh", "lint"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_relative_interpreter_starts_where_the_script_is_called(argv, tmp_path):
+    (tmp_path / "bin").mkdir()
+    tool(tmp_path / "bin", "echo-python", ECHO)
+    variables = {"PATH": os.environ["PATH"], "FP8LM_PYTHON": "bin/echo-python"}
+    command = [ROOT / "scripts" / argv[0], *argv[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+@pytest.mark.parametrize("key", ["precision.preset", "logging.dir", "checkpoint.save"])
+def test_the_quickstart_keeps_its_two_runs_apart(key, tmp_path):
+    """Told before what a former call left is replaced."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    before = tmp_path / "runs/quickstart/summary.json"
+    before.parent.mkdir(parents=True)
+    before.write_text("{}")
+    stub = tool(tmp_path, "python-stub", "#!/usr/bin/env bash\n")
+    done = subprocess.run(
+        [tmp_path / "scripts/quickstart.sh", "train.train_iters=5", f"{key}=o2"],
+        env={"PATH": os.environ["PATH"], "FP8LM_PYTHON": stub},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {key} is set by quickstart.sh itself: drop {key}=o2")
+    assert before.exists()
 
 
 def test_an_empty_config(tmp_path):
@@ -134,7 +174,7 @@ def test_kubernetes_job():
     meeting = [f"--nnodes={replicas}:{replicas}", "--rdzv-endpoint=fp8lm-worker-0:23456"]
     options = parse_options([*meeting, *container["args"]])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == options.nproc_per_node
-    assert pod["terminationGracePeriodSeconds"] > options.shutdown_timeout
+    assert pod["terminationGracePeriodSeconds"] > (options.shutdown_timeout or GRACE)
     user = f"USER {pod['securityContext']['fsGroup']}"
     assert user in (ROOT / "Dockerfile").read_text().splitlines()
     config = load_config(ROOT / options.config, options.overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 # A training that ends with the code in $CODE; with $WAIT it waits for SLURM's warning and saves.
 SRUN = """#!/usr/bin/env bash
 echo "srun: $*"
+echo "at $MASTER_ADDR:$MASTER_PORT, logs in $LOG_DIR"
 if [[ -n ${WAIT:-} ]]; then
   trap 'echo saved; exit 75' USR1
   trap 'echo killed; exit 137' TERM
@@ -62,6 +64,7 @@ def test_what_slurm_starts_again(slurm, code, requeued):
     assert ("scontrol: requeue 123" in done.stdout) == requeued
     assert done.returncode == (0 if requeued else code), done.stderr
     assert "scripts/train_multinode.sh x.yaml" in done.stdout
+    assert "at node1:20123, logs in runs/slurm-123/start-0\n" in done.stdout
 
 
 def test_what_cannot_be_requeued_is_not_called_so(slurm):
@@ -115,6 +118,12 @@ def test_a_job_can_be_looked_at_before(argv, processes, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(processes)
+    assert any(line.startswith("command on node 0 of ") for line in lines)
+    (command,) = [shlex.split(line) for line in lines if "fp8lm.launch.agent" in line]
+    meeting = {"--rdzv-endpoint=NODE0:20000", "--rdzv-id=JOB-0", "--rdzv-conf=is_host=1"}
+    logs = {"--log-dir=runs/slurm-JOB/start-0/node_0", "--redirects=3", "--tee=3"}
+    assert meeting | logs <= set(command)
+    assert list(tmp_path.iterdir()) == [link]
     start = ["srun", "--ntasks-per-node=1", "--wait=300", "scripts/train_multinode.sh"]
     assert lines[-1].split() == [*start, *argv, *config, "train.micro_batch_size=1"]
 

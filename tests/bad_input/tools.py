@@ -1,0 +1,45 @@
+"""What the tools are given beside texts and checkpoints."""
+
+from __future__ import annotations
+
+from tests.bad_input.cases import run, writes
+
+TRAIN = '{"iteration": 1, "lm loss": 2.0, "state_bytes_per_parameter": 7, "x": 1}\n'
+VALID = '{"iteration": 1, "lm loss validation": 2.0}\n'
+
+
+def compare(*arguments, says, metrics=TRAIN + VALID):
+    """compare_runs on one run, r/, with a file `a` beside it."""
+    files = writes(**{"r/metrics__jsonl": metrics, "a": ""})
+    return run("compare_runs", "r=r", *arguments, says=says, prepare=files)
+
+
+def generate(*arguments, says):
+    return run("generate", "--load", "ck", "--prompt", "1", *arguments, says=says)
+
+
+def corpus(max_mb):
+    says = f"--max-mb: '{max_mb}' is not a finite number of at least 0"
+    return run("build_corpus", "--output", "out", "--max-mb", max_mb, says=says)
+
+
+CASES = [
+    compare("--plot", "x.xyz", says="--plot x.xyz: a picture is one of "),
+    compare("--summary", "x", says="metrics.jsonl, line 2: no report", metrics=TRAIN + "7\n"),
+    compare(says="line 1: no report of a run: '{\"iter", metrics='{"iter\n' + VALID),
+    compare(says="has no training or no validation losses yet", metrics=TRAIN + VALID[:-5]),
+    generate("--top-k", "0", says="--top-k: '0' is not a number of at least 1"),
+    generate("--top-k", "x", says="--top-k: 'x' is not a number of at least 1"),
+    generate("--temperature", "nan", says="--temperature: 'nan' is not a finite number of"),
+    generate("--temperature", "inf", says="--temperature: 'inf' is not a finite number"),
+    generate("--temperature=-1", says="--temperature: '-1' is not a finite number"),
+    generate("--seed", "9" * 20, says="'99999999999999999999' is more than 18446744073709551615"),
+    generate("--max-new-tokens=-1", says="--max-new-tokens: '-1' is not a number of at least 0"),
+    corpus("nan"),
+    corpus("inf"),
+    run(
+        "train_tokenizer",
+        *("--input", "a", "--vocab-size", "300", "--output-prefix", "t", "--max-mb", "nan"),
+        says="--max-mb: 'nan' is not a finite number",
+    ),
+]

@@ -1,0 +1,41 @@
+"""Reports of runs as a table, a summary and a picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+SIZES = {"state_bytes_per_parameter": 7, "state_bytes_per_linear_parameter": 7}
+REPORTS = [
+    {"iteration": 0, "lm loss validation": 4.0},
+    {"iteration": 10, "lm loss": 3.0, "state_bytes/weights": 10, **SIZES},
+    {"iteration": 10, "lm loss validation": 2.0},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that is being written: its last line is not whole yet."""
+    lines = [json.dumps(report) for report in REPORTS]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("\n".join([*lines, lines[1][:25]]))
+    return f"a={tmp_path / 'run'}"
+
+
+def test_a_run_under_way(run, run_tool, tmp_path):
+    summary, picture = tmp_path / "new/summary.json", tmp_path / "newer/loss.svg"
+    assert run_tool("compare_runs", run, "--summary", summary, "--plot", picture) == 0
+    assert json.loads(summary.read_text())["a"]["validation loss"] == 2.0
+    assert "<svg" in picture.read_text()
+
+
+@pytest.mark.parametrize("option", ["--summary", "--plot"])
+@pytest.mark.parametrize("name", ["run/metrics.jsonl/x", "run"])
+def test_what_cannot_be_written(option, name, run, run_tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run_tool("compare_runs", run, option, name) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
