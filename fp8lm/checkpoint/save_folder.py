@@ -41,13 +41,19 @@ def take_over(
     root = Path(root)
     if own:
         return on_main(group, lambda: set_aside(root, after))
-    found = on_main(group, lambda: saved_iterations(root))
-    if found:
-        raise InputError(
-            f"checkpoint.save = {root} holds checkpoints up to iteration {found[0]}, and this run "
-            f"does not go on from them: set checkpoint.load={root} as well, or save to a new folder"
-        )
+    if problem := on_main(group, lambda: held_by_another(root)):
+        raise InputError(problem)
     return []
+
+
+def held_by_another(root: Path) -> str | None:
+    """Why a run that does not load from `root` may not save there; None if it may."""
+    if not (found := saved_iterations(root)):
+        return None
+    return (
+        f"checkpoint.save = {root} holds checkpoints up to iteration {found[0]}, and this run does "
+        f"not go on from them: set checkpoint.load={root} as well, or save to a new folder"
+    )
 
 
 def _leave_token(root: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fp8lm.checkpoint.save_folder import held_by_another
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
 from fp8lm.data.datasets import check_files
@@ -62,9 +63,9 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
 
 
 def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:
-    """Folders that the run writes to which here can neither be written to nor made; it makes none.
+    """Folders of the run which here can neither be written to nor made, or are another run's.
 
-    Reports are written on one machine, the main one.
+    None is made. Reports are written on one machine, the main one.
     """
     found = []
     save, reports = config.checkpoint.save, config.logging.dir if is_main else None
@@ -75,6 +76,8 @@ def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[
     ):
         if folder is not None and (reason := _obstacle(Path(folder))):
             found.append(f"{complaint}: {reason}")
+    if save is not None and not config.checkpoint.resumes:
+        found += filter(None, [held_by_another(Path(save))])
     return found
 
 
@@ -137,7 +140,7 @@ def notes(layout: Layout, max_restarts: int) -> list[str]:
     """What is allowed, and probably not meant."""
     found, config, nproc_per_node = [], layout.config, layout.node_size
     checkpoint, shards = config.checkpoint, config.parallel.tensor_model_parallel_size
-    if max_restarts and (checkpoint.save is None or checkpoint.save != checkpoint.load):
+    if max_restarts and not checkpoint.resumes:
         found.append(
             "a restart begins anew: checkpoint.save and checkpoint.load do not name one folder"
         )

@@ -104,6 +104,14 @@ def test_folders_that_are_not_ours(key, tmp_path, monkeypatch):
         assert folder_problems(config, log_dir, False) == []
 
 
+def test_checkpoints_of_another_run(tmp_path):
+    (tmp_path / "iter_0000010").mkdir()
+    keys = [f"checkpoint.save={tmp_path}", f"checkpoint.load={tmp_path}"]
+    (problem,) = folder_problems(load_config(CONFIG, keys[:1]), None, True)
+    assert f"{tmp_path} holds checkpoints up to iteration 10" in problem
+    assert folder_problems(load_config(CONFIG, keys), None, True) == []
+
+
 def layout(*overrides, world=2, node_size=2):
     return plan_layout(load_config(CONFIG, list(overrides)), 256, world, node_size)
 
