@@ -5,7 +5,7 @@
     between nodes    the node's sums, cast again with scales of their own, go to the owners
 
 A flat all-to-all sends a gradient between nodes once per rank, this once per node. The price is
-one more rounding of a sum, on its own scale.
+one more rounding of every sum that crosses; the owner's own node's stays in fp32.
 """
 
 from __future__ import annotations
@@ -53,16 +53,26 @@ class HierarchicalAccumulate:
 
         def go_across(sums: list[Tensor]) -> dict[str, Tensor]:
             left = iter(sums)
-            cast = [
-                [quantize(next(left), part.format, self.kernels) for part in owned]
-                for owned in mine
+            by_node = [[next(left) for _ in owned] for owned in mine]
+            here = self.across.rank()
+            sent = [
+                mine[node] if node == here else self._cast(totals, mine[node])
+                for node, totals in enumerate(by_node)
             ]
-            total = sum_at_owners(cast, self.across, self.wire, self.kernels, device).wait()
+            total = sum_at_owners(
+                sent, self.across, self.wire, self.kernels, device, uncast=by_node[here]
+            ).wait()
             own, size = names[self.group.rank()], self.group.size()
             return {name: value.div_(size) for name, value in zip(own, total, strict=True)}
 
         summing = sum_at_owners(by_number, self.node, self.wire, self.kernels, device)
         return summing.then(go_across)
+
+    def _cast(self, totals: list[Tensor], like: list[ScaledTensor]) -> list[ScaledTensor]:
+        return [
+            quantize(total, part.format, self.kernels)
+            for total, part in zip(totals, like, strict=True)
+        ]
 
     def finish_step(self, skipped: Tensor) -> None:
         """Nothing depends on it."""
