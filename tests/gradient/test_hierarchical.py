@@ -74,6 +74,10 @@ def emulated(fmt, home):
     return (sums[home] + crossed) / 4
 
 
+BLOCKS = [{"w": (16 * rank, 16 * rank + 16)} for rank in range(4)]
+STRIPES = [{}, {"w": (0, 8)}, {"w": (24, 64)}, {"w": (8, 24)}]
+WITHIN_A_NODE = [{"w": (0, 40)}, {"w": (40, 64)}, {}, {}]
+SAME_NUMBER = [{"w": (0, 40)}, {}, {"w": (40, 64)}, {}]
 WHOLE = [[{"w": (0, 64)} if rank == owner else {} for rank in range(4)] for owner in range(4)]
 
 
@@ -82,6 +86,16 @@ def test_only_what_crosses_is_cast_again(fmt, run_distributed):
     results = run_distributed(means_at_owners, 4, fmt, WHOLE)
     for owner, means in enumerate(results):
         assert torch.equal(means[owner], emulated(fmt, owner // 2))
+
+
+@pytest.mark.parametrize("fmt", [BF16, E4M3], ids=repr)
+def test_the_scale_of_a_sum_is_that_of_the_whole_tensor(fmt, run_distributed):
+    """Whoever owns which rows: only the machine on which they are owned makes a difference."""
+    divisions = [BLOCKS, STRIPES, WITHIN_A_NODE, SAME_NUMBER]
+    for rank, means in enumerate(run_distributed(means_at_owners, 4, fmt, divisions)):
+        for owners, mean in zip(divisions, means, strict=True):
+            if rows := owners[rank].get("w"):
+                assert torch.equal(mean, emulated(fmt, rank // 2)[slice(*rows)])
 
 
 def test_a_bucket_of_which_some_own_nothing(run_distributed):

@@ -122,9 +122,15 @@ def test_division_of_states_changes_no_byte(preset, config, run_distributed):
     settings.append(EVEN | {"ddp_bucket_size": 1})
     settings.append({"overlap_param_gather": True, "ddp_bucket_size": 1500})
     settings.append(EVEN | {"overlap_param_gather": True, "ddp_bucket_size": 1})
+    check_same_bytes(
+        [config(keys, precision={"preset": preset}) for keys in settings], run_distributed
+    )
+
+
+def check_same_bytes(configs, run_distributed):
+    """Four replicas end with the same weights and states under all `configs`."""
     expected = None
-    for parallel in settings:
-        changed = config(parallel, precision={"preset": preset})
+    for changed in configs:
         results = run_distributed(state, 4, changed)
         weights = results[0][0]
         for others, _, _ in results[1:]:
@@ -133,7 +139,21 @@ def test_division_of_states_changes_no_byte(preset, config, run_distributed):
         expected = expected or found
         assert set(found) == set(expected)
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (parallel, name)
+            assert torch.equal(found[name], tensor), (changed.parallel, name)
+
+
+@pytest.mark.parametrize("reduction", [{"grad_reduce": "fp8_sum"}, {}], ids=["fp8_sum", "two hops"])
+@pytest.mark.parametrize("partition", [{}, EVEN], ids=str)
+def test_buckets_change_no_byte_where_the_owner_makes_a_difference(
+    reduction, partition, config, run_distributed
+):
+    """The ring starts at the owner; in two hops what is summed on its machine is not cast."""
+    nodes = {} if reduction else {"node_size": 2}
+    settings = [{}, {"overlap_grad_reduce": False}, {"ddp_bucket_size": 1}]
+    check_same_bytes(
+        [config(partition | nodes | keys, precision=reduction) for keys in settings],
+        run_distributed,
+    )
 
 
 def test_plain_replicas_with_exact_wires_are_the_same_bytes(config, run_distributed):
