@@ -20,7 +20,14 @@ from fp8lm.training.state import (
     state_bytes,
 )
 from fp8lm.training.step import NUM_TOLD
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import (
+    LLAMA,
+    curve,
+    read,
+    train,
+    train_with_infinite_loss,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -317,6 +324,13 @@ def test_a_fault_in_what_a_rank_does_not_own_stops_the_step_everywhere(
     assert [result[1:] for result in results] == [(True, True)] * 2
     # Without the fault the same step happens.
     assert not any(skipped for _, skipped, _ in run_distributed(poisoned, 2, config({}), 5, value))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_loss_that_is_not_finite_stops_the_step_everywhere(bad_rank, config, run_distributed):
+    """With gradients that are: nothing else tells."""
+    results = run_distributed(train_with_infinite_loss, 2, config({}), bad_rank)
+    assert results == [(8, True)] * 2
 
 
 def arrivals(config):

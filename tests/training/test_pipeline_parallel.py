@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import (
+    LLAMA,
+    curve,
+    read,
+    train,
+    train_with_infinite_loss,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -213,3 +220,8 @@ def test_a_fault_on_one_stage_stops_the_step_everywhere(bad_stage, config, run_d
     model = LLAMA if bad_stage else {"position_embedding_type": "rope"}
     results = run_distributed(poisoned, 2, config(pp(2), model=model), bad_stage)
     assert results == [(True, True)] * 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_on_every_stage(config, run_distributed):
+    results = run_distributed(train_with_infinite_loss, 4, config(pp(2)), 3)  # of one replica
+    assert results == [(8, True)] * 4
