@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.errors import InputError
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,
@@ -277,17 +278,52 @@ def test_bytes_on_the_wires(ranks, layers, division, config, run_distributed):
     assert 1 - fp8 / (mean["bf16"].sum() - share * 6 * dense) >= 0.66
 
 
-def mixed_machines(config):
-    """Train where the launcher says that one machine has three processes, the other one."""
-    local = "1" if dist.get_rank() == 3 else "3"
-    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=local):
-        return train(config)[0]
+def on_machines(config, *sizes):
+    """Train as launched on machines of `sizes` processes: weights, replicas summed per machine."""
+    machine, local = divided(dist.get_rank(), sizes)
+    says = {
+        "RANK": dist.get_rank(),
+        "WORLD_SIZE": dist.get_world_size(),
+        "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": sizes[machine],
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29400,
+    }
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in says.items()}):
+        with trainer_of(config) as trainer:
+            trainer.train()
+        run = trainer.run
+        reduction = run.replicas._buckets.reduction
+    per_node = reduction.node.size() if isinstance(reduction, HierarchicalAccumulate) else None
+    return model_tensors(run.weights), per_node
 
 
-def test_machines_with_different_numbers_of_processes(config, run_distributed):
-    expected, found = (run_distributed(f, 4, config({})) for f in (train, mixed_machines))
-    for (tensors, _), other in zip(expected, found, strict=True):
-        assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
+def divided(rank, sizes):
+    """Machine of a rank, and number there."""
+    for machine, size in enumerate(sizes):
+        if rank < size:
+            return machine, rank
+        rank -= size
+    raise ValueError(rank)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "per_node"),
+    [
+        ((2, 2), {}, 2),
+        ((3, 1), {}, None),
+        ((2, 2, 2), {"pipeline_model_parallel_size": 2}, None),  # the second begins in the middle
+    ],
+    ids=str,
+)
+def test_machines_of_a_launcher(sizes, parallel, per_node, config, run_distributed):
+    made = config(parallel, {"train": {"global_batch_size": 12}})
+    expected = run_distributed(train, sum(sizes), made)
+    found = run_distributed(on_machines, sum(sizes), made, *sizes)
+    assert [summed for _, summed in found] == [per_node] * sum(sizes)
+    if per_node is None:  # as without machines
+        for (tensors, _), (other, _) in zip(expected, found, strict=True):
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in other.items())
 
 
 def poisoned(config, bad_rank, value):
