@@ -311,7 +311,7 @@ def divided(rank, sizes):
     ("sizes", "parallel", "per_node"),
     [
         ((2, 2), {}, 2),
-        ((3, 1), {}, None),
+        ((2, 1, 1), {}, None),
         ((2, 2, 2), {"pipeline_model_parallel_size": 2}, None),  # the second begins in the middle
     ],
     ids=str,
