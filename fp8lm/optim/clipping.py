@@ -76,12 +76,13 @@ def gradient_norm(
         squares.append(square if counted is None or counted[index] else square * 0.0)
         amaxes.append(amax)
     # In double precision, and sent as two floats: whatever rank and order they are summed in, the
-    # norm is the same float, and so is every byte that depends on the clip factor.
-    total = torch.stack(squares).sum()
-    high = total.float()
-    low = (total - high.double()).float()
+    # norm is the same float, and so is every byte that depends on the clip factor. The root is
+    # sent, because the square of a norm that is a float may be none.
+    own = torch.stack(squares).sum().sqrt()
+    high = own.float()
+    low = (own - high.double()).float()
     ranks = exchange(torch.cat((torch.stack((high, low)), values, torch.stack(amaxes), maxima)))
-    norm = ranks[:, :2].double().sum().sqrt().float()
+    norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float()
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
     alike = ranks if peers is None else torch.stack([ranks[rank] for rank in peers])
     told, largest = ranks[:, 2 : 2 + len(values)], alike[:, 2 + len(values) :].amax(dim=0)
