@@ -145,13 +145,26 @@ def notes(layout: Layout, max_restarts: int) -> list[str]:
         found.append(
             f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
         )
-    found += _note_of_nodes(layout)
-    if (uneven := layout.imbalance) > UNEVEN and config.parallel.partition == "tensor":
-        found.append(
-            f"a process owns {uneven:.1f} times the mean of the optimizer states: whole tensors do "
-            f"not go round {layout.num_replicas} replicas, parallel.partition=even does"
+    return found + _note_of_nodes(layout) + _note_of_balance(layout)
+
+
+def _note_of_balance(layout: Layout) -> list[str]:
+    parallel, uneven = layout.config.parallel, layout.imbalance
+    if uneven <= UNEVEN:
+        return []
+    if parallel.partition == "tensor":
+        why = (
+            f"whole tensors do not go round {layout.num_replicas} replicas, "
+            "parallel.partition=even does"
         )
-    return found
+    elif parallel.overlap_param_gather:
+        why = "row blocks of small buckets go to few, a larger parallel.ddp_bucket_size to more"
+    else:
+        why = (
+            "row blocks are as many bytes of weights, of which tables have two per parameter; "
+            "parallel.overlap_param_gather=true cuts them in every bucket"
+        )
+    return [f"a process owns {uneven:.1f} times the mean of the optimizer states: {why}"]
 
 
 def _note_of_nodes(layout: Layout) -> list[str]:

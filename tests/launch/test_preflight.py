@@ -25,6 +25,7 @@ from fp8lm.launch.preflight import (
 from tests.launch.conftest import ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
+SMALL = str(ROOT / "configs/gpt_125m.yaml")
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 
 
@@ -139,6 +140,22 @@ def test_a_size_of_nodes_that_was_asked_for_has_to_fit():
     config = load_config(CONFIG, [*STAGES, "parallel.node_size=2"])
     with pytest.raises(InputError, match="node_size = 2 does not divide 3 data-parallel ranks"):
         check_run(config, 3, 2)
+
+
+def test_row_blocks_that_are_uneven():
+    even, overlap = "parallel.partition=even", "parallel.overlap_param_gather=true"
+
+    def notes_of(*keys):
+        config = load_config(SMALL, ["data.mock_data=true", even, *keys])
+        return notes(plan_layout(config, 50304, 8, 8), 0)
+
+    (note,) = notes_of()
+    assert "owns 1.3 times the mean" in note
+    assert note.endswith("parallel.overlap_param_gather=true cuts them in every bucket")
+    assert notes_of(overlap) == []
+    small = layout(even, overlap, "parallel.ddp_bucket_size=4000", world=64, node_size=64)
+    (note,) = notes(small, 0)
+    assert note.endswith("a larger parallel.ddp_bucket_size to more")
 
 
 def test_where_machines_meet():
