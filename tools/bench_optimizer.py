@@ -22,7 +22,7 @@ import torch
 
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
-from fp8lm.errors import CommandParser, run_command
+from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.state import state_bytes
 
@@ -46,7 +46,15 @@ def main(argv: list[str]) -> None:
     }
     config = configs[PRESETS[0]]
     device = rank_device(resolve_device(config.train.device))
-    ranks = config.parallel.tensor_model_parallel_size
+    ranks, stages = (
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
+    if stages > 1:
+        raise InputError(
+            f"parallel.pipeline_model_parallel_size = {stages}: a stage holds a part of the model, "
+            "and replicas of whole models are measured here: set it to 1"
+        )
     with process_groups(device, tensor_parallel=ranks) as groups:
         runs = {preset: build(config, groups, device) for preset, config in configs.items()}
         results = measure(runs, groups, options.steps)

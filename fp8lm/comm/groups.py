@@ -7,6 +7,7 @@ parallel. With t and p ranks in the first and the last and d = W / (t p), rank
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,13 +155,13 @@ class NodeGroups:
     across: dist.ProcessGroup
 
 
-def node_groups(groups: ProcessGroups, node_size: int) -> NodeGroups | None:
+def node_groups(groups: ProcessGroups, node_size: int, *, given: bool = True) -> NodeGroups | None:
     """The data-parallel group by nodes of `node_size` processes; a collective of all processes.
 
-    None where that leaves one rank per node, or one node. InputError if nodes are not alike.
+    None where that leaves one rank per node, or one node. See `replicas_per_node`.
     """
     per_node = replicas_per_node(
-        groups.data_parallel.size(), groups.tensor_parallel.size(), node_size
+        groups.data_parallel.size(), groups.tensor_parallel.size(), node_size, given=given
     )
     if per_node is None:
         return None
@@ -181,20 +182,25 @@ def processes_per_node() -> int | None:
     return local if len(set(sizes)) == 1 else None
 
 
-def replicas_per_node(ranks: int, shards: int, node_size: int) -> int | None:
-    """How many of `ranks` data-parallel ranks a node has, None where it is one or all of them.
+def replicas_per_node(ranks: int, shards: int, node_size: int, *, given: bool) -> int | None:
+    """How many of `ranks` data-parallel ranks sum on their node, None where it is one or all.
 
-    A replica's stage is `shards` processes. InputError if the nodes are not alike.
+    A replica's stage is `shards` processes. Nodes may not be alike, as stages need not begin where
+    nodes do: InputError if the user has `given` their size, else the most neighbours that are on
+    one node wherever they are.
     """
     per_node = max(1, node_size // shards)
     if per_node == 1 or per_node >= ranks:
         return None
-    if ranks % per_node or node_size % shards:
+    if ranks % per_node == 0 and node_size % shards == 0:
+        return per_node
+    if given:
         raise InputError(
             f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
             f"{shards} processes evenly over nodes: set it to a size that does"
         )
-    return per_node
+    together = 1 if node_size % shards else math.gcd(per_node, ranks)
+    return together if together > 1 else None
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ class PrecisionConfig(Section):
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,
-        description="What travels between ranks; an FP32 model's wires carry FP32 where they do "
-        "not carry FP8.",
+        description="What travels between ranks; an FP32 model's activations travel in FP32 where "
+        "they do not in FP8, its gradients in what their key says.",
     )
 
     @model_validator(mode="after")

@@ -3,22 +3,27 @@
     within a node    rank j gets the contributions to all owners that are number j of their node,
                      and sums them in fp32
     between nodes    the node's sums, cast again with scales of their own, go to the owners
+                     (the largest value of a sum is that of the whole tensor, not of the rows
+                     that one rank holds)
 
 A flat all-to-all sends a gradient between nodes once per rank, this once per node. The price is
-one more rounding of a sum, on its own scale.
+one more rounding of every sum that crosses; the owner's own node's stays in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8lm.comm import Handle, Wire
-from fp8lm.gradient.reduction import Rows, cut, parts_of, sum_at_owners
+from fp8lm.comm import Handle, Wire, max_over_group
+from fp8lm.gradient.reduction import Parts, Rows, cut, parts_of, sum_at_owners
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.scaled_tensor import ScaledTensor, quantize
+
+Sums = Sequence[Sequence[tuple[str, Tensor]]]  # by owner's node: names, and what was summed
 
 
 class HierarchicalAccumulate:
@@ -43,26 +48,61 @@ class HierarchicalAccumulate:
         self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`; the second hop runs in `wait()`."""
-        per_node, names = self.node.size(), cut(gradients, rows)
-        parts, device = parts_of(gradients, rows), next(iter(gradients.values())).device
+        per_node, number = self.node.size(), self.node.rank()
+        names, parts = cut(gradients, rows), parts_of(gradients, rows)
+        device = next(iter(gradients.values())).device
         by_number = [
-            [part for owned in parts[number::per_node] for part in owned]
-            for number in range(per_node)
+            [part for owned in parts[other::per_node] for part in owned]
+            for other in range(per_node)
         ]
-        mine = parts[self.node.rank() :: per_node]  # by node
+        held, like = names[number::per_node], parts[number::per_node]  # by node
+        scaled = [name for name, gradient in gradients.items() if gradient.format.scaled]
+        shared = _held_by_several(scaled, names, per_node)
 
         def go_across(sums: list[Tensor]) -> dict[str, Tensor]:
             left = iter(sums)
-            cast = [
-                [quantize(next(left), part.format, self.kernels) for part in owned]
-                for owned in mine
-            ]
-            total = sum_at_owners(cast, self.across, self.wire, self.kernels, device).wait()
+            by_node = [[(name, next(left)) for name in owned] for owned in held]
+            amaxes = self._amaxes(by_node, scaled, shared, device)
+            total = self._sum_across(by_node, like, amaxes, device).wait()
             own, size = names[self.group.rank()], self.group.size()
             return {name: value.div_(size) for name, value in zip(own, total, strict=True)}
 
         summing = sum_at_owners(by_number, self.node, self.wire, self.kernels, device)
         return summing.then(go_across)
+
+    def _sum_across(
+        self, by_node: Sums, like: Parts, amaxes: Mapping[str, Tensor], device: torch.device
+    ) -> Handle[list[Tensor]]:
+        """The second hop; `like` are the parts that were summed, which have their formats."""
+        here = self.across.rank()
+        sent = [
+            [
+                quantize(total, part.format, self.kernels, amax=amaxes.get(name))
+                for (name, total), part in zip(owned, parts, strict=True)
+            ]
+            if node != here
+            else parts
+            for node, (owned, parts) in enumerate(zip(by_node, like, strict=True))
+        ]
+        uncast = [total for _, total in by_node[here]]
+        return sum_at_owners(sent, self.across, self.wire, self.kernels, device, uncast=uncast)
+
+    def _amaxes(
+        self, by_node: Sums, scaled: Sequence[str], shared: Sequence[str], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Of this node's sums of the tensors in `scaled`: whole tensors, whoever owns which rows.
+
+        Ranks of the node hold parts of those that are `shared`, and tell each other.
+        """
+        found = {name: torch.zeros((), device=device) for name in scaled}
+        for name, total in (pair for owned in by_node for pair in owned):
+            if name in found:
+                found[name] = torch.maximum(found[name], self.kernels.amax(total))
+        if shared:
+            own = torch.stack([found[name] for name in shared])
+            largest = max_over_group(own, self.node, self.wire).wait()
+            found |= zip(shared, largest.unbind(), strict=True)
+        return found
 
     def finish_step(self, skipped: Tensor) -> None:
         """Nothing depends on it."""
@@ -70,3 +110,15 @@ class HierarchicalAccumulate:
     def named_tensors(self) -> dict[str, Tensor]:
         """Nothing is remembered from step to step."""
         return {}
+
+
+def _held_by_several(
+    names: Sequence[str], by_owner: Sequence[Sequence[str]], per_node: int
+) -> list[str]:
+    """Those of `names` of which more than one rank of a node holds a part after the first hop."""
+    numbers = {name: set() for name in names}
+    for owner, owned in enumerate(by_owner):
+        for name in owned:
+            if name in numbers:
+                numbers[name].add(owner % per_node)
+    return [name for name, holders in numbers.items() if len(holders) > 1]

@@ -10,7 +10,7 @@ that was not finite) makes the owner's rows NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -86,10 +86,12 @@ def sum_at_owners(
     wire: Wire,
     kernels: ReferenceKernels,
     device: torch.device,
+    uncast: Sequence[Tensor] | None = None,
 ) -> Handle[list[Tensor]]:
     """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own.
 
-    There may be none, for some rank or for all.
+    There may be none, for some rank or for all. `uncast` (fp32) is what this rank has of its own
+    where that was not cast, because it does not travel; its part then gives shapes and formats.
     """
     rank = group.rank()
     own = parts[rank]
@@ -109,10 +111,15 @@ def sum_at_owners(
     def add_up(received: list[Tensor]) -> list[Tensor]:
         sums = [torch.zeros(part.shape, device=part.device) for part in own]
         for other, message in enumerate(received):
-            terms = own if other == rank or not own else layouts[rank].views(message)
-            for total, term in zip(sums, terms, strict=True):
-                total += term.dequantize(kernels)
+            for total, term in zip(sums, terms_of(other, message), strict=True):
+                total += term
         return sums
+
+    def terms_of(other: int, message: Tensor) -> Iterable[Tensor]:
+        if other == rank and uncast is not None:
+            return uncast
+        terms = own if other == rank or not own else layouts[rank].views(message)
+        return (term.dequantize(kernels) for term in terms)
 
     return all_to_all_bytes(buffer, sizes, receive, group, wire).then(add_up)
 

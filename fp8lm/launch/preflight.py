@@ -35,15 +35,22 @@ def check_run(config: Config, nnodes: int, nproc_per_node: int) -> Plan:
     """The plan of a run; InputError if sizes, batches, tokenizer or data do not fit."""
     tokenizer = build_tokenizer(config.tokenizer)
     plan = plan_run(config, tokenizer.vocab_size, nnodes * nproc_per_node, nproc_per_node)
-    _check_nodes(config, plan.layout.num_replicas, nproc_per_node)
+    _summed_per_node(plan.layout)
     check_files(config, tokenizer, dataset_sizes(config))
     return plan
 
 
-def _check_nodes(config: Config, num_replicas: int, nproc_per_node: int) -> None:
-    if num_replicas > 1 and config.precision.grad_reduce == "fp32_accumulate":
-        shards = config.parallel.tensor_model_parallel_size
-        replicas_per_node(num_replicas, shards, config.parallel.node_size or nproc_per_node)
+def _summed_per_node(layout: Layout) -> int | None:
+    """Replicas whose gradients are summed on a machine before these cross; None: they are not.
+
+    InputError if `parallel.node_size` does not fit.
+    """
+    config, given = layout.config, layout.config.parallel.node_size
+    if layout.num_replicas == 1 or config.precision.grad_reduce != "fp32_accumulate":
+        return None
+    shards = config.parallel.tensor_model_parallel_size
+    size = given or layout.node_size
+    return replicas_per_node(layout.num_replicas, shards, size, given=given is not None)
 
 
 def check_devices(config: Config, nproc_per_node: int) -> None:
@@ -148,9 +155,38 @@ def notes(layout: Layout, max_restarts: int) -> list[str]:
         found.append(
             f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
         )
-    if (uneven := layout.imbalance) > UNEVEN and config.parallel.partition == "tensor":
-        found.append(
-            f"a process owns {uneven:.1f} times the mean of the optimizer states: whole tensors do "
-            f"not go round {layout.num_replicas} replicas, parallel.partition=even does"
+    return found + _note_of_nodes(layout) + _note_of_balance(layout)
+
+
+def _note_of_balance(layout: Layout) -> list[str]:
+    parallel, uneven = layout.config.parallel, layout.imbalance
+    if uneven <= UNEVEN:
+        return []
+    if parallel.partition == "tensor":
+        why = (
+            f"whole tensors do not go round {layout.num_replicas} replicas, "
+            "parallel.partition=even does"
         )
-    return found
+    elif parallel.overlap_param_gather:
+        why = "row blocks of small buckets go to few, a larger parallel.ddp_bucket_size to more"
+    else:
+        why = (
+            "row blocks are as many bytes of weights, of which tables have two per parameter; "
+            "parallel.overlap_param_gather=true cuts them in every bucket"
+        )
+    return [f"a process owns {uneven:.1f} times the mean of the optimizer states: {why}"]
+
+
+def _note_of_nodes(layout: Layout) -> list[str]:
+    """Where as many replicas as a machine has would sum on it, if only they divided all."""
+    parallel, replicas = layout.config.parallel, layout.num_replicas
+    here, rest = divmod(layout.node_size, parallel.tensor_model_parallel_size)
+    summed = layout.config.precision.grad_reduce == "fp32_accumulate"
+    if not summed or parallel.node_size or rest or replicas % here == 0 or not 1 < here < replicas:
+        return []
+    together = _summed_per_node(layout)
+    how = f"in groups of {together}" if together else "one by one"
+    return [
+        f"machines have room for {here} replicas of a stage, which do not divide {replicas}: "
+        f"gradients cross between machines {how}"
+    ]

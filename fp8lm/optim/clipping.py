@@ -1,11 +1,12 @@
 """The global gradient norm, and what it decides: clipping and skipping.
 
-    factor = min(1, clip / (||g|| + 1e-6))            skip = not finite(||g||)
+    factor = min(1, clip / (||g|| + 1e-6))            skip = not finite(||g|| and every value)
 
 The norm takes all weights in all formats together, each once: of a weight that several ranks
 hold whole, only the first counts. It reaches FP8 gradients as a factor inside Adam, never by a
 second rounding. A NaN or Inf anywhere in any gradient, or a NaN scale, makes the norm non-finite,
-so this one number, the same bits on all ranks, also decides whether the step happens.
+so this one number, the same bits on all ranks, also decides whether the step happens; the other
+values that travel with it, such as the losses, have to be finite as well.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def gradient_norm(
     `peers` are the ranks that hold parts of the same weights (default: all). A
     gradient that is None lies elsewhere; one that is not `counted` lies on another rank as well,
     where it counts (default: all count). Along with it travel `maxima` (fp32 [m], not negative),
-    of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k].
+    of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k]. One
+    that is not finite, on any rank, skips the step.
     """
     nothing = torch.zeros(0, device=device)
     maxima = nothing if maxima is None else maxima
@@ -74,22 +76,23 @@ def gradient_norm(
         squares.append(square if counted is None or counted[index] else square * 0.0)
         amaxes.append(amax)
     # In double precision, and sent as two floats: whatever rank and order they are summed in, the
-    # norm is the same float, and so is every byte that depends on the clip factor.
-    total = torch.stack(squares).sum()
-    high = total.float()
-    low = (total - high.double()).float()
+    # norm is the same float, and so is every byte that depends on the clip factor. The root is
+    # sent, because the square of a norm that is a float may be none.
+    own = torch.stack(squares).sum().sqrt()
+    high = own.float()
+    low = (own - high.double()).float()
     ranks = exchange(torch.cat((torch.stack((high, low)), values, torch.stack(amaxes), maxima)))
-    norm = ranks[:, :2].double().sum().sqrt().float()
+    norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float()
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
     alike = ranks if peers is None else torch.stack([ranks[rank] for rank in peers])
-    largest = alike[:, 2 + len(values) :].amax(dim=0)
+    told, largest = ranks[:, 2 : 2 + len(values)], alike[:, 2 + len(values) :].amax(dim=0)
     return GradientNorm(
         norm,
         factor,
-        ~torch.isfinite(norm),
+        ~(torch.isfinite(norm) & torch.isfinite(told).all()),
         largest[: len(amaxes)],
         largest[len(amaxes) :],
-        ranks[:, 2 : 2 + len(values)],
+        told,
     )
 
 

@@ -116,7 +116,8 @@ class AdamW:
         """One update from the `gradients` of the owned rows; returns norm and skip flag.
 
         Default: what the weights have accumulated. A skipped step changes no byte of weights,
-        states, scales or step count. `values` (fp32 [k]) travel with the step's one exchange.
+        states, scales or step count. `values` (fp32 [k]) travel with the step's one exchange; one
+        that is not finite on any rank skips it.
         """
         if gradients is None:
             gradients = {

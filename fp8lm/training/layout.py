@@ -164,8 +164,9 @@ def build_reduction(
     kind, group = config.precision.grad_reduce, groups.data_parallel
     if kind == "fp32_accumulate":
         # Each rank knows its own machine only: what they do has to follow from what all know.
-        size = config.parallel.node_size or processes_per_node()
-        nodes = None if size is None else node_groups(groups, size)
+        given = config.parallel.node_size
+        size = given or processes_per_node()
+        nodes = None if size is None else node_groups(groups, size, given=given is not None)
         if nodes is None:
             return Fp32Accumulate(group, wire, kernels)
         return HierarchicalAccumulate(group, nodes.node, nodes.across, wire, kernels)

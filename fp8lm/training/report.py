@@ -94,8 +94,8 @@ class Reporter:
             **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
         if mu := list(self._run.replicas.named_tensors().values()):
-            low, high = torch.stack(mu).aminmax()
-            values |= {"fp8/mu/min": low.item(), "fp8/mu/max": high.item()}
+            low, high = _range_over_stages(torch.stack(mu), self._run)
+            values |= {"fp8/mu/min": low, "fp8/mu/max": high}
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
@@ -138,3 +138,13 @@ def _count_parameters(run: Run) -> int:
     if run.pipeline is not None:
         dist.all_reduce(total, group=run.groups.pipeline_parallel)
     return int(total)
+
+
+def _range_over_stages(mu: torch.Tensor, run: Run) -> tuple[float, float]:
+    """Smallest and largest `mu` of the whole model; a collective of the pipeline's stages."""
+    low, high = mu.aminmax()
+    ends = torch.stack((-low, high))
+    if run.pipeline is not None:
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=run.groups.pipeline_parallel)
+    low, high = ends.tolist()
+    return -low, high

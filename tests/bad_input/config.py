@@ -184,6 +184,15 @@ PRECISION = [
         "precision.grad_reduce=fp8_sum",
         says="adds FP8 gradients, but precision.main_grads_dtype = fp32",
     ),
+    *(
+        train(
+            "parallel.node_size=2",
+            f"precision.grad_reduce={kind}",
+            says=f"parallel.node_size = 2 is for precision.grad_reduce = fp32_accumulate, which "
+            f"alone sums on machines first, not {kind}",
+        )
+        for kind in ("fp8_sum", "fp8_pre_scaling", "fp8_post_scaling")
+    ),
 ]
 
 LAYOUTS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -16,6 +17,8 @@ from fp8lm.comm.groups import (
     node_groups,
     process_groups,
     rank_device,
+    rank_lists,
+    replicas_per_node,
     stage_groups,
 )
 from fp8lm.errors import InputError
@@ -59,6 +62,43 @@ def test_one_process(monkeypatch):
         with process_groups(CPU) as groups:
             assert members(groups) == ([[0]] * 4, True)
     assert not dist.is_initialized()
+
+
+def blocks_on_nodes(tp, dp, pp, node_size, per_node):
+    """Nodes of every run of `per_node` replicas that sum together, as sets."""
+    for ranks in rank_lists(tp, dp, pp)["dp"]:
+        for first in range(0, dp, per_node):
+            yield {rank // node_size for rank in ranks[first : first + per_node]}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("node_size", [2, 4, 6, 8])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_replicas_that_sum_together_are_on_one_node(tp, node_size, given):
+    summed = 0
+    for pp, dp in itertools.product((1, 2, 3, 4), range(1, 25)):
+        if tp * dp * pp % node_size:
+            continue
+        try:
+            per_node = replicas_per_node(dp, tp, node_size, given=given)
+        except InputError:
+            assert given
+            continue
+        if per_node is not None:
+            summed += 1
+            assert 1 < per_node < dp and dp % per_node == 0
+            assert all(
+                len(nodes) == 1 for nodes in blocks_on_nodes(tp, dp, pp, node_size, per_node)
+            )
+    assert bool(summed) == (node_size % tp == 0 and node_size > tp)
+
+
+def test_replicas_that_a_node_does_not_divide():
+    assert replicas_per_node(12, 1, 8, given=False) == 4
+    assert replicas_per_node(3, 1, 2, given=False) is None
+    assert replicas_per_node(12, 4, 6, given=False) is None
+    with pytest.raises(InputError, match="node_size = 8 does not divide 12 data-parallel ranks"):
+        replicas_per_node(12, 1, 8, given=True)
 
 
 def threads_after(repeats):

@@ -51,6 +51,53 @@ def test_two_hops_give_the_mean_of_one(fmt, bound, run_distributed):
             assert two[name].shape == mean.shape
 
 
+def stored(rank, fmt=E4M3):
+    """Rank's gradient, whose rows span four orders of magnitude."""
+    values = random(64, 32, seed=rank) * torch.logspace(0, -4, 64)[:, None]
+    return quantize(values, fmt, KERNELS)
+
+
+def means_at_owners(fmt, owners):
+    """This rank's rows in two hops, once for each of `owners` (rows by rank)."""
+    with model_parallel_groups() as groups:
+        nodes, wire = node_groups(groups, 2), Wire("grads", "fp8", WireCounter(("grads",)))
+        gradients, group = {"w": stored(dist.get_rank(), fmt)}, groups.data_parallel
+        reduction = HierarchicalAccumulate(group, nodes.node, nodes.across, wire, KERNELS)
+        return [reduction.start(gradients, rows).wait().get("w") for rows in owners]
+
+
+def emulated(fmt, home):
+    """The mean where it belongs to node `home` of two of two ranks."""
+    terms = [stored(rank, fmt).dequantize(KERNELS) for rank in range(4)]
+    sums = [terms[0] + terms[1], terms[2] + terms[3]]
+    crossed = quantize(sums[1 - home], fmt, KERNELS).dequantize(KERNELS)
+    return (sums[home] + crossed) / 4
+
+
+BLOCKS = [{"w": (16 * rank, 16 * rank + 16)} for rank in range(4)]
+STRIPES = [{}, {"w": (0, 8)}, {"w": (24, 64)}, {"w": (8, 24)}]
+WITHIN_A_NODE = [{"w": (0, 40)}, {"w": (40, 64)}, {}, {}]
+SAME_NUMBER = [{"w": (0, 40)}, {}, {"w": (40, 64)}, {}]
+WHOLE = [[{"w": (0, 64)} if rank == owner else {} for rank in range(4)] for owner in range(4)]
+
+
+@pytest.mark.parametrize("fmt", [FP32, BF16, E4M3], ids=repr)
+def test_only_what_crosses_is_cast_again(fmt, run_distributed):
+    results = run_distributed(means_at_owners, 4, fmt, WHOLE)
+    for owner, means in enumerate(results):
+        assert torch.equal(means[owner], emulated(fmt, owner // 2))
+
+
+@pytest.mark.parametrize("fmt", [BF16, E4M3], ids=repr)
+def test_the_scale_of_a_sum_is_that_of_the_whole_tensor(fmt, run_distributed):
+    """Whoever owns which rows: only the machine on which they are owned makes a difference."""
+    divisions = [BLOCKS, STRIPES, WITHIN_A_NODE, SAME_NUMBER]
+    for rank, means in enumerate(run_distributed(means_at_owners, 4, fmt, divisions)):
+        for owners, mean in zip(divisions, means, strict=True):
+            if rows := owners[rank].get("w"):
+                assert torch.equal(mean, emulated(fmt, rank // 2)[slice(*rows)])
+
+
 def test_a_bucket_of_which_some_own_nothing(run_distributed):
     owners = [("b", [0]), ("v", [2]), ("bv", [0, 2])]
     for names, ranks in owners:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
+from fp8lm.config import load_config
 from fp8lm.errors import InputError
 from fp8lm.inspect.layout import KINDS, plan_layout
 from fp8lm.training.state import state_bytes
 from tests.inspect.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, UNEVEN, tiny
+from tests.launch.conftest import ROOT
 from tests.training.runs import LLAMA, trainer_of
 
 POSITIONS = {"position_embedding_type": "learned_absolute"}
@@ -75,6 +77,39 @@ def test_bytes_of_preset_o3_by_hand():
         "exp_avg": everything + scales,
         "exp_avg_sq": 2 * everything + scales,
     }
+
+
+EVEN, OVERLAP = "parallel.partition=even", "parallel.overlap_param_gather=true"
+
+
+def planned(name, vocabulary, world_size, *keys):
+    config = load_config(ROOT / f"configs/{name}.yaml", ["data.mock_data=true", *keys])
+    return plan_layout(config, vocabulary, world_size, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "world_size", "ratios"),
+    [
+        ("gpt_125m", 50304, 8, (2.499, 1.313, 1.041)),
+        ("llama_1b", 128256, 64, (11.25, 1.353, 1.01)),
+        ("llama_8b", 128256, 64, (2.093, 1.131, 1.052)),
+    ],
+)
+def test_states_of_the_fullest_rank_over_the_mean(name, vocabulary, world_size, ratios):
+    """The table of docs/parallelism.md."""
+    found = [
+        planned(name, vocabulary, world_size, *keys).imbalance
+        for keys in (("parallel.partition=tensor",), (EVEN,), (EVEN, OVERLAP))
+    ]
+    assert found == pytest.approx(ratios, abs=5e-4)
+
+
+@pytest.mark.parametrize(("bucket", "ratio"), [(40_000_000, 1.118), (400_000_000, 1.04)])
+def test_row_blocks_of_every_bucket_are_padded(bucket, ratio):
+    keys = (EVEN, OVERLAP, f"parallel.ddp_bucket_size={bucket}")
+    stage = planned("gpt_7b", 50304, 1024, *keys).stages[0]
+    weights = sum(weight.compute.nbytes for weight in stage.weights.values())
+    assert stage.state[0]["weights"] / weights == pytest.approx(ratio, abs=5e-4)
 
 
 def test_parameters_count_once():

@@ -18,6 +18,7 @@ from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
     check_meeting,
+    check_run,
     default_processes,
     folder_problems,
     notes,
@@ -25,6 +26,7 @@ from fp8lm.launch.preflight import (
 from tests.launch.conftest import ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
+SMALL = str(ROOT / "configs/gpt_125m.yaml")
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 
 
@@ -129,6 +131,42 @@ def test_whole_tensors_that_do_not_go_round():
     assert notes(layout("parallel.partition=even", world=16, node_size=16), 0) == []
     plain = layout("parallel.use_distributed_optimizer=false", world=16, node_size=16)
     assert notes(plain, 0) == []
+
+
+PP = ["parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=1"]
+STAGES = [*PP, "train.global_batch_size=12"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "how"), [(3, 2, "one by one"), (3, 8, "in groups of 4"), (2, 2, None)]
+)
+def test_stages_that_begin_in_the_middle_of_machines(nodes, per_node, how):
+    keys = STAGES if how else [*PP, "train.global_batch_size=4"]
+    layout = check_run(load_config(CONFIG, keys), nodes, per_node).layout
+    found = [note for note in notes(layout, 0) if "between machines" in note]
+    assert [note.rpartition(" between machines ")[2] for note in found] == ([how] if how else [])
+
+
+def test_a_size_of_nodes_that_was_asked_for_has_to_fit():
+    config = load_config(CONFIG, [*STAGES, "parallel.node_size=2"])
+    with pytest.raises(InputError, match="node_size = 2 does not divide 3 data-parallel ranks"):
+        check_run(config, 3, 2)
+
+
+def test_row_blocks_that_are_uneven():
+    even, overlap = "parallel.partition=even", "parallel.overlap_param_gather=true"
+
+    def notes_of(*keys):
+        config = load_config(SMALL, ["data.mock_data=true", even, *keys])
+        return notes(plan_layout(config, 50304, 8, 8), 0)
+
+    (note,) = notes_of()
+    assert "owns 1.3 times the mean" in note
+    assert note.endswith("parallel.overlap_param_gather=true cuts them in every bucket")
+    assert notes_of(overlap) == []
+    small = layout(even, overlap, "parallel.ddp_bucket_size=4000", world=64, node_size=64)
+    (note,) = notes(small, 0)
+    assert note.endswith("a larger parallel.ddp_bucket_size to more")
 
 
 def test_where_machines_meet():

@@ -11,6 +11,7 @@ from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.weight import named_weights
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.optim.clipping import gradient_norm
+from fp8lm.scaled_tensor import quantize
 from tests.model.tiny import batch, build, loss_and_gradients
 from tests.optim.bench import (
     KERNELS,
@@ -41,6 +42,16 @@ def test_norm_and_amax_of_the_dequantized_gradients(grad, amplitude):
     norm = gradient_norm(gradients, 1.0, KERNELS)
     assert norm.norm.item() == pytest.approx(exact_norm(gradients), rel=1e-5)
     assert norm.amax.tolist() == [g.dequantize(KERNELS).abs().max().item() for g in gradients]
+    assert not norm.skip
+
+
+# From just above the smallest normal float to just below the largest: squares are neither.
+@pytest.mark.parametrize("value", [1e-37, 1e-23, 1e19, 1e30, 3e38])
+def test_a_norm_whose_square_is_no_float(value):
+    gradient = quantize(torch.tensor([value, 0.0]), FP32, KERNELS)
+    norm = gradient_norm([gradient], 1.0, KERNELS)
+    assert norm.norm.item() == pytest.approx(value, rel=1e-6)
+    assert norm.clip_factor.item() == pytest.approx(min(1.0, 1.0 / (value + 1e-6)), rel=1e-6)
     assert not norm.skip
 
 

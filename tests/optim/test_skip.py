@@ -81,6 +81,18 @@ def test_a_nan_scale_alone_skips():
     assert_same_bytes(before, all_bytes(adam))
 
 
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_value_that_travels_along_skips(event):
+    adam = make("o3")
+    step(adam, 0)
+    before = all_bytes(adam)
+    set_gradients(adam.weights, random_gradients(adam.weights, 1))
+    norm = adam.step(LR, values=torch.tensor([1.0, event]))
+    assert norm.skip and norm.norm.isfinite()
+    assert_same_bytes(before, all_bytes(adam))
+    assert not adam.step(LR, values=torch.ones(2)).skip
+
+
 def test_a_norm_that_overflows_skips():
     adam = make("fp32")
     before = all_bytes(adam)

@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.model.gpt import GPTModel
 from fp8lm.training.build import build
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.state import model_tensors, optimizer_tensors
@@ -70,3 +72,26 @@ def save_again(config, folder):
             trainer.run, config=trainer.run.config.model_copy(update={"checkpoint": checkpoint})
         )
         RunCheckpoints(run, trainer.window, trainer.progress, trainer.losses, print).finish()
+
+
+def train_with_infinite_loss(config, bad_rank):
+    """Train where the losses of one rank are Inf, its gradients as ever.
+
+    Steps that were skipped since the last report, and whether every byte is what it was.
+    """
+    with trainer_of(config) as trainer:
+        run = trainer.run
+        tensors = lambda: model_tensors(run.weights) | optimizer_tensors(run.optimizer)  # noqa: E731
+        before = {name: tensor.clone() for name, tensor in tensors().items()}
+        if run.groups.world.rank() == bad_rank:
+            for model in run.model.modules():
+                if isinstance(model, GPTModel):
+                    model.loss = partial(_infinite, model.loss)
+        trainer.train()
+        run.optimizer.share_amax()
+        same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
+    return int(trainer.window.skipped_in_a_row), same
+
+
+def _infinite(loss, *batch):
+    return loss(*batch) + float("inf")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.errors import InputError
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,
@@ -20,7 +21,14 @@ from fp8lm.training.state import (
     state_bytes,
 )
 from fp8lm.training.step import NUM_TOLD
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import (
+    LLAMA,
+    curve,
+    read,
+    train,
+    train_with_infinite_loss,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -122,9 +130,15 @@ def test_division_of_states_changes_no_byte(preset, config, run_distributed):
     settings.append(EVEN | {"ddp_bucket_size": 1})
     settings.append({"overlap_param_gather": True, "ddp_bucket_size": 1500})
     settings.append(EVEN | {"overlap_param_gather": True, "ddp_bucket_size": 1})
+    check_same_bytes(
+        [config(keys, precision={"preset": preset}) for keys in settings], run_distributed
+    )
+
+
+def check_same_bytes(configs, run_distributed):
+    """Four replicas end with the same weights and states under all `configs`."""
     expected = None
-    for parallel in settings:
-        changed = config(parallel, precision={"preset": preset})
+    for changed in configs:
         results = run_distributed(state, 4, changed)
         weights = results[0][0]
         for others, _, _ in results[1:]:
@@ -133,7 +147,21 @@ def test_division_of_states_changes_no_byte(preset, config, run_distributed):
         expected = expected or found
         assert set(found) == set(expected)
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (parallel, name)
+            assert torch.equal(found[name], tensor), (changed.parallel, name)
+
+
+@pytest.mark.parametrize("reduction", [{"grad_reduce": "fp8_sum"}, {}], ids=["fp8_sum", "two hops"])
+@pytest.mark.parametrize("partition", [{}, EVEN], ids=str)
+def test_buckets_change_no_byte_where_the_owner_makes_a_difference(
+    reduction, partition, config, run_distributed
+):
+    """The ring starts at the owner; in two hops what is summed on its machine is not cast."""
+    nodes = {} if reduction else {"node_size": 2}
+    settings = [{}, {"overlap_grad_reduce": False}, {"ddp_bucket_size": 1}]
+    check_same_bytes(
+        [config(partition | nodes | keys, precision=reduction) for keys in settings],
+        run_distributed,
+    )
 
 
 def test_plain_replicas_with_exact_wires_are_the_same_bytes(config, run_distributed):
@@ -250,17 +278,52 @@ def test_bytes_on_the_wires(ranks, layers, division, config, run_distributed):
     assert 1 - fp8 / (mean["bf16"].sum() - share * 6 * dense) >= 0.66
 
 
-def mixed_machines(config):
-    """Train where the launcher says that one machine has three processes, the other one."""
-    local = "1" if dist.get_rank() == 3 else "3"
-    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=local):
-        return train(config)[0]
+def on_machines(config, *sizes):
+    """Train as launched on machines of `sizes` processes: weights, replicas summed per machine."""
+    machine, local = divided(dist.get_rank(), sizes)
+    says = {
+        "RANK": dist.get_rank(),
+        "WORLD_SIZE": dist.get_world_size(),
+        "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": sizes[machine],
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29400,
+    }
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in says.items()}):
+        with trainer_of(config) as trainer:
+            trainer.train()
+        run = trainer.run
+        reduction = run.replicas._buckets.reduction
+    per_node = reduction.node.size() if isinstance(reduction, HierarchicalAccumulate) else None
+    return model_tensors(run.weights), per_node
 
 
-def test_machines_with_different_numbers_of_processes(config, run_distributed):
-    expected, found = (run_distributed(f, 4, config({})) for f in (train, mixed_machines))
-    for (tensors, _), other in zip(expected, found, strict=True):
-        assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
+def divided(rank, sizes):
+    """Machine of a rank, and number there."""
+    for machine, size in enumerate(sizes):
+        if rank < size:
+            return machine, rank
+        rank -= size
+    raise ValueError(rank)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "per_node"),
+    [
+        ((2, 2), {}, 2),
+        ((2, 1, 1), {}, None),
+        ((2, 2, 2), {"pipeline_model_parallel_size": 2}, None),  # the second begins in the middle
+    ],
+    ids=str,
+)
+def test_machines_of_a_launcher(sizes, parallel, per_node, config, run_distributed):
+    made = config(parallel, {"train": {"global_batch_size": 12}})
+    expected = run_distributed(train, sum(sizes), made)
+    found = run_distributed(on_machines, sum(sizes), made, *sizes)
+    assert [summed for _, summed in found] == [per_node] * sum(sizes)
+    if per_node is None:  # as without machines
+        for (tensors, _), (other, _) in zip(expected, found, strict=True):
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in other.items())
 
 
 def poisoned(config, bad_rank, value):
@@ -297,6 +360,13 @@ def test_a_fault_in_what_a_rank_does_not_own_stops_the_step_everywhere(
     assert [result[1:] for result in results] == [(True, True)] * 2
     # Without the fault the same step happens.
     assert not any(skipped for _, skipped, _ in run_distributed(poisoned, 2, config({}), 5, value))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_loss_that_is_not_finite_stops_the_step_everywhere(bad_rank, config, run_distributed):
+    """With gradients that are: nothing else tells."""
+    results = run_distributed(train_with_infinite_loss, 2, config({}), bad_rank)
+    assert results == [(8, True)] * 2
 
 
 def arrivals(config):

@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8lm.gradient.hierarchical import HierarchicalAccumulate
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from tests.training.runs import LLAMA, curve, read, train, trainer_of
+from tests.training.runs import (
+    LLAMA,
+    curve,
+    read,
+    train,
+    train_with_infinite_loss,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -175,6 +183,69 @@ def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, 
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 
+REDUCTIONS = {
+    "tp2 pp2 dp2 fp8_sum": (
+        pp(2) | TP2 | {"partition": "even", "overlap_param_gather": True, "ddp_bucket_size": 5000},
+        {"grad_reduce": "fp8_sum"},
+    ),
+    "pp2 dp4 two hops": (pp(2) | {"node_size": 2}, {}),
+}
+
+
+def followed(config):
+    """Stage of this rank, its weights' shards, the weights, and every mu after each step."""
+    with trainer_of(config) as trainer:
+        run, history = trainer.run, []
+        in_two_hops = isinstance(run.replicas._buckets.reduction, HierarchicalAccumulate)
+        assert in_two_hops == (config.parallel.node_size is not None)
+        finish = run.replicas.finish_step
+
+        def finish_step(skipped):
+            finish(skipped)
+            history.append({n: mu.item() for n, mu in run.replicas.named_tensors().items()})
+
+        run.replicas.finish_step = finish_step
+        trainer.train()
+        run.replicas.wait_for_weights()
+    place = run.groups.pipeline_parallel.rank(), run.groups.tensor_parallel.rank()
+    return *place, model_tensors(run.weights), history
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_other_reductions(reduction, config, run_distributed, tmp_path):
+    """Replicas agree on weights, all ranks of a stage on mu; the curve is that of one process."""
+    one, several = (
+        {
+            "train": {"global_batch_size": 8},
+            "logging": {"dir": str(tmp_path / name), "log_interval": 1},
+        }
+        for name in ("one", "several")
+    )
+    parallel, precision = REDUCTIONS[reduction]
+    run_distributed(train, 1, config({}, one))
+    results = run_distributed(
+        followed, 8, config(parallel, several, precision=precision), timeout=120
+    )
+    same_shard, same_stage = {}, {}
+    for stage, shard, weights, mu in results:
+        for name, tensor in same_shard.setdefault((stage, shard), weights).items():
+            assert torch.equal(weights[name], tensor), name
+        assert mu == same_stage.setdefault(stage, mu)
+    one, found = losses(tmp_path / "one"), losses(tmp_path / "several")
+    assert ((found - one).abs() / one).max() < 0.05
+    if "fp8_sum" in reduction:
+        check_reports_of_mu(list(same_stage.values()), read(tmp_path / "several"))
+
+
+def check_reports_of_mu(stages, lines):
+    """Every report has the smallest and the largest of all stages."""
+    reports = [line for line in lines if "fp8/mu/max" in line]
+    every = [[mu for stage in step for mu in stage.values()] for step in zip(*stages, strict=True)]
+    assert any(len(set(mus)) > 1 for mus in every)
+    assert [r["fp8/mu/max"] for r in reports] == [max(mus) for mus in every]
+    assert [r["fp8/mu/min"] for r in reports] == [min(mus) for mus in every]
+
+
 def poisoned(config, bad_stage):
     """Whether a NaN in one stage's gradients skips the step on all, and changes nothing."""
     with trainer_of(config) as trainer:
@@ -213,3 +284,8 @@ def test_a_fault_on_one_stage_stops_the_step_everywhere(bad_stage, config, run_d
     model = LLAMA if bad_stage else {"position_embedding_type": "rope"}
     results = run_distributed(poisoned, 2, config(pp(2), model=model), bad_stage)
     assert results == [(True, True)] * 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_on_every_stage(config, run_distributed):
+    results = run_distributed(train_with_infinite_loss, 4, config(pp(2)), 3)  # of one replica
+    assert results == [(8, True)] * 4

@@ -40,7 +40,7 @@ def params_wire(config: Config) -> Iterator[str]:
 
 
 def grad_reduce(config: Config) -> Iterator[str]:
-    """Only FP8 gradients are added up in FP8."""
+    """Only FP8 gradients are added up in FP8, and only sums in fp32 take two hops."""
     precision = config.precision
     if precision.grad_reduce == "fp32_accumulate":
         return
@@ -49,6 +49,11 @@ def grad_reduce(config: Config) -> Iterator[str]:
         yield (
             f"{name} adds FP8 gradients, but precision.main_grads_dtype = "
             f"{precision.main_grads_dtype}: use fp8_e4m3, or fp32_accumulate"
+        )
+    if config.parallel.node_size is not None:
+        yield (
+            f"parallel.node_size = {config.parallel.node_size} is for precision.grad_reduce = "
+            f"fp32_accumulate, which alone sums on machines first, not {precision.grad_reduce}"
         )
 
 
