@@ -113,7 +113,8 @@ def threads_after(repeats):
 
 def test_groups_leave_nothing_behind(run_distributed):
     few, many = (run_distributed(threads_after, 4, repeats) for repeats in (1, 4))
-    assert few == many
+    # Fewer: threads of groups that earlier users of these processes left may end meanwhile.
+    assert all(after <= before for before, after in zip(few, many, strict=True))
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (0, 1)])
