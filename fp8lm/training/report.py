@@ -93,9 +93,8 @@ class Reporter:
             "throughput": tflops,
             **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
-        if mu := list(self._run.replicas.named_tensors().values()):
-            low, high = _range_over_stages(torch.stack(mu), self._run)
-            values |= {"fp8/mu/min": low, "fp8/mu/max": high}
+        if self._run.config.precision.grad_reduce != "fp32_accumulate":
+            values |= _range_of_mu(self._run)
         if self._peak is not None:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
@@ -140,11 +139,13 @@ def _count_parameters(run: Run) -> int:
     return int(total)
 
 
-def _range_over_stages(mu: torch.Tensor, run: Run) -> tuple[float, float]:
-    """Smallest and largest `mu` of the whole model; a collective of the pipeline's stages."""
-    low, high = mu.aminmax()
-    ends = torch.stack((-low, high))
+def _range_of_mu(run: Run) -> dict[str, float]:
+    """Smallest and largest of the whole model, if it has any; a collective of the stages."""
+    # A stage whose layers are all in BF16 has none, and takes part all the same.
+    mus = run.replicas.named_tensors().values()
+    none = torch.full((2,), -math.inf, device=run.device)
+    ends = torch.stack([none, *(torch.stack((-mu, mu)) for mu in mus)]).amax(dim=0)
     if run.pipeline is not None:
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=run.groups.pipeline_parallel)
     low, high = ends.tolist()
-    return -low, high
+    return {} if high == -math.inf else {"fp8/mu/min": -low, "fp8/mu/max": high}
