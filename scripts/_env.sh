@@ -1,4 +1,5 @@
-# Sourced by the other scripts, before they change the folder: sets PYTHON to an interpreter that has fp8lm and what it needs.
+# Sourced by the other scripts, before they change the folder: sets PYTHON to an interpreter that
+# has fp8lm and what it needs.
 #
 #   FP8LM_PYTHON=$(command -v python)   use this interpreter, the active one for instance, as it is
 #                                       and install nothing
@@ -65,7 +66,7 @@ fp8lm_install() {
 
 if [[ -n ${FP8LM_PYTHON:-} ]]; then
     PYTHON=$FP8LM_PYTHON
-    # A relative path starts where the script was called: scripts source this before they go elsewhere.
+    # A relative path starts where the script was called.
     [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
     # The checkout itself need not be installed there, only what it imports.
     export PYTHONPATH=$fp8lm_root${PYTHONPATH:+:$PYTHONPATH}

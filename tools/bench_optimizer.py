@@ -46,10 +46,8 @@ def main(argv: list[str]) -> None:
     }
     config = configs[PRESETS[0]]
     device = rank_device(resolve_device(config.train.device))
-    ranks, stages = (
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-    )
+    ranks = config.parallel.tensor_model_parallel_size
+    stages = config.parallel.pipeline_model_parallel_size
     if stages > 1:
         raise InputError(
             f"parallel.pipeline_model_parallel_size = {stages}: a stage holds a part of the model, "

@@ -36,11 +36,14 @@ def take_over(
 
     `own`: the run has loaded from `root`, and newer ones are moved to `files.SET_ASIDE`; which.
     Otherwise any that is there is another run's: `InputError`, for this one would replace and
-    delete them.
+    delete them; so it is if newer ones cannot be moved.
     """
     root = Path(root)
     if own:
-        return on_main(group, lambda: set_aside(root, after))
+        try:
+            return on_main(group, lambda: set_aside(root, after))
+        except OSError as error:
+            raise InputError(f"cannot move newer checkpoints in {root} aside: {error}") from error
     if problem := on_main(group, lambda: held_by_another(root)):
         raise InputError(problem)
     return []

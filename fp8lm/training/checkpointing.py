@@ -179,7 +179,10 @@ class RunCheckpoints:
         """Return to `checkpoint`, and delete newer ones of this run."""
         root, iteration = self._saver.root, checkpoint.iteration
         own = checkpoint.folder.parent == root
-        on_main(self._group, lambda: forget_after(root, iteration if own else 0))
+        try:
+            on_main(self._group, lambda: forget_after(root, iteration if own else 0))
+        except OSError as error:  # one that stays is replaced when its iteration comes again
+            self._report(f" warning: newer checkpoints than {iteration} cannot be deleted: {error}")
         self._fill(checkpoint)
         self._saved_iteration = iteration if own else None
 

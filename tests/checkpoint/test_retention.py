@@ -87,6 +87,15 @@ def test_checkpoints_of_another_past_are_set_aside(tmp_path):
     assert find_checkpoint(tmp_path / "set_aside").iteration == 50
 
 
+def test_newer_ones_that_cannot_be_moved(tmp_path):
+    for iteration in (10, 20):
+        save_checkpoint(tmp_path, iteration, shards_of(make_tensors()), META)
+    (tmp_path / "set_aside").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match=r"cannot move newer checkpoints in .* aside: "):
+        take_over(tmp_path, 10, own=True)
+    assert saved_iterations(tmp_path) == [20, 10]
+
+
 def test_a_folder_of_another_run_is_not_taken_over(tmp_path):
     assert take_over(tmp_path, 0, own=False) == []
     save_checkpoint(tmp_path, 10, shards_of(make_tensors()), META)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -235,6 +236,24 @@ def test_a_rollback_to_what_the_run_began_with(config, train_run, tmp_path, caps
     assert saved_iterations(tmp_path / "source") == [14, 12, 8, 4]
     assert saved_iterations(tmp_path / "ck") == [20, 15]
     assert find_checkpoint(tmp_path / "ck", up_to=15).common["skipped_samples"] == 8
+
+
+def test_a_newer_checkpoint_that_cannot_be_deleted_stops_no_rollback(
+    config, train_run, tmp_path, capsys, monkeypatch
+):
+    delete = shutil.rmtree
+
+    def refuse(path, **options):
+        if str(path).endswith("0000015.removed"):
+            raise PermissionError(f"no permission to delete {path}")
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    changes = {"checkpoint": {"save_interval": 5}}
+    trainer = train_run(config(changes), lambda trainer: garble(trainer, range(4 * 14, 4 * 16)))
+    assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 1)
+    assert "newer checkpoints than 10 cannot be deleted: no perm" in capsys.readouterr().out
+    assert saved_iterations(tmp_path / "ck") == [20, 15, 10, 5]
 
 
 def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsys):
