@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from fp8lm.faults import describe_fault
+
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
 EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
@@ -21,6 +24,13 @@ EXIT_INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 class InputError(Exception):
     """Bad config, data, tokenizer, checkpoint or environment: names the thing and the cure."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on although its command is right: says what happened and what is kept.
+
+    One line on stderr and exit code 1, which asks neither for a correction nor for a restart.
+    """
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,9 +44,9 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
 
-    So are a missing package, and Ctrl-C with code 130. `argv` defaults to the arguments of this
-    process. Any other exception passes through, because a traceback is what a failure of the
-    program itself needs.
+    So are a missing package, Ctrl-C with code 130, and with code 1 a `RunFailed` and whatever the
+    machine lacks (see `faults`). `argv` defaults to the arguments of this process. Any other
+    exception passes through, because a traceback is what a failure of the program itself needs.
     """
     leave_exit_code(None)
     code = _run(main, list(sys.argv[1:] if argv is None else argv))
@@ -60,20 +70,37 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
         return main(argv) or 0
     except InputError as error:
-        _let_the_first_speak()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except RunFailed as error:
+        return _fail(str(error), EXIT_FAILED)
     except ModuleNotFoundError as error:
         if (error.name or "fp8lm").startswith("fp8lm"):
             raise
         cure = "source .venv/bin/activate, or python -m fp8lm.doctor"
-        print(f"error: {sys.executable} has no package {error.name}: {cure}", file=sys.stderr)
+        complain(f"error: {sys.executable} has no package {error.name}: {cure}")
         return EXIT_BAD_INPUT
+    except Exception as error:
+        fault = describe_fault(error)
+        if fault is None:
+            raise
+        return _fail(fault, EXIT_FAILED)
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # what was under way ends here, silently
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr)
+            complain("interrupted")
         return EXIT_INTERRUPTED
+
+
+def complain(line: str) -> None:
+    """Print `line` on stderr, if that can be written to: what it says stays true if not."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> int:
+    _let_the_first_speak()
+    complain(f"error: {' '.join(message.split())}")
+    return code
 
 
 def _let_the_first_speak() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
+from fp8lm.errors import RunFailed
 from fp8lm.training.build import Run
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import evaluation_loss, on_device, run_batches
@@ -163,7 +164,7 @@ class Trainer:
         limit = self.run.config.train.max_consecutive_skips
         if skipped_in_a_row >= limit:
             self.checkpoints.finish()
-            raise RuntimeError(
+            raise RunFailed(
                 f"{skipped_in_a_row} steps in a row were skipped on non-finite values "
                 f"(train.max_consecutive_skips={limit}); weights are those before the first of them"
             )
@@ -184,11 +185,11 @@ class Trainer:
     def _answer(self, spike: LossSpike) -> None:
         """Raise `RollBack`, or go on where there is nothing to go back to.
 
-        RuntimeError if it would be once too often.
+        `RunFailed` if it would be once too often.
         """
         limit = self.run.config.train.max_rollbacks
         if self.progress.rollbacks >= limit:
-            raise RuntimeError(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
+            raise RunFailed(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
         checkpoint = self.checkpoints.find_before(spike.first)
         if checkpoint is not None:
             raise RollBack(spike, checkpoint)

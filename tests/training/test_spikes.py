@@ -10,6 +10,7 @@ import torch
 
 from fp8lm.checkpoint import find_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.errors import RunFailed
 from fp8lm.training import trainer as trainer_module
 from fp8lm.training.spikes import LossSpike, LossWatch
 from tests.training.runs import curve, read
@@ -276,6 +277,6 @@ def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsy
 
 @pytest.mark.slow
 def test_too_many_rollbacks_stop_the_run(config, train_run, tmp_path):
-    with pytest.raises(RuntimeError, match=r"after 2 rollbacks \(train.max_rollbacks\): stopped"):
+    with pytest.raises(RunFailed, match=r"after 2 rollbacks \(train.max_rollbacks\): stopped"):
         train_run(config(max_rollbacks=2), lambda trainer: garble(trainer, range(4 * 14, 400)))
     assert find_checkpoint(tmp_path / "ck").iteration == 12

@@ -9,7 +9,7 @@ import torch
 
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.config import load_config
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 from fp8lm.training.build import resolve_device
 from fp8lm.training.state import model_tensors, optimizer_tensors
 
@@ -134,7 +134,7 @@ def test_too_many_skips_in_a_row_stop_the_run_with_a_checkpoint(tiny_config, tra
         {"train": {"max_consecutive_skips": 2}, "logging": {"log_interval": 1}},
         {"checkpoint": {"save": str(tmp_path)}},
     )
-    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+    with pytest.raises(RunFailed, match="2 steps in a row were skipped"):
         train_run(config, lambda trainer: poison(trainer, range(8, 100)))
     assert latest_iteration(tmp_path) == 4
 
