@@ -22,6 +22,7 @@ from pathlib import Path
 from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import load_config
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.evaluation import on_device, run_batches
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
             for mode in MODES[1:]:
                 shutil.rmtree(options.folder / mode, ignore_errors=True)
             if options.output:
-                options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_aside(options.output, json.dumps(result, indent=1) + "\n")
 
 
 def measure(run: Run, options: argparse.Namespace) -> dict:

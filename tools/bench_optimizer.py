@@ -22,6 +22,7 @@ import torch
 
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.state import state_bytes
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
         if groups.is_main:
             report(results)
             if options.output:
-                options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                write_aside(options.output, json.dumps(results, indent=1) + "\n")
 
 
 def measure(runs: dict[str, Run], groups: ProcessGroups, steps: int) -> dict[str, dict]:

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from fp8lm.config import Config, build_config
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import select_kernels
 from fp8lm.training.build import build_model, resolve_device
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     print_table(rows, options, device)
     if options.output:
         facts = {"options": vars(options), "device": describe_device(device), "rows": rows}
-        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_aside(options.output, json.dumps(facts, indent=1) + "\n")
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
         results = measure_run(run, {"early": options.early, "late": options.late})
     print_table(results)
     if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_aside(options.output, json.dumps(results, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
 

@@ -5,7 +5,7 @@ ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, 
                                          checksums.sha256
 ROOT/.iter_0000100.tmp/                  one being written
 ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
-ROOT/.iter_0000100.removed/              one being deleted
+ROOT/.iter_0000100.*.removed/            one being deleted
 ROOT/set_aside/iter_0000100/             one of another past, which this run does not touch
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, text_digest
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import remove_unfinished, sync_folder, write_whole
 
 LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common.json"
@@ -117,13 +119,13 @@ def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str])
     for name in digests:
         if not (written / name).is_file():
             raise FileNotFoundError(f"{written / name}, which a process has written, is not there")
-    write_durably(written / COMMON, common)
+    write_whole(written / COMMON, common)
     digests = {**digests, COMMON: text_digest(common)}
-    write_durably(written / CHECKSUMS, checksums_text(digests))
+    write_whole(written / CHECKSUMS, checksums_text(digests))
     if os.path.lexists(folder):
         folder.rename(_aside(root, iteration, "old"))
     written.rename(folder)
-    _sync_folder(root)
+    sync_folder(root)
     write_latest(root, iteration)
     settle(root)
     return folder
@@ -131,7 +133,7 @@ def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str])
 
 def write_latest(root: Path, iteration: int) -> None:
     """Name `iteration` in the latest file."""
-    write_durably(root / LATEST, f"{iteration}\n")
+    write_whole(root / LATEST, f"{iteration}\n")
 
 
 def remove(root: Path, iterations: list[int]) -> None:
@@ -139,7 +141,8 @@ def remove(root: Path, iterations: list[int]) -> None:
     for iteration in iterations:
         for folder in (_folder(root, iteration), _aside(root, iteration, "old")):
             if os.path.lexists(folder):
-                removed = _aside(root, iteration, "removed")
+                # A name of its own: one that could not be deleted may still be in the way.
+                removed = _aside(root, iteration, f"{secrets.token_hex(8)}.removed")
                 folder.rename(removed)
                 _delete(removed)
 
@@ -161,7 +164,7 @@ def set_aside(root: Path, after: int) -> list[int]:
     """
     iterations = [iteration for iteration in saved_iterations(root) if iteration > after]
     for iteration in iterations:
-        (root / SET_ASIDE).mkdir(exist_ok=True)
+        _make_own_folder(root / SET_ASIDE)
         name = place = _folder(root / SET_ASIDE, iteration)
         number = 1
         while os.path.lexists(place):
@@ -180,6 +183,7 @@ def settle(root: Path) -> None:
         folder = root / replaced.name[1:].removesuffix(".old")
         if not os.path.lexists(folder):
             replaced.rename(folder)
+    remove_unfinished(root / LATEST)
     for suffix in ("old", "tmp", "removed"):
         for left in root.glob(f".iter_*.{suffix}"):
             with suppress(OSError):
@@ -193,19 +197,11 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file aside, fsync it, and move it to `path` at once."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def _make_own_folder(folder: Path) -> None:
+    """Make `folder`; `NotADirectoryError` if its name is a link, which would lead elsewhere."""
+    folder.mkdir(exist_ok=True)
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "is a symbolic link", str(folder))
 
 
 def _folder(root: Path, iteration: int) -> Path:
@@ -214,15 +210,3 @@ def _folder(root: Path, iteration: int) -> Path:
 
 def _aside(root: Path, iteration: int, suffix: str) -> Path:
     return root / f".{_folder(root, iteration).name}.{suffix}"
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable only once the folder that holds the name is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise  # those filesystems offer no more than the rename
-    finally:
-        os.close(descriptor)

@@ -63,7 +63,7 @@ def _leave_token(root: Path) -> Path:
     try:
         make_save_folder(root)
         token = root / f".seen_by_all.{secrets.token_hex(8)}"
-        token.touch()
+        token.touch(exist_ok=False)
     except OSError as error:
         raise InputError(f"cannot save checkpoints in {root}: {error.strerror or error}") from error
     return token

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from fp8lm.checkpoint.planners import (
 )
 from fp8lm.checkpoint.together import Group
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import create
 
 
 def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[str, str]:
@@ -107,8 +109,9 @@ class _Files(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
-        # Unbuffered: the failing write is seen here, and torch.save writes large blocks.
-        with Path(path).open(mode, buffering=0) as stream:
+        # Unbuffered: the failing write is seen here, and torch.save writes large blocks. The
+        # folder is new, so that a name that is taken has been planted.
+        with os.fdopen(create(Path(path)), mode, buffering=0) as stream:
             recorder = _Recorder(stream, self)
             yield recorder
         self.digests[Path(path).name] = recorder.digest.hexdigest()

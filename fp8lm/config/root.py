@@ -16,6 +16,7 @@ from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, To
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.config.yaml_format import to_yaml
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import write_whole
 
 
 class Config(Section):
@@ -56,10 +57,5 @@ class Config(Section):
 
     def save_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write `to_yaml()` to a file that is either complete or not there."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_text(
-            "# The resolved config of a run: --config takes it back.\n" + self.to_yaml(),
-            encoding="utf-8",
-        )
-        os.replace(aside, path)
+        text = "# The resolved config of a run: --config takes it back.\n" + self.to_yaml()
+        write_whole(Path(path), text)

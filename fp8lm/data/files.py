@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import write_whole
 
 
 def sha256_of(paths: Iterable[Path]) -> str:
@@ -50,15 +51,22 @@ def folder_aside(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it when it is whole.
+def write_aside(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write what a user has named as output: at once, and whole or not at all.
 
-    Creates its folder; raises `InputError` where it cannot be written.
+    Creates its folder; raises `InputError` where it cannot be written. A device or a pipe, such as
+    /dev/stdout, is written to as it is.
     """
-    with folder_aside(path) as aside:
-        part = aside / path.name
-        try:
-            part.write_bytes(data)
-            os.replace(part, path)
-        except OSError as err:
-            raise InputError(f"cannot write {path}: {err.strerror or err}") from None
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(f"cannot write to {path.parent}: {err.strerror or err}") from None
+    try:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as stream:
+                stream.write(data.encode() if isinstance(data, str) else data)
+        else:
+            write_whole(path, data)
+    except OSError as err:
+        raise InputError(f"cannot write {path}: {err.strerror or err}") from None

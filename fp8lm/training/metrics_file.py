@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import open_regular, open_to_append, remove_unfinished, write_whole
 from fp8lm.training.trackers import warn
 
 NAME = "metrics.jsonl"
@@ -45,9 +47,10 @@ class MetricsFile:
         self._file = reopened
 
     def _open(self, iteration: int) -> FileIO:
-        if self._path.exists():
-            _keep(self._path, list(_lines_until(self._path, iteration)))
-        return self._path.open("ab", buffering=0)
+        remove_unfinished(self._path)
+        if os.path.lexists(self._path):
+            write_whole(self._path, "".join(_lines_until(self._path, iteration)))
+        return open_to_append(self._path, buffering=0)
 
     def write(self, values: Mapping[str, float]) -> None:
         """Append one object."""
@@ -75,17 +78,11 @@ def _as_json(value: float) -> float | None:
 def _lines_until(path: Path, last: int) -> Iterator[str]:
     if last == 0:
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with open_regular(path) as file:
+        for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace"):
             try:
                 iteration = json.loads(line)["iteration"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut short by a killed process
             if iteration <= last:
                 yield line
-
-
-def _keep(path: Path, lines: list[str]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)

@@ -18,6 +18,7 @@ import torch
 
 import fp8lm
 from fp8lm.revision import source_revision
+from fp8lm.runtime.files import open_to_append
 
 NAME = "starts.jsonl"
 
@@ -37,5 +38,5 @@ def record_start(folder: Path, facts: dict[str, Any], iteration: int, processes:
     """Append a line for a start at `iteration`, with the `facts` of it; OSError if it cannot."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = {"time": now, "iteration": iteration, "processes": processes, **facts}
-    with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with open_to_append(folder / NAME) as file:
+        file.write(f"{json.dumps(line)}\n".encode())

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fp8lm.runtime.files import open_to_append
+
 
 class TensorBoard:
     """Scalars and texts in `folder`; what a former run reported after `first_iteration` is hidden.
@@ -29,7 +31,7 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter((folder / name).open("ab"))
+        self._records = RecordWriter(open_to_append(folder / name))
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
         # An evaluation at `first_iteration` belongs to the former run, unless there is none.
         self._hide_from(first_iteration + 1 if first_iteration else 0)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fp8lm.config import LoggingConfig
+from fp8lm.runtime.files import read_regular, write_whole
 from fp8lm.training.trackers import warn
 
 LOGIN_TIMEOUT = 30  # seconds to answer wandb's question for a key on a terminal
 INIT_TIMEOUT = 60  # seconds for wandb's server to answer
 FINISH_TIMEOUT = 300  # seconds to upload what is left at the end
 RECORD = "wandb_run.json"
+LARGEST_RECORD = 2**20
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,8 @@ class WandB:
     def _remember(self) -> None:
         if self._path is None:
             return
-        aside = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            aside.write_text(json.dumps(asdict(self._record), indent=2) + "\n")
-            os.replace(aside, self._path)
+            write_whole(self._path, json.dumps(asdict(self._record), indent=2) + "\n")
         except OSError as error:
             warn(f"{self._path} is not up to date, the next start may be another run: {error}")
 
@@ -148,7 +148,9 @@ def _digest(run_config: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path | None) -> RunRecord | None:
+    if path is None:
+        return None
     try:
-        return RunRecord(**json.loads(path.read_text())) if path is not None else None
+        return RunRecord(**json.loads(read_regular(path, LARGEST_RECORD)))
     except (OSError, ValueError, TypeError):
         return None  # none yet, or cut off by a full disk: a new run
