@@ -21,10 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from fp8lm.comm.launch import Launch
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
-from fp8lm.quiet import quiet_megatron
-
-with quiet_megatron():
-    from megatron.core.parallel_state import RankGenerator
 
 TIMEOUT = timedelta(minutes=10)
 # A checkpoint's slowest file may take long; a rank that dies ends the wait for it all the same.
@@ -143,8 +139,16 @@ def model_parallel_groups(
 
 def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
     """The ranks of every tensor-parallel ("tp"), data-parallel ("dp") and pipeline ("pp") group."""
-    order = RankGenerator(tp=tensor, dp=data, pp=pipeline, ep=1, cp=1, order="tp-dp-pp")
-    return {kind: order.get_ranks(kind) for kind in ("tp", "dp", "pp")}
+    shards, replicas, stages = range(tensor), range(data), range(pipeline)
+
+    def rank(stage: int, replica: int, shard: int) -> int:
+        return (stage * data + replica) * tensor + shard
+
+    return {
+        "tp": [[rank(s, r, t) for t in shards] for s in stages for r in replicas],
+        "dp": [[rank(s, r, t) for r in replicas] for s in stages for t in shards],
+        "pp": [[rank(s, r, t) for s in stages] for r in replicas for t in shards],
+    }
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Train, valid and test datasets from the config: megatron-core's GPT datasets, or mock data.
 
 What megatron-core would meet with an assertion, an endless loop or a stale cache is checked here
-first, on every rank, so that no rank waits at a barrier for one that failed.
+first, on every rank, so that no rank waits at a barrier for one that failed. Megatron-core is
+imported where it is used: that takes seconds, which the checks before a start need not wait for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,17 +21,9 @@ from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron
 
-with quiet_megatron():
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
 if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
     from fp8lm.config import Config
 
 SPLITS = ("train", "valid", "test")
@@ -53,6 +47,8 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
     prefixes, weights = _blend(config.data.data_path)
     files = check_files(config, tokenizer, sizes)
     with quiet_megatron():
+        from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
         gpt_config = GPTDatasetConfig(
             random_seed=config.train.seed,
             sequence_length=config.model.seq_length,
@@ -122,12 +118,11 @@ def _check_split(split: str, files: list[IndexedFile], sizes: Sizes) -> None:
 
     Megatron-core counts epochs until there are tokens enough: without any it never returns.
     """
-    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    for name, share, size in zip(SPLITS, matrix, sizes, strict=True):
+    for name, share, size in zip(SPLITS, _split_edges(split), sizes, strict=True):
         if size == 0:
             continue
         for file in files:
-            begin, end = (round(edge * len(file.lengths)) for edge in share or (0, 0))
+            begin, end = (round(edge * len(file.lengths)) for edge in share)
             if not file.lengths[begin:end].any():
                 raise InputError(
                     f"data.split {split!r} leaves no documents of {file.prefix} "
@@ -137,10 +132,23 @@ def _check_split(split: str, files: list[IndexedFile], sizes: Sizes) -> None:
                 )
 
 
+def _split_edges(split: str) -> list[tuple[float, float]]:
+    """Where train, valid and test begin and end in the documents, rounded as megatron-core does."""
+    shares = np.array([float(share) for share in split.split(",")])
+    edges = list(accumulate((shares / shares.sum()).tolist(), initial=0))
+    edges += [edges[-1]] * (len(SPLITS) + 1 - len(edges))
+    return list(pairwise(edges))
+
+
 def _build(config: GPTDatasetConfig, sizes: Sizes) -> list[Dataset | None]:
     where = config.path_to_cache or "the folder beside the data"
     try:
         with quiet_megatron():
+            from megatron.core.datasets.blended_megatron_dataset_builder import (
+                BlendedMegatronDatasetBuilder,
+            )
+            from megatron.core.datasets.gpt_dataset import GPTDataset
+
             return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     except (EOFError, ValueError) as err:
         raise InputError(

@@ -20,12 +20,9 @@ import numpy as np
 
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.errors import InputError
-from fp8lm.quiet import quiet_megatron
-
-with quiet_megatron():
-    from megatron.core.datasets.indexed_dataset import DType
 
 HEADER = struct.Struct("<9sQBQQ")
+DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")  # code 1 on
 MAGIC = b"MMIDIDX\x00\x00"
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 256, 4096
 
@@ -97,10 +94,9 @@ def _read_index(idx: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]
         lengths = np.fromfile(stream, "<i4", num_sequences)
         pointers = np.fromfile(stream, "<i8", num_sequences)
         marks = np.fromfile(stream, "<i8", num_marks)
-    try:
-        dtype = np.dtype(DType.dtype_from_code(code))
-    except ValueError:
-        raise InputError(f"{idx} is corrupt: token type {code} is unknown") from None
+    if not 1 <= code <= len(DTYPES):
+        raise InputError(f"{idx} is corrupt: token type {code} is unknown")
+    dtype = np.dtype(DTYPES[code - 1])
     if dtype.kind not in "iu":
         raise InputError(f"{idx} stores {dtype} values: token ids are integers")
     return dtype, lengths, pointers, marks

@@ -88,11 +88,18 @@ def torchrun_environment(options: Options) -> dict[str, str]:
 
 def command_line(environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> str:
     """What a shell in this folder takes to run `module` as it would be run here."""
-    if path := os.environ.get("PYTHONPATH"):  # what finds the package, outside of the checkout
-        environment = {"PYTHONPATH": path, **environment}
+    environment = {**_import_path(), **environment}
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     words = map(_word, [sys.executable, "-m", module, *arguments])
     return " ".join([*variables, *words])
+
+
+def _import_path() -> dict[str, str]:
+    """PYTHONPATH where the package is found only through it: not in this folder, not installed."""
+    root, given = Path(__file__).resolve().parents[2], os.environ.get("PYTHONPATH", "")
+    if Path.cwd() == root or root not in (Path(part).resolve() for part in given.split(os.pathsep)):
+        return {}
+    return {"PYTHONPATH": str(root)}
 
 
 def _word(argument: str) -> str:

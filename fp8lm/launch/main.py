@@ -17,6 +17,7 @@ from fp8lm.launch.command import (
     torchrun_environment,
 )
 from fp8lm.launch.options import Options, parse_options
+from fp8lm.launch.progress import progress_line
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
@@ -29,11 +30,12 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     if options.simulate:
         options, config = on_the_cpu(options, config)
-    # Imported once the config is known to be good: `--help` and mistakes answer at once.
-    from fp8lm.launch import preflight
+    with progress_line(f" checking {options.config} before the start"):
+        # Imported once the config is known to be good: `--help` and mistakes answer at once.
+        from fp8lm.launch import preflight
 
-    processes = options.nproc_per_node or preflight.default_processes(config)
-    plan = preflight.check_run(config, options.nnodes, processes)
+        processes = options.nproc_per_node or preflight.default_processes(config)
+        plan = preflight.check_run(config, options.nnodes, processes)
     remarks = preflight.notes(plan.layout, options.max_restarts)
     problems = preflight.folder_problems(config, options.log_dir, options.node_rank in (None, 0))
     if options.dry_run:  # which may be of a cluster whose folders are not here

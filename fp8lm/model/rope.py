@@ -12,12 +12,15 @@ from torch import Tensor
 def rope_tables(
     seq_length: int, head_size: int, base: float, percent: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, 1, 1, R] in fp32 for the first R = percent * head_size features."""
+    """cos and sin [S, 1, 1, R] in fp32 for the first R = percent * head_size features.
+
+    Computed on the CPU, so that they have the same bits on every device.
+    """
     rotated = int(head_size * percent) // 2 * 2
-    frequency = base ** (-torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
-    angle = torch.outer(torch.arange(seq_length, dtype=torch.float32, device=device), frequency)
+    frequency = base ** (-torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    angle = torch.outer(torch.arange(seq_length, dtype=torch.float32), frequency)
     angle = torch.cat((angle, angle), dim=-1)[:, None, None, :]
-    return angle.cos(), angle.sin()
+    return angle.cos().to(device), angle.sin().to(device)
 
 
 def apply_rope(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,21 +1,20 @@
 """Learning rate and batch size over the run, by megatron-core, as functions of samples consumed.
 
 Being functions, they need no state in a checkpoint and cannot drift from the data position.
+Megatron-core is imported where it is used: that takes seconds, which the checks before a start need
+not wait for.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from fp8lm.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.quiet import quiet_megatron
 
-with quiet_megatron():
-    from megatron.core.num_microbatches_calculator import (
-        ConstantNumMicroBatchesCalculator,
-        RampupBatchsizeNumMicroBatchesCalculator,
-    )
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+if TYPE_CHECKING:
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
 
 class LearningRate:
@@ -24,6 +23,9 @@ class LearningRate:
     def __init__(
         self, optimizer: OptimizerConfig, scheduler: SchedulerConfig, train: TrainConfig
     ) -> None:
+        with quiet_megatron():
+            from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
         def samples(iterations: int | None, samples: int | None) -> int | None:
             return samples if iterations is None else iterations * train.global_batch_size
 
@@ -60,29 +62,37 @@ class BatchSize:
 
     def __init__(self, train: TrainConfig, data_parallel_size: int) -> None:
         self._stride = train.micro_batch_size * data_parallel_size
-        common = dict(
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_size=data_parallel_size,
-            decrease_batch_size_if_needed=False,
-            rank=-1,  # it only decides who logs
-        )
-        if train.rampup_batch_size is None:
-            self._calculator = ConstantNumMicroBatchesCalculator(**common)
-        else:
-            start, increment, samples = train.rampup_batch_size
-            self._calculator = RampupBatchsizeNumMicroBatchesCalculator(
-                **common,
-                start_global_batch_size=start,
-                batch_size_increment=increment,
-                ramup_samples=samples,
-            )
+        self._constant, self._calculator = train.global_batch_size, None
+        if train.rampup_batch_size is not None:
+            self._calculator = _ramp_up(train, data_parallel_size)
 
     def global_batch_size(self, consumed_samples: int) -> int:
         """Samples, over all data-parallel ranks, of the step after `consumed_samples`."""
+        if self._calculator is None:
+            return self._constant
         self._calculator.update(consumed_samples, consistency_check=False)
         return self._calculator.get_current_global_batch_size()
 
     def num_microbatches(self, consumed_samples: int) -> int:
         """Micro-batches of each rank in that step."""
         return self.global_batch_size(consumed_samples) // self._stride
+
+
+def _ramp_up(
+    train: TrainConfig, data_parallel_size: int
+) -> RampupBatchsizeNumMicroBatchesCalculator:
+    with quiet_megatron():
+        from megatron.core.num_microbatches_calculator import (
+            RampupBatchsizeNumMicroBatchesCalculator,
+        )
+    start, increment, samples = train.rampup_batch_size
+    return RampupBatchsizeNumMicroBatchesCalculator(
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        decrease_batch_size_if_needed=False,
+        rank=-1,  # it only decides who logs
+        start_global_batch_size=start,
+        batch_size_increment=increment,
+        ramup_samples=samples,
+    )

@@ -117,12 +117,23 @@ def test_one_machine_in_a_pod_of_several(monkeypatch):
 
 
 def test_command_is_what_a_shell_takes(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/a b")
+    monkeypatch.chdir(ROOT)
     line = command_line({"A": "b c"}, "a.module", ["data.data_path=[a b, c]"])
-    words = ["PYTHONPATH=/a b", "A=b c", sys.executable, "-m", "a.module"]
+    words = ["A=b c", sys.executable, "-m", "a.module"]
     assert shlex.split(line) == [*words, "data.data_path=[a b, c]"]
-    monkeypatch.delenv("PYTHONPATH")
-    assert shlex.split(command_line({}, "m", [])) == [sys.executable, "-m", "m"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "needed"),
+    [(ROOT, ROOT, False), (ROOT.parent, "/elsewhere", False), (ROOT.parent, f"/a:{ROOT}", True)],
+)
+def test_a_command_names_the_path_of_the_package_where_it_needs_it(
+    folder, path, needed, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(path))
+    words = [f"PYTHONPATH={ROOT}"] * needed + [sys.executable, "-m", "m"]
+    assert shlex.split(command_line({}, "m", [])) == words
 
 
 @pytest.mark.parametrize(

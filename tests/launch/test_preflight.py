@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -23,7 +25,8 @@ from fp8lm.launch.preflight import (
     folder_problems,
     notes,
 )
-from tests.launch.conftest import ROOT
+from fp8lm.launch.progress import progress_line
+from tests.launch.conftest import ENVIRONMENT, ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
 SMALL = str(ROOT / "configs/gpt_125m.yaml")
@@ -234,3 +237,28 @@ def test_gpus_without_nccl(two_gpus, monkeypatch):
     with pytest.raises(InputError, match="this PyTorch has no NCCL"):
         check_devices(load_config(CONFIG), 1)
     check_devices(load_config(CONFIG, ["train.device=cpu"]), 1)
+
+
+LIGHT = f"""
+import sys
+from fp8lm.config import load_config
+from fp8lm.launch.preflight import check_run
+data = ["data.mock_data=false", "data.data_path=[data_text_document]", "data.split=1,0,0"]
+check_run(load_config({CONFIG!r}, data), 1, 2)
+print(*(heavy for heavy in ("megatron", "torch._dynamo", "wandb") if heavy in sys.modules))
+"""
+
+
+def test_the_checks_import_nothing_that_takes_seconds(data, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.0), (True, 9.0), (False, 0.0)])
+def test_a_slow_check_is_told_to_a_terminal(terminal, seconds, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_line("at work", after=seconds):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ("at work\n" if terminal and not seconds else "")

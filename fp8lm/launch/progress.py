@@ -1,0 +1,31 @@
+"""A line for whoever watches a terminal while something takes long."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+PATIENCE = 3.0  # seconds
+
+
+@contextmanager
+def progress_line(text: str, after: float = PATIENCE) -> Iterator[None]:
+    """Print `text` on stderr if the `with` block takes longer than `after` seconds.
+
+    Only to a terminal: a log gains nothing from it.
+    """
+    timer = threading.Timer(after, _print, [text])
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _print(text: str) -> None:
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
