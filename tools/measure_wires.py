@@ -98,8 +98,8 @@ def main(argv: list[str]) -> None:
         partition=partition,
     )
     rates = LearningRate(config.optimizer, config.scheduler, config.train)
-    for _ in range(options.steps):
-        rate = rates.rate(batches.consumed_samples)
+    for step in range(options.steps):
+        rate = rates.rate(step, batches.consumed_samples)
         train_step(model, optimizer, batches.next(1), rate)
     report(record_step(model, partition, batches.next(1)[0]))
 

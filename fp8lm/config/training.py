@@ -29,10 +29,14 @@ class TrainConfig(Section):
         "global_batch_size by increment over that many samples; needs train_samples.",
     )
     train_iters: Count | None = Field(
-        None, description="Length of the run in iterations; give this or train_samples."
+        None,
+        description="Length of the run in iterations, whatever their batches; give this or "
+        "train_samples.",
     )
     train_samples: Count | None = Field(
-        None, description="Length of the run in samples; give this or train_iters."
+        None,
+        description="Length of the run in samples, a partial last batch is dropped; give this or "
+        "train_iters.",
     )
     exit_interval: Count | None = Field(
         None, description="Save and stop when the iteration is a multiple of this."
@@ -54,6 +58,11 @@ class TrainConfig(Section):
     seed: Size = Field(1234, description="Seed of weights, dropout, rounding and data order.")
     eval_interval: Count = Field(1000, description="Iterations between evaluations.")
     eval_iters: Size = Field(100, description="Batches of one evaluation; 0: no evaluation.")
+    eval_new_samples: Bool = Field(
+        False,
+        description="Evaluate each time on the validation samples after those of the time before, "
+        "as Megatron-LM does, instead of on the same.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; auto takes CUDA where there is one."
     )

@@ -8,7 +8,7 @@ from fp8lm.config import Config
 from fp8lm.optim.schedule import BatchSize
 from fp8lm.parallel.schedule import simulate
 from fp8lm.parallel.stages import schedule_maker
-from fp8lm.training.length import check_batches, total_iterations, total_samples
+from fp8lm.training.length import check_batches, end_of_run
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ def plan_batches(config: Config, num_replicas: int) -> Batches:
         parallel.pipeline_model_parallel_size,
         parallel.num_chunks(config.model.num_layers),
     )
+    iterations, samples = end_of_run(train, BatchSize(train, num_replicas))
     return Batches(
         micro_batch_size=train.micro_batch_size,
         num_microbatches=microbatches,
         num_replicas=num_replicas,
         seq_length=config.model.seq_length,
-        iterations=total_iterations(train, BatchSize(train, num_replicas)),
-        samples=total_samples(train),
+        iterations=iterations,
+        samples=samples,
         bubble=simulate(make(microbatches), microbatches).bubble,
     )

@@ -1,8 +1,9 @@
-"""Learning rate and batch size over the run, by megatron-core, as functions of samples consumed.
+"""Learning rate and batch size over the run, by megatron-core, as functions of its position.
 
-Being functions, they need no state in a checkpoint and cannot drift from the data position.
-Megatron-core is imported where it is used: that takes seconds, which the checks before a start need
-not wait for.
+Being functions, they need no state in a checkpoint and cannot drift from it. The position is in the
+unit of the run's length: the schedule of `train_iters` counts iterations, that of `train_samples`
+samples consumed, so that neither moves when a run goes on with another batch. Megatron-core is
+imported where it is used: that takes seconds, which the checks before a start need not wait for.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class LearningRate:
-    """`rate(consumed_samples)`, from the config sections optimizer, scheduler and train."""
+    """`rate(iteration, consumed_samples)`, from the sections optimizer, scheduler and train."""
 
     def __init__(
         self, optimizer: OptimizerConfig, scheduler: SchedulerConfig, train: TrainConfig
     ) -> None:
         with quiet_megatron():
             from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+        # Iterations count as Megatron-LM counts them: in samples of one batch, today's.
+        self._per_iteration = train.global_batch_size if train.train_samples is None else None
 
         def samples(iterations: int | None, samples: int | None) -> int | None:
             return samples if iterations is None else iterations * train.global_batch_size
@@ -51,9 +54,12 @@ class LearningRate:
             lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
         )
 
-    def rate(self, consumed_samples: int) -> float:
-        """The learning rate of the step that starts after `consumed_samples`."""
-        self._scheduler.num_steps = consumed_samples
+    def rate(self, iteration: int, consumed_samples: int) -> float:
+        """The learning rate of the step after `iteration` steps with `consumed_samples`."""
+        if self._per_iteration is None:
+            self._scheduler.num_steps = consumed_samples
+        else:
+            self._scheduler.num_steps = iteration * self._per_iteration
         return self._scheduler.get_lr({})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.replicas import OneReplica
 from fp8lm.training.layout import build_partition, link
-from fp8lm.training.length import check_batches, dataset_sizes, total_iterations, total_samples
+from fp8lm.training.length import check_batches, dataset_sizes
 from fp8lm.training.pipelining import model_parts
 
 
@@ -48,20 +48,11 @@ class Run:
     learning_rate: LearningRate
     batch_size: BatchSize
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
+    dataset_sizes: tuple[int, int, int]
     replicas: OneReplica
     pipeline: Pipeline | None
     counted_elsewhere: frozenset[str]
     sent: WireCounter
-
-    @property
-    def total_samples(self) -> int:
-        """Samples of the whole run, over all ranks."""
-        return total_samples(self.config.train)
-
-    @property
-    def total_iterations(self) -> int:
-        """Iterations of the whole run."""
-        return total_iterations(self.config.train, self.batch_size)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -160,7 +151,8 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
     vocab_size = table_rows(config, tokenizer.vocab_size)
-    datasets = build_datasets(config, tokenizer, dataset_sizes(config))
+    sizes = dataset_sizes(config)
+    datasets = build_datasets(config, tokenizer, sizes)
     kernels, counter = select_kernels(device), WireCounter()
     partition = build_partition(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, partition)
@@ -190,8 +182,19 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
+        dataset_sizes=sizes,
         replicas=links.replicas,
         pipeline=links.pipeline,
         counted_elsewhere=links.counted_elsewhere,
         sent=counter,
     )
+
+
+def resize_datasets(run: Run, iteration: int, consumed_samples: int) -> Run:
+    """`run` with the samples that it reads from `iteration` on: others if its batch has changed."""
+    config = run.config
+    sizes = dataset_sizes(config, iteration, consumed_samples)
+    if sizes == run.dataset_sizes:
+        return run
+    datasets = build_datasets(config, run.tokenizer, sizes)
+    return replace(run, datasets=datasets, dataset_sizes=sizes)

@@ -1,4 +1,4 @@
-"""The loss on held-out data: the same batches each time, in the formats of training, no dropout."""
+"""The loss on held-out data, in the formats of training, without dropout."""
 
 from __future__ import annotations
 
@@ -7,20 +7,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fp8lm.comm import Wire, all_gather_scalars
+from fp8lm.config import TrainConfig
 from fp8lm.data.batches import BatchIterator
 from fp8lm.layers.operand_amax import known_amaxes
 from fp8lm.training.build import Run
 from fp8lm.training.step import Batch, evaluate
 
 
-def evaluation_loss(run: Run, dataset: Dataset) -> float:
+def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
     """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks."""
     config = run.config.train
-    batches = run_batches(run, dataset, 0)
+    batches = run_batches(run, dataset, first_sample)
     count = config.eval_iters * config.global_batch_size // batches.stride
     run.replicas.wait_for_weights()
     with known_amaxes(run.weights.values(), run.optimizer.partition):
         return _mean_over_ranks(run, _local_loss(run, batches, count)).item()
+
+
+def first_validation_sample(train: TrainConfig, iteration: int, num_samples: int) -> int:
+    """Where in the `num_samples` of the validation split the evaluation of `iteration` begins.
+
+    With `train.eval_new_samples` an evaluation follows on the one before, as in Megatron-LM, whose
+    first is that of `train.eval_interval`; the one before training, which is not there, reads what
+    that reads. A function of the iteration, so that a resumed run reads the same.
+    """
+    if not train.eval_new_samples:
+        return 0
+    size = train.eval_iters * train.global_batch_size
+    number = max(0, -(-iteration // train.eval_interval) - 1)
+    return number % (num_samples // size) * size
 
 
 def run_batches(

@@ -33,28 +33,53 @@ def check_batches(config: Config, replicas: int) -> None:
         )
 
 
-def dataset_sizes(config: Config) -> tuple[int, int, int]:
-    """Samples of training, validation and test that a run reads; 0 of a split without a share."""
-    # A last step may reach beyond the run's samples by less than one batch.
-    train = total_samples(config.train) + config.train.global_batch_size
-    evaluation = config.train.eval_iters * config.train.global_batch_size
+def dataset_sizes(
+    config: Config, iteration: int = 0, consumed_samples: int = 0
+) -> tuple[int, int, int]:
+    """Samples to build of training, validation and test, as Megatron-LM counts them.
+
+    They decide how many epochs megatron-core shuffles, and with that the order of all samples.
+    A run of `train_iters` whose batch has changed reads `consumed_samples` until `iteration`, and
+    today's batches after it. A split without a share of the data has 0.
+    """
+    train = config.train
+    batch_size = BatchSize(train, data_parallel_size=1)
+    samples = train.train_samples
+    if samples is None:
+        _, samples = end_of_run(train, batch_size, iteration, consumed_samples)
+    iterations, _ = end_of_run(train, batch_size)
+    evaluation = train.eval_iters * train.global_batch_size
+    evaluations = iterations // train.eval_interval + 1
     shares = [float(share) for share in config.data.split.split(",")] + [0.0, 0.0]
-    return train, evaluation * (shares[1] > 0), evaluation * (shares[2] > 0)
+    return samples, evaluations * evaluation * (shares[1] > 0), evaluation * (shares[2] > 0)
 
 
-def total_samples(train: TrainConfig) -> int:
-    """Samples of the whole run, over all ranks, from the config section `train`."""
-    if train.train_samples is not None:
-        return train.train_samples
-    return train.train_iters * train.global_batch_size
+def end_of_run(
+    train: TrainConfig, batch_size: BatchSize, iteration: int = 0, consumed_samples: int = 0
+) -> tuple[int, int]:
+    """Iterations and samples at the end of the run that has got to `iteration`.
 
-
-def total_iterations(train: TrainConfig, batch_size: BatchSize) -> int:
-    """Iterations of the whole run; with a ramp-up, counted by going through it."""
+    `train_iters` counts iterations, whatever batches they had. `train_samples` drops a partial last
+    batch.
+    """
+    size = train.global_batch_size
     if train.train_iters is not None:
-        return train.train_iters
-    iterations = samples = 0
-    while samples < train.train_samples:
-        samples += batch_size.global_batch_size(samples)
-        iterations += 1
-    return iterations
+        left = max(0, train.train_iters - iteration)
+        return iteration + left, consumed_samples + left * size
+    while not is_over(train, batch_size, iteration, consumed_samples):
+        size = batch_size.global_batch_size(consumed_samples)
+        if size == train.global_batch_size:  # the ramp-up is over
+            left = (train.train_samples - consumed_samples) // size
+            return iteration + left, consumed_samples + left * size
+        iteration, consumed_samples = iteration + 1, consumed_samples + size
+    return iteration, consumed_samples
+
+
+def is_over(
+    train: TrainConfig, batch_size: BatchSize, iteration: int, consumed_samples: int
+) -> bool:
+    """Whether the run has no step left after `iteration`, or no samples for a whole one."""
+    if train.train_iters is not None:
+        return iteration >= train.train_iters
+    size = batch_size.global_batch_size(consumed_samples)
+    return consumed_samples + size > train.train_samples

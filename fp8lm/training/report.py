@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
+from fp8lm.training.length import end_of_run
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.memory import memory_bytes
 from fp8lm.training.progress import Lap, Progress
@@ -22,13 +23,14 @@ from fp8lm.training.state import bytes_per_parameter, describe_state, linear_wei
 class Reporter:
     """Turns steps, evaluations and checkpoints of `run` into reports; a context manager."""
 
-    def __init__(self, run: Run, first_iteration: int) -> None:
-        config = run.config
+    def __init__(self, run: Run, progress: Progress) -> None:
+        config, first_iteration = run.config, progress.iteration
+        position = first_iteration, progress.consumed_samples
         self._run = run
         facts = start_facts() if run.groups.is_main else {}
         self._write_start(facts, first_iteration)
         info = RunInfo(
-            total_iterations=run.total_iterations,
+            total_iterations=end_of_run(config.train, run.batch_size, *position)[0],
             first_iteration=first_iteration,
             is_main=run.groups.is_main,
             config=config.model_dump(mode="json"),

@@ -10,10 +10,16 @@ import torch
 from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
 from fp8lm.errors import RunFailed
-from fp8lm.training.build import Run
+from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
-from fp8lm.training.evaluation import evaluation_loss, on_device, run_batches
+from fp8lm.training.evaluation import (
+    evaluation_loss,
+    first_validation_sample,
+    on_device,
+    run_batches,
+)
 from fp8lm.training.events import StepNumbers
+from fp8lm.training.length import is_over
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
 from fp8lm.training.spikes import LossSpike, LossWatch, RollBack
@@ -34,6 +40,8 @@ class Trainer:
         self._reporter: Reporter | None = None
         self.checkpoints = RunCheckpoints(run, self.window, self.progress, self.losses, self._say)
         self.checkpoints.load()
+        self._note_other_batches()
+        self._fit_datasets()
         self._stopwatch = Stopwatch(self.progress)
         self._numbers = StepNumbers()
         self._stop, self._exits = 0.0, False
@@ -46,7 +54,7 @@ class Trainer:
         run, config = self.run, self.run.config.train
         launch = Launch.from_environment(os.environ)
         with ExitStack() as stack:
-            self._reporter = stack.enter_context(Reporter(run, self.progress.iteration))
+            self._reporter = stack.enter_context(Reporter(run, self.progress))
             self._requests = stack.enter_context(StopRequests(config, launch))
             self._watchdog = stack.enter_context(Watchdog(run.groups, config.slow_step_factor))
             if self._finished:
@@ -77,7 +85,9 @@ class Trainer:
 
     @property
     def _finished(self) -> bool:
-        return self.progress.consumed_samples >= self.run.total_samples
+        run, progress = self.run, self.progress
+        position = progress.iteration, progress.consumed_samples
+        return is_over(run.config.train, run.batch_size, *position)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
@@ -121,7 +131,7 @@ class Trainer:
                 run.model,
                 run.optimizer,
                 on_device(microbatches, run.device),
-                run.learning_rate.rate(consumed),
+                run.learning_rate.rate(progress.iteration, consumed),
                 run.replicas,
                 run.pipeline,
                 self._requests.reason,
@@ -156,7 +166,8 @@ class Trainer:
     def _report(self, result: StepResult) -> None:
         """Log what happened since the last report: on a GPU the loop's only wait for the device."""
         progress, window = self.progress, self.window.read()
-        lr = self.run.learning_rate.rate(progress.consumed_samples - progress.batch_size)
+        before = progress.iteration - 1, progress.consumed_samples - progress.batch_size
+        lr = self.run.learning_rate.rate(*before)
         lap = self._stopwatch.lap(progress)
         self._reporter.log_training(progress, lap, window, result.grad_norm.item(), lr, self._sent)
 
@@ -173,9 +184,12 @@ class Trainer:
         dataset = self.run.datasets[("train", "validation", "test").index(split)]
         if dataset is None:
             return
+        train, iteration, first = self.run.config.train, self.progress.iteration, 0
+        if split == "validation":
+            first = first_validation_sample(train, iteration, len(dataset))
         with self._stopwatch.paused():
-            loss = evaluation_loss(self.run, dataset)
-        self._reporter.log_evaluation(split, self.progress.iteration, loss)
+            loss = evaluation_loss(self.run, dataset, first)
+        self._reporter.log_evaluation(split, iteration, loss)
 
     def _save(self) -> None:
         self._look_at(self._numbers.drain())  # a checkpoint knows of all steps before it
@@ -205,9 +219,29 @@ class Trainer:
         self._numbers = StepNumbers()  # a number still under way is of the past that is left
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
+        self._fit_datasets()
         self._reporter.go_back(progress)
         skipped = f"{progress.skipped_samples} samples are skipped"
         self._say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
+
+    def _fit_datasets(self) -> None:
+        """Have data for the steps that are left, whose batch may not be that of those done."""
+        progress = self.progress
+        self.run = resize_datasets(self.run, progress.iteration, progress.consumed_samples)
+
+    def _note_other_batches(self) -> None:
+        """Say what is left of a run measured in iterations whose batch has changed."""
+        train, done = self.run.config.train, self.progress
+        if train.train_iters is None or self._finished:
+            return
+        batch = train.global_batch_size
+        if done.consumed_samples != done.iteration * batch:
+            left = train.train_iters - done.iteration
+            self._say(
+                f" note: the batch has changed: {done.iteration} iterations read "
+                f"{done.consumed_samples} samples, the {left} that are left read {left * batch} in "
+                f"batches of {batch} (train.global_batch_size); schedules count iterations"
+            )
 
     def _say(self, line: str) -> None:
         """Print a line, on the main rank."""

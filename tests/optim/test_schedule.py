@@ -18,7 +18,7 @@ def rates(steps, *, lr=1.0, min_lr=0.1, train=None, **scheduler):
         micro_batch_size=2, global_batch_size=GLOBAL_BATCH, **(train or {"train_iters": 100})
     )
     rate = LearningRate(OptimizerConfig(lr=lr, min_lr=min_lr), SchedulerConfig(**scheduler), train)
-    return [rate.rate(step * GLOBAL_BATCH) for step in steps]
+    return [rate.rate(step, step * GLOBAL_BATCH) for step in steps]
 
 
 COSINE = [1.0, 0.1 + 0.9 * (0.5 + 0.25 * math.sqrt(2)), 0.55, 0.1]
@@ -71,6 +71,18 @@ def test_lengths_in_samples():
 def test_decay_defaults_to_the_length_of_the_run():
     assert rates([50], train={"train_samples": 400}) == pytest.approx([0.55])
     assert rates([50], train={"train_iters": 50}) == pytest.approx([0.1])
+
+
+def test_the_unit_of_the_run_is_that_of_the_schedule():
+    def rate(train, iteration, consumed):
+        train = TrainConfig(micro_batch_size=2, global_batch_size=8, **train)
+        return LearningRate(OptimizerConfig(lr=1.0), SchedulerConfig(), train).rate(
+            iteration, consumed
+        )
+
+    # Half of the run with batches of 4, the other half with batches of 8.
+    assert rate({"train_iters": 100}, 50, 50 * 4) == pytest.approx(0.55)
+    assert rate({"train_samples": 400}, 50, 50 * 4) == pytest.approx(0.55)
 
 
 def test_rate_is_a_function_of_the_position_alone():
