@@ -8,7 +8,7 @@ for the next older one, unless a certain iteration was asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_
 from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import Shards
 from fp8lm.checkpoint.storage import read_shards
-from fp8lm.checkpoint.together import Group, from_all, my_share, on_main
+from fp8lm.checkpoint.together import Group, all_or_error, from_all, my_share, on_main
 from fp8lm.checkpoint.validity import check_files, inspect_folder
 from fp8lm.errors import InputError
 
@@ -81,15 +81,21 @@ def open_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, shards: Shards, group: Group = None, *, passing_over: str | None = None
+    checkpoint: Checkpoint,
+    shards: Shards,
+    group: Group = None,
+    *,
+    passing_over: str | None = None,
+    known: Collection[str] = (),
 ) -> None:
     """Fill the tensors of `shards` in place, bit for bit.
 
     The checkpoint may hold more tensors than `shards` names if their names begin with
-    `passing_over`: "optimizer." for a model alone, "" for any. Raises `InputError` for a checkpoint
-    of another model, naming the first tensor that differs; then nothing is filled.
+    `passing_over` ("optimizer." for a model alone, "" for any) or are in `known` of some rank.
+    Raises `InputError` for a checkpoint of another model, naming the first tensor that differs;
+    then nothing is filled.
     """
-    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, passing_over)
+    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, passing_over, known)
 
 
 def _candidates(root: Path) -> tuple[list[int], list[str]]:
@@ -110,22 +116,11 @@ def _candidates(root: Path) -> tuple[list[int], list[str]]:
 def _open(root: Path, iteration: int, group: Group, passed_over: list[str]) -> Checkpoint:
     folder, common, metadata, digests = on_main(group, lambda: _inspect(root, iteration))
     names = my_share(group, sorted(digests))
-    checked = from_all(group, _caught(lambda: check_files(folder, digests, names)))
-    for result in checked:
-        if isinstance(result, InputError):
-            raise result
-    if problems := [problem for result in checked for problem in result]:
+    own = all_or_error(group, lambda: check_files(folder, digests, names))
+    if problems := [problem for found in from_all(group, own) for problem in found]:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DamagedCheckpoint(problems[0] + others)
     return Checkpoint(folder, common, metadata, passed_over)
-
-
-def _caught(check: Callable[[], list[str]]) -> list[str] | InputError:
-    # Raised by one rank alone, an error would leave the others waiting.
-    try:
-        return check()
-    except InputError as error:
-        return error
 
 
 def _inspect(root: Path, iteration: int) -> tuple[Path, dict[str, Any], Metadata, dict[str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,11 +91,12 @@ class ShardSavePlanner(SavePlanner):
 class ShardLoadPlanner(LoadPlanner):
     """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones.
 
-    Tensors that nobody asks for are passed over if their names begin with `passing_over`.
+    Tensors that no rank asks for are ignored if their names begin with `passing_over` or are in
+    `known` of some rank.
     """
 
-    def __init__(self, passing_over: str | None = None) -> None:
-        self._passing_over = passing_over
+    def __init__(self, passing_over: str | None = None, known: Collection[str] = ()) -> None:
+        self._passing_over, self._known = passing_over, known
 
     def set_up_planner(
         self,
@@ -120,7 +121,7 @@ class ShardLoadPlanner(LoadPlanner):
             for (name, _), shard in self._shards.items()
             for item in _read_items(name, shard, self._stored[name])
         ]
-        return LoadPlan(items, planner_data=[name for name, _ in self._shards])
+        return LoadPlan(items, planner_data=[name for name, _ in self._shards] + [*self._known])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Check that some rank asks for every stored tensor."""

@@ -11,7 +11,7 @@ import io
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -66,20 +66,32 @@ def read_shards(
     shards: Shards,
     group: Group,
     passing_over: str | None = None,
+    known: Collection[str] = (),
 ) -> None:
     """Fill all ranks' shards in place; an error of one rank is raised on all of them.
 
     Nothing is filled if some tensor does not fit (`InputError`); tensors whose names begin with
-    `passing_over` need not be asked for.
+    `passing_over` or are in `known` of some rank need not be asked for.
     """
     with _plain_errors():
         dcp.load(
             dict(shards),
             storage_reader=_Reader(folder, metadata),
-            planner=ShardLoadPlanner(passing_over),
+            planner=ShardLoadPlanner(passing_over, known),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
+
+
+def read_blocks(folder: Path, metadata: Metadata, shards: Shards) -> None:
+    """Fill this rank's `shards` in place, whatever the other ranks do.
+
+    Raises `InputError` for tensors that do not fit or cannot be read.
+    """
+    planner, reader = ShardLoadPlanner(), _Reader(folder, metadata)
+    planner.set_up_planner(shards, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.create_local_plan(), planner)
 
 
 @contextmanager

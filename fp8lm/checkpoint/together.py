@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from fp8lm.errors import InputError
+
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 
@@ -42,6 +44,19 @@ def from_all(group: Group, value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def all_or_error(group: Group, action: Callable[[], T]) -> T:
+    """`action()` of this rank; an `InputError` of any rank is raised on all of them."""
+    result, error = None, None
+    try:
+        result = action()
+    except InputError as failure:
+        error = failure
+    for failure in from_all(group, error):
+        if failure is not None:
+            raise failure
+    return result
 
 
 def my_share(group: Group, items: list[T]) -> list[T]:

@@ -77,6 +77,11 @@ class CheckpointConfig(Section):
     save_retain_interval: Count | None = Field(
         None, description="Keep the checkpoints of every so-many-th iteration besides."
     )
+    extend_embeddings: Bool = Field(
+        False,
+        description="Load a checkpoint of fewer tokens or learned positions: the new rows start "
+        "from initial values.",
+    )
     ckpt_format: Literal["torch_dist"] = Field(
         "torch_dist", description="torch.distributed.checkpoint, the only one there is."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,23 @@ def changed_keys(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
 
     A key that one of them does not know is passed over: it is of another version.
     """
+    keys = {section: tuple(config[section]) for section in _SECTIONS} | _KEYS
+    return _changed(keys, former, config)
+
+
+def changed_layout(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """As `changed_keys`, of section `parallel`: any layout loads under any other.
+
+    Where a load fails all the same, they may be why.
+    """
+    return _changed({"parallel": tuple(config["parallel"])}, former, config)
+
+
+def _changed(keys: Mapping[str, tuple[str, ...]], former: Mapping, config: Mapping) -> list[str]:
     return [
-        f"{key} = {json.dumps(value)} (was {json.dumps(was)})"
-        for key, was, value in _common(former, config)
-        if was != value
+        f"{section}.{key} = {json.dumps(now[key])} (was {json.dumps(before[key])})"
+        for section, names in keys.items()
+        for before, now in [(former.get(section, {}), config[section])]
+        for key in names
+        if key in before and key in now and before[key] != now[key]
     ]
-
-
-def _common(former: Mapping, config: Mapping) -> Iterator[tuple[str, Any, Any]]:
-    for section in (*_SECTIONS, *_KEYS):
-        before, now = former.get(section, {}), config[section]
-        for key in _KEYS.get(section, now):
-            if key in before and key in now:
-                yield f"{section}.{key}", before[key], now[key]

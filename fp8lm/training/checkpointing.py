@@ -20,18 +20,19 @@ from fp8lm.checkpoint import (
     Shard,
     check_save_folder,
     find_checkpoint,
-    load_checkpoint,
     take_over,
 )
 from fp8lm.checkpoint.files import SET_ASIDE, forget_after
 from fp8lm.checkpoint.together import on_main
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
-from fp8lm.training.changes import changed_keys, check_same_model
+from fp8lm.training.changes import changed_keys, changed_layout, check_same_model
 from fp8lm.training.console import saved_line
 from fp8lm.training.progress import Progress, Window
+from fp8lm.training.resizing import Vocabulary
 from fp8lm.training.spikes import LossWatch
 from fp8lm.training.state import model_shards, optimizer_shards, without
+from fp8lm.training.state_reader import StateReader
 
 REMEMBERED = "gradient."  # begins the names of what a reduction knows from earlier steps
 
@@ -87,19 +88,23 @@ class RunCheckpoints:
             self._report(f" warning: passed over a checkpoint: {problem}")
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
-        changed = ", ".join(changed_keys(former, config))
+        changed = changed_keys(former, config)
         try:
-            self._fill(found)
+            reader = self._fill(found)
         except InputError as error:
-            if not changed:
+            if not (changed := [*changed, *changed_layout(former, config)]):
                 raise
-            raise InputError(f"{error}; changed since then: {changed}") from error
+            raise InputError(f"{error}; changed since then: {', '.join(changed)}") from error
         self._began_at = found.iteration
         self._saved_iteration = found.iteration if self._config.resumes else None
         root = found.folder.parent
         self._report(f" loaded checkpoint of iteration {found.iteration} from {root}")
+        if reader.converted:
+            self._report(f" converted: {', '.join(reader.converted)}")
+        if reader.extended:
+            self._report(f" extended with initial values: {', '.join(reader.extended)}")
         if changed:
-            self._report(f" note: changed since that checkpoint: {changed}")
+            self._report(f" note: changed since that checkpoint: {', '.join(changed)}")
 
     def _take_over(self, iteration: int) -> None:
         root = self._saver.root
@@ -186,7 +191,7 @@ class RunCheckpoints:
         self._fill(checkpoint)
         self._saved_iteration = iteration if own else None
 
-    def _fill(self, checkpoint: Checkpoint) -> None:
+    def _fill(self, checkpoint: Checkpoint) -> StateReader:
         common, remembered = checkpoint.common, self._run.replicas.named_tensors()
         if common.get("released"):
             raise InputError(
@@ -198,11 +203,18 @@ class RunCheckpoints:
         if not any(name.startswith(REMEMBERED) for name in checkpoint.metadata.state_dict_metadata):
             remembered = {}
         self._run.replicas.wait_for_weights()
-        shards = self._shards(remembered)
-        load_checkpoint(checkpoint, shards, self._group, passing_over=REMEMBERED)
+        reader = StateReader(
+            self._run.optimizer,
+            checkpoint,
+            Vocabulary.of(self._run.tokenizer.vocab_size, common),
+            self._config.extend_embeddings,
+            self._group,
+        )
+        reader.read(self._shards(remembered), passing_over=REMEMBERED)
         for name in asdict(self._progress):
             setattr(self._progress, name, common[name])
         self._losses.restore(common["losses"])
+        return reader
 
     def _shards(self, remembered: dict[str, Tensor]) -> dict[str, list[Shard]]:
         return {

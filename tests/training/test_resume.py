@@ -122,7 +122,10 @@ def test_resumed_equals_uninterrupted(name, tiny_config, train_run, read_metrics
     [
         ({"model": {"num_layers": 3}}, "layers.2"),
         ({"model": {"hidden_size": 64}}, "expected"),
-        ({"precision": {"preset": "bf16"}}, 'precision.preset = "bf16" .was "o3".'),
+        (
+            {"model": {"num_layers": 3}, "parallel": {"partition": "even"}},
+            'since then: model.num_layers = 3 .was 2.*, parallel.partition = "even" .was "tensor"',
+        ),
         # All tensors fit here, and would be read as something else.
         ({"model": {"num_attention_heads": 4}}, r"model.num_attention_heads = 4 \(was 2\)"),
         (

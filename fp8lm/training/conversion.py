@@ -1,0 +1,165 @@
+"""A checkpoint kept in other formats than this run's: what each tensor is made from.
+
+    master                  the stored master weight, or the stored weight where that was its own
+    weight                  the stored weight if it has this run's format and a master beside it
+                            here; else the same as the master
+    exp_avg, exp_avg_sq     the same moment
+
+What is stored in the format wanted is taken as it is, bytes and scale. The rest is decoded to fp32
+and cast to nearest, with the scale of the logical tensor's amax, taken from what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fp8lm.checkpoint import Checkpoint, Shard
+from fp8lm.checkpoint.storage import read_blocks
+from fp8lm.checkpoint.together import Group, all_or_error
+from fp8lm.layers.weight import WeightSpec
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
+from fp8lm.optim import AdamW
+from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.training.resizing import RowPlan
+from fp8lm.training.slots import KINDS, Rows, StateSlot, slot_name, slots
+from fp8lm.training.state import blocks
+
+_FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, FP16, BF16, FP32)}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """`slot` is made from the `source_kind` of its weight, which is stored in `format`."""
+
+    slot: StateSlot
+    source_kind: str
+    format: Format
+
+    def __str__(self) -> str:
+        kind = self.slot.kind if self.slot.kind != self.source_kind else ""
+        target = f"{kind} {self.slot.tensor.format}".strip()
+        return f"{self.source_kind} {self.format} -> {target}"
+
+
+def find_conversions(
+    optimizer: AdamW, stored: Mapping[str, TensorStorageMetadata]
+) -> list[Conversion]:
+    """What cannot be read as it is from a checkpoint of tensors `stored`."""
+    found = []
+    for slot in slots(optimizer):
+        kind = _source_kind(optimizer, stored, slot.weight, slot.kind)
+        fmt = _format_of(stored, slot.weight, kind)
+        if fmt is not None and (kind, fmt) != (slot.kind, slot.tensor.format):
+            found.append(Conversion(slot, kind, fmt))
+    return found
+
+
+def _source_kind(
+    optimizer: AdamW, stored: Mapping[str, TensorStorageMetadata], weight: str, kind: str
+) -> str:
+    if kind in ("exp_avg", "exp_avg_sq"):
+        return kind
+    compute = optimizer.weights[weight].spec.format
+    has_master = optimizer.precision.own_master(compute) is not None
+    if kind == "weight" and has_master and _format_of(stored, weight, "weight") == compute:
+        return "weight"
+    return "weight" if _format_of(stored, weight, "master") is None else "master"
+
+
+def _format_of(
+    stored: Mapping[str, TensorStorageMetadata], weight: str, kind: str
+) -> Format | None:
+    """Of the `kind` of `weight`, None if that is not stored."""
+    tensor = stored.get(f"{slot_name(weight, kind)}.payload")
+    return None if tensor is None else _FORMATS.get(tensor.properties.dtype)
+
+
+class Converter:
+    """Carries out `conversions` from `checkpoint`; `plans` are of tables with other rows there.
+
+    All ranks of `group` convert together, also those that have nothing to convert.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        checkpoint: Checkpoint,
+        conversions: list[Conversion],
+        plans: Mapping[str, RowPlan],
+        group: Group,
+    ) -> None:
+        self._optimizer, self._checkpoint = optimizer, checkpoint
+        self._conversions, self._plans, self._group = conversions, plans, group
+        self._stored = checkpoint.metadata.state_dict_metadata
+
+    def problems(self) -> list[str]:
+        """What has another shape in the checkpoint."""
+        return [
+            f"{name}: expected shape {list(expected)}, found {list(found)}"
+            for conversion in self._conversions
+            for name, expected, found in [self._shapes(conversion)]
+            if expected != found
+        ]
+
+    def run(self) -> None:
+        """Fill all slots."""
+        all_or_error(self._group, self._take_amax)
+        self._optimizer.share_amax()
+        all_or_error(self._group, self._cast)
+
+    def _take_amax(self) -> None:
+        """Set `AdamW.amax` of what is converted to that of the rows whose states are here."""
+        names = list(self._optimizer.weights)
+        for weight, column in {(c.slot.weight, c.slot.column) for c in self._conversions}:
+            amax = self._optimizer.amax[names.index(weight), column]
+            amax.zero_()
+            rows = self._optimizer.owned.get(weight)
+            if rows is not None and rows[0] < rows[1]:
+                kind = _source_kind(self._optimizer, self._stored, weight, KINDS[column])
+                amax.copy_(self._optimizer.kernels.amax(self._values(weight, kind, rows)))
+
+    def _cast(self) -> None:
+        names = list(self._optimizer.weights)
+        for conversion in self._conversions:
+            slot, kind = conversion.slot, conversion.source_kind
+            tensor = slot.tensor
+            if conversion.format == tensor.format:
+                tensor.copy_(self._read(slot.weight, kind, slot.rows))
+                continue
+            values = self._values(slot.weight, kind, slot.rows)
+            amax = self._optimizer.amax[names.index(slot.weight), slot.column]
+            tensor.copy_(quantize(values, tensor.format, self._optimizer.kernels, amax=amax))
+
+    def _values(self, weight: str, kind: str, rows: Rows) -> Tensor:
+        return self._read(weight, kind, rows).dequantize(self._optimizer.kernels)
+
+    def _read(self, weight: str, kind: str, rows: Rows) -> ScaledTensor:
+        """Rows `rows` of this rank's part of `weight`, as they are stored."""
+        spec, name = self._spec(weight), slot_name(weight, kind)
+        shape = (rows[1] - rows[0], *spec.local_shape[1:])
+        fmt = _format_of(self._stored, weight, kind)
+        tensor = ScaledTensor.zeros(shape, fmt, self._optimizer.amax.device)
+        own = blocks(spec, tensor.payload.view(fmt.dtype), rows)
+        if plan := self._plans.get(weight):
+            own = plan.cut(own, self._stored[f"{name}.payload"])
+        shards = {f"{name}.payload": own}
+        if fmt.scaled:
+            shards[f"{name}.scale"] = [Shard.whole(tensor.scale)]
+        read_blocks(self._checkpoint.folder, self._checkpoint.metadata, shards)
+        return tensor
+
+    def _shapes(self, conversion: Conversion) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Name, and the shape that is wanted and found; the rows are planned where they differ."""
+        spec = self._spec(conversion.slot.weight)
+        name = f"{slot_name(conversion.slot.weight, conversion.source_kind)}.payload"
+        expected, found = spec.split.sections(spec.shape)[0], tuple(self._stored[name].size)
+        if conversion.slot.weight in self._plans:
+            expected, found = expected[1:], found[1:]
+        return name, tuple(expected), found
+
+    def _spec(self, weight: str) -> WeightSpec:
+        return self._optimizer.weights[weight].spec
