@@ -1,0 +1,230 @@
+"""Training jobs whose processes are forked from a server that has imported everything.
+
+A process of pretrain_gpt.py spends seconds on imports; one that is forked after them starts in
+milliseconds. For programs that train many tiny models one after the other:
+
+    with JobServer(tree) as server:
+        result = server.run(["--config", "configs/gpt_tiny.yaml"], processes=2, log=path)
+
+`tree` is a checkout, of any commit whose pretrain_gpt.py has `main(argv) -> int`: the server is an
+interpreter of its own, so several commits can be run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+POLL = 0.005
+GRACE = 10.0  # seconds that the other ranks have when one has failed
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_IMPORTS = (
+    "fp8lm.training.trainer",
+    "fp8lm.training.build",
+    "fp8lm.comm.groups",
+    "fp8lm.config",
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL to all ranks `seconds` after `file` has at least `lines` lines."""
+
+    file: str
+    lines: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Exit codes by rank (negative: a signal), and whether `Kill` was carried out."""
+
+    codes: list[int]
+    killed: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether every rank ended well."""
+        return not any(self.codes)
+
+
+class JobServer:
+    """Runs jobs of the code in `tree`; a context manager."""
+
+    def __init__(self, tree: Path) -> None:
+        self._tree = tree.resolve()
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> JobServer:
+        environment = {**os.environ, "PYTHONPATH": str(self._tree), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(self._tree)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self._tree,
+            env=environment,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+
+    def run(
+        self,
+        argv: Sequence[str],
+        processes: int,
+        log: Path,
+        kill: Kill | None = None,
+        timeout: float = 300.0,
+    ) -> JobResult:
+        """Run pretrain_gpt.py with `argv` on `processes` ranks; their output goes to `log`.
+
+        After `timeout` seconds all ranks are killed. RuntimeError if the server has ended.
+        """
+        request = {
+            "argv": list(argv),
+            "processes": processes,
+            "log": str(log),
+            "kill": asdict(kill) if kill else None,
+            "timeout": timeout,
+        }
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"the server for {self._tree} has ended") from None
+        if not (answer := self._process.stdout.readline()):
+            raise RuntimeError(f"the server for {self._tree} has ended")
+        return JobResult(**json.loads(answer))
+
+
+def serve(tree: str) -> None:
+    """Answer requests of a `JobServer`, one JSON object a line."""
+    _die_with_parent()
+    sys.path.insert(0, tree)
+    command = _import_command(Path(tree))
+    for line in sys.stdin:
+        result = _run(command, json.loads(line))
+        print(json.dumps(asdict(result)), flush=True)
+
+
+def _import_command(tree: Path) -> Callable[[list[str]], int]:
+    spec = importlib.util.spec_from_file_location("pretrain_gpt", tree / "pretrain_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    with contextlib.redirect_stdout(sys.stderr):
+        spec.loader.exec_module(module)
+        for name in _IMPORTS:
+            with contextlib.suppress(ModuleNotFoundError):  # another commit may have moved it
+                importlib.import_module(name)
+    return module.main
+
+
+def _run(command: Callable[[list[str]], int], request: dict[str, Any]) -> JobResult:
+    port = _free_port()
+    ranks = [_fork(command, request, rank, port) for rank in range(request["processes"])]
+    kill = Kill(**request["kill"]) if request["kill"] else None
+    due = deadline = time.monotonic() + request["timeout"]
+    if kill is None:
+        due = float("inf")
+    codes: dict[int, int] = {}
+    armed = killed = False
+    while len(codes) < len(ranks):
+        codes |= _reap([pid for pid in ranks if pid not in codes])
+        now = time.monotonic()
+        if kill is not None and not armed and _lines(kill.file) >= kill.lines:
+            armed, due = True, now + kill.seconds
+        if any(codes.values()):
+            deadline = min(deadline, now + GRACE)
+        if now >= min(due, deadline) and len(codes) < len(ranks):
+            killed = killed or (armed and now >= due)
+            due = float("inf")
+            for pid in ranks:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL)
+    return JobResult([codes[pid] for pid in ranks], killed)
+
+
+def _fork(
+    command: Callable[[list[str]], int], request: dict[str, Any], rank: int, port: int
+) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        _die_with_parent()
+        _redirect(request["log"])
+        random.seed()
+        if request["processes"] > 1:
+            os.environ |= _rank_environment(rank, request["processes"], port)
+        from fp8lm.errors import run_command
+
+        code = run_command(command, request["argv"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    values |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in values.items()}
+
+
+def _redirect(log: str) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = os.open(log, flags, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (descriptor, 1), (descriptor, 2)):
+        os.dup2(source, target)
+
+
+def _reap(pids: list[int]) -> dict[int, int]:
+    ended = {}
+    for pid in pids:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended
+
+
+def _lines(file: str) -> int:
+    with contextlib.suppress(OSError):
+        return Path(file).read_bytes().count(b"\n")
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
