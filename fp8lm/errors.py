@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fp8lm.faults import describe_fault
 
@@ -34,11 +34,26 @@ class RunFailed(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose complaints are `InputError`, in one line."""
+    """argparse whose complaints are `InputError`, in one line.
+
+    `--option=~/FILE` means what `--option ~/FILE` does: only the latter is expanded by shells.
+    """
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """See argparse, which every way of parsing ends in."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_home(text) for text in given], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _with_home(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name + equals + os.path.expanduser(value) if value.startswith("~/") else argument
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

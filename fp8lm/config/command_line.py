@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fp8lm.config.help import help_text
 from fp8lm.config.loading import load_config
+from fp8lm.config.options import explain_options
 from fp8lm.config.root import Config
 from fp8lm.config.schema import schema_text
 from fp8lm.errors import CommandParser, InputError
@@ -29,9 +30,8 @@ def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") ->
     parser.add_argument("overrides", nargs="*")
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        cure = f"write {unknown[0].lstrip('-')}" if "=" in unknown[0] else "see --help"
-        raise InputError(f"unknown option {unknown[0]}: {cure}")
-    if options.config is None:
+        raise InputError(explain_options(argv, unknown, f"{program} --help"))
+    if not options.config:
         first = next(iter(options.overrides), "")
         meant = first if first.endswith((".yaml", ".yml")) else "FILE.yaml"
         raise InputError(f"no config: {program} --config {meant}, for one of those in configs/")

@@ -19,7 +19,8 @@ def help_text(program: str) -> str:
         f"usage: {program} [--config FILE.yaml] [section.key=value ...]",
         textwrap.fill(
             "Keys come from FILE.yaml, from the files its top-level `base` names, and from the "
-            "command line; later ones win. Values are YAML: numbers, true, null, [1, 2], text.",
+            "command line; later ones win. Values are YAML: numbers, true, null, [1, 2], text. In "
+            "names of files and folders `~` and `$VARIABLE` are expanded.",
             WIDTH,
         ),
     ]

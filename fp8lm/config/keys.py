@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fp8lm.config.megatron_keys import megatron_advice, megatron_names
 from fp8lm.config.root import Config
 
+NEAR = 0.8  # of difflib: a spelling mistake or two, not another word
+MOST_SUGGESTED = 3
 _TYPE_NAMES = {"integer": "integer", "number": "number", "string": "text", "null": "null"}
 _BOUNDS = (
     ("exclusiveMinimum", ">"),
@@ -80,21 +83,66 @@ def type_text(schema: Mapping[str, Any]) -> str:
 
 
 def suggest(path: str, keys: Mapping[str, Key]) -> str:
-    """Say what an unknown `section.name`, section or bare name most likely means."""
-    section, _, name = path.partition(".") if "." in path else ("", "", path)
+    """Say what an unknown `section.name`, section or bare name most likely means.
+
+    A near spelling, what takes the place of a flag of Megatron's, or where to look.
+    """
+    if (meant := find_key(path, keys)) is not None:
+        return f"did you mean {meant}?"
+    section, _, name = _snake(path).rpartition(".")
     sections = list(dict.fromkeys(key.section for key in keys.values()))
-    if not section and (near := difflib.get_close_matches(name, sections, 1)):
+    if path == "base":
+        return "write it into a file, and give that with --config"
+    if not section and (near := difflib.get_close_matches(name, sections, 1, NEAR)):
         return f"did you mean {near[0]}?"
-    elsewhere = {key.name: key.path for key in keys.values()}
-    if name in elsewhere:
-        return f"did you mean {elsewhere[name]}?"
-    if section not in sections and (near := difflib.get_close_matches(section, sections, 1)):
-        section = near[0]
-    inside = {key.name: key.path for key in keys.values() if key.section == section}
-    for names in (inside, elsewhere):
-        if near := difflib.get_close_matches(name, names, 1, cutoff=0.65):
-            return f"did you mean {names[near[0]]}?"
+    advice = megatron_advice(f"{section.rpartition('.')[2]}.{name}") or megatron_advice(name)
+    if advice is not None:
+        return advice
+    if (near := _near(section, name, keys)) is not None:
+        return near
+    inside = section.partition(".")[0] in sections
     return "--help lists its keys" if inside else f"the sections are {', '.join(sections)}"
+
+
+def find_key(path: str, keys: Mapping[str, Key]) -> str | None:
+    """The key that `path` names but for dashes, capitals, a wrong section or none."""
+    path = _snake(path)
+    if path in keys:
+        return path
+    name = path.rpartition(".")[2]
+    for key in keys:
+        if name in (key.rpartition(".")[2], key.replace(".", "_")):
+            return key
+    return None
+
+
+def _near(section: str, name: str, keys: Mapping[str, Key]) -> str | None:
+    """Whose name is spelled like `name`: first in its section, then in all, then at Megatron's."""
+    everywhere = {key.name.rpartition(".")[2]: key.path for key in keys.values()}
+    inside = {
+        key.name.rpartition(".")[2]: key.path
+        for key in keys.values()
+        if _is_like(section, key.path.rpartition(".")[0])
+    }
+    for names in (inside, everywhere):
+        if near := difflib.get_close_matches(name, [*names, *megatron_names()], 1, NEAR):
+            found = names.get(near[0])
+            advice = f"{near[0]}? {megatron_advice(near[0])}"
+            return f"did you mean {advice if found is None else f'{found}?'}"
+    words = set(name.split("_"))
+    for names in (inside, everywhere):
+        partly = [path for other, path in names.items() if words <= set(other.split("_"))]
+        if 0 < len(partly) <= MOST_SUGGESTED:
+            return f"did you mean {' or '.join(partly)}?"
+    return None
+
+
+def _is_like(section: str, other: str) -> bool:
+    return section == other or bool(difflib.get_close_matches(section, [other], 1, NEAR))
+
+
+def _snake(path: str) -> str:
+    return path.replace("-", "_").lower()
 
 
 def _value_text(value: Any) -> str:

@@ -12,35 +12,55 @@ from pydantic import ValidationError
 
 from fp8lm.config.keys import list_keys, suggest
 from fp8lm.config.merging import Layer, merge
+from fp8lm.config.options import cure_override
+from fp8lm.config.paths import expand, expand_keys
 from fp8lm.config.root import Config
 from fp8lm.config.yaml_format import parse_value, read_mapping
 from fp8lm.errors import InputError
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, the files its `base` names, and `section.key=value` overrides."""
-    return build_config(merge(_read_layers(Path(path), ()), parse_overrides(overrides)))
+    """Read a YAML file, the files its `base` names, and `section.key=value` overrides.
+
+    In the names of all files `~` and `$VARIABLE` are expanded.
+    """
+    file = Path(expand(os.fspath(path), "--config"))
+    content = merge(_read_layers(file, ()), parse_overrides(overrides))
+    content, problems = expand_keys(Config, content)
+    return _build(content, problems)
 
 
 def build_config(content: Mapping[str, Any]) -> Config:
     """Validate sections given as plain mappings; raise `InputError` with all that is wrong."""
+    return _build(content, [])
+
+
+def _build(content: Mapping[str, Any], problems: list[str]) -> Config:
+    """The same, with `problems` that were found before."""
     # An absent section is an empty one: then the keys it must have are named, not the section.
     empty = {section: {} for section in Config.model_fields}
     given = {section: {} if keys is None else keys for section, keys in content.items()}
     try:
-        return Config.model_validate({**empty, **given})
+        config = Config.model_validate({**empty, **given})
     except ValidationError as error:
-        raise InputError(_explain(error, given)) from None
+        problems = [*problems, _explain(error, given)]
+    except InputError as error:  # sections that disagree
+        problems = [*problems, str(error)]
+    if problems:
+        raise InputError("; ".join(problems))
+    return config
 
 
 def parse_overrides(overrides: Iterable[str]) -> Layer:
     """Turn `section.key=value` texts into one layer; values are YAML, an empty one is null."""
     layer: Layer = {}
-    for override in overrides:
+    overrides = list(overrides)
+    for place, override in enumerate(overrides):
         path, equals, text = override.partition("=")
         *parents, name = path.split(".")
         if not equals or not all((*parents, name)):
-            raise InputError(f"override {_cut(override)!r}: write it as section.key=value")
+            cure = cure_override(overrides, place)
+            raise InputError(f"override {_cut(override)!r}: {cure}")
         inner = layer
         for parent in parents:
             inner = inner.setdefault(parent, {})
@@ -61,6 +81,7 @@ def _read_layers(path: Path, below: tuple[Path, ...]) -> Layer:
     content = read_mapping(path)
     layer: Layer = {}
     for base in _base_names(content.pop("base", None), path):
+        base = expand(base, f"{path}: base")
         layer = merge(layer, _read_layers(path.parent / base, (*below, path)))
     return merge(layer, content)
 

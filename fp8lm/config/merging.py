@@ -27,6 +27,8 @@ ALTERNATIVES = (
 def merge(lower: Layer, upper: Layer) -> Layer:
     """Return `lower` overlaid with `upper`; neither is changed."""
     lower = deepcopy(lower)
+    # A section without keys, which YAML reads as null, says nothing.
+    upper = {k: v for k, v in upper.items() if v is not None or not _section(lower, k)}
     _drop_alternatives(lower, upper)
     _drop_preset_values(_section(lower, "precision"), _section(upper, "precision"))
     _drop_other_tokenizer(_section(lower, "tokenizer"), _section(upper, "tokenizer"))

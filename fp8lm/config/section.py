@@ -1,26 +1,41 @@
 """The base of every config section, and the scalar types its keys are made of.
 
-Scalars are strict: `true` is not a number and `"10"` is not 10; only an integer may stand where a
-number is asked for. A *derived* key has a rule instead of a default: leaving it out, or writing
-null, takes what the rule gives from the keys above it, so a validated section is fully resolved.
+Scalars are strict: `true` is not a number and `"10"` is not 10. Numbers mean what they say,
+however they are written: an integer may stand where a number is asked for, `1e6` where an integer
+is, and `"2e-3"` is a number, since half of the readers of YAML take `2e-3` for text.
+
+A *derived* key has a rule instead of a default: leaving it out, or writing null, takes what the
+rule gives from the keys above it, so a validated section is fully resolved.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+EXPONENT = r"^([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"  # text to YAML 1.1, a number to 1.2
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.match(EXPONENT, value) else value
+
+
+def _integer(value: Any) -> Any:
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Size = Annotated[int, Strict(), Field(ge=0)]
-Number = Annotated[float, Strict()]
-Positive = Annotated[float, Strict(), Field(gt=0)]
-NonNegative = Annotated[float, Strict(), Field(ge=0)]
-Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
-PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1)]
+Count = Annotated[int, Strict(), Field(ge=1), BeforeValidator(_integer)]
+Size = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_integer)]
+Positive = Annotated[float, Strict(), Field(gt=0), BeforeValidator(_number)]
+NonNegative = Annotated[float, Strict(), Field(ge=0), BeforeValidator(_number)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1), BeforeValidator(_number)]
 
 
 class Section(BaseModel):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field
 
-from fp8lm.config.section import Bool, Count, Section, Size, Text
+from fp8lm.config.paths import PathText
+from fp8lm.config.section import Bool, Count, Positive, Section, Size, Text
 
 
 def _as_list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_list, json_schema_input_type=list[str])]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
+]
 DataPath = Annotated[
-    tuple[Annotated[float, Strict(), Field(gt=0)] | Text, ...],
-    BeforeValidator(_as_list, json_schema_input_type=list[float | str] | str),
+    tuple[Positive | PathText, ...],
+    BeforeValidator(_as_list, json_schema_input_type=list[Positive | Text] | Text),
 ]
 
 
@@ -30,12 +33,16 @@ class DataConfig(Section):
         "and .idx files; give this or mock_data.",
     )
     split: Text = Field("99,1,0", description="Shares for training, validation and test.")
-    data_cache_path: Text | None = Field(
+    data_cache_path: PathText | None = Field(
         None, description="Folder for the sample indices; null: beside the data."
     )
     mock_data: Bool = Field(False, description="Seeded synthetic tokens, no files needed.")
     num_workers: Size = Field(0, description="Processes that load batches; 0: the training one.")
-    eod_mask_loss: Bool = Field(False, description="Take no loss on end-of-document tokens.")
+    eod_mask_loss: Bool = Field(
+        False,
+        description="Take no loss where the input is an end-of-document token, that is on the "
+        "first token of the next document; the end-of-document token itself is still predicted.",
+    )
 
 
 class TokenizerConfig(Section):
@@ -48,7 +55,7 @@ class TokenizerConfig(Section):
         "TikTokenizer",
         "NullTokenizer",
     ] = Field("SentencePieceTokenizer", description="Kind of tokenizer.")
-    tokenizer_model: Text | None = Field(
+    tokenizer_model: PathText | None = Field(
         None, description="Local file or folder of the tokenizer; NullTokenizer has none."
     )
     vocab_size: Count | None = Field(
@@ -61,8 +68,8 @@ class TokenizerConfig(Section):
 class CheckpointConfig(Section):
     """Where and when the state of a run is kept."""
 
-    save: Text | None = Field(None, description="Folder to save to; null: nothing is saved.")
-    load: Text | None = Field(
+    save: PathText | None = Field(None, description="Folder to save to; null: nothing is saved.")
+    load: PathText | None = Field(
         None, description="Folder to resume from; the same one as save continues a run."
     )
     save_interval: Count | None = Field(
@@ -96,7 +103,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """What a run reports, and where."""
 
-    dir: Text | None = Field(
+    dir: PathText | None = Field(
         None,
         description="Folder for config.yaml, starts.jsonl, metrics.jsonl and tensorboard/; null: "
         "only the log.",
@@ -118,7 +125,7 @@ class LoggingConfig(Section):
         None, description="Group of runs shown together there, such as seeds of one setting."
     )
     wandb_tags: Texts = Field((), description="Tags of the run there.")
-    wandb_save_dir: Text | None = Field(
+    wandb_save_dir: PathText | None = Field(
         None, description="Folder for wandb's own files; null: dir, else the current folder."
     )
     wandb_mode: Literal["online", "offline", "disabled"] | None = Field(

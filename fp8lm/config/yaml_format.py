@@ -2,11 +2,13 @@
 
 PyYAML follows YAML 1.1, where `1e-4` is text, `on` is true and `010` is eight. The loader here
 follows the core schema of YAML 1.2, which editors check files against; the dumper quotes whatever
-either version would read as something other than text. A key given twice is an error.
+either version would read as something other than text. A key given twice is an error, and so are
+merge keys (`<<`), which 1.2 does not have, and aliases that multiply into more than a config is.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,6 +18,8 @@ import yaml
 
 from fp8lm.errors import InputError
 
+MOST_BYTES = 16 * 2**20  # of a file
+MOST_VALUES = 200_000  # of a config, aliases counted as what they stand for
 _CORE = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
@@ -43,6 +47,17 @@ class ConfigLoader(yaml.SafeLoader):
             )
         return node
 
+    def get_single_data(self) -> Any:
+        """Read the document; a `ConstructorError` if its aliases make it too large."""
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MOST_VALUES} values, aliases written out", node.start_mark
+            )
+        return self.construct_document(node)
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Build what a node stands for; a `ConstructorError` if it cannot be what its tag says."""
         try:
@@ -58,6 +73,13 @@ class ConfigLoader(yaml.SafeLoader):
         """Build a mapping; raise a `ConstructorError` with its place for a repeated key."""
         seen = set()
         for key_node, _ in node.value:
+            if key_node.value == "<<":
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    "merge keys (<<) are not read: write the keys out, or share a file by `base`",
+                    key_node.start_mark,
+                )
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -70,6 +92,15 @@ class ConfigLoader(yaml.SafeLoader):
         """Read decimal, 0o octal or 0x hexadecimal digits."""
         text = self.construct_scalar(node)
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; `known` are those of nodes counted before, by id."""
+    if id(node) not in known:
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -103,14 +134,12 @@ def to_yaml(content: Any) -> str:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; empty files count as empty mappings."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = _load(text)
+        content = _load(_read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"config file {path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"config file {path} is not UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"config file {path} cannot be read: {reason}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}{_line(error)}: not valid YAML: {_problem(error)}") from error
     if content is None:
@@ -118,6 +147,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold sections of keys, not {content!r:.60}")
     return content
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, or of a pipe that a shell made; InputError if it is none."""
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise InputError(f"config file {path} has more than {MOST_BYTES >> 20} MiB: not a config")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"config file {path} is UTF-16 or UTF-32 text: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path} is not UTF-8 text") from error
+    if "\0" in text:
+        raise InputError(f"config file {path} is not text: it has a byte of zero")
+    return text
 
 
 def _load(text: str) -> Any:
@@ -133,4 +179,7 @@ def _line(error: yaml.YAMLError) -> str:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error)
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"the character U+{error.character:04X} is not allowed"
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{problem}; indent with spaces" if r"'\t'" in problem else problem

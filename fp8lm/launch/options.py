@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8lm.arguments import number_type
+from fp8lm.config.options import explain_options
 from fp8lm.errors import CommandParser, InputError
 from fp8lm.launch.values import (
     MOST_PER_NODE,
@@ -52,8 +53,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     """Read the command line; InputError for what makes no sense. `--help` exits with 0."""
     given, unknown = _parser().parse_known_intermixed_args(list(argv))
     if unknown:
-        cure = f"write {unknown[0].lstrip('-')}" if "=" in unknown[0] else f"see {PROGRAM} --help"
-        raise InputError(f"unknown option {unknown[0]}: {cure}")
+        raise InputError(explain_options(argv, unknown, f"{PROGRAM} --help"))
     config, overrides = given.config, list(given.overrides)
     if config is None and overrides and "=" not in overrides[0]:
         config = overrides.pop(0)

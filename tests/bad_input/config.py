@@ -26,8 +26,9 @@ FILES = [
         "\n\na: &b [*b]", "c.yaml:3: not valid YAML: an alias stands inside of what it names"
     ),
     config_file("[" * 3000, "c.yaml: not valid YAML: nested too deeply"),
+    config_file("a: &a {}\nmodel: {<<: *a}", "c.yaml:2: not valid YAML: merge keys (<<)"),
     config_file("- 1\n- 2", "config file c.yaml must hold sections of keys, not [1, 2]"),
-    config_file(b"model: \xff\xfe", "config file c.yaml is not UTF-8 text"),
+    config_file(b"model: \xff", "config file c.yaml is not UTF-8 text"),
     config_file("base: no.yaml", "base file no.yaml does not exist: named by base in c.yaml"),
     config_file("base: 3", "c.yaml: base = 3: expected a file name or a list of them"),
     config_file("base: c.yaml", "base files form a cycle: c.yaml -> c.yaml"),
@@ -37,7 +38,17 @@ FILES = [
 
 KEYS = [
     train("--train.seed=3", says="unknown option --train.seed=3: write train.seed=3"),
-    train("--verbose", says="unknown option --verbose: see --help"),
+    train("--verbose", says="unknown option --verbose: see pretrain_gpt.py --help"),
+    train("--train.seed", "3", says="unknown option --train.seed: write train.seed=3"),
+    train("--bf16", "--swiglu", says="write precision.preset=bf16 model.swiglu=true"),
+    train("train.seed", "3", says="override 'train.seed': write train.seed=3"),
+    train("parallel.context_parallel_size=2", says="not here (context parallelism): drop it"),
+    train("model.num_experts=8", says="not here (mixture of experts): drop it"),
+    train("train.bf16=true", says="unknown key train.bf16: here it is precision.preset=bf16"),
+    train("train.objective=sft", says="unknown key train.objective: not here (fine-tuning"),
+    train("precision.wire.dispatch=fp8", says="not here (mixture of experts): drop it"),
+    train("checkpoint.save=$NOT_SET/ck", says="checkpoint.save: the variable NOT_SET of the"),
+    train("checkpoint.save=~nobody_here/ck", says="write ./~nobody_here for a folder"),
     train("train.seed", says="override 'train.seed': write it as section.key=value"),
     train("seed=3", says="unknown key seed: did you mean train.seed?"),
     train(
@@ -64,7 +75,8 @@ VALUES = [
     train("train.seed=-1", says="train.seed = -1: expected integer >= 0"),
     train("train.seed=1.5", says="train.seed = 1.5: expected integer >= 0"),
     train("train.seed=true", says="train.seed = true: expected integer >= 0"),
-    train('optimizer.lr="1e-3"', says='optimizer.lr = "1e-3": expected number > 0'),
+    train('optimizer.lr="fast"', says='optimizer.lr = "fast": expected number > 0'),
+    train('optimizer.lr="0.1"', says='optimizer.lr = "0.1": expected number > 0'),
     train("optimizer.lr=0", says="optimizer.lr = 0: expected number > 0"),
     train("optimizer.lr=.inf", says="optimizer.lr = Infinity: expected number > 0"),
     train("optimizer.lr=.nan", says="optimizer.lr = NaN: expected number > 0"),
@@ -153,7 +165,8 @@ SOURCES = [
     train("data.data_path=[a,b]", says="expected [prefix] or [weight1, prefix1, weight2"),
     train("data.data_path=[0.5,a,0.5]", says="expected [prefix] or [weight1, prefix1"),
     train(
-        "data.data_path=[0,a]", says='data.data_path = [0, "a"]: expected list of (number or text)'
+        "data.data_path=[0,a]",
+        says='data.data_path = [0, "a"]: expected list of (number > 0 or text)',
     ),
     train("data.split=most", says='data.split = "most": expected up to three shares'),
     train("data.split='0,1,0'", says="expected up to three shares"),

@@ -66,6 +66,16 @@ def test_base_cycle(write):
         ("base: 3\n", r"bad\.yaml: base = 3: expected a file name"),
         ("base: no.yaml\n", r"base file .*no\.yaml does not exist: named by base in .*bad\.yaml"),
         ("train: !!python/object:os.system x\n", r"bad\.yaml:1: not valid YAML"),
+        ("train: &t {seed: 1}\nmodel:\n  <<: *t\n", r"bad\.yaml:3: .*merge keys .*`base`"),
+        ("x: &t {}\ntrain: {<<: [*t, *t]}\n", r"bad\.yaml:2: .*merge keys"),
+        ("<<: {}\n", r"bad\.yaml:1: .*merge keys"),
+        ("train:\n  seed: 1\n\tlr: 2\n", r"bad\.yaml:3: .*indent with spaces"),
+        ("train: {seed: 1}\n---\nmodel: {}\n", r"bad\.yaml:2: .*another document"),
+        ("train: [seed, 1]\n", r'train = \["seed", 1\]: expected a section of keys'),
+        ("model: {swiglu: yes}\n", 'model.swiglu = "yes": expected true'),
+        ("train: {train_iters: 1_000}\n", 'train.train_iters = "1_000": expected integer'),
+        ("train: {exit_duration_in_mins: 1:30}\n", '"1:30": expected number'),
+        ("base: {a: 1}\n", "expected a file name or a list of them"),
         ("1: 2\n", "unknown key 1: the sections are model"),
     ],
 )
@@ -79,9 +89,63 @@ def test_unreadable_files(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         load_config(tmp_path)
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(InputError, match=r"binary\.yaml is not UTF-8 text"):
-        load_config(tmp_path / "binary.yaml")
+    with pytest.raises(InputError, match="cannot be read: embedded null byte"):
+        load_config("a\0b.yaml")
+    with pytest.raises(InputError, match="/dev/zero has more than 16 MiB: not a config"):
+        load_config("/dev/zero")
+
+
+SEED_7 = "base: config.yaml\ntrain: {seed: 7}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"\xff\xfe\x00\xd8", "is UTF-16 or UTF-32 text: save it as UTF-8"),
+        (SEED_7.encode("utf-16"), "is UTF-16 or UTF-32 text"),
+        (SEED_7.encode("utf-32"), "is UTF-16 or UTF-32 text"),
+        (SEED_7.encode("utf-16-le"), "is not text: it has a byte of zero"),
+        (b"\x80\x81", r"binary\.yaml is not UTF-8 text"),
+        (b"train: {seed: 1}\0", "is not text: it has a byte of zero"),
+        (b"# \x07\n", "the character U.0007 is not allowed"),
+    ],
+)
+def test_bytes_that_are_no_text(config_file, content, complaint):
+    path = config_file.with_name("binary.yaml")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        load_config(path)
+
+
+def test_a_byte_order_mark_is_passed_over(config_file):
+    path = config_file.with_name("bom.yaml")
+    path.write_text(SEED_7, encoding="utf-8-sig")
+    assert load_config(path).train.seed == 7
+
+
+def bomb(width, depth, last):
+    lines = [f"a0: &a0 [{', '.join('1' * width)}]"]
+    for level in range(1, depth):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")
+    return "\n".join([*lines, last.format(depth - 1)])
+
+
+@pytest.mark.parametrize("last", ["model: {{num_layers: *a{}}}", "*a{}: 1", "base: *a{}"])
+def test_aliases_that_multiply_are_refused_at_once(write, last):
+    with pytest.raises(InputError, match="more than 200000 values"):
+        load_config(write("bad.yaml", bomb(10, 30, last)))
+
+
+def test_a_chain_of_aliases_is_refused(write):
+    """Each only twice as large as the last, and deeper than the interpreter's stack."""
+    lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 3000))]
+    with pytest.raises(InputError, match=r"bad\.yaml.*not valid YAML"):
+        load_config(write("bad.yaml", "\n".join(lines)))
+
+
+def test_aliases_of_values_are_read(config_file, write):
+    top = write("top.yaml", "base: config.yaml\ntrain: {seed: &s 3}\nmodel: {num_layers: *s}\n")
+    assert load_config(top).model.num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -136,12 +200,37 @@ def test_dumped_text_is_text_to_both_yaml_versions(text):
         ("train.sed=3", r"unknown key train\.sed: did you mean train\.seed\?"),
         ("seed=3", r"unknown key seed: did you mean train\.seed\?"),
         ("train.seed.x=3", r"train\.seed = {\"x\": 3}: expected integer >= 0"),
-        ("base=other.yaml", "unknown key base"),
+        ("base=other.yaml", "unknown key base: write it into a file"),
+        ("train.seed:3", "write train.seed=3"),
+        ("more.yaml", "one config is read"),
+        ("seed", "train.seed=VALUE"),
+        ("swiglu", "model.swiglu=true"),
+        ("train-seed=3", r"unknown key train-seed: did you mean train\.seed\?"),
+        ("train.Seed=3", r"did you mean train\.seed\?"),
+        ("TRAIN.SEED=3", "unknown key TRAIN: did you mean train"),
     ],
 )
 def test_bad_override(config_file, override, complaint):
     with pytest.raises(InputError, match=complaint):
         load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.seed 3",
+        "train.seed =3",
+        "train.seed= 3",
+        "train.seed = 3",
+        "train.seed : 3",
+        "train.seed: 3",
+        "seed 3",
+        "train-seed 3",
+    ],
+)
+def test_a_value_that_stands_apart(config_file, words):
+    with pytest.raises(InputError, match=r"write train\.seed=3\b"):
+        load_config(config_file, words.split())
 
 
 def test_override_below_a_value(config_file):

@@ -1,0 +1,81 @@
+"""`~` and `$VARIABLE` in what names files and folders: expanded once, when a config is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, Field, Strict
+
+from fp8lm.errors import InputError
+
+_IS_PATH = "names a file or a folder"
+PathText = Annotated[str, Strict(), Field(min_length=1), _IS_PATH]
+
+# $NAME, ${NAME}; what else begins with a brace is a shell's, or not closed.
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*\}?)|(?P<plain>[A-Za-z_]\w*))")
+
+
+def expand(text: str, what: str) -> str:
+    """`text` with a leading `~` and variables of the environment replaced.
+
+    InputError, which begins with `what`, for a user or a variable that there is not.
+    """
+    text = _VARIABLE.sub(lambda match: _value(match, what), text)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise InputError(
+            f"{what}: {text!r} begins with the home of a user {user[1:]!r} that this machine does "
+            f"not know; write ./{user} for a folder of that name"
+        )
+    return expanded
+
+
+def _value(match: re.Match[str], what: str) -> str:
+    name = match["plain"] or match["braced"].removesuffix("}")
+    if match["plain"] is None and not re.fullmatch(r"[A-Za-z_]\w*\}", match["braced"]):
+        raise InputError(f"{what}: {match[0]!r} is not $NAME or ${{NAME}}")
+    value = os.environ.get(name)
+    if not value:
+        state = "is not set" if value is None else "is empty"
+        raise InputError(f"{what}: the variable {name} of the environment {state}")
+    return value
+
+
+def expand_keys(
+    section: type[BaseModel], content: Mapping[str, Any], prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """`content` of a section with its path keys expanded, and what could not be."""
+    expanded, problems = dict(content), []
+    for name, field in section.model_fields.items():
+        value, key = content.get(name), f"{prefix}{name}"
+        if _is_section(field.annotation) and isinstance(value, Mapping):
+            expanded[name], more = expand_keys(field.annotation, value, f"{key}.")
+            problems += more
+        elif value is not None and any(_marks(field.annotation, field.metadata)):
+            try:
+                expanded[name] = _expand_value(value, key)
+            except InputError as error:
+                problems.append(str(error))
+    return expanded, problems
+
+
+def _expand_value(value: Any, key: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [_expand_value(item, key) for item in value]
+    return expand(value, key) if isinstance(value, str) else value
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _marks(annotation: Any, metadata: Any) -> Iterator[bool]:
+    """Whether a type is a `PathText`, or made of one."""
+    yield any(mark is _IS_PATH for mark in metadata)
+    for part in get_args(annotation):
+        if part is not annotation:
+            yield from _marks(part, getattr(part, "__metadata__", ()))
