@@ -7,12 +7,17 @@ checkpoint's folder checks them without this program.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from fp8lm.runtime.files import open_regular
+
 CHECKSUMS = "checksums.sha256"
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
+LARGEST_CHECKSUMS = 2**24  # bytes: those of some hundred thousand files
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]{1,255})")
+_BLOCK = 2**20
 
 
 def checksums_text(digests: Mapping[str, str]) -> str:
@@ -20,20 +25,32 @@ def checksums_text(digests: Mapping[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
-def parse_checksums(text: str) -> dict[str, str]:
+def parse_checksums(data: bytes) -> dict[str, str]:
     """Hex digests by file name; ValueError for what `checksums_text` would not write."""
-    lines = [_LINE.fullmatch(line) for line in text.splitlines()]
+    text = data.decode()
+    lines = [_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
     if not lines or None in lines or not text.endswith("\n"):
         raise ValueError("expected lines of a SHA-256 and a file name")
-    return {line[2]: line[1] for line in lines}
+    digests = {line[2]: line[1] for line in lines}
+    for name in digests:
+        if name in (".", "..", CHECKSUMS) or not name.isprintable():
+            raise ValueError(f"{name!r} is no name of a file that it could speak of")
+    if len(digests) < len(lines):
+        raise ValueError("it names a file twice")
+    return digests
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file at `path`, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the regular file at `path`, in hex; no more of it than there is at the start."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while left > 0 and (block := file.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
-def text_digest(text: str) -> str:
-    """SHA-256 of `text` in UTF-8, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def data_digest(data: bytes | str) -> str:
+    """SHA-256 of `data` (text in UTF-8), in hex."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()

@@ -21,14 +21,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, text_digest
+from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, data_digest
 from fp8lm.errors import InputError
-from fp8lm.runtime.files import remove_unfinished, sync_folder, write_whole
+from fp8lm.runtime.files import read_regular, remove_unfinished, sync_folder, write_whole
 
 LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common.json"
+LARGEST_LATEST = 4096  # bytes
 SET_ASIDE = "set_aside"
-_FOLDER = re.compile(r"iter_(\d{7,})|\.iter_(\d{7,})\.old")
+_FOLDER = re.compile(r"iter_([0-9]{7,18})|\.iter_([0-9]{7,18})\.old")
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def latest_iteration(root: str | os.PathLike[str]) -> int | None:
     """
     path = Path(root) / LATEST
     try:
-        text = path.read_text()
+        text = read_regular(path, LARGEST_LATEST).decode().strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is unreadable: {error}") from error
-    if not re.fullmatch(r"[0-9]+", text.strip()):
-        raise InputError(f"{path}: expected the number of an iteration, found {text.strip()!r}")
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise InputError(f"{path}: expected the number of an iteration, found {text[:40]!r}")
     return int(text)
 
 
@@ -120,7 +121,7 @@ def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str])
         if not (written / name).is_file():
             raise FileNotFoundError(f"{written / name}, which a process has written, is not there")
     write_whole(written / COMMON, common)
-    digests = {**digests, COMMON: text_digest(common)}
+    digests = {**digests, COMMON: data_digest(common)}
     write_whole(written / CHECKSUMS, checksums_text(digests))
     if os.path.lexists(folder):
         folder.rename(_aside(root, iteration, "old"))

@@ -20,7 +20,7 @@ from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import Shards
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.checkpoint.together import Group, all_or_error, from_all, my_share, on_main
-from fp8lm.checkpoint.validity import check_files, inspect_folder
+from fp8lm.checkpoint.validity import Contents, check_files, inspect_folder
 from fp8lm.errors import InputError
 
 
@@ -44,11 +44,16 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    root: str | os.PathLike[str], group: Group = None, *, up_to: int | None = None
+    root: str | os.PathLike[str],
+    group: Group = None,
+    *,
+    up_to: int | None = None,
+    needed: Collection[str] = (),
 ) -> Checkpoint | None:
     """The newest valid checkpoint under `root`, up to the one that the latest file names.
 
-    And up to iteration `up_to`, if that is given. None where there is no checkpoint at all.
+    And up to iteration `up_to`, if that is given; one whose facts lack a key that is `needed` is
+    not valid. None where there is no checkpoint at all.
     `InputError` if none of those there is valid, or the newest valid one is of a newer program. A
     collective of `group`.
     """
@@ -58,7 +63,7 @@ def find_checkpoint(
         if up_to is not None and iteration > up_to:
             continue
         try:
-            return _open(root, iteration, group, passed_over)
+            return _open(root, iteration, group, passed_over, needed)
         except DamagedCheckpoint as error:
             passed_over = [*passed_over, f"iteration {iteration}: {error}"]
     if passed_over:
@@ -107,31 +112,39 @@ def _candidates(root: Path) -> tuple[list[int], list[str]]:
         return found, [str(error)]
     if latest is None:
         return found, []
-    problems = [] if latest in found else [f"iteration {latest}, named by {LATEST}: no such folder"]
     # Newer ones are of a process that was killed before it had named them, or were set aside by
     # someone who wrote an older iteration into the file.
-    return [iteration for iteration in found if iteration <= latest], problems
+    older = [iteration for iteration in found if iteration <= latest]
+    if latest in found:
+        return older, []
+    # A number that was damaged must not hide all of them.
+    newer = [iteration for iteration in found if iteration > latest]
+    return older + newer, [f"iteration {latest}, named by {LATEST}: no such folder"]
 
 
-def _open(root: Path, iteration: int, group: Group, passed_over: list[str]) -> Checkpoint:
-    folder, common, metadata, digests = on_main(group, lambda: _inspect(root, iteration))
-    names = my_share(group, sorted(digests))
-    own = all_or_error(group, lambda: check_files(folder, digests, names))
-    if problems := [problem for found in from_all(group, own) for problem in found]:
+def _open(
+    root: Path,
+    iteration: int,
+    group: Group,
+    passed_over: list[str],
+    needed: Collection[str] = (),
+) -> Checkpoint:
+    folder, found = on_main(group, lambda: _inspect(root, iteration, needed))
+    names = my_share(group, sorted(found.unchecked))
+    own = all_or_error(group, lambda: check_files(folder, found.unchecked, names))
+    if problems := [problem for result in from_all(group, own) for problem in result]:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DamagedCheckpoint(problems[0] + others)
-    return Checkpoint(folder, common, metadata, passed_over)
+    return Checkpoint(folder, found.common, found.metadata, passed_over)
 
 
-def _inspect(root: Path, iteration: int) -> tuple[Path, dict[str, Any], Metadata, dict[str, str]]:
+def _inspect(root: Path, iteration: int, needed: Collection[str]) -> tuple[Path, Contents]:
     folder = find_folder(root, iteration)
     if folder is None:
         if iteration in saved_iterations(root):
             raise DamagedCheckpoint(f"what has its name in {root} is no folder")
         raise InputError(f"no checkpoint of iteration {iteration} in {root}")
-    common, metadata, digests = inspect_folder(folder)
-    if common["iteration"] != iteration:
-        raise DamagedCheckpoint(
-            f"{folder} holds iteration {common['iteration']}: its folder has been renamed"
-        )
-    return folder, common, metadata, digests
+    found = inspect_folder(folder, needed)
+    if (holds := found.common["iteration"]) != iteration:
+        raise DamagedCheckpoint(f"{folder} holds iteration {holds}: its folder has been renamed")
+    return folder, found

@@ -8,28 +8,44 @@ name before it is imported.
 from __future__ import annotations
 
 import enum
+import io
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
 from fp8lm.errors import InputError
 
 METADATA = ".metadata"
+LARGEST_METADATA = 2**30  # bytes: some million blocks
+LONGEST_NAME = 1000
+MOST_DIMS = 16
+MOST_BYTES = 2**60
+MOST_OVERHEAD = 2**16  # bytes that torch.save adds to a tensor's own
 
 
 class DamagedCheckpoint(InputError):
     """A checkpoint that is incomplete or not what was written: an older one may serve."""
 
 
+_DTYPES = frozenset(
+    (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    )
+)
 _CLASSES = (
     *(
         (metadata.__name__, name)
@@ -49,25 +65,19 @@ _CLASSES = (
 )
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """Read `folder`/.metadata; `InputError` if it cannot be read.
+def parse_metadata(data: bytes) -> Metadata:
+    """What the bytes of a .metadata say, and nothing else that may be in them.
 
-    `DamagedCheckpoint` if it is missing, damaged or names anything foreign.
+    `InputError` if they name anything foreign; other exceptions if they make no sense: shapes and
+    blocks that do not fit each other or the bytes that are said to hold them.
     """
-    path = folder / METADATA
-    try:
-        with path.open("rb") as file:
-            found = _Unpickler(file).load()
-        _check(found)
-    except InputError as error:
-        raise DamagedCheckpoint(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{folder} is incomplete: no {METADATA}") from None
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise DamagedCheckpoint(f"{path} is damaged: {error!r}") from error
-    return found
+    found = _Unpickler(io.BytesIO(data)).load()
+    if type(found) is not Metadata:
+        raise TypeError(f"expected Metadata, found {type(found).__name__}")
+    tensors = {_name(name): _tensor(stored) for name, stored in found.state_dict_metadata.items()}
+    places = dict(_place(*item) for item in found.storage_data.items())
+    _check_blocks(tensors, places)
+    return Metadata(state_dict_metadata=tensors, storage_data=places)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -87,19 +97,72 @@ def _enum_member(kind: type[enum.Enum], name: str) -> enum.Enum:
     return kind[name]
 
 
-def _check(found: Any) -> None:
-    """Raise unless every part has the type that the rest of the code relies on."""
-    if not isinstance(found, Metadata):
-        raise TypeError(f"expected Metadata, found {type(found).__name__}")
-    for name, stored in found.state_dict_metadata.items():
-        chunks_are_blocks = isinstance(stored, TensorStorageMetadata) and all(
-            isinstance(chunk, ChunkStorageMetadata) for chunk in stored.chunks
-        )
-        if not (chunks_are_blocks and isinstance(stored.properties.dtype, torch.dtype)):
-            raise TypeError(f"{name} is not a tensor")
-    for index, where in found.storage_data.items():
-        # A bare name: the file lies in the checkpoint's own folder.
-        if not isinstance(index, MetadataIndex) or Path(where.relative_path).name != (
-            where.relative_path
-        ):
-            raise ValueError(f"{index} is stored at {where}")
+def _name(name: Any) -> str:
+    if type(name) is not str or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError("a tensor has no proper name")
+    return name
+
+
+def _tensor(stored: Any) -> TensorStorageMetadata:
+    """A tensor's shape, dtype and blocks, each of a size that a tensor can have."""
+    if type(stored) is not TensorStorageMetadata:
+        raise TypeError(f"expected a tensor, found {type(stored).__name__}")
+    dtype, shape = stored.properties.dtype, _dims(stored.size)
+    if dtype not in _DTYPES:
+        raise TypeError("a tensor has a dtype that no checkpoint holds")
+    # With 1 for 0: other dimensions of an empty tensor must be possible too.
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > MOST_BYTES:
+        raise ValueError(f"a tensor of shape {shape} is larger than anything")
+    chunks = [_chunk(chunk, shape) for chunk in stored.chunks]
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        raise ValueError(f"blocks do not make a tensor of shape {shape}")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+
+
+def _chunk(chunk: Any, shape: tuple[int, ...]) -> ChunkStorageMetadata:
+    if type(chunk) is not ChunkStorageMetadata:
+        raise TypeError(f"expected a block, found {type(chunk).__name__}")
+    offsets, sizes = _dims(chunk.offsets), _dims(chunk.sizes)
+    ends = [start + size for start, size in zip(offsets, sizes, strict=True)]
+    if any(end > size for end, size in zip(ends, shape, strict=True)):
+        raise ValueError(f"a block of shape {sizes} at {offsets} is not in a tensor of {shape}")
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def _dims(size: Any) -> tuple[int, ...]:
+    if not isinstance(size, torch.Size) or len(size) > MOST_DIMS or any(dim < 0 for dim in size):
+        raise ValueError("a tensor or a block has no proper shape")
+    return tuple(size)
+
+
+def _place(index: Any, where: Any) -> tuple[MetadataIndex, _StorageInfo]:
+    """Which block is where, in a file of the checkpoint's own folder."""
+    if type(index) is not MetadataIndex or type(where) is not _StorageInfo:
+        raise TypeError("expected the place of a block")
+    path, bounds = where.relative_path, (where.offset, where.length)
+    if type(path) is not str or Path(path).name != path or not path.isprintable():
+        raise ValueError(f"{_name(index.fqn)} is stored at {str(path)[:200]!r}")
+    if any(type(bound) is not int or not 0 <= bound <= MOST_BYTES for bound in bounds):
+        raise ValueError(f"{_name(index.fqn)} is stored nowhere in {path}")
+    if getattr(where, "transform_descriptors", None):
+        raise ValueError(f"{_name(index.fqn)} is stored in a form that this program never writes")
+    plain = MetadataIndex(_name(index.fqn), torch.Size(_dims(index.offset)))
+    return plain, _StorageInfo(path, *bounds)
+
+
+def _check_blocks(
+    tensors: dict[str, TensorStorageMetadata], places: dict[MetadataIndex, _StorageInfo]
+) -> None:
+    """Raise unless every block has a place of its size, and every place is that of a block."""
+    count = 0
+    for name, stored in tensors.items():
+        for chunk in stored.chunks:
+            where = places.get(MetadataIndex(name, chunk.offsets))
+            size = math.prod(chunk.sizes) * stored.properties.dtype.itemsize
+            if where is None:
+                raise ValueError(f"it does not say where {name} is")
+            if not size <= where.length <= size + MOST_OVERHEAD:
+                raise ValueError(f"{name} has a block of {size} bytes in {where.length}")
+            count += 1
+    if count != len(places):
+        raise ValueError("it tells of places that no tensor has")

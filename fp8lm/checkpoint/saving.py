@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fp8lm
+from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import (
     Retention,
     latest_iteration,
@@ -25,8 +26,6 @@ from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.checkpoint.together import Group, from_all, is_main, on_main
 from fp8lm.errors import InputError
-
-FORMAT_VERSION = 1
 
 
 class SaveError(RuntimeError):

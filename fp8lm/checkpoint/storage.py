@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,7 +41,7 @@ from fp8lm.checkpoint.planners import (
 )
 from fp8lm.checkpoint.together import Group
 from fp8lm.errors import InputError
-from fp8lm.runtime.files import create
+from fp8lm.runtime.files import create, open_regular
 
 
 def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[str, str]:
@@ -192,7 +193,7 @@ class _Reader(dcp.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for path, reads in self._by_file(plan).items():
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 for where, item in sorted(reads, key=lambda read: read[0].offset):
                     file.seek(where.offset)
                     target = planner.resolve_tensor(item)
@@ -214,6 +215,7 @@ class _Reader(dcp.FileSystemReader):
 
 def _decode(data: bytes, path: Path, item: ReadItem, dtype: torch.dtype) -> Tensor:
     try:
+        _check_archive(data)
         stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         part = select(stored, item.storage_offsets, item.lengths)
         if part.dtype != dtype:
@@ -221,3 +223,16 @@ def _decode(data: bytes, path: Path, item: ReadItem, dtype: torch.dtype) -> Tens
     except Exception as error:  # damaged bytes can fail in any way
         raise InputError(f"{path} is damaged at {item.storage_index.fqn}: {error}") from error
     return part
+
+
+def _check_archive(data: bytes) -> None:
+    """Raise for what torch.save would not write: other formats, compression, entries that overlap.
+
+    So that reading takes no more memory than the file has bytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise ValueError("it says that it holds more than it does")

@@ -35,6 +35,15 @@ from fp8lm.training.state import model_shards, optimizer_shards, without
 from fp8lm.training.state_reader import StateReader
 
 REMEMBERED = "gradient."  # begins the names of what a reduction knows from earlier steps
+# Facts without which a run cannot go on.
+NEEDED = (
+    "consumed_samples",
+    "batch_size",
+    "skipped_samples",
+    "rollbacks",
+    "losses",
+    "config",
+)
 
 
 class RunCheckpoints:
@@ -75,7 +84,9 @@ class RunCheckpoints:
         `checkpoint.save` that holds those of another run.
         """
         folder = self._config.load
-        found = find_checkpoint(folder, self._group) if folder is not None else None
+        found = None
+        if folder is not None:
+            found = find_checkpoint(folder, self._group, needed=NEEDED)
         if found is not None:
             self._go_on_from(found)
         elif folder is not None:
@@ -172,7 +183,7 @@ class RunCheckpoints:
             newest.setdefault(self._config.load, min(iteration - 1, self._began_at))
         for folder, up_to in newest.items():
             try:
-                found = find_checkpoint(folder, self._group, up_to=up_to)
+                found = find_checkpoint(folder, self._group, up_to=up_to, needed=NEEDED)
             except InputError as error:
                 self._report(f" warning: {error}")
                 continue

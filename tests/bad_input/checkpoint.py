@@ -18,7 +18,7 @@ META = {
     "batch_size": 16,
     "skipped_samples": 0,
     "rollbacks": 0,
-    "losses": {},
+    "losses": {"mean": 0.0, "steps": 0, "high": 0, "first": 0},
     "config": {},
 }
 

@@ -10,7 +10,7 @@ import torch
 from fp8lm.checkpoint import Shard, load_checkpoint, open_checkpoint
 
 LATEST = "latest_checkpointed_iteration.txt"
-META = {"consumed_samples": 48, "config": {"lr": 1e-3}}
+META = {"consumed_samples": 4800, "config": {"optimizer": {"lr": 1e-3}}}
 
 
 def make_tensors(seed=0):

@@ -19,10 +19,11 @@ from fp8lm.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
+from fp8lm.checkpoint.checksums import CHECKSUMS
+from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import write_latest
-from fp8lm.checkpoint.saving import FORMAT_VERSION
 from fp8lm.errors import InputError
+from tests.checkpoint.hostile import sign
 from tests.checkpoint.tensors import (
     LATEST,
     META,
@@ -120,13 +121,6 @@ def set_version(version):
 
     damage.__name__ = f"version {version}"
     return damage
-
-
-def sign(folder):
-    """Write the checksums anew, as someone who changes a checkpoint on purpose would."""
-    names = [path.name for path in folder.iterdir() if path.name != CHECKSUMS]
-    digests = {name: file_digest(folder / name) for name in names}
-    (folder / CHECKSUMS).write_text(checksums_text(digests))
 
 
 DAMAGES = [
@@ -305,6 +299,7 @@ def test_metadata_with_enums_by_name(saved):
     load(root, loaded)
     assert_same_bytes(loaded, tensors)
     path.write_bytes(pickle.dumps(Call(getattr, torch.Size, "__new__")))
+    sign(path.parent)
     with pytest.raises(InputError, match="refused to read the attribute '__new__'"):
         load(root, loaded)
 
@@ -329,5 +324,6 @@ def test_metadata_cannot_point_outside_the_checkpoint(saved):
     for where in metadata.storage_data.values():
         where.relative_path = "../elsewhere"
     path.write_bytes(pickle.dumps(metadata))
+    sign(path.parent)
     with pytest.raises(InputError, match=r"stored at .*elsewhere"):
         load(root, blank(tensors))

@@ -18,7 +18,7 @@ from fp8lm.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from fp8lm.checkpoint.metadata import read_metadata
+from fp8lm.checkpoint.validity import read_metadata
 from fp8lm.errors import InputError
 from tests.checkpoint.tensors import file_size_limit
 

@@ -1,0 +1,136 @@
+"""common.json: what a checkpoint says of itself, held to one schema before anything uses it.
+
+Keys that this version does not know are kept: a newer one may have added them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import fp8lm
+from fp8lm.errors import InputError
+
+FORMAT_VERSION = 1
+LARGEST_COMMON = 2**24  # bytes; a config and a few numbers are some ten thousand
+DEEPEST = 32  # levels of lists and objects
+# No run grows its batch a thousandfold; what a checkpoint says of its batch may be its last one's.
+BATCH_GROWTH = 1024
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Version = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
+
+
+class Losses(BaseModel):
+    """What the watch for loss spikes knows."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    mean: Annotated[float, Field(allow_inf_nan=False)]
+    steps: Count
+    high: Count
+    first: Count
+
+
+class Common(BaseModel):
+    """The schema of common.json: types, bounds, and what must agree."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    format_version: Annotated[int, Field(ge=1)]
+    fp8lm_version: Version
+    torch_version: Version
+    iteration: Count
+    consumed_samples: Count | None = None
+    batch_size: Count | None = None
+    skipped_samples: Count | None = None
+    rollbacks: Count | None = None
+    losses: Losses | None = None
+    config: dict[str, dict[str, Any]] | None = None
+    released: bool = False
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Common:
+        consumed, iteration = self.consumed_samples, self.iteration
+        if consumed is None:
+            return self
+        if consumed < iteration:
+            raise ValueError(f"{iteration} iterations cannot have consumed {consumed} samples")
+        batches = (self.batch_size, (self.config or {}).get("train", {}).get("global_batch_size"))
+        known = [size for size in batches if isinstance(size, int) and size > 0]
+        if known and consumed > iteration * max(known) * BATCH_GROWTH:
+            raise ValueError(
+                f"{iteration} iterations of about {max(known)} samples cannot have consumed "
+                f"{consumed}"
+            )
+        return self
+
+
+def parse_common(data: bytes, needed: Collection[str] = ()) -> dict[str, Any]:
+    """The facts in the bytes of common.json; `needed` keys must be among them.
+
+    ValueError if they make no sense, `InputError` if a newer program has written them.
+    """
+    common = _parse_json(data)
+    version = common.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise InputError(
+            f"has format version {version}, written by fp8lm "
+            f"{str(common.get('fp8lm_version'))[:40]!r}; this is fp8lm {fp8lm.__version__}, which "
+            f"reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    try:
+        Common.model_validate(common)
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from None
+    if missing := [key for key in needed if common.get(key) is None]:
+        raise ValueError(f"it does not say {', '.join(missing)}")
+    return common
+
+
+def _parse_json(data: bytes) -> dict[str, Any]:
+    try:
+        common = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    if not isinstance(common, dict):
+        raise ValueError("it is not an object")
+    for value in _leaves(common):
+        if isinstance(value, str):
+            value.encode()  # a lone surrogate could be printed and saved nowhere
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a number in it is not finite")
+    return common
+
+
+def _leaves(root: Any) -> Iterator[Any]:
+    """Every key and every value that holds no others; ValueError beyond `DEEPEST` levels."""
+    level = [root]
+    for _ in range(DEEPEST):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                yield from value
+                deeper.extend(value.values())
+            elif isinstance(value, list):
+                deeper.extend(value)
+            else:
+                yield value
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = "".join(f"{part}: " for part in first["loc"])
+    return f"{where}{first['msg'].removeprefix('Value error, ')}"[:300]

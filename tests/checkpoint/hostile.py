@@ -1,0 +1,237 @@
+"""Checkpoints damaged at random, or rewritten by somebody who also writes their checksums anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
+
+FACTS = ("common.json", ".metadata", CHECKSUMS)
+
+
+def sign(folder):
+    """Write the checksums anew, as someone who changes a checkpoint on purpose would."""
+    names = [path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS]
+    digests = {name: file_digest(folder / name) for name in names}
+    (folder / CHECKSUMS).write_text(checksums_text(digests))
+
+
+def flip_bit(path, rng):
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def text(content):
+    """Another common.json."""
+    return lambda folder: (folder / "common.json").write_text(content)
+
+
+def facts(**changes):
+    """Other facts."""
+
+    def change(folder):
+        common = json.loads((folder / "common.json").read_text())
+        (folder / "common.json").write_text(json.dumps({**common, **changes}))
+
+    return change
+
+
+def metadata(change):
+    """Another .metadata."""
+
+    def rewrite(folder):
+        found = pickle.loads((folder / ".metadata").read_bytes())
+        replaced = change(found)
+        (folder / ".metadata").write_bytes(pickle.dumps(found if replaced is None else replaced))
+
+    return rewrite
+
+
+def shape(*sizes):
+    """All tensors of one shape."""
+
+    def change(found):
+        for stored in found.state_dict_metadata.values():
+            stored.size = torch.Size(sizes)
+            zeros = torch.Size([0] * len(sizes))
+            stored.chunks = [ChunkStorageMetadata(zeros, torch.Size(sizes))]
+
+    return metadata(change)
+
+
+def chunks(**values):
+    """All blocks with another offset or size."""
+
+    def change(found):
+        for stored in found.state_dict_metadata.values():
+            for chunk in stored.chunks:
+                for name, value in values.items():
+                    setattr(chunk, name, torch.Size([value] * len(chunk.sizes)))
+
+    return metadata(change)
+
+
+def places(**values):
+    """All blocks elsewhere in their file."""
+
+    def change(found):
+        for where in found.storage_data.values():
+            for name, value in values.items():
+                setattr(where, name, value)
+
+    return metadata(change)
+
+
+def replaced(name, make):
+    """A file replaced by something special."""
+
+    def change(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def named(name, make=None):
+    """One more name in the checksums, of something that `make` makes."""
+
+    def change(folder):
+        if make is not None:
+            make(folder / name)
+        with (folder / CHECKSUMS).open("a") as file:
+            file.write(f"{'0' * 64}  {name}\n")
+
+    return change
+
+
+def sparse(path, size=2**50):
+    """A file that claims more bytes than any disk has to give."""
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), min(size, 2**43))
+
+
+def to_zero(path):
+    path.symlink_to("/dev/zero")
+
+
+def huge(path):
+    path.write_bytes(b"[" * (2**24 + 1))
+
+
+def drop(key):
+    def change(folder):
+        common = json.loads((folder / "common.json").read_text())
+        del common[key]
+        (folder / "common.json").write_text(json.dumps(common))
+
+    return change
+
+
+def nested_tuples(depth):
+    value = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+WRONG = [None, -1, True, 1.5, "1", [], {}, 2**53, 10**30]
+# Changes of the facts and of where tensors are; the checksums are right afterwards.
+REWRITTEN = {
+    **{f"{key} {value!r:.12}": facts(**{key: value}) for key in ("iteration",) for value in WRONG},
+    **{
+        f"{key} {value!r:.12}": facts(**{key: value})
+        for key in ("consumed_samples", "batch_size", "skipped_samples", "rollbacks")
+        for value in (-1, True, 1.5, "1", [], 2**53, 10**30)
+    },
+    "consumed less than iterations": facts(consumed_samples=3),
+    "consumed more than batches": facts(consumed_samples=10**12),
+    **{f"config {value!r}": facts(config=value) for value in ([], "x", 7, {"train": 7})},
+    **{f"losses {value!r}": facts(losses=value) for value in ([], {}, 7, {"mean": "x"})},
+    "losses not finite": text('{"losses": {"mean": 1e999}}'),
+    "version 0": facts(format_version=0),
+    "version true": facts(format_version=True),
+    "version text": facts(format_version="9"),
+    "escape codes": facts(fp8lm_version="\x1b[2J"),
+    "surrogate": text('{"fp8lm_version": "\\ud800"}'),
+    "surrogate key": facts(**{"\ud800": 1}),
+    "no number": text('{"x": NaN}'),
+    "infinite number": text('{"iteration": 1e999}'),
+    "long number": text('{"iteration": ' + "9" * 100_000 + "}"),
+    "deep lists": text("[" * 100_000),
+    "deep objects": text('{"a":' * 50_000 + "1" + "}" * 50_000),
+    "deep fact": facts(extra=json.loads("[" * 100 + "]" * 100)),
+    "a list": text("[1, 2]"),
+    "nothing": text(""),
+    "not UTF-8": lambda folder: (folder / "common.json").write_bytes(b'{"a": "\xff"}'),
+    "shape 2**62": shape(2**62),
+    "shape 2**31 squared": shape(2**31, 2**31),
+    "shape of 0 and 2**62": shape(2**62, 0),
+    "shapes 2**40 and 0": shape(2**40, 2**40, 0),
+    "shape negative": shape(-4, -4),
+    "shape of many": shape(*[1] * 200),
+    "shape 3": shape(3),
+    "block at 2**62": chunks(offsets=2**62),
+    "block at -1": chunks(offsets=-1),
+    "block of 2**62": chunks(sizes=2**62),
+    "block of -1": chunks(sizes=-1),
+    "block of 0": chunks(sizes=0),
+    "offset 2**62": places(offset=2**62),
+    "offset -1": places(offset=-1),
+    "offset text": places(offset="0"),
+    "length 2**62": places(length=2**62),
+    "length -5": places(length=-5),
+    "length 0": places(length=0),
+    "length of bytes more": places(length=2**20),
+    "in another folder": places(relative_path="../../iter_0000001/__0_0.distcp"),
+    "in no file": places(relative_path=""),
+    "in the facts": places(relative_path="common.json"),
+    "in a list": places(relative_path=["__0_0.distcp"]),
+    "in a foreign form": places(transform_descriptors=["zstd"]),
+    "no tensors": metadata(lambda found: found.state_dict_metadata.clear()),
+    "no places": metadata(lambda found: found.storage_data.clear()),
+    "tensors are a list": metadata(lambda found: setattr(found, "state_dict_metadata", [1])),
+    "name is a number": metadata(
+        lambda found: found.state_dict_metadata.update({7: found.state_dict_metadata.popitem()[1]})
+    ),
+    "name with a newline": metadata(
+        lambda found: found.state_dict_metadata.update(
+            {"a\nb": found.state_dict_metadata.popitem()[1]}
+        )
+    ),
+    "a dtype of words": metadata(
+        lambda found: [
+            setattr(stored.properties, "dtype", torch.complex128)
+            for stored in found.state_dict_metadata.values()
+        ]
+    ),
+    "metadata of text": metadata(lambda found: "text"),
+    "metadata of deep tuples": lambda folder: (folder / ".metadata").write_bytes(
+        b"\x80\x04)" + b"\x85" * 100_000 + b"."
+    ),
+    "metadata cut": lambda folder: os.truncate(folder / ".metadata", 100),
+}
+# Changes of what files are; whoever made them could not, or need not, write right checksums.
+SPECIAL = {
+    **{f"{name} a FIFO": replaced(name, os.mkfifo) for name in (*FACTS, "__0_0.distcp")},
+    **{f"{name} endless": replaced(name, to_zero) for name in (*FACTS, "__0_0.distcp")},
+    **{f"{name} a folder": replaced(name, os.mkdir) for name in (*FACTS, "__0_0.distcp")},
+    **{f"{name} huge": replaced(name, huge) for name in ("common.json", CHECKSUMS)},
+    **{f"{name} sparse": replaced(name, sparse) for name in (*FACTS, "__0_0.distcp")},
+    "a FIFO is named": named("pipe", os.mkfifo),
+    "the endless device is named": named("zero", to_zero),
+    "a sparse file is named": named("sparse", sparse),
+    "the folder is named": named("."),
+    "the folder above is named": named(".."),
+    "the checksums are named": named(CHECKSUMS),
+    "a name is too long": named("x" * 300),
+    "a name with escape codes": named("\x1b[2J"),
+    "a name twice": named("common.json"),
+    "a name with NUL": named("a\0b"),
+}
