@@ -1,16 +1,23 @@
-"""Failures of the machine, not of the program: memory, disks, open files, processes."""
+"""Failures of the machine, not of the program: memory, disks, open files, data workers."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
+import shutil
 from collections.abc import Iterator
 from types import TracebackType
 
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory")  # as PyTorch and libc say it
 _TOO_MANY_FILES = "Too many open files"  # C++ libraries tell errno by its text only
 _NO_THREAD = "can't start new thread"
+SHARED_MEMORY = "/dev/shm"
+# What PyTorch says of its data workers.
+_NO_SHARED_MEMORY = re.compile(r"unable to (\w+ shared memory|resize file </torch_)")
+_WORKER_KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)\.")
+_WORKER_EXITED = re.compile(r"DataLoader worker \(pid\S* ([\d, ]+)\) exited unexpectedly")
 _OF_A_FILE = {
     errno.EACCES,
     errno.EDQUOT,
@@ -32,6 +39,8 @@ def describe_fault(error: BaseException) -> str | None:
     Causes count, as libraries wrap what the system told them.
     """
     for cause in _chain(error):
+        if worker := _describe_worker(str(cause)):
+            return worker
         if _is_out_of_memory(cause):
             return f"out of memory{_place(cause.__traceback__)}: {_first_line(cause)}"
         if _is(cause, errno.EMFILE, errno.ENFILE) or _TOO_MANY_FILES in str(cause):
@@ -48,6 +57,41 @@ def describe_fault(error: BaseException) -> str | None:
         what = error.filename if error.filename is not None else "a file"
         return f"{what}: {error.strerror}{_place(error.__traceback__)}"
     return None
+
+
+def _describe_worker(text: str) -> str | None:
+    """What `text`, PyTorch's words for the end of a data worker, says of the machine."""
+    if _NO_SHARED_MEMORY.search(text):
+        return describe_full_shared_memory()
+    if (found := _WORKER_KILLED.search(text)) and found[2].startswith("Bus error"):
+        return (
+            f"a data worker (process {found[1]}) was killed by a bus error: a token file was cut "
+            f"while in use, or {describe_full_shared_memory()}"
+        )
+    if found:
+        return (
+            f"a data worker (process {found[1]}) was killed ({found[2]}), mostly for want of "
+            "memory: fewer data.num_workers (0: none), or more memory"
+        )
+    if found := _WORKER_EXITED.search(text):
+        return (
+            f"a data worker (process {found[1]}) ended before its work: its own message stands "
+            "above, or try data.num_workers=0"
+        )
+    return None
+
+
+def describe_full_shared_memory() -> str:
+    """That data workers find no room in it, and the cures."""
+    try:
+        space = shutil.disk_usage(SHARED_MEMORY)
+        room = f" ({SHARED_MEMORY}: {space.free >> 10} of {space.total >> 10} KiB free)"
+    except OSError:
+        room = ""
+    return (
+        f"no shared memory is left for the data workers{room}: data.num_workers=0, or a larger "
+        f"{SHARED_MEMORY} (docker run --shm-size=8g)"
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from fp8lm.config.paths import PathText
-from fp8lm.config.section import Bool, Count, Positive, Section, Size, Text
+from fp8lm.config.section import Bool, Count, NonNegative, Positive, Section, Size, Text
 
 
 def _as_list(value: Any) -> Any:
@@ -38,6 +38,9 @@ class DataConfig(Section):
     )
     mock_data: Bool = Field(False, description="Seeded synthetic tokens, no files needed.")
     num_workers: Size = Field(0, description="Processes that load batches; 0: the training one.")
+    worker_timeout: NonNegative = Field(
+        300.0, description="Seconds without a batch from these processes that end the run; 0: none."
+    )
     eod_mask_loss: Bool = Field(
         False,
         description="Take no loss where the input is an end-of-document token, that is on the "

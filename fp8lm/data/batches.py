@@ -9,15 +9,21 @@ reached c.
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
+from fp8lm.faults import describe_full_shared_memory
 
 FIELDS = ("tokens", "labels", "loss_mask")
+END_WAIT = 5.0  # seconds for a worker that was killed to be gone
 
 
 class MicroBatchSampler:
@@ -56,10 +62,12 @@ class BatchIterator:
     `tokens`, `labels` [B, S] int64; `loss_mask` [B, S] fp32; `samples` [B] int64, the numbers of
     the samples in the run.
 
-    `num_workers` > 0 prefetches in that many processes, with the same result. Draws no random
-    numbers. For evaluation make one at `consumed_samples=0` each time. With `skipped_samples` the
-    data are that far ahead of what is consumed; where they end, they begin again. `stride` is the
-    number of samples in a micro-batch of all ranks.
+    `num_workers` > 0 prefetches in that many processes, with the same result; where these send
+    nothing for `worker_timeout` seconds (0: no limit), `next` raises `RunFailed`, and where one of
+    them has died RuntimeError (`faults` says why). They end with `close`, or the `with` block.
+    Draws no random numbers. For evaluation make one at `consumed_samples=0` each time. With
+    `skipped_samples` the data are that far ahead of what is consumed; where they end, they begin
+    again. `stride` is the number of samples in a micro-batch of all ranks.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class BatchIterator:
         consumed_samples: int,
         skipped_samples: int = 0,
         num_workers: int = 0,
+        worker_timeout: float = 0.0,
         pin_memory: bool = False,
     ) -> None:
         self.consumed_samples = consumed_samples
@@ -97,7 +106,29 @@ class BatchIterator:
             # part of what a resumed run must find unchanged.
             generator=torch.Generator(),
         )
-        self._iterator = iter(loader)
+        before = multiprocessing.active_children()
+        self._iterator = _start(loader)
+        self._workers = [w for w in multiprocessing.active_children() if w not in before]
+        self._timeout, self._timed_out = worker_timeout, False
+
+    def __enter__(self) -> BatchIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes, those too that hang."""
+        if not self._workers:
+            return
+        # By name, not by dropping the iterator: frames of an exception may still refer to it. Left
+        # to itself it sends a hanging worker a SIGTERM, which that ignores, and Python's exit would
+        # wait for it without end.
+        self._iterator._shutdown_workers()
+        for worker in self._workers:
+            worker.kill()
+            worker.join(END_WAIT)
+        self._workers = []
 
     def next(self, num_microbatches: int) -> list[dict[str, torch.Tensor]]:
         """The next micro-batches of this rank; `InputError` when the dataset has too few left."""
@@ -113,13 +144,62 @@ class BatchIterator:
         return batches
 
     def _next(self) -> dict[str, torch.Tensor]:
-        batch = {**next(self._iterator), "samples": self._samples}
+        try:
+            with self._limited():
+                fields = next(self._iterator)
+        except InputError as error:  # of a worker, with its traceback as text
+            raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2]) from None
+        batch = {**fields, "samples": self._samples}
         self._samples = self._samples + self.stride
         return batch
 
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Kill the workers when the block takes too long, and blame them.
+
+        PyTorch's own timeout covers one of the places where it waits for them.
+        """
+        timer = None
+        if self._workers and self._timeout:
+            timer = threading.Timer(self._timeout, self._give_up)
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        except Exception as error:
+            if not self._timed_out:
+                raise
+            raise RunFailed(
+                f"the data workers sent no batch for {self._timeout:g} s (data.worker_timeout): "
+                "storage that does not answer or is slow: more data.num_workers, or a longer time"
+            ) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _give_up(self) -> None:
+        self._timed_out = True
+        for worker in self._workers:
+            worker.kill()  # which ends the wait for them, wherever it is
+
+
+def _start(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    if loader.num_workers:
+        # About as many locks as there will be, for an iterator that fails at one of its own leaves
+        # a traceback of its half-made self behind. Where memory is full libc may tell no number.
+        try:
+            _ = [multiprocessing.Lock() for _ in range(4 * loader.num_workers + 8)]
+        except OSError as error:
+            if error.errno not in (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise RunFailed(describe_full_shared_memory()) from error
+    return iter(loader)
+
 
 def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {field: torch.stack([item[field] for item in items]) for field in FIELDS}
+    # In a worker this stacks in shared memory, and says so if that is full. The queue's own thread,
+    # which would move the batch there, loses the error with the batch.
+    return default_collate([{field: item[field] for field in FIELDS} for item in items])
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -17,10 +17,12 @@ from fp8lm.training.step import Batch, evaluate
 def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
     """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks."""
     config = run.config.train
-    batches = run_batches(run, dataset, first_sample)
-    count = config.eval_iters * config.global_batch_size // batches.stride
     run.replicas.wait_for_weights()
-    with known_amaxes(run.weights.values(), run.optimizer.partition):
+    with (
+        run_batches(run, dataset, first_sample) as batches,
+        known_amaxes(run.weights.values(), run.optimizer.partition),
+    ):
+        count = config.eval_iters * config.global_batch_size // batches.stride
         return _mean_over_ranks(run, _local_loss(run, batches, count)).item()
 
 
@@ -51,6 +53,7 @@ def run_batches(
         consumed_samples=consumed_samples,
         skipped_samples=skipped_samples,
         num_workers=run.config.data.num_workers,
+        worker_timeout=run.config.data.worker_timeout,
         pin_memory=run.device.type == "cuda",
     )
 

@@ -96,13 +96,13 @@ class Trainer:
         """Train until the end, a stop, or a loss spike, from which it rolls back."""
         progress = self.progress
         dataset = self.run.datasets[0]
-        batches = run_batches(
-            self.run, dataset, progress.consumed_samples, progress.skipped_samples
-        )
-        self._stopwatch = Stopwatch(progress)
         try:
-            while not (self._finished or self._stop or self._exits):
-                self._iterate(batches)
+            with run_batches(
+                self.run, dataset, progress.consumed_samples, progress.skipped_samples
+            ) as batches:
+                self._stopwatch = Stopwatch(progress)
+                while not (self._finished or self._stop or self._exits):
+                    self._iterate(batches)
             self._look_at(self._numbers.drain())
         except RollBack as answer:
             self._roll_back(answer)

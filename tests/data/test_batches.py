@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+
 import pytest
 import torch
+from torch.utils import data
 from torch.utils.data import Dataset
 
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
-from fp8lm.errors import InputError
+from fp8lm.errors import EXIT_FAILED, InputError, run_command
 
 
 class Numbered(Dataset):
@@ -23,14 +31,28 @@ class Numbered(Dataset):
         return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(4), "dataset_id": 0}
 
 
-def iterate(size=48, rank=0, world_size=1, consumed_samples=0, num_workers=0, micro=2):
+class Failing(Numbered):
+    """Items from 4 on do what `fail` does."""
+
+    def __init__(self, fail):
+        super().__init__(48)
+        self.fail = fail
+
+    def __getitem__(self, i):
+        if i >= 4:
+            self.fail()
+        return super().__getitem__(i)
+
+
+def iterate(size=48, rank=0, world_size=1, consumed_samples=0, num_workers=0, micro=2, **more):
     return BatchIterator(
-        Numbered(size),
+        more.pop("dataset", Numbered(size)),
         micro_batch_size=micro,
         rank=rank,
         world_size=world_size,
         consumed_samples=consumed_samples,
         num_workers=num_workers,
+        **more,
     )
 
 
@@ -118,3 +140,85 @@ def test_megatrons_dataset_through_the_iterator(
     for row, index in enumerate(range(12, 16)):
         assert torch.equal(batch["tokens"][row], train[index]["tokens"])
         assert torch.equal(batch["labels"][row], train[index]["labels"])
+
+
+def hang():
+    time.sleep(600)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave():
+    os._exit(3)
+
+
+def refuse():
+    raise InputError("P.bin: sample 4 has\na token that is none")
+
+
+@contextlib.contextmanager
+def shared_memory_of_at_most(size):
+    """As where /dev/shm is full, shared memory cannot grow beyond it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def failure(fail, capsys, **more):
+    """The message and exit code of a command whose workers meet `fail`."""
+
+    def main(argv):
+        with iterate(dataset=Failing(fail), num_workers=2, **more) as batches:
+            batches.next(20)
+
+    code = run_command(main, [])
+    assert not multiprocessing.active_children()
+    return capsys.readouterr().err, code
+
+
+@pytest.mark.parametrize("fail", [hang, stop])
+def test_workers_that_send_nothing_are_ended_and_named(fail, capsys):
+    error, code = failure(fail, capsys, worker_timeout=0.5)
+    assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
+    assert "data.worker_timeout" in error and "0.5 s" in error
+
+
+@pytest.mark.parametrize("fail", [kill, leave])
+def test_a_worker_that_dies_is_named(fail, capsys):
+    error, code = failure(fail, capsys)
+    assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
+    assert "a data worker (process " in error and "data.num_workers" in error
+
+
+@pytest.mark.parametrize("size", [0, 40])  # for no lock between the processes, for no batch
+def test_full_shared_memory_is_named_with_its_cure(size, capsys):
+    with shared_memory_of_at_most(size):
+        error, code = failure(lambda: None, capsys, worker_timeout=60.0)
+    assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
+    assert "data.num_workers=0" in error and "--shm-size" in error and "KiB free" in error
+
+
+def test_what_a_worker_refuses_is_said_as_by_this_process(capsys):
+    error, code = failure(refuse, capsys)
+    assert (error, code) == ("error: P.bin: sample 4 has a token that is none\n", 2)
+
+
+def test_a_worker_that_hangs_does_not_outlive_its_iterator(monkeypatch):
+    monkeypatch.setattr(data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    with iterate(dataset=Failing(hang), num_workers=2) as batches:
+        batches.next(1)
+    assert not multiprocessing.active_children()
+
+
+def test_a_limit_that_is_not_reached_changes_nothing():
+    with iterate(num_workers=2, worker_timeout=60.0) as batches:
+        assert samples(batches.next(3)) == samples(iterate().next(3))
