@@ -15,7 +15,6 @@ and works on a checkpoint of any number of processes.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -34,6 +33,7 @@ from fp8lm.checkpoint.contents import (
     stored_tensors,
 )
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.errors import CommandParser, InputError, run_command
 
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")
@@ -164,8 +164,6 @@ def rewrite(
 
 def open_one(path: Path) -> Checkpoint:
     """The checkpoint `path`, or the newest valid one in it."""
-    if match := re.fullmatch(r"iter_(\d+)", path.name):
-        return open_checkpoint(path.parent, int(match[1]))
     checkpoint = open_checkpoint(path)
     for problem in checkpoint.passed_over:
         print(f"warning: passed over {problem}", file=sys.stderr)
@@ -174,12 +172,15 @@ def open_one(path: Path) -> Checkpoint:
 
 def which(path: Path) -> tuple[Path, list[int]]:
     """The folder of checkpoints that `path` is or is in, and which of them, oldest first."""
-    root, iterations = path, sorted(saved_iterations(path))
-    if match := re.fullmatch(r"iter_(\d+)", path.name):
-        root = path.parent
-        iterations = [number for number in saved_iterations(root) if number == int(match[1])]
+    root, iteration = locate(path)
+    iterations = sorted(saved_iterations(root))
+    if iteration is not None:
+        iterations = [number for number in iterations if number == iteration]
     if not iterations:
-        raise InputError(f"no checkpoint in {path}" if root == path else f"no checkpoint {path}")
+        if iteration is not None:
+            raise InputError(f"no checkpoint {path}")
+        hint = what_is_there(root)
+        raise InputError(f"no checkpoint in {path}{f': {hint}' if hint else ''}")
     return root, iterations
 
 

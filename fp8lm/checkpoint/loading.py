@@ -16,6 +16,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import Shards
 from fp8lm.checkpoint.storage import read_shards
@@ -72,15 +73,23 @@ def find_checkpoint(
 
 
 def open_checkpoint(
-    root: str | os.PathLike[str], iteration: int | None = None, group: Group = None
+    root: str | os.PathLike[str],
+    iteration: int | None = None,
+    group: Group = None,
+    *,
+    needed: Collection[str] = (),
 ) -> Checkpoint:
-    """Checkpoint `iteration` of `root`, or the newest valid one; `InputError` if there is none."""
+    """Checkpoint `iteration` of `root`, or the newest valid one; `InputError` if there is none.
+
+    `root` may also be one checkpoint, and is that one then. `needed` as for `find_checkpoint`.
+    """
+    if iteration is None:
+        root, iteration = locate(root)
     if iteration is not None:
-        return _open(Path(root), iteration, group, [])
-    found = find_checkpoint(root, group)
+        return _open(Path(root), iteration, group, [], needed)
+    found = find_checkpoint(root, group, needed=needed)
     if found is None:
-        below = Path(root) / "checkpoints"
-        hint = f"did you mean {below}?" if (below / LATEST).exists() else f"{LATEST} is missing"
+        hint = what_is_there(root) or f"{LATEST} is missing"
         raise InputError(f"no checkpoint in {root}: {hint}")
     return found
 

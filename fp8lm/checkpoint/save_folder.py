@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from fp8lm.checkpoint.files import make_save_folder, saved_iterations, set_aside
+from fp8lm.checkpoint.location import is_checkpoint
 from fp8lm.checkpoint.together import Group, from_all, on_main
 from fp8lm.errors import InputError
 
@@ -18,6 +19,8 @@ def check_save_folder(root: str | os.PathLike[str], group: Group = None) -> None
     on a disk of each machine is not.
     """
     root = Path(root)
+    if on_main(group, lambda: is_checkpoint(root)):
+        raise InputError(f"checkpoint.save = {root} is a checkpoint: name the folder that holds it")
     token = on_main(group, lambda: _leave_token(root))
     seen = from_all(group, os.path.exists(token))
     on_main(group, lambda: token.unlink(missing_ok=True))

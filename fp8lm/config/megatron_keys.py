@@ -496,7 +496,6 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "replication*",
         "use_persistent_ckpt_worker",
     ),
-    "an end where checkpoint.load has no checkpoint": ("exit_on_missing_checkpoint",),
     "a converter of checkpoints": (
         "ckpt_convert_format",
         "ckpt_convert_save",

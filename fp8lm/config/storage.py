@@ -73,7 +73,9 @@ class CheckpointConfig(Section):
 
     save: PathText | None = Field(None, description="Folder to save to; null: nothing is saved.")
     load: PathText | None = Field(
-        None, description="Folder to resume from; the same one as save continues a run."
+        None,
+        description="Folder to resume from, or one checkpoint (.../iter_0000100); the same folder "
+        "as save continues a run.",
     )
     save_interval: Count | None = Field(
         None, description="Iterations between checkpoints; null: only at the end."
@@ -86,6 +88,10 @@ class CheckpointConfig(Section):
     )
     save_retain_interval: Count | None = Field(
         None, description="Keep the checkpoints of every so-many-th iteration besides."
+    )
+    exit_on_missing_checkpoint: Bool = Field(
+        False,
+        description="Do not start where load has no checkpoint, even if it is the same as save.",
     )
     extend_embeddings: Bool = Field(
         False,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fp8lm.checkpoint.location import load_problem
 from fp8lm.checkpoint.save_folder import held_by_another
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
@@ -83,6 +84,7 @@ def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[
     ):
         if folder is not None and (reason := _obstacle(Path(folder))):
             found.append(f"{complaint}: {reason}")
+    found += filter(None, [load_problem(config.checkpoint)])
     if save is not None and not config.checkpoint.resumes:
         found += filter(None, [held_by_another(Path(save))])
     return found

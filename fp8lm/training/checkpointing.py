@@ -20,9 +20,11 @@ from fp8lm.checkpoint import (
     Shard,
     check_save_folder,
     find_checkpoint,
+    open_checkpoint,
     take_over,
 )
 from fp8lm.checkpoint.files import SET_ASIDE, forget_after
+from fp8lm.checkpoint.location import load_problem, locate
 from fp8lm.checkpoint.together import on_main
 from fp8lm.errors import InputError
 from fp8lm.training.build import Run
@@ -64,8 +66,10 @@ class RunCheckpoints:
         self._report, self._group = report, run.groups.saving
         self._config = config = run.config.checkpoint
         self._saver: CheckpointSaver | None = None
-        self._began_at: int | None = None
+        self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
+        if problem := on_main(self._group, lambda: load_problem(config)):
+            raise InputError(problem)
         if config.save is not None:
             # Now, not after hours of training.
             check_save_folder(config.save, self._group)
@@ -77,22 +81,26 @@ class RunCheckpoints:
             )
 
     def load(self) -> None:
-        """Go on from the newest valid checkpoint of `checkpoint.load`.
+        """Go on from `checkpoint.load`: the newest valid checkpoint in it, or the one that it is.
 
-        A folder without any starts a new run, so that one command serves to start and to resume.
-        Raises `InputError` for a checkpoint that does not fit this model or precision, and for a
-        `checkpoint.save` that holds those of another run.
+        A folder without any starts a new run if the run saves there too, so that one command serves
+        to start and to resume. Raises `InputError` for any other without one, for a checkpoint that
+        does not fit this model, and for a `checkpoint.save` that holds those of another run.
         """
         folder = self._config.load
-        found = None
-        if folder is not None:
-            found = find_checkpoint(folder, self._group, needed=NEEDED)
+        found = None if folder is None else self._find(folder)
         if found is not None:
             self._go_on_from(found)
         elif folder is not None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
         if self._saver is not None:
             self._take_over(0 if found is None else found.iteration)
+
+    def _find(self, folder: str) -> Checkpoint | None:
+        root, iteration = locate(folder)
+        if iteration is not None:
+            return open_checkpoint(root, iteration, self._group, needed=NEEDED)
+        return find_checkpoint(root, self._group, needed=NEEDED)
 
     def _go_on_from(self, found: Checkpoint) -> None:
         for problem in found.passed_over:
@@ -106,7 +114,7 @@ class RunCheckpoints:
             if not (changed := [*changed, *changed_layout(former, config)]):
                 raise
             raise InputError(f"{error}; changed since then: {', '.join(changed)}") from error
-        self._began_at = found.iteration
+        self._began_at = found
         self._saved_iteration = found.iteration if self._config.resumes else None
         root = found.folder.parent
         self._report(f" loaded checkpoint of iteration {found.iteration} from {root}")
@@ -178,9 +186,9 @@ class RunCheckpoints:
         """
         self._saver.wait()
         self.tell()
-        newest = {self._config.save: iteration - 1}
-        if self._began_at is not None:
-            newest.setdefault(self._config.load, min(iteration - 1, self._began_at))
+        newest = {self._saver.root: iteration - 1}
+        if (began := self._began_at) is not None:
+            newest.setdefault(began.folder.parent, min(iteration - 1, began.iteration))
         for folder, up_to in newest.items():
             try:
                 found = find_checkpoint(folder, self._group, up_to=up_to, needed=NEEDED)

@@ -9,9 +9,10 @@ import torch
 
 from fp8lm.checkpoint import Shard, save_checkpoint
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
-from tests.bad_input.cases import run, train
+from tests.bad_input.cases import run, train, writes
 
 LOAD = "checkpoint.load=ck"
+STRICT = ("checkpoint.exit_on_missing_checkpoint=true", "checkpoint.save=ck", LOAD)
 META = {
     "iteration": 1,
     "consumed_samples": 16,
@@ -98,6 +99,23 @@ CASES = [
     run("generate", "--load", "ck", "--prompt", "1", says="no checkpoint in ck"),
     run("checkpoint", "list", "ck", says="no checkpoint in ck"),
     run("checkpoint", "inspect", "ck", says="no checkpoint in ck: latest_checkpointed_iteration"),
+    run("checkpoint", "list", "ckk", says="in ckk: it does not exist: did", prepare=saved()),
+    train(LOAD, says="no checkpoint in checkpoint.load = ck: it does not exist"),
+    train(LOAD, "checkpoint.save=other", says="checkpoint.load = ck: it does not exist"),
+    train("checkpoint.load=ckk", says="did you mean ck?", prepare=saved()),
+    train(LOAD, says="a Hugging Face model", prepare=writes(**{"ck/model__safetensors": ""})),
+    train("checkpoint.load=ck/iter_0000002", says="does not exist", prepare=saved()),
+    train(*STRICT, says="no checkpoint in checkpoint.load = ck"),
+    train(STRICT[0], says="needs checkpoint.load"),
+    train(
+        "checkpoint.save=ck",
+        "checkpoint.load=ck/iter_0000001",
+        says=("ck/iter_0000001 is one checkpoint", "save elsewhere"),
+        prepare=saved(),
+    ),
+    train(
+        "checkpoint.save=ck/iter_0000001", says="is a checkpoint: name the folder", prepare=saved()
+    ),
     run("checkpoint", "inspect", "ck/iter_0000009", says="of iteration 9", prepare=saved()),
     run("checkpoint", "verify", "nowhere", says="no checkpoint in nowhere"),
     run("checkpoint", "compare", "ck", "nowhere", says="in nowhere", prepare=saved()),

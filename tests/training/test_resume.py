@@ -229,3 +229,17 @@ def test_a_different_seed_gives_a_different_run(tiny_config, train_run):
     one, two = (train_run(tiny_config({"train": {"seed": seed}})) for seed in (1, 2))
     tensors = model_tensors(one.run.weights), model_tensors(two.run.weights)
     assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_one_checkpoint_is_gone_on_from_exactly(tiny_config, train_run, folders, tmp_path, capsys):
+    train_run(tiny_config(folders("first"), {"checkpoint": {"save_interval": 2}}))
+    config = tiny_config(folders("second", load="first/iter_0000004"))
+    capsys.readouterr()
+    train_run(config)
+    assert "loaded checkpoint of iteration 4" in capsys.readouterr().out
+    assert (
+        curve(tmp_path / "second") == curve(tmp_path / "first")[-len(curve(tmp_path / "second")) :]
+    )
+    assert saved_iterations(tmp_path / "first") == [8, 6, 4, 2]
+    found = [find_checkpoint(tmp_path / run) for run in ("first", "second")]
+    assert not list(differences(*found))
