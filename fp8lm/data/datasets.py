@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
-from fp8lm.data.indexed import IndexedFile, check_tokenizer, inspect_indexed
+from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
+from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron

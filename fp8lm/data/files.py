@@ -1,38 +1,15 @@
-"""Small things about files: digests, and writing aside before taking the name."""
+"""Writing files aside, under another name, before they take their own."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import write_whole
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """Hex digest of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def identify(
-    tokenizer_type: str, vocab_size: int, files: Iterable[Path] = ()
-) -> dict[str, str | int | None]:
-    """What tells one tokenizer from another: its type, its size, the digest of its files."""
-    digest = sha256_of(files) if files else None
-    return {
-        "tokenizer_type": tokenizer_type,
-        "vocab_size": vocab_size,
-        "model_sha256": digest,
-    }
 
 
 @contextmanager

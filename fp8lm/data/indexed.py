@@ -2,29 +2,30 @@
 
 `P.bin` holds the token ids of every document, end to end. `P.idx` holds, little-endian:
 magic (9 bytes), version (8), dtype code (1), number of sequences n (8), number of document marks
-d (8), n int32 lengths, n int64 byte offsets, d int64 marks. `P.json`, which only
-tools/preprocess_data.py writes, names the tokenizer.
+d (8), n int32 lengths, n int64 byte offsets, d int64 marks: the numbers of the sequences at which
+documents begin, and n. `P.json`, which only tools/preprocess_data.py writes, says how they were
+made.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from fp8lm.data.tokenizer import Tokenizer
+from fp8lm.data.sidecar import Sidecar, read_sidecar
 from fp8lm.errors import InputError
 
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")  # code 1 on
 MAGIC = b"MMIDIDX\x00\x00"
-SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 256, 4096
+BLOCK_TOKENS = 1 << 22
+SAMPLED_SEQUENCES, SAMPLED_TOKENS = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class IndexedFile:
     prefix: str
     dtype: np.dtype
     lengths: np.ndarray  # tokens per sequence, int32
+    marks: np.ndarray  # the first sequence of every document, and the number of sequences, int64
+    sidecar: Sidecar | None = None
 
     @cached_property
     def num_tokens(self) -> int:
@@ -43,6 +46,61 @@ class IndexedFile:
     def fingerprint(self) -> str:
         """Digest of the lengths: all that an index of samples depends on."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """What tells these data from others, for a checkpoint.
+
+        Compare the fields that both sides have: `bin_sha256` is there if preprocessing recorded
+        it. `sample_sha256` covers the starts of up to 256 sequences spread over the file.
+        """
+        sample = hashlib.sha256(np.concatenate(list(self.sample())).tobytes()).hexdigest()
+        identity = {
+            "tokens": self.num_tokens,
+            "lengths_sha256": self.fingerprint,
+            "sample_sha256": sample,
+        }
+        if self.sidecar is not None and self.sidecar.bin_sha256 is not None:
+            identity["bin_sha256"] = self.sidecar.bin_sha256
+        return identity
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """The number of tokens up to the end of each sequence, int64."""
+        return np.cumsum(self.lengths, dtype=np.int64)
+
+    def sampled_sequences(self) -> np.ndarray:
+        """Numbers of up to SAMPLED_SEQUENCES sequences with tokens, spread over the file."""
+        filled = np.flatnonzero(self.lengths)
+        chosen = np.linspace(0, len(filled) - 1, min(SAMPLED_SEQUENCES, len(filled)))
+        return filled[chosen.astype(np.int64)]
+
+    def sample(self) -> Iterator[np.ndarray]:
+        """The first SAMPLED_TOKENS ids of each sampled sequence."""
+        for number in self.sampled_sequences():
+            length = int(self.lengths[number])
+            yield self.read(int(self.ends[number]) - length, min(length, SAMPLED_TOKENS))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All ids in order, in blocks of BLOCK_TOKENS."""
+        for start in range(0, self.num_tokens, BLOCK_TOKENS):
+            yield self.read(start, min(BLOCK_TOKENS, self.num_tokens - start))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from the token `start`; `InputError` where `P.bin` cannot be read."""
+        path = self.prefix + ".bin"
+        try:  # not a memory map, in which an error of the disk ends the process
+            ids = np.fromfile(path, self.dtype, count, offset=start * self.dtype.itemsize)
+        except OSError as err:
+            raise InputError(f"cannot read {path}: {err.strerror or err}") from None
+        if len(ids) < count:
+            raise InputError(f"{path} became shorter while it was read: preprocess again")
+        return ids
+
+    def document_of(self, token: int) -> int:
+        """The document, from 0, that holds the token of this number."""
+        sequence = np.searchsorted(self.ends, token, side="right")
+        return int(np.searchsorted(self.marks, sequence, side="right")) - 1
 
 
 def inspect_indexed(prefix: str) -> IndexedFile:
@@ -54,52 +112,73 @@ def inspect_indexed(prefix: str) -> IndexedFile:
     for path in (idx, bin_):
         if not os.path.isfile(path):
             raise InputError(f"data.data_path: {path} does not exist{_prefix_hint(prefix)}")
-    dtype, lengths, pointers, marks = _read_index(idx)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    starts = ends - lengths * np.int64(dtype.itemsize)
-    if lengths.min(initial=0) < 0 or not np.array_equal(starts, pointers):
-        raise InputError(f"{idx} is corrupt: lengths and offsets disagree: preprocess again")
-    if not len(marks) or marks[-1] != len(lengths):
-        raise InputError(f"{idx} is corrupt: documents and sequences disagree: preprocess again")
-    expected = int(ends[-1]) if len(ends) else 0
-    if expected == 0:
-        raise InputError(f"{idx} describes no tokens: the corpus was empty")
-    size = os.path.getsize(bin_)
+    content = _read_whole(idx)
+    dtype, lengths, pointers, marks = _parse_index(idx, content)
+    data = IndexedFile(prefix, dtype, lengths, marks, read_sidecar(prefix))
+    _check_index(idx, data, pointers)
+    size, expected = os.path.getsize(bin_), data.num_tokens * dtype.itemsize
     if size != expected:
         what = "is truncated" if size < expected else "does not belong to its index"
         raise InputError(
             f"{bin_} {what}: it has {size} bytes and {idx} describes {expected}: preprocess again"
         )
-    return IndexedFile(prefix, dtype, lengths)
+    recorded = data.sidecar and data.sidecar.idx_sha256
+    if recorded and hashlib.sha256(content).hexdigest() != recorded:
+        raise InputError(
+            f"{idx} is not the file that {prefix}.json describes: it is damaged or was replaced: "
+            f"preprocess again, or remove {prefix}.json if it is another's"
+        )
+    return data
 
 
-def _read_index(idx: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def _read_whole(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as err:
+        raise InputError(f"cannot read {path}: {err.strerror or err}") from None
+
+
+def _parse_index(idx: str, content: bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """dtype, lengths, offsets and document marks of an index of the right size."""
-    size = os.path.getsize(idx)
-    with open(idx, "rb") as stream:
-        header = stream.read(HEADER.size)
-        if not header.startswith(MAGIC):
-            raise InputError(f"{idx} is not an index in Megatron's format")
-        if len(header) < HEADER.size:
-            raise InputError(f"{idx} is truncated: it has {size} bytes: preprocess again")
-        _, version, code, num_sequences, num_marks = HEADER.unpack(header)
-        if version != 1:
-            raise InputError(f"{idx} has version {version} of the format: only 1 is known")
-        expected = HEADER.size + 12 * num_sequences + 8 * num_marks
-        if size != expected:
-            what = "truncated" if size < expected else "corrupt"
-            raise InputError(
-                f"{idx} is {what}: it has {size} bytes and should have {expected}: preprocess again"
-            )
-        lengths = np.fromfile(stream, "<i4", num_sequences)
-        pointers = np.fromfile(stream, "<i8", num_sequences)
-        marks = np.fromfile(stream, "<i8", num_marks)
+    size = len(content)
+    if not content.startswith(MAGIC):
+        raise InputError(f"{idx} is not an index in Megatron's format")
+    if size < HEADER.size:
+        raise InputError(f"{idx} is truncated: it has {size} bytes: preprocess again")
+    _, version, code, num_sequences, num_marks = HEADER.unpack_from(content)
+    if version != 1:
+        raise InputError(f"{idx} has version {version} of the format: only 1 is known")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_marks
+    if size != expected:
+        what = "truncated" if size < expected else "corrupt"
+        raise InputError(
+            f"{idx} is {what}: it has {size} bytes and should have {expected}: preprocess again"
+        )
     if not 1 <= code <= len(DTYPES):
         raise InputError(f"{idx} is corrupt: token type {code} is unknown")
     dtype = np.dtype(DTYPES[code - 1])
     if dtype.kind not in "iu":
         raise InputError(f"{idx} stores {dtype} values: token ids are integers")
+    lengths = np.frombuffer(content, "<i4", num_sequences, HEADER.size)
+    pointers = np.frombuffer(content, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    marks = np.frombuffer(content, "<i8", num_marks, HEADER.size + 12 * num_sequences)
     return dtype, lengths, pointers, marks
+
+
+def _check_index(idx: str, data: IndexedFile, pointers: np.ndarray) -> None:
+    """`InputError` unless lengths, offsets and marks agree with each other."""
+    if data.lengths.min(initial=0) < 0 or not np.array_equal(
+        (data.ends - data.lengths) * np.int64(data.dtype.itemsize), pointers
+    ):
+        raise InputError(f"{idx} is corrupt: lengths and offsets disagree: preprocess again")
+    marks = data.marks
+    rises = len(marks) and marks[0] == 0 and marks[-1] == len(data.lengths)
+    # Documents without sequences, which Megatron may write, repeat a mark.
+    if not rises or (np.diff(marks) < 0).any():
+        raise InputError(f"{idx} is corrupt: documents and sequences disagree: preprocess again")
+    if not data.num_tokens:
+        raise InputError(f"{idx} describes no tokens: the corpus was empty")
 
 
 def _prefix_hint(prefix: str) -> str:
@@ -108,55 +187,3 @@ def _prefix_hint(prefix: str) -> str:
     if os.path.isfile(prefix + "_text_document.idx"):
         return f": did you mean {prefix}_text_document?"
     return ": make it with tools/preprocess_data.py"
-
-
-def check_tokenizer(data: IndexedFile, tokenizer: Tokenizer) -> None:
-    """Raise `InputError` when the data was not made with this tokenizer.
-
-    By the identity in `P.json` where there is one. Data written by Megatron has none: then, and
-    in any case, the ids of a sample of documents must lie inside the vocabulary.
-    """
-    made_with = _recorded_tokenizer(data.prefix + ".json")
-    if made_with is not None and made_with != tokenizer.identity:
-        raise InputError(
-            f"{data.prefix} was tokenized with {_describe(made_with)}, and the config's tokenizer "
-            f"is {_describe(tokenizer.identity)}: use the tokenizer that made the data, or "
-            "preprocess again"
-        )
-    low, high = _sampled_range(data)
-    if low < 0 or high >= tokenizer.vocab_size:
-        raise InputError(
-            f"{data.prefix}.bin holds token id {low if low < 0 else high}, outside the "
-            f"tokenizer's vocabulary of {tokenizer.vocab_size}: use the tokenizer that made the "
-            "data, or preprocess again"
-        )
-
-
-def _recorded_tokenizer(path: str) -> dict | None:
-    try:
-        return dict(json.loads(Path(path).read_bytes())["tokenizer"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path} does not name a tokenizer: remove it or preprocess again"
-        ) from None
-
-
-def _describe(identity: dict) -> str:
-    digest = identity.get("model_sha256")
-    model = f", model sha256 {digest[:12]}" if digest else ""
-    return f"{identity.get('tokenizer_type')} (vocabulary {identity.get('vocab_size')}{model})"
-
-
-def _sampled_range(data: IndexedFile) -> tuple[int, int]:
-    """Smallest and largest id at the start of documents spread evenly over the file."""
-    tokens = np.memmap(data.prefix + ".bin", dtype=data.dtype, mode="r")
-    starts = np.cumsum(data.lengths, dtype=np.int64) - data.lengths
-    chosen = np.unique(np.linspace(0, len(starts) - 1, SAMPLED_DOCUMENTS).astype(np.int64))
-    parts = [
-        tokens[starts[i] : starts[i] + min(int(data.lengths[i]), SAMPLED_TOKENS)] for i in chosen
-    ]
-    ids = np.concatenate(parts)
-    # Documents may be empty; the file is not.
-    return (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from fp8lm.data.files import folder_aside
+from fp8lm.data.sidecar import Sidecar
+from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
@@ -25,12 +29,15 @@ def token_dtype(vocab_size: int) -> type[np.number]:
 class IndexedWriter:
     """Collects documents aside; `publish` gives `prefix.{bin,json,idx}` their names.
 
-    A context manager: leaving it without `publish` leaves nothing behind.
+    A context manager: leaving it without `publish` leaves nothing behind. `InputError` where the
+    files cannot be written.
     """
 
     def __init__(self, prefix: str, dtype: type[np.number]) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.num_documents = self.num_tokens = 0
+        self._digest = hashlib.sha256()
+        self._range: tuple[int, int] | None = None
 
     def __enter__(self) -> IndexedWriter:
         self._aside = folder_aside(Path(self.prefix))
@@ -44,25 +51,58 @@ class IndexedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._builder.data_file.close()
+        with suppress(OSError):  # on a full disk what is left in the buffer cannot be written
+            self._builder.data_file.close()
         self._aside.__exit__(kind, error, trace)
 
     def add(self, ids: np.ndarray) -> None:
         """Append a document; one without ids is left out, as Megatron does."""
         if not len(ids):
             return
-        self._builder.add_document(ids, [len(ids)])
+        with self._write_errors():
+            self._builder.add_document(ids, [len(ids)])
+        self._digest.update(np.ascontiguousarray(ids, dtype=self.dtype))
+        extremes = int(ids.min()), int(ids.max())
+        low, high = self._range or extremes
+        self._range = min(low, extremes[0]), max(high, extremes[1])
         self.num_documents += 1
         self.num_tokens += len(ids)
 
-    def publish(self, sidecar: dict) -> None:
-        """Finish the index, and move the files into place with `sidecar` as `prefix.json`."""
-        self._builder.finalize(self._part + ".idx")
-        counts = {"documents": self.num_documents, "tokens": self.num_tokens}
-        Path(self._part + ".json").write_text(json.dumps(sidecar | counts, indent=2) + "\n")
-        # An old index goes first and the new one comes last: nobody finds an index beside
-        # another run's tokens.
-        with suppress(FileNotFoundError):
-            os.remove(self.prefix + ".idx")
-        for suffix in (".bin", ".json", ".idx"):
-            os.replace(self._part + suffix, self.prefix + suffix)
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Complete the files under their temporary names, with `facts` in the sidecar."""
+        with self._write_errors():
+            self._builder.finalize(self._part + ".idx")
+            low, high = self._range or (None, None)
+            sidecar = Sidecar(
+                **facts,
+                documents=self.num_documents,
+                tokens=self.num_tokens,
+                min_id=low,
+                max_id=high,
+                bin_sha256=self._digest.hexdigest(),
+                idx_sha256=hashlib.sha256(Path(self._part + ".idx").read_bytes()).hexdigest(),
+            )
+            text = sidecar.model_dump_json(indent=2, exclude_none=True)
+            Path(self._part + ".json").write_text(text + "\n")
+
+    def rename(self) -> None:
+        """Give the finished files their names."""
+        with self._write_errors():
+            # An old index goes first and the new one comes last: nobody finds an index beside
+            # another run's tokens.
+            with suppress(FileNotFoundError):
+                os.remove(self.prefix + ".idx")
+            for suffix in (".bin", ".json", ".idx"):
+                os.replace(self._part + suffix, self.prefix + suffix)
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Finish and rename."""
+        self.finish(facts)
+        self.rename()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise InputError(f"cannot write {self.prefix}: {err.strerror or err}") from None

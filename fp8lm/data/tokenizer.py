@@ -1,18 +1,27 @@
 """Tokenizers under Megatron's type names, loaded from local files only.
 
 Each class carries `identity`, which preprocessing writes beside the data: a run whose tokenizer
-differs from the one that made the data is told so instead of training on the wrong ids.
+differs from the one that made the data is told so instead of training on the wrong ids. And it
+carries `files`, so that they can be kept elsewhere and loaded with `tokenizer_from_files`.
+
+Of the text `</s>` or `<|endoftext|>` inside a document all make ordinary tokens, so that no text
+can end a document; with `parse_special_tokens` all make the control token of that name.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import sentencepiece
 
-from fp8lm.data.files import identify
-from fp8lm.data.shared_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, TikTokenizer
+from fp8lm.data.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
+from fp8lm.data.identity import Identity, identify
+from fp8lm.data.tiktoken_vocabulary import TikTokenizer
+from fp8lm.data.tokenizer_files import TokenizerFiles, read_file
 from fp8lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,13 +29,19 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; `eod` is the id written after each document."""
+    """Text to token ids and back.
+
+    `eod` is the id written after each document, `bos` one that may be written before it, if the
+    tokenizer has one. `files` are the contents by name of the local files that define it.
+    """
 
     vocab_size: int
     eod: int
-    identity: dict[str, str | int | None]
+    bos: int | None
+    identity: Identity
+    files: dict[str, bytes]
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]: ...
 
     def detokenize(self, ids: list[int]) -> str: ...
 
@@ -60,7 +75,23 @@ def load_tokenizer(
             f"tokenizer_model {tokenizer_model} does not exist: give a local file or folder "
             "(names on a hub are not downloaded)"
         )
-    return TOKENIZERS[tokenizer_type](path)
+    kind = TOKENIZERS[tokenizer_type]
+    return kind(kind.read(path))
+
+
+def tokenizer_from_files(
+    tokenizer_type: str,
+    files: Mapping[str, bytes],
+    vocab_size: int | None = None,
+    source: str = "from files",
+) -> Tokenizer:
+    """Build a tokenizer from what another one has as `files`; `source` stands in messages."""
+    if tokenizer_type == "NullTokenizer":
+        return NullTokenizer(vocab_size)
+    try:
+        return TOKENIZERS[tokenizer_type](TokenizerFiles(source, dict(files)))
+    except KeyError as err:
+        raise InputError(f"tokenizer {source}: {err} is missing for {tokenizer_type}") from None
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -83,10 +114,11 @@ class NullTokenizer:
                 f"NullTokenizer needs vocab_size, a positive number of ids, not {vocab_size}"
             )
         self.vocab_size = vocab_size + 1
-        self.eod = vocab_size
-        self.identity = identify("NullTokenizer", self.vocab_size)
+        self.eod, self.bos = vocab_size, None
+        self.files: dict[str, bytes] = {}
+        self.identity = identify("NullTokenizer", self.vocab_size, self.eod)
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as err:
@@ -106,22 +138,56 @@ class NullTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file; `eod` is its end-of-sentence piece."""
 
-    def __init__(self, path: Path) -> None:
+    MODEL = "tokenizer.model"
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self.files, model = files.contents, files.contents[self.MODEL]
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            if not model:
+                raise RuntimeError("an empty file, which the library takes and then cannot use")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError):
-            raise InputError(f"tokenizer_model {path} is not a SentencePiece model") from None
+            raise InputError(
+                f"tokenizer_model {files.source} is not a SentencePiece model"
+            ) from None
         self.vocab_size = self._processor.get_piece_size()
         self.eod = self._processor.eos_id()
         if self.eod < 0:
             raise InputError(
-                f"tokenizer_model {path} has no end-of-sentence piece, which marks the end of a "
-                "document: train it with one (tools/train_tokenizer.py does)"
+                f"tokenizer_model {files.source} has no end-of-sentence piece, which marks the end "
+                "of a document: train it with one (tools/train_tokenizer.py does)"
             )
-        self.identity = identify("SentencePieceTokenizer", self.vocab_size, [path])
+        bos = self._processor.bos_id()
+        self.bos = None if bos < 0 else bos
 
-    def tokenize(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+    @classmethod
+    def read(cls, path: Path) -> TokenizerFiles:
+        """The one file."""
+        return TokenizerFiles(str(path), {cls.MODEL: read_file(path)})
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digest of the model."""
+        content = [self.files[self.MODEL]]
+        return identify("SentencePieceTokenizer", self.vocab_size, self.eod, content)
+
+    @cached_property
+    def _control_pieces(self) -> dict[str, int]:
+        """Ids of the control pieces, which the library never finds in text."""
+        numbers = filter(self._processor.is_control, range(self.vocab_size))
+        return {self._processor.id_to_piece(number): number for number in numbers}
+
+    def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]:
+        if not parse_special_tokens or not self._control_pieces:
+            return self._processor.encode(text)
+        longest_first = sorted(self._control_pieces, key=len, reverse=True)
+        ids = []
+        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+            if part in self._control_pieces:
+                ids.append(self._control_pieces[part])
+            else:
+                ids += self._processor.encode(part)
+        return ids
 
     def detokenize(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

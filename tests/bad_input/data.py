@@ -94,7 +94,7 @@ TOKENS = [
     train(
         DATA,
         "tokenizer.vocab_size=63",
-        says="P.bin holds token id 199, outside the tokenizer's vocabulary of 64",
+        says=("P.bin holds token id 64 in document 0", "the tokenizer's vocabulary of 64"),
         prepare=tokens(remove("P.json")),
     ),
     train(DATA, "data.split='99.99,0.01,0'", says="leaves no documents of P", prepare=tokens()),
@@ -134,7 +134,7 @@ TOKENIZERS = [
     tokenizer(
         "HuggingFace",
         ".",
-        says="tokenizer_config.json is not a JSON object",
+        says="tokenizer_config.json of tokenizer . is not a JSON object",
         prepare=writes(tokenizer__json=FAST, tokenizer_config__json="[]"),
     ),
     tokenizer("GPT2BPE", ".", says="holds no vocab.json"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fp8lm.config import build_config
 from fp8lm.data.indexed_writer import IndexedWriter
 from fp8lm.data.tokenizer import NullTokenizer
+from tests.data.tokenizers_of_all_types import train_bpe
 
 VOCAB_SIZE, SEQ_LENGTH = 50, 16
 
@@ -56,12 +57,30 @@ def make_config():
 def write_documents(tmp_path, tokenizer):
     """Write documents, lists of ids, as Megatron's files and return their prefix."""
 
-    def write(documents, name="P", dtype=np.uint16, identity=None):
+    def write(documents, name="P", dtype=np.uint16, identity=None, append_eod=False):
         prefix = str(tmp_path / name)
         with IndexedWriter(prefix, dtype) as writer:
             for document in documents:
                 writer.add(np.array(document, dtype))
-            writer.publish({"tokenizer": identity or tokenizer.identity, "append_eod": False})
+            made_by = identity or tokenizer.identity
+            writer.publish({"tokenizer": made_by, "append_eod": append_eod})
         return prefix
 
     return write
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return train_bpe()
+
+
+@pytest.fixture
+def hub_folder(tmp_path, bpe):
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path, bpe):
+    bpe.model.save(str(tmp_path))
+    return tmp_path

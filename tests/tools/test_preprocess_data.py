@@ -14,7 +14,8 @@ import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from fp8lm.data.indexed import check_tokenizer, inspect_indexed
+from fp8lm.data.indexed import inspect_indexed
+from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import load_tokenizer
 from fp8lm.errors import EXIT_INTERRUPTED
 
