@@ -29,6 +29,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common.json"
 LARGEST_LATEST = 4096  # bytes
 SET_ASIDE = "set_aside"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FOLDER = re.compile(r"iter_([0-9]{7,18})|\.iter_([0-9]{7,18})\.old")
 
 
@@ -47,7 +48,11 @@ class Retention:
         if self.keep_last is None and self.interval is None:
             return []
         older = [i for i in iterations if i <= latest][self.keep_last or 1 :]
-        return [i for i in older if self.interval is None or i % self.interval]
+        return [i for i in older if not self.marks(i)]
+
+    def marks(self, iteration: int) -> bool:
+        """Whether `iteration` is one of the `interval`, which stay for good."""
+        return self.interval is not None and iteration % self.interval == 0
 
 
 def latest_iteration(root: str | os.PathLike[str]) -> int | None:
@@ -144,8 +149,12 @@ def remove(root: Path, iterations: list[int]) -> None:
             if os.path.lexists(folder):
                 # A name of its own: one that could not be deleted may still be in the way.
                 removed = _aside(root, iteration, f"{secrets.token_hex(8)}.removed")
-                folder.rename(removed)
-                _delete(removed)
+                try:
+                    folder = folder.rename(removed)
+                except OSError as error:
+                    if error.errno not in NO_ROOM:  # not even for a name, on some full disks
+                        raise
+                _delete(folder)
 
 
 def forget_after(root: Path, iteration: int) -> None:

@@ -14,6 +14,7 @@ import torch
 import fp8lm
 from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import (
+    NO_ROOM,
     Retention,
     latest_iteration,
     publish,
@@ -23,13 +24,14 @@ from fp8lm.checkpoint.files import (
     start_writing,
 )
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
+from fp8lm.checkpoint.room import describe_room, make_room
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.checkpoint.together import Group, from_all, is_main, on_main
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+class SaveError(RunFailed):
+    """A checkpoint could not be written; the newest valid one before it is as it was."""
 
 
 class RetentionError(SaveError):
@@ -48,32 +50,45 @@ def save_checkpoint(
 
     `shards` maps the name of every logical tensor to this rank's pieces of it; all ranks of `group`
     call together. A checkpoint of the same iteration is replaced, and those that `retention` lets
-    go of are deleted afterwards. Raises `SaveError` if writing fails, as on a full disk, and
-    `RetentionError` if only the deleting does.
+    go of are deleted afterwards, or before where the disk is full (see `room`). Raises `SaveError`
+    if writing fails, and `RetentionError` if only the deleting does.
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)
     common = _common_text(iteration, meta)
     try:
-        folder = on_main(group, lambda: start_writing(root, iteration))
-        written = from_all(group, write_shards(folder, planner, group))
-        digests = {name: digest for files in written for name, digest in files.items()}
-        folder = on_main(group, lambda: publish(root, iteration, common, digests))
-    except BaseException as error:
-        # Whatever failed has been raised on all ranks, so none is still writing.
-        if is_main(group):
-            with suppress(OSError):
-                settle(root)
-        if isinstance(error, OSError):
-            raise SaveError(_failure(root, iteration, error)) from error
-        raise
+        folder = _write(root, iteration, planner, common, group)
+    except OSError as error:
+        if error.errno not in NO_ROOM or not make_room(root, iteration, retention, group):
+            raise _failure(root, iteration, retention, error) from error
+        try:
+            folder = _write(root, iteration, planner, common, group)
+        except OSError as again:
+            raise _failure(root, iteration, retention, again) from again
     try:
         on_main(group, lambda: _clear(root, retention, iteration))
-    except OSError as error:
+    except (OSError, InputError) as error:
         raise RetentionError(
             f"{folder} is saved, but not all older ones can be removed: {error}"
         ) from error
     return folder
+
+
+def _write(
+    root: Path, iteration: int, planner: ShardSavePlanner, common: str, group: Group
+) -> Path:
+    """Write one checkpoint; what fails is raised on all ranks, and leaves nothing behind."""
+    try:
+        folder = on_main(group, lambda: start_writing(root, iteration))
+        written = from_all(group, write_shards(folder, planner, group))
+        digests = {name: digest for files in written for name, digest in files.items()}
+        return on_main(group, lambda: publish(root, iteration, common, digests))
+    except BaseException:
+        # Whatever failed has been raised on all ranks, so none is still writing.
+        if is_main(group):
+            with suppress(OSError):
+                settle(root)
+        raise
 
 
 def _clear(root: Path, retention: Retention, latest: int) -> None:
@@ -91,10 +106,10 @@ def _common_text(iteration: int, meta: Mapping[str, Any]) -> str:
     return json.dumps(common, indent=1, allow_nan=False) + "\n"
 
 
-def _failure(root: Path, iteration: int, error: OSError) -> str:
+def _failure(root: Path, iteration: int, retention: Retention, error: OSError) -> SaveError:
     text = f"could not write the checkpoint of iteration {iteration} in {root}: {error}"
     with suppress(InputError):
         latest = latest_iteration(root)
         kept = "there is none before it" if latest is None else f"that of {latest} is intact"
-        return f"{text}; {kept}"
-    return text
+        text = f"{text}; {kept}"
+    return SaveError(text + describe_room(root, error, retention))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint import background as background_module
 from fp8lm.checkpoint.files import saved_iterations
+from tests.checkpoint.disks import small_disk
 from tests.checkpoint.tensors import (
     META,
     assert_same_bytes,
@@ -121,18 +120,6 @@ def test_a_save_that_did_not_come_to_a_plan(tmp_path, asynchronous):
     loaded = blank(tensors)
     load(root, loaded)
     assert_same_bytes(loaded, tensors)
-
-
-@contextmanager
-def small_disk(folder, size):
-    """A file system of `size` mounted on `folder`; skips where that is not allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed here; a file size limit stands for it")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk(tmp_path):
