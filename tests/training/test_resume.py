@@ -8,9 +8,10 @@ import torch
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.contents import differences, stored_tensors
 from fp8lm.checkpoint.files import saved_iterations, write_latest
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, run_command
 from fp8lm.training.changes import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
+from tests.checkpoint.tensors import file_size_limit
 from tests.training.runs import curve, train
 
 TIMING = {"iteration-time", "throughput", "tokens-per-second"}
@@ -180,6 +181,16 @@ def test_checkpoints_of_another_run_are_not_replaced(tiny_config, train_run, tmp
     with pytest.raises(InputError, match="holds checkpoints up to iteration 8, and this run does"):
         train_run(tiny_config(save, {"train": {"train_iters": 3}}))
     assert saved_iterations(tmp_path) == [8]
+
+
+def test_a_last_checkpoint_without_room_is_one_line(tiny_config, train_run, tmp_path, capsys):
+    config = tiny_config({"checkpoint": {"save": str(tmp_path)}})
+    with file_size_limit(1000):
+        code = run_command(lambda _: train_run(config))
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 1 and len(lines) == 1
+    assert lines[0].startswith("error: could not write the checkpoint of iteration 8")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
