@@ -6,10 +6,10 @@ python pretrain_gpt.py --config configs/gpt_tiny.yaml [section.key=value ...]
 from __future__ import annotations
 
 import os
-import sys
 from datetime import timedelta
 
-from fp8lm.errors import EXIT_RESTART, run_command
+from fp8lm.ending import exit_with
+from fp8lm.errors import EXIT_RESTART
 from fp8lm.launch.tether import tie_to_parent
 
 
@@ -41,4 +41,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     tie_to_parent()
-    sys.exit(run_command(main))
+    exit_with(main)

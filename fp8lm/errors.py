@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fp8lm.faults import describe_fault
+from fp8lm.output import EXIT_UNREAD, finish_output, nobody_reads
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -60,11 +61,13 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
 
     So are a missing package, Ctrl-C with code 130, and with code 1 a `RunFailed` and whatever the
-    machine lacks (see `faults`). `argv` defaults to the arguments of this process. Any other
-    exception passes through, because a traceback is what a failure of the program itself needs.
+    machine lacks (see `faults`). Output that nobody reads any more (`| head`) ends it with 141.
+    `argv` defaults to the arguments of this process. Any other exception passes through, because a
+    traceback is what a failure of the program itself needs.
     """
     leave_exit_code(None)
     code = _run(main, list(sys.argv[1:] if argv is None else argv))
+    nobody_reads()  # or Python complains, when it flushes at its end
     leave_exit_code(code)
     return code
 
@@ -83,7 +86,7 @@ def leave_exit_code(code: int | None) -> None:
 
 def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
-        return main(argv) or 0
+        return _run_to_the_end_of_output(main, argv)
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except RunFailed as error:
@@ -95,6 +98,8 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         complain(f"error: {sys.executable} has no package {error.name}: {cure}")
         return EXIT_BAD_INPUT
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return EXIT_UNREAD
         fault = describe_fault(error)
         if fault is None:
             raise
@@ -104,6 +109,19 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             complain("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _run_to_the_end_of_output(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        code = main(argv) or 0
+    except SystemExit:  # of --help
+        finish_output()
+        raise
+    problem = finish_output()
+    if problem is None:
+        return code
+    complain(f"error: {problem}")
+    return code or EXIT_FAILED
 
 
 def complain(line: str) -> None:

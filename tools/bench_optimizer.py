@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.ending import exit_with
+from fp8lm.errors import CommandParser, InputError
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.state import state_bytes
 
@@ -129,4 +129,4 @@ def report(results: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    exit_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from torch import Tensor
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, run_command
+from fp8lm.ending import exit_with
+from fp8lm.errors import CommandParser
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
@@ -247,4 +247,4 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    exit_with(main)

@@ -10,7 +10,6 @@ as a reduction does. Each is cast with one scale per message, as on the wire.
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 
 import torch
@@ -22,7 +21,8 @@ from fp8lm.config import load_config
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import build_tokenizer
-from fp8lm.errors import CommandParser, run_command
+from fp8lm.ending import exit_with
+from fp8lm.errors import CommandParser
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.edge import Edge, Partition
 from fp8lm.numerics import E4M3, E5M2, Format
@@ -133,4 +133,4 @@ def snr(messages: list[Tensor], fmt: Format) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    exit_with(main)

@@ -73,6 +73,9 @@ def process_groups(
     `backend="gloo"`: it moves bytes of GPU tensors through the host. A collective that takes longer
     than `timeout` fails. InputError, before any group is made, if the environment is incomplete or
     the sizes do not divide the number of processes.
+
+    The groups of several processes outlive an exception: to destroy them is to wait for the other
+    ranks, see `fp8lm.ending`.
     """
     launch = Launch.from_environment(os.environ)
     check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
@@ -92,8 +95,11 @@ def process_groups(
             timeout=timeout,
         ) as groups:
             yield groups
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if launch.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _job_store(launch: Launch, timeout: timedelta) -> dist.Store:
@@ -129,12 +135,10 @@ def model_parallel_groups(
         for ranks in rank_lists(tensor_parallel, replicas, pipeline_parallel).values()
     ]
     made.append(dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT))
-    try:
-        # Those that parts of the run divide off later are in the list, too, by the end.
-        yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout, made=made)
-    finally:
-        for group in made:
-            dist.destroy_process_group(group)
+    # Those that parts of the run divide off later are in the list, too, by the end.
+    yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout, made=made)
+    for group in made:  # not after an exception: other ranks may not come here
+        dist.destroy_process_group(group)
 
 
 def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:

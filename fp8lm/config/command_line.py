@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from fp8lm.config.help import help_text
@@ -11,6 +10,7 @@ from fp8lm.config.options import explain_options
 from fp8lm.config.root import Config
 from fp8lm.config.schema import schema_text
 from fp8lm.errors import CommandParser, InputError
+from fp8lm.output import show
 
 
 class _Parser(CommandParser):
@@ -41,7 +41,7 @@ def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") ->
 def main(argv: Sequence[str]) -> int:
     """Print the JSON schema with `--schema`, else the resolved config of a command line."""
     if list(argv) == ["--schema"]:
-        sys.stdout.write(schema_text())
+        show(schema_text().rstrip())
     else:
-        sys.stdout.write(parse_command_line(argv, "python -m fp8lm.config").to_yaml())
+        show(parse_command_line(argv, "python -m fp8lm.config").to_yaml().rstrip())
     return 0

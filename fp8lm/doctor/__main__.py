@@ -12,6 +12,7 @@ from dataclasses import asdict
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding, judge, problems
 from fp8lm.errors import EXIT_BAD_INPUT, CommandParser, run_command
+from fp8lm.output import show
 
 
 def main(argv: list[str]) -> int:
@@ -24,9 +25,9 @@ def main(argv: list[str]) -> int:
     found = problems(findings)
     if options.json:
         report = {"ok": not found, "problems": found, "findings": [asdict(f) for f in findings]}
-        print(json.dumps({**report, "facts": asdict(facts)}, indent=2))
+        show(json.dumps({**report, "facts": asdict(facts)}, indent=2))
     else:
-        print(f"fp8lm {facts.fp8lm}, {facts.revision}\n\n{table(findings)}")
+        show(f"fp8lm {facts.fp8lm}, {facts.revision}\n\n{table(findings)}")
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)
     return EXIT_BAD_INPUT if found else 0

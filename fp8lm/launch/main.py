@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from fp8lm.launch.command import (
 )
 from fp8lm.launch.options import Options, parse_options
 from fp8lm.launch.progress import progress_line
+from fp8lm.output import show
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
@@ -106,15 +106,6 @@ def start(options: Options, processes: int) -> int:
         return simulate(options, processes, say)
     os.environ.update(torchrun_environment(options))
     return run_agent(torchrun_arguments(options, processes))
-
-
-def show(text: str) -> None:
-    """Print it; a reader that has seen enough (`| head`) may leave."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more at its end, and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:
