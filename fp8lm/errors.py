@@ -24,7 +24,26 @@ EXIT_INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
 
 
 class InputError(Exception):
-    """Bad config, data, tokenizer, checkpoint or environment: names the thing and the cure."""
+    """Bad config, data, tokenizer, checkpoint or environment: names the thing and the cure.
+
+    `exit_code` is that of a command which it ends.
+    """
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class FolderInUse(InputError):
+    """A process of this machine writes to a folder that a run would write to."""
+
+
+class FolderInUseElsewhere(FolderInUse):
+    """So does one that may end, or be found dead: the same command may start later."""
+
+    exit_code = EXIT_RESTART
+
+
+class LockLost(InputError):
+    """Another run has taken a folder over from this one, which must not write there any more."""
 
 
 class RunFailed(Exception):
@@ -58,7 +77,7 @@ def _with_home(argument: str) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: an `InputError` is one line on stderr and code 2.
+    """Run a command and return its exit code: an `InputError` is one line on stderr and its code.
 
     So are a missing package, Ctrl-C with code 130, and with code 1 a `RunFailed` and whatever the
     machine lacks (see `faults`). Output that nobody reads any more (`| head`) ends it with 141.
@@ -88,7 +107,7 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
         return _run_to_the_end_of_output(main, argv)
     except InputError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(str(error), error.exit_code)
     except RunFailed as error:
         return _fail(str(error), EXIT_FAILED)
     except ModuleNotFoundError as error:

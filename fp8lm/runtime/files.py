@@ -18,6 +18,7 @@ from typing import BinaryIO
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, the opening of a FIFO waits for its other end.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_UPDATE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -34,6 +35,11 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; `NotRegular` for anything else, without waiting."""
     _refuse_special(path, os.lstat(path))  # before opening, which a device may answer to
     return os.fdopen(_opened(path, _READ), "rb")
+
+
+def open_to_update(path: Path) -> BinaryIO:
+    """Open a regular file that is there for reading and writing, unbuffered; else `NotRegular`."""
+    return os.fdopen(_opened(path, _UPDATE), "r+b", buffering=0)
 
 
 def open_to_append(path: Path, buffering: int = -1) -> BinaryIO:
