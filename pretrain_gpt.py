@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     from fp8lm.comm.groups import process_groups, rank_device
     from fp8lm.comm.launch import Launch
     from fp8lm.training.build import build, resolve_device
+    from fp8lm.training.run_folders import locked_folders
     from fp8lm.training.stopping import is_over
     from fp8lm.training.trainer import Trainer
 
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
         pipeline_parallel=parallel.pipeline_model_parallel_size,
         timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
     ) as groups:
-        return Trainer(build(config, groups, device)).train()
+        run = build(config, groups, device)
+        with locked_folders(config, groups) as locks:
+            return Trainer(run, locks).train()
 
 
 if __name__ == "__main__":

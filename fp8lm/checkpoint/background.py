@@ -22,18 +22,22 @@ from fp8lm.checkpoint.host_copy import HostCopies
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.together import Group
+from fp8lm.errors import LockLost
+from fp8lm.runtime.run_lock import RunLocks
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of one save: the iteration, seconds it took, and why it failed (None: it did not).
 
+    `LockLost` is why where another run has taken the folder over.
+
     Seconds are those of the writing, not those for which the training stood still.
     """
 
     iteration: int
     seconds: float
-    error: SaveError | None = None
+    error: SaveError | LockLost | None = None
 
     @property
     def written(self) -> bool:
@@ -45,7 +49,8 @@ class CheckpointSaver:
     """Writes the checkpoints of one run to `root`; all ranks of `group` call together.
 
     `asynchronous`: `save` returns once the tensors are copied to host memory, as many bytes as this
-    rank writes; else once they are on disk.
+    rank writes; else once they are on disk. `locks`: of the run, on the main rank; they are kept
+    while a checkpoint is being written.
     """
 
     def __init__(
@@ -55,9 +60,11 @@ class CheckpointSaver:
         *,
         asynchronous: bool = False,
         retention: Retention = Retention(),  # noqa: B008 (frozen)
+        locks: RunLocks | None = None,
     ) -> None:
         self.root = Path(root)
         self._group, self._retention = group, retention
+        self._locks = RunLocks() if locks is None else locks
         self._copies = HostCopies() if asynchronous else None
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[Outcome] | None = None
@@ -79,6 +86,7 @@ class CheckpointSaver:
             return outcome
 
         self._writing = self._writer.submit(write)
+        self._locks.keep_until(self._writing)
 
     def collect(self) -> list[Outcome]:
         """Saves that have come to their end since the last call."""
@@ -102,7 +110,8 @@ class CheckpointSaver:
     def _write(self, iteration: int, planner: ShardSavePlanner, meta: Mapping[str, Any]) -> Outcome:
         started, error = time.perf_counter(), None
         try:
-            save_checkpoint(self.root, iteration, planner, meta, self._group, self._retention)
-        except SaveError as failure:
+            rules = self._retention, self._locks.verify
+            save_checkpoint(self.root, iteration, planner, meta, self._group, *rules)
+        except (SaveError, LockLost) as failure:
             error = failure
         return Outcome(iteration, time.perf_counter() - started, error)

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,10 @@ class Retention:
     def marks(self, iteration: int) -> bool:
         """Whether `iteration` is one of the `interval`, which stay for good."""
         return self.interval is not None and iteration % self.interval == 0
+
+
+def anybody_may() -> None:
+    """The owner of a folder need not be verified where nobody else is expected to write."""
 
 
 def latest_iteration(root: str | os.PathLike[str]) -> int | None:
@@ -115,9 +119,16 @@ def start_writing(root: Path, iteration: int) -> Path:
     return folder
 
 
-def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str]) -> Path:
+def publish(
+    root: Path,
+    iteration: int,
+    common: str,
+    digests: Mapping[str, str],
+    verify_owner: Callable[[], None],
+) -> Path:
     """Give the written checkpoint its name, then let the latest file name it.
 
+    `verify_owner` raises if that is not this process's to do any more.
     `digests`: of the files that are in the folder already, by name. `FileNotFoundError` if one of
     them is not: a process has written it elsewhere.
     """
@@ -128,6 +139,7 @@ def publish(root: Path, iteration: int, common: str, digests: Mapping[str, str])
     write_whole(written / COMMON, common)
     digests = {**digests, COMMON: data_digest(common)}
     write_whole(written / CHECKSUMS, checksums_text(digests))
+    verify_owner()
     if os.path.lexists(folder):
         folder.rename(_aside(root, iteration, "old"))
     written.rename(folder)

@@ -10,16 +10,33 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from fp8lm.checkpoint.files import NO_ROOM, Retention, find_folder, remove, saved_iterations
+from fp8lm.checkpoint.files import (
+    NO_ROOM,
+    Retention,
+    anybody_may,
+    find_folder,
+    remove,
+    saved_iterations,
+)
 from fp8lm.checkpoint.loading import find_checkpoint
 from fp8lm.checkpoint.together import Group, on_main
 from fp8lm.errors import InputError
 
 
-def make_room(root: Path, iteration: int, retention: Retention, group: Group) -> bool:
-    """Delete what may go for checkpoint `iteration`; whether anything did. A collective."""
+def make_room(
+    root: Path,
+    iteration: int,
+    retention: Retention,
+    group: Group,
+    verify_owner: Callable[[], None] = anybody_may,
+) -> bool:
+    """Delete what may go for checkpoint `iteration`; whether anything did. A collective.
+
+    `verify_owner` raises where another run has taken the folder over: then nothing does.
+    """
     if retention == Retention():
         return False
     try:
@@ -27,6 +44,7 @@ def make_room(root: Path, iteration: int, retention: Retention, group: Group) ->
         if valid is None:
             return False
         going = on_main(group, lambda: _may_go(root, iteration, retention, valid.iteration))
+        on_main(group, verify_owner)
         on_main(group, lambda: remove(root, going))
     except (InputError, OSError):  # none is known to be valid, or nothing can be deleted
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import (
     NO_ROOM,
     Retention,
+    anybody_may,
     latest_iteration,
     publish,
     remove,
@@ -27,7 +28,7 @@ from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.room import describe_room, make_room
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.checkpoint.together import Group, from_all, is_main, on_main
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.errors import InputError, LockLost, RunFailed
 
 
 class SaveError(RunFailed):
@@ -45,28 +46,34 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     group: Group = None,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
+    verify_owner: Callable[[], None] = anybody_may,
 ) -> Path:
     """Write `shards` and `meta` (JSON values) as checkpoint `iteration` under `root`; its folder.
 
     `shards` maps the name of every logical tensor to this rank's pieces of it; all ranks of `group`
     call together. A checkpoint of the same iteration is replaced, and those that `retention` lets
-    go of are deleted afterwards, or before where the disk is full (see `room`). Raises `SaveError`
-    if writing fails, and `RetentionError` if only the deleting does.
+    go of are deleted afterwards, or before where the disk is full (see `room`). `verify_owner` raises
+    where another run has taken the folder over: it is called before anything is made, published or
+    deleted. Raises `SaveError` if writing fails, and `RetentionError` if only the deleting does.
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)
     common = _common_text(iteration, meta)
     try:
-        folder = _write(root, iteration, planner, common, group)
+        folder = _write(root, iteration, planner, common, group, verify_owner)
     except OSError as error:
-        if error.errno not in NO_ROOM or not make_room(root, iteration, retention, group):
+        if error.errno not in NO_ROOM or not make_room(
+            root, iteration, retention, group, verify_owner
+        ):
             raise _failure(root, iteration, retention, error) from error
         try:
-            folder = _write(root, iteration, planner, common, group)
+            folder = _write(root, iteration, planner, common, group, verify_owner)
         except OSError as again:
             raise _failure(root, iteration, retention, again) from again
     try:
-        on_main(group, lambda: _clear(root, retention, iteration))
+        on_main(group, lambda: _clear(root, retention, iteration, verify_owner))
+    except LockLost:
+        raise
     except (OSError, InputError) as error:
         raise RetentionError(
             f"{folder} is saved, but not all older ones can be removed: {error}"
@@ -75,23 +82,31 @@ def save_checkpoint(
 
 
 def _write(
-    root: Path, iteration: int, planner: ShardSavePlanner, common: str, group: Group
+    root: Path,
+    iteration: int,
+    planner: ShardSavePlanner,
+    common: str,
+    group: Group,
+    verify_owner: Callable[[], None],
 ) -> Path:
     """Write one checkpoint; what fails is raised on all ranks, and leaves nothing behind."""
     try:
+        on_main(group, verify_owner)
         folder = on_main(group, lambda: start_writing(root, iteration))
         written = from_all(group, write_shards(folder, planner, group))
         digests = {name: digest for files in written for name, digest in files.items()}
-        return on_main(group, lambda: publish(root, iteration, common, digests))
+        return on_main(group, lambda: publish(root, iteration, common, digests, verify_owner))
     except BaseException:
         # Whatever failed has been raised on all ranks, so none is still writing.
         if is_main(group):
-            with suppress(OSError):
+            with suppress(OSError, LockLost):
+                verify_owner()
                 settle(root)
         raise
 
 
-def _clear(root: Path, retention: Retention, latest: int) -> None:
+def _clear(root: Path, retention: Retention, latest: int, verify_owner: Callable[[], None]) -> None:
+    verify_owner()
     remove(root, retention.superseded(saved_iterations(root), latest))
 
 

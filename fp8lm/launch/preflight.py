@@ -25,8 +25,10 @@ from fp8lm.errors import InputError
 from fp8lm.inspect.layout import Layout
 from fp8lm.inspect.plan import Plan, plan_run
 from fp8lm.kernels import select_kernels
+from fp8lm.runtime.run_lock import running_here
 from fp8lm.training.build import resolve_device
 from fp8lm.training.length import dataset_sizes
+from fp8lm.training.run_folders import run_folders
 
 NAME_PATIENCE = 60.0
 UNEVEN = 1.2
@@ -75,15 +77,16 @@ def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[
 
     None is made. Reports are written on one machine, the main one.
     """
+    save = config.checkpoint.save
+    folders = [folder for folder in run_folders(config) if is_main or folder.path == save]
     found = []
-    save, reports = config.checkpoint.save, config.logging.dir if is_main else None
-    for folder, complaint in (
-        (log_dir, f"--log-dir={log_dir} cannot be written to"),
-        (save, f"cannot save checkpoints in {save}"),
-        (reports, f"logging.dir={reports} cannot be written to"),
-    ):
-        if folder is not None and (reason := _obstacle(Path(folder))):
-            found.append(f"{complaint}: {reason}")
+    if log_dir is not None and (reason := _obstacle(Path(log_dir))):
+        found.append(f"--log-dir={log_dir} cannot be written to: {reason}")
+    for folder in folders:
+        if reason := _obstacle(Path(folder.path)):
+            found.append(f"{folder.complaint}: {reason}")
+        elif user := running_here(folder, os.environ):
+            found.append(user)
     found += filter(None, [load_problem(config.checkpoint)])
     if save is not None and not config.checkpoint.resumes:
         found += filter(None, [held_by_another(Path(save))])

@@ -112,10 +112,12 @@ class RunLocks:
             lock.heartbeat()
 
     def held(self) -> bool:
-        """Whether the locks are seen to be this run's."""
+        """Whether no lock is seen to be another run's."""
         try:
             self.verify()
-        except (LockLost, OSError):
+        except OSError:
+            return True  # a file system that cannot be read now; heartbeats look again
+        except LockLost:
             return False
         return True
 

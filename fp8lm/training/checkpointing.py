@@ -26,7 +26,8 @@ from fp8lm.checkpoint import (
 from fp8lm.checkpoint.files import SET_ASIDE, forget_after
 from fp8lm.checkpoint.location import load_problem, locate
 from fp8lm.checkpoint.together import on_main
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, LockLost
+from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
 from fp8lm.training.changes import changed_keys, changed_layout, check_same_model
 from fp8lm.training.console import saved_line
@@ -51,7 +52,7 @@ NEEDED = (
 class RunCheckpoints:
     """Saves and loads `run` with its `window`, `progress` and `losses`; a collective of all ranks.
 
-    `report` takes a line of text.
+    `report` takes a line of text; `locks` are those of the run's folders.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class RunCheckpoints:
         progress: Progress,
         losses: LossWatch,
         report: Callable[[str], None],
+        locks: RunLocks | None = None,
     ) -> None:
         self._run, self._window, self._progress, self._losses = run, window, progress, losses
         self._report, self._group = report, run.groups.saving
@@ -68,16 +70,20 @@ class RunCheckpoints:
         self._saver: CheckpointSaver | None = None
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
+        self._locks = RunLocks() if locks is None else locks
         if problem := on_main(self._group, lambda: load_problem(config)):
             raise InputError(problem)
         if config.save is not None:
             # Now, not after hours of training.
+            on_main(self._group, self._locks.verify)
             check_save_folder(config.save, self._group)
+            self._locks.heartbeat()  # a full disk, cleared up now, may have left the record empty
             self._saver = CheckpointSaver(
                 config.save,
                 self._group,
                 asynchronous=config.async_save,
                 retention=Retention(config.keep_last, config.save_retain_interval),
+                locks=self._locks,
             )
 
     def load(self) -> None:
@@ -157,8 +163,9 @@ class RunCheckpoints:
         for outcome in self._saver.collect() if self._saver is not None else ():
             self._tell_written(outcome)
             if not outcome.written:
-                self._report(f" warning: {outcome.error}; the training goes on")
                 self._saved_iteration = None
+                if not isinstance(outcome.error, LockLost):  # for which all ranks will stop
+                    self._report(f" warning: {outcome.error}; the training goes on")
 
     def _tell_written(self, outcome: Outcome) -> None:
         if outcome.written:
@@ -167,7 +174,7 @@ class RunCheckpoints:
                 self._report(f" warning: {outcome.error}")
 
     def finish(self) -> None:
-        """Save, and wait until that is on disk; raises `SaveError` if it does not get there."""
+        """Save, and wait until that is on disk; raises its error if it does not get there."""
         if self._saver is None:
             return
         self._saver.wait()
@@ -204,6 +211,7 @@ class RunCheckpoints:
         root, iteration = self._saver.root, checkpoint.iteration
         own = checkpoint.folder.parent == root
         try:
+            on_main(self._group, self._locks.verify)
             on_main(self._group, lambda: forget_after(root, iteration if own else 0))
         except OSError as error:  # one that stays is replaced when its iteration comes again
             self._report(f" warning: newer checkpoints than {iteration} cannot be deleted: {error}")

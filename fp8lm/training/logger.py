@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +22,8 @@ class RunInfo:
 
     `first_iteration` is the one a resumed run was saved at, 0 for a new one; `is_main` says
     whether this process reports; `config` is the resolved config and `facts` are what else should
-    be known of the run (versions, state of the source), both kept by the trackers.
+    be known of the run (versions, state of the source), both kept by the trackers. `may_write` says
+    whether the folder is still this run's: what is not written for that is lost.
     """
 
     total_iterations: int
@@ -30,6 +31,7 @@ class RunInfo:
     is_main: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    may_write: Callable[[], bool] = lambda: True
 
 
 class TrainLogger:
@@ -55,9 +57,12 @@ class TrainLogger:
 
     def go_back(self, iteration: int) -> None:
         """What was reported of later iterations is not valid any more."""
-        for part in (self._console, self._file):
-            if part is not None:
-                part.go_back(iteration)
+        if self._console is not None:
+            self._console.go_back(iteration)
+        if not self._run.may_write():
+            return
+        if self._file is not None:
+            self._file.go_back(iteration)
         for tracker in self._trackers:
             tracker.go_back(iteration)
 
@@ -109,6 +114,8 @@ class TrainLogger:
         self._trackers = []
 
     def _record(self, values: Mapping[str, float]) -> None:
+        if not self._run.may_write():
+            return
         if self._file is not None:
             self._file.write(values)
         numbers = {key: value for key, value in values.items() if key != "iteration"}

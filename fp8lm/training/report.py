@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ from fp8lm.training.state import bytes_per_parameter, describe_state, linear_wei
 
 
 class Reporter:
-    """Turns steps, evaluations and checkpoints of `run` into reports; a context manager."""
+    """Turns steps, evaluations and checkpoints of `run` into reports; a context manager.
 
-    def __init__(self, run: Run, progress: Progress) -> None:
+    `may_write` says whether `logging.dir` is still this run's.
+    """
+
+    def __init__(
+        self, run: Run, progress: Progress, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
         config, first_iteration = run.config, progress.iteration
         position = first_iteration, progress.consumed_samples
         self._run = run
@@ -35,6 +41,7 @@ class Reporter:
             is_main=run.groups.is_main,
             config=config.model_dump(mode="json"),
             facts=facts,
+            may_write=may_write,
         )
         self._logger = TrainLogger(config.logging, info)
         self._flops_per_sample = training_flops(

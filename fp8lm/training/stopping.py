@@ -1,4 +1,4 @@
-"""Why a run should stop before its end: a signal, or its time is over.
+"""Why a run should stop before its end: a signal, its time is over, or its folders are lost.
 
 A signal reaches one process, at any moment; all ranks must stop after the same step. So each rank
 says in the step's one exchange of scalars what it knows, and all act on the largest.
@@ -16,20 +16,23 @@ import psutil
 from fp8lm.comm.launch import Launch
 from fp8lm.config import TrainConfig
 from fp8lm.errors import EXIT_RESTART
+from fp8lm.runtime.run_lock import RunLocks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TIME_IS_OVER = 1000.0
+LOCK_LOST = 2000.0
 _SECONDS = 60.0
 
 
 class StopRequests:
     """What this process knows of reasons to stop; a context manager that hears signals inside.
 
-    `config` is the config section `train`. Outside the main thread of a process signals cannot be
-    heard.
+    `config` is the config section `train`; `locks` are those of the run's folders, on the main
+    rank. Outside the main thread of a process signals cannot be heard.
     """
 
-    def __init__(self, config: TrainConfig, launch: Launch) -> None:
+    def __init__(self, config: TrainConfig, launch: Launch, locks: RunLocks | None = None) -> None:
+        self._locks = locks
         self._signals = SIGNALS if config.exit_signal_handler else ()
         self._deadline = deadline(config, launch)
         self._received = 0
@@ -45,7 +48,9 @@ class StopRequests:
 
     @property
     def reason(self) -> float:
-        """0 to go on, the number of a signal, or `TIME_IS_OVER`; what ranks compare."""
+        """0 to go on, the number of a signal, `TIME_IS_OVER` or `LOCK_LOST`; what ranks compare."""
+        if self._locks is not None and self._locks.lost:
+            return LOCK_LOST
         if self._received:
             return float(self._received)
         return TIME_IS_OVER if time.time() >= self._deadline else 0.0

@@ -7,9 +7,11 @@ from contextlib import ExitStack
 
 import torch
 
+from fp8lm.checkpoint.together import on_main
 from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
-from fp8lm.errors import RunFailed
+from fp8lm.errors import LockLost, RunFailed
+from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import (
@@ -24,21 +26,23 @@ from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
 from fp8lm.training.spikes import LossSpike, LossWatch, RollBack
 from fp8lm.training.step import StepResult, seed_generators, train_step
-from fp8lm.training.stopping import StopRequests, describe, exit_code
+from fp8lm.training.stopping import LOCK_LOST, StopRequests, describe, exit_code
 from fp8lm.training.watchdog import Watchdog
 
 
 class Trainer:
-    """Runs `run` from where its checkpoint left off to its end."""
+    """Runs `run` from where its checkpoint left off to its end; `locks` are of its folders."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, locks: RunLocks | None = None) -> None:
         train = run.config.train
+        self._locks = RunLocks() if locks is None else locks
         self.run = run
         self.window = Window(run.device)
         self.progress = Progress()
         self.losses = LossWatch(train.loss_spike_threshold, train.loss_spike_patience)
         self._reporter: Reporter | None = None
-        self.checkpoints = RunCheckpoints(run, self.window, self.progress, self.losses, self._say)
+        state = self.window, self.progress, self.losses
+        self.checkpoints = RunCheckpoints(run, *state, self._say, self._locks)
         self.checkpoints.load()
         self._note_other_batches()
         self._fit_datasets()
@@ -54,8 +58,9 @@ class Trainer:
         run, config = self.run, self.run.config.train
         launch = Launch.from_environment(os.environ)
         with ExitStack() as stack:
-            self._reporter = stack.enter_context(Reporter(run, self.progress))
-            self._requests = stack.enter_context(StopRequests(config, launch))
+            on_main(run.groups.saving, self._locks.verify)
+            self._reporter = stack.enter_context(Reporter(run, self.progress, self._locks.held))
+            self._requests = stack.enter_context(StopRequests(config, launch, self._locks))
             self._watchdog = stack.enter_context(Watchdog(run.groups, config.slow_step_factor))
             if self._finished:
                 self._say(f" nothing left to do: {self.progress.iteration} iterations done")
@@ -64,6 +69,9 @@ class Trainer:
                 self._evaluate("validation")  # where the curve starts
             while not (self._finished or self._stop or self._exits):
                 self._go_on()
+            if self._stop == LOCK_LOST:
+                self._locks.verify()  # the main rank knows who has them
+                raise LockLost("another run has taken the folders of this one over")
             if self._finished:
                 self._evaluate("test")
             run.replicas.wait_for_weights()  # what is under way ends before its groups do

@@ -1,0 +1,44 @@
+"""The folders that a run writes to, and their locks, which it holds while it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fp8lm.checkpoint.together import on_main
+from fp8lm.config import Config
+from fp8lm.runtime.run_lock import RunFolder, RunLocks
+
+if TYPE_CHECKING:
+    from fp8lm.comm.groups import ProcessGroups
+
+
+def run_folders(config: Config) -> list[RunFolder]:
+    """What no two runs may share: folders of files whose names are the same in every run."""
+    save, logging = config.checkpoint.save, config.logging
+    found = []
+    if save is not None:
+        complaint = f"cannot save checkpoints in {save}"
+        found.append(RunFolder(save, f"checkpoint.save={save}", complaint))
+    # Beside a `dir`, wandb's folder holds only files of its own, which have names of their own.
+    key = "dir" if logging.dir is not None or logging.wandb_project is None else "wandb_save_dir"
+    if (folder := getattr(logging, key)) is not None:
+        named = f"logging.{key}={folder}"
+        found.append(RunFolder(folder, named, f"{named} cannot be written to"))
+    return found
+
+
+@contextmanager
+def locked_folders(config: Config, groups: ProcessGroups) -> Iterator[RunLocks]:
+    """Hold the locks of the run's folders, on the main rank; a collective of all ranks.
+
+    `FolderInUse` on all ranks where another run holds one. The locks are released at the end of
+    what is being written then.
+    """
+    locks = RunLocks(say=lambda line: print(line, flush=True))
+    on_main(groups.saving, lambda: locks.take(run_folders(config)))
+    try:
+        yield locks
+    finally:
+        locks.release()
