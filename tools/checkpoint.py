@@ -35,6 +35,7 @@ from fp8lm.checkpoint.contents import (
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.run_lock import RunFolder, RunLocks
 
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 MOST_DIFFERENCES = 20
@@ -149,17 +150,28 @@ def rewrite(
     Raises `InputError` for a folder that has one, or in which a run is writing.
     """
     output = options.output
-    if taken := [path.name for path in (*output.glob("*iter_*"), *output.glob(LATEST))]:
-        raise InputError(f"{output} holds checkpoints ({taken[0]}): name a folder that has none")
+    refuse_checkpoints(output)
     checkpoint = open_one(options.folder)
+    complaint = f"could not write the checkpoint of iteration {checkpoint.iteration} in {output}"
+    locks = RunLocks(say=lambda line: print(line, file=sys.stderr))
+    locks.take([RunFolder(str(output), str(output), complaint)])
     try:
-        folder = copy_checkpoint(checkpoint, output, keep, facts)
+        refuse_checkpoints(output)  # none has come before it was ours
+        folder = copy_checkpoint(checkpoint, output, keep, facts, locks.verify)
     except SaveError as error:
         raise InputError(str(error)) from error
+    finally:
+        locks.release()
     before, after = (
         sum(file.stat().st_size for file in f.iterdir()) for f in (checkpoint.folder, folder)
     )
     print(f"{folder}: {after:,} bytes, from {before:,}")
+
+
+def refuse_checkpoints(output: Path) -> None:
+    """`InputError` if there are any in `output`, or parts of one."""
+    if taken := [path.name for path in (*output.glob("*iter_*"), *output.glob(LATEST))]:
+        raise InputError(f"{output} holds checkpoints ({taken[0]}): name a folder that has none")
 
 
 def open_one(path: Path) -> Checkpoint:

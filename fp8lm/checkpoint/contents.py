@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem
 
+from fp8lm.checkpoint.files import anybody_may
 from fp8lm.checkpoint.loading import Checkpoint, load_checkpoint
 from fp8lm.checkpoint.planners import ShardSavePlanner
 from fp8lm.checkpoint.saving import save_checkpoint
@@ -76,14 +77,17 @@ def copy_checkpoint(
     root: str | os.PathLike[str],
     keep: Callable[[str], bool],
     facts: dict[str, Any],
+    verify_owner: Callable[[], None] = anybody_may,
 ) -> Path:
     """Write the tensors whose names `keep` wants as a checkpoint of one process under `root`.
 
-    `facts` are added to what was saved as `meta`. One tensor at a time is in memory. The folder.
+    `facts` are added to what was saved as `meta`, `verify_owner` is that of `save_checkpoint`. One
+    tensor at a time is in memory. The folder.
     """
     wanted = {name: t for name, t in stored_tensors(checkpoint).items() if keep(name)}
     meta = {**checkpoint.common, **facts}
-    return save_checkpoint(root, checkpoint.iteration, _CopyPlanner(checkpoint, wanted), meta)
+    planner = _CopyPlanner(checkpoint, wanted)
+    return save_checkpoint(root, checkpoint.iteration, planner, meta, verify_owner=verify_owner)
 
 
 class _CopyPlanner(ShardSavePlanner):

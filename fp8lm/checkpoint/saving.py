@@ -52,9 +52,10 @@ def save_checkpoint(
 
     `shards` maps the name of every logical tensor to this rank's pieces of it; all ranks of `group`
     call together. A checkpoint of the same iteration is replaced, and those that `retention` lets
-    go of are deleted afterwards, or before where the disk is full (see `room`). `verify_owner` raises
-    where another run has taken the folder over: it is called before anything is made, published or
-    deleted. Raises `SaveError` if writing fails, and `RetentionError` if only the deleting does.
+    go of are deleted afterwards, or before where the disk is full (see `room`). `verify_owner`
+    raises where another run has taken the folder over: it is called before anything is made,
+    published or deleted. Raises `SaveError` if writing fails, and `RetentionError` if only the
+    deleting does.
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)

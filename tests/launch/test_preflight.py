@@ -26,6 +26,7 @@ from fp8lm.launch.preflight import (
     notes,
 )
 from fp8lm.launch.progress import progress_line
+from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
 CONFIG = str(ROOT / "configs/gpt_tiny.yaml")
@@ -113,6 +114,25 @@ def test_checkpoints_of_another_run(tmp_path):
     (problem,) = folder_problems(load_config(CONFIG, keys[:1]), None, True)
     assert f"{tmp_path} holds checkpoints up to iteration 10" in problem
     assert folder_problems(load_config(CONFIG, keys), None, True) == []
+
+
+@pytest.mark.parametrize("key", KEYS[:2])
+def test_folders_of_a_run_that_lives(key, tmp_path, capsys):
+    folder = RunFolder(str(tmp_path), key, key)
+    locks = RunLocks()
+    locks.take([folder])
+    try:
+        assert run_command(main, [CONFIG, f"{key}={tmp_path}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{key}={tmp_path}" in line and f"process {os.getpid()} " in line
+        assert run_command(main, ["--dry-run", CONFIG, f"{key}={tmp_path}"]) == 0
+        (told,) = [s for s in capsys.readouterr().out.splitlines() if "on this machine" in s]
+        assert f"process {os.getpid()} " in told
+        reading = [f"checkpoint.load={tmp_path}", "--dry-run"]
+        assert run_command(main, [CONFIG, *reading]) == 0
+        assert "on this machine" not in capsys.readouterr().out
+    finally:
+        locks.release()
 
 
 def layout(*overrides, world=2, node_size=2):

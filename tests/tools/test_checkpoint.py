@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from fp8lm.checkpoint import Shard, open_checkpoint, save_checkpoint
 from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
+from fp8lm.runtime.lock_file import NAME
+from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.checkpoint.tensors import assert_same_bytes, file_size_limit
 
 META = {"consumed_samples": 48, "config": {"precision": {"preset": "o3"}}}
@@ -143,6 +147,13 @@ def test_bad_input(look, root, tmp_path):
     assert look("inspect", root / "iter_0000030")[0] == 2
     before = sorted(path.name for path in root.iterdir())
     assert look("release", root, root)[0] == 2
+    output, locks = tmp_path / "of a run", RunLocks()
+    locks.take([RunFolder(str(output), "a", "b")])
+    code, _, complaint = look("merge", root, output)
+    assert code == 2 and f"process {os.getpid()} " in complaint
+    assert [path.name for path in output.iterdir()] == [NAME]
+    locks.release()
+    assert look("merge", root, output)[0] == 0 and not (output / NAME).exists()
     assert sorted(path.name for path in root.iterdir()) == before
     with file_size_limit(100):
         code, _, err = look("merge", root, tmp_path / "full")
