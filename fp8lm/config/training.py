@@ -38,6 +38,11 @@ class TrainConfig(Section):
         description="Length of the run in samples, a partial last batch is dropped; give this or "
         "train_iters.",
     )
+    calculate_per_token_loss: Bool = Field(
+        True,
+        description="Average the loss over all unmasked tokens of a step; false, the default of "
+        "Megatron: over each micro-batch first, then over these.",
+    )
     exit_interval: Count | None = Field(
         None, description="Save and stop when the iteration is a multiple of this."
     )

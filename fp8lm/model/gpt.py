@@ -214,7 +214,7 @@ class GPTModel(nn.Module):
         samples_B: Tensor | None = None,
         h_SBH: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the unmasked tokens, the same on all ranks of the partition."""
+        """`language_model_loss` of a micro-batch, the same on all ranks of the partition."""
         logits_SBV = self(tokens_BS, samples_B, h_SBH)
         return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.partition)
 
@@ -247,13 +247,14 @@ def language_model_loss(
     num_ids: int | None = None,
     partition: Partition = ALONE,
 ) -> Tensor:
-    """Mean cross-entropy of the unmasked tokens (0-d fp32), the softmax taken in fp32.
+    """Cross-entropy summed over the unmasked tokens, over the number of all (0-d fp32).
 
+    All tokens are as many in every micro-batch, so that means of this are weighted by tokens; over
+    the unmasked share it is the mean of these. The softmax is taken in fp32.
     `num_ids` is the size of the vocabulary without padding (default: all rows are tokens).
     """
     logits_TV = logits_SBV.flatten(0, 1)
     if num_ids is None:
         num_ids = logits_TV.shape[1] * partition.size
     losses = cross_entropy(logits_TV, labels_BS.t().reshape(-1), num_ids, partition)
-    mask = mask_BS.t().reshape(-1)
-    return torch.dot(losses, mask) / mask.sum().clamp(min=1.0)  # all masked: loss 0, not NaN
+    return torch.dot(losses, mask_BS.t().reshape(-1)) / mask_BS.numel()

@@ -1,6 +1,11 @@
 """The global gradient norm, and what it decides: clipping and skipping.
 
-    factor = min(1, clip / (||g|| + 1e-6))            skip = not finite(||g|| and every value)
+    ||g|| = per_token ||sum||     factor = per_token min(1, clip / (||g|| + 1e-6))
+    skip = not finite(||g|| and every value)
+
+Gradients are accumulated of the loss summed over the tokens that count, over the number of all;
+`per_token` = 1 / (share of tokens that count, of all ranks) makes it their mean. Nothing masked, it
+is exactly 1.
 
 The norm takes all weights in all formats together, each once: of a weight that several ranks
 hold whole, only the first counts. It reaches FP8 gradients as a factor inside Adam, never by a
@@ -22,19 +27,25 @@ from fp8lm.scaled_tensor import ScaledTensor
 
 Exchange = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
+# What a rank sends first: its norm in two floats, and its share of tokens that count.
+NUM_LEADING = 3
 
 
 @dataclass(frozen=True)
 class GradientNorm:
     """`norm`, `clip_factor`, `skip`: 0-d tensors; `amax`: fp32 [number of gradients].
 
-    `maxima` and `values` are what came of `gradient_norm`'s arguments of these names.
+    `clip_factor` multiplies the accumulated gradient and has `per_token` in it. `share` (0-d) is
+    the mean over the ranks; `maxima` and `values` are what came of `gradient_norm`'s arguments of
+    these names.
     """
 
     norm: Tensor
     clip_factor: Tensor
     skip: Tensor
     amax: Tensor
+    per_token: Tensor
+    share: Tensor
     maxima: Tensor
     values: Tensor
 
@@ -53,6 +64,7 @@ def gradient_norm(
     exchange: Exchange = alone,
     peers: Sequence[int] | None = None,
     counted: Sequence[bool] | None = None,
+    share: Tensor | None = None,
     maxima: Tensor | None = None,
     values: Tensor | None = None,
 ) -> GradientNorm:
@@ -60,11 +72,11 @@ def gradient_norm(
 
     All are on `device`, and so is what comes of them, even where this rank has no gradient at all.
     `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once;
-    `peers` are the ranks that hold parts of the same weights (default: all). A
-    gradient that is None lies elsewhere; one that is not `counted` lies on another rank as well,
-    where it counts (default: all count). Along with it travel `maxima` (fp32 [m], not negative),
-    of which all get the largest, and `values` (fp32 [k]), of which all get all, [ranks, k]. One
-    that is not finite, on any rank, skips the step.
+    `peers` are the ranks that hold parts of the same weights (default: all). A gradient that is
+    None lies elsewhere; one that is not `counted` lies on another rank as well, where it counts
+    (default: all count). `share` (0-d fp32) is the share of this rank's tokens that the loss counts
+    (default: 1). `maxima` (fp32 [m], not negative) are max-reduced over the ranks, and `values`
+    (fp32 [k]) are all-gathered, [ranks, k]: one that is not finite, on any rank, skips the step.
     """
     nothing = torch.zeros(0, device=device)
     maxima = nothing if maxima is None else maxima
@@ -81,19 +93,35 @@ def gradient_norm(
     own = torch.stack(squares).sum().sqrt()
     high = own.float()
     low = (own - high.double()).float()
-    ranks = exchange(torch.cat((torch.stack((high, low)), values, torch.stack(amaxes), maxima)))
-    norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float()
+    share = torch.ones_like(high) if share is None else share
+    leading = torch.stack((high, low, share))
+    ranks = exchange(torch.cat((leading, values, torch.stack(amaxes), maxima)))
+    # In double precision the mean of equal shares is that share, however many ranks there are.
+    share = ranks[:, 2].double().mean()
+    per_token = per_counted_token(share).float()
+    norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float() * per_token
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
     alike = ranks if peers is None else torch.stack([ranks[rank] for rank in peers])
-    told, largest = ranks[:, 2 : 2 + len(values)], alike[:, 2 + len(values) :].amax(dim=0)
+    end = NUM_LEADING + len(values)
+    told, largest = ranks[:, NUM_LEADING:end], alike[:, end:].amax(dim=0)
     return GradientNorm(
         norm,
-        factor,
+        factor * per_token,
         ~(torch.isfinite(norm) & torch.isfinite(told).all()),
         largest[: len(amaxes)],
+        per_token,
+        share.float(),
         largest[len(amaxes) :],
         told,
     )
+
+
+def per_counted_token(share: Tensor) -> Tensor:
+    """What a mean over all tokens is multiplied by to be one over the `share` that counts.
+
+    1 where none counts: loss and gradient are zero then, and stay so.
+    """
+    return torch.where(share == 0, torch.ones_like(share), 1.0 / share)
 
 
 def _square_and_amax(

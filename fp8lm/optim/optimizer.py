@@ -112,19 +112,25 @@ class AdamW:
         lr: float,
         gradients: dict[str, ScaledTensor] | None = None,
         values: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> GradientNorm:
         """One update from the `gradients` of the owned rows; returns norm and skip flag.
 
         Default: what the weights have accumulated. A skipped step changes no byte of weights,
         states, scales or step count. `values` (fp32 [k]) travel with the step's one exchange; one
-        that is not finite on any rank skips it.
+        that is not finite on any rank skips it. `share` is that of this rank's tokens that the loss
+        counts (default: all), see `clipping`.
         """
         if gradients is None:
             gradients = {
                 n: self.weights[n].grad.value.rows(*rows) for n, rows in self.owned.items()
             }
         norm = self._norm(
-            gradients, self.config.clip_grad, maxima=self.amax.flatten(), values=values
+            gradients,
+            self.config.clip_grad,
+            share=share,
+            maxima=self.amax.flatten(),
+            values=values,
         )
         skip: Tensor | None = norm.skip
         if skip.device.type == "cpu":  # the flag is on the host already
@@ -175,6 +181,7 @@ class AdamW:
         tensors: dict[str, ScaledTensor],
         clip: float,
         *,
+        share: Tensor | None = None,
         maxima: Tensor | None = None,
         values: Tensor | None = None,
     ) -> GradientNorm:
@@ -186,6 +193,7 @@ class AdamW:
             exchange=self._exchange,
             peers=self._peers,
             counted=self._counted,
+            share=share,
             maxima=maxima,
             values=values,
         )

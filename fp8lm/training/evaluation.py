@@ -10,12 +10,17 @@ from fp8lm.comm import Wire, all_gather_scalars
 from fp8lm.config import TrainConfig
 from fp8lm.data.batches import BatchIterator
 from fp8lm.layers.operand_amax import known_amaxes
+from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
-from fp8lm.training.step import Batch, evaluate
+from fp8lm.training.loss_weights import Batch, counted_share
+from fp8lm.training.step import evaluate
 
 
 def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
-    """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks."""
+    """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks.
+
+    Of the tokens that count, each counts the same, whatever batch and rank it is on.
+    """
     config = run.config.train
     run.replicas.wait_for_weights()
     with (
@@ -23,7 +28,7 @@ def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
         known_amaxes(run.weights.values(), run.optimizer.partition),
     ):
         count = config.eval_iters * config.global_batch_size // batches.stride
-        return _mean_over_ranks(run, _local_loss(run, batches, count)).item()
+        return _mean_over_ranks(run, *_local_loss(run, batches, count)).item()
 
 
 def first_validation_sample(train: TrainConfig, iteration: int, num_samples: int) -> int:
@@ -66,16 +71,22 @@ def on_device(microbatches: list[Batch], device: torch.device) -> list[Batch]:
     ]
 
 
-def _local_loss(run: Run, batches: BatchIterator, count: int) -> Tensor:
-    """Mean over `count` micro-batches, 0 where a pipeline has no loss."""
+def _local_loss(run: Run, batches: BatchIterator, count: int) -> tuple[Tensor, Tensor]:
+    """Mean `batch_loss` of `count` micro-batches (0 where there is none), and counted share."""
     if run.pipeline is not None:
         run.model.eval()
-        return run.pipeline.evaluate(on_device(batches.next(count), run.device))
-    losses = [evaluate(run.model, on_device(batches.next(1), run.device)) for _ in range(count)]
-    return torch.stack(losses).mean()
+        microbatches = on_device(batches.next(count), run.device)
+        return run.pipeline.evaluate(microbatches), counted_share(microbatches)
+    losses, shares = [], []
+    for _ in range(count):
+        microbatches = on_device(batches.next(1), run.device)
+        losses.append(evaluate(run.model, microbatches))
+        shares.append(counted_share(microbatches))
+    return torch.stack(losses).mean(), torch.stack(shares).double().mean().float()
 
 
-def _mean_over_ranks(run: Run, loss: Tensor) -> Tensor:
+def _mean_over_ranks(run: Run, loss: Tensor, share: Tensor) -> Tensor:
     wire = Wire("grads", "fp32", run.sent)
-    losses = all_gather_scalars(loss[None], run.groups.world, wire)
-    return losses.mean() * run.groups.pipeline_parallel.size()
+    ranks = all_gather_scalars(torch.stack((loss, share)), run.groups.world, wire)
+    stages = run.groups.pipeline_parallel.size()
+    return ranks[:, 0].mean() * stages * per_counted_token(ranks[:, 1].double().mean()).float()

@@ -16,6 +16,7 @@ from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.deferred import DeferredGradients
 from fp8lm.layers.weight import GemmWeight, Weight
 from fp8lm.model.gpt import GPTModel, ModelPart
+from fp8lm.optim.clipping import NUM_LEADING
 from fp8lm.parallel.pipeline import Batch, Pipeline
 from fp8lm.parallel.stages import (
     WORD_TABLE,
@@ -60,7 +61,7 @@ def build_exchange(
     counts: list[int] = [0] * groups.world.size()
     dist.all_gather_object(counts, num_weights)
     peers = tuple(dist.get_process_group_ranks(stages.alike))
-    return StepExchange(groups.world, peers, 2 + NUM_TOLD + 4 * max(counts), wire)
+    return StepExchange(groups.world, peers, NUM_LEADING + NUM_TOLD + 4 * max(counts), wire)
 
 
 def build_pipeline(

@@ -83,11 +83,12 @@ class Window:
         self.sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
 
     def add(self, result: StepResult) -> None:
-        """Count one step; the loss of a skipped step does not enter the average."""
+        """Count one step; one that is skipped, or of whose tokens none counts, has no loss."""
         skipped = result.skipped.double()
-        counted = torch.where(result.skipped, torch.zeros_like(result.loss), result.loss).double()
+        has_loss = ~result.skipped & (result.share > 0)
+        loss = torch.where(has_loss, result.loss, torch.zeros_like(result.loss)).double()
         nan = torch.isnan(result.loss).double()
-        self.sums[:4] += torch.stack((counted, 1.0 - skipped, skipped, nan))
+        self.sums[:4] += torch.stack((loss, has_loss.double(), skipped, nan))
         self.sums[4] = (self.sums[4] + 1.0) * skipped
 
     @property

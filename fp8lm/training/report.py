@@ -89,7 +89,7 @@ class Reporter:
         values = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
-            "lm loss": window["loss"] / window["steps"] if window["steps"] else float("nan"),
+            "lm loss": _mean_loss(window),
             "learning-rate": lr,
             "batch-size": progress.batch_size,
             "grad-norm": grad_norm,
@@ -136,6 +136,13 @@ class Reporter:
             raise InputError(
                 f"logging.dir={folder} cannot be written to: {error.strerror}"
             ) from error
+
+
+def _mean_loss(window: dict[str, float]) -> float:
+    """Of the steps that have a loss; NaN where all were skipped, 0 where no token counts."""
+    if window["steps"]:
+        return window["loss"] / window["steps"]
+    return float("nan") if window["skipped"] else 0.0
 
 
 def _count_parameters(run: Run) -> int:

@@ -16,8 +16,7 @@ from fp8lm.optim import AdamW
 from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.replicas import OneReplica
 from fp8lm.scaled_tensor import ScaledTensor
-
-Batch = dict[str, Tensor]
+from fp8lm.training.loss_weights import Batch, counted_share, weigh_alike
 
 # What every rank tells all others in a step: its loss, and why to stop after it (0: go on).
 NUM_TOLD = 2
@@ -25,13 +24,15 @@ NUM_TOLD = 2
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-d tensors on the device: `loss` (mean over micro-batches), `grad_norm`, `skipped`, `stop`.
+    """0-d tensors on the device: `loss`, `grad_norm`, `share`, `skipped`, `stop`.
 
-    `stop` is the largest that any rank was given.
+    `loss` is the mean over the step's tokens that count, whose share of all is `share`; 0 if none
+    does. `stop` is the largest that any rank was given.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    share: Tensor
     skipped: Tensor
     stop: Tensor
 
@@ -44,17 +45,22 @@ def train_step(
     replicas: OneReplica | None = None,
     pipeline: Pipeline | None = None,
     stop: float = 0.0,
+    per_token: bool = True,
 ) -> StepResult:
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
-    A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. The
-    loss is the mean over the replicas. With a `pipeline`, `model` is this stage's part. `stop` goes
-    to all ranks with the step's other scalars.
+    A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. All
+    tokens that count do so alike (see `loss_weights`), or with `per_token` false all micro-batches.
+    With a `pipeline`, `model` is this stage's part. `stop` goes to all ranks with the step's other
+    scalars. Where no token counts the gradient is zero: moments and weights decay.
     """
     model.train()
     weights, partition = optimizer.weights, optimizer.partition
     replicas = replicas or OneReplica(weights)
     zero_gradients(weights)
+    share = counted_share(microbatches) if per_token else None
+    if not per_token:
+        microbatches = weigh_alike(microbatches)
     if any(isinstance(w, GemmWeight) and w.is_recast for w in weights.values()):
         replicas.wait_for_weights()
     with known_amaxes(weights.values(), partition):
@@ -65,18 +71,19 @@ def train_step(
     gradients = replicas.reduce()
     complete_gradients(weights, gradients, partition)
     told = torch.stack((loss, torch.full_like(loss, stop)))
-    norm = optimizer.step(lr, gradients, told)
+    norm = optimizer.step(lr, gradients, told, share)
     replicas.finish_step(norm.skip)
     losses, stops = norm.values.unbind(dim=1)
     # Only the last stage of a pipeline has a loss, the others zero.
     stages = 1 if pipeline is None else pipeline.num_stages
-    return StepResult(losses.mean() * stages, norm.norm, norm.skip, stops.max())
+    loss = losses.mean() * stages * norm.per_token
+    return StepResult(loss, norm.norm, norm.share, norm.skip, stops.max())
 
 
 def accumulate_gradients(
     model: nn.Module, microbatches: list[Batch], before_last: Callable[[], None]
 ) -> Tensor:
-    """Forward and backward of every micro-batch; their mean loss (0-d fp32, detached)."""
+    """Forward and backward of every micro-batch; the mean of `batch_loss` (0-d fp32, detached)."""
     losses = []
     for number, batch in enumerate(microbatches, start=1):
         if number == len(microbatches):
@@ -88,7 +95,7 @@ def accumulate_gradients(
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss of one micro-batch: dict of `tokens`, `labels`, `loss_mask` [B,S].
+    """Loss of one micro-batch over all its tokens: dict of `tokens`, `labels`, `loss_mask` [B,S].
 
     `samples` [B], the samples' numbers in the run, are needed by dropout only.
     """
@@ -108,7 +115,7 @@ def seed_generators(seed: int, consumed_samples: int, *ranks: int) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, microbatches: list[Batch]) -> Tensor:
-    """Mean loss over `microbatches` without dropout (0-d fp32)."""
+    """Mean of `batch_loss` over `microbatches` without dropout (0-d fp32)."""
     model.eval()
     return torch.stack([batch_loss(model, batch) for batch in microbatches]).mean()
 

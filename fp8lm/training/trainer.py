@@ -143,12 +143,15 @@ class Trainer:
                 run.replicas,
                 run.pipeline,
                 self._requests.reason,
+                run.config.train.calculate_per_token_loss,
             )
             self._sent = run.sent.take()
             self.window.add(result)
             progress.advance(batches.consumed_samples)
             self._reporter.advance()
-            numbers = torch.stack((result.loss, self.window.skipped_in_a_row, result.stop))
+            # A step of which no token counts has no loss that a mean could take.
+            loss = torch.where(result.share > 0, result.loss, torch.nan)
+            numbers = torch.stack((loss, self.window.skipped_in_a_row, result.stop))
             arrived = self._numbers.push(progress.iteration, numbers)
         self._look_at(arrived)
         return result

@@ -29,7 +29,8 @@ def reference(gpt, config, data):
         for name, weight in named_weights(gpt).items()
     }
     logits = plain.logits(data["tokens"], weights, config)
-    loss = plain.loss(logits, data["labels"], data["loss_mask"].double())
+    mask = data["loss_mask"].double()
+    loss = plain.loss(logits, data["labels"], mask) * mask.mean()
     loss.backward()
     return logits.detach(), loss.detach(), {name: w.grad for name, w in weights.items()}
 
@@ -122,7 +123,7 @@ def test_weights_have_megatrons_names(shape):
     assert {name for name, weight in weights.items() if weight.spec.decay} == matrices | tables
 
 
-def test_loss_is_the_mean_over_unmasked_tokens():
+def test_loss_is_the_sum_over_unmasked_tokens_over_the_number_of_all():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(SEQUENCE, BATCH, VOCABULARY, generator=generator).requires_grad_()
     data = batch()
@@ -130,6 +131,7 @@ def test_loss_is_the_mean_over_unmasked_tokens():
     expected = plain.loss(
         logits.detach().double().transpose(0, 1), data["labels"], data["loss_mask"].double()
     )
+    expected = expected * data["loss_mask"].double().mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     loss.backward()
     masked = data["loss_mask"].t() == 0

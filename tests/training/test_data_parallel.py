@@ -13,6 +13,7 @@ from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.errors import InputError
 from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.optim.clipping import NUM_LEADING
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,
@@ -245,7 +246,7 @@ def sent(config):
     with trainer_of(config) as trainer:
         trainer.train()
     others = trainer.run.groups.world.size() - 1
-    scalars = others * 4 * (2 + NUM_TOLD + 4 * len(trainer.run.weights))
+    scalars = others * 4 * (NUM_LEADING + NUM_TOLD + 4 * len(trainer.run.weights))
     return trainer._sent["grads"] - scalars, trainer._sent["params"]
 
 
