@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fp8lm.checkpoint.files import Retention
@@ -50,7 +51,7 @@ class CheckpointSaver:
 
     `asynchronous`: `save` returns once the tensors are copied to host memory, as many bytes as this
     rank writes; else once they are on disk. `locks`: of the run, on the main rank; they are kept
-    while a checkpoint is being written.
+    while a checkpoint is being written. `files` are kept in each checkpoint.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class CheckpointSaver:
         asynchronous: bool = False,
         retention: Retention = Retention(),  # noqa: B008 (frozen)
         locks: RunLocks | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.root = Path(root)
-        self._group, self._retention = group, retention
+        self._group, self._retention, self._files = group, retention, files
         self._locks = RunLocks() if locks is None else locks
         self._copies = HostCopies() if asynchronous else None
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -110,7 +112,7 @@ class CheckpointSaver:
     def _write(self, iteration: int, planner: ShardSavePlanner, meta: Mapping[str, Any]) -> Outcome:
         started, error = time.perf_counter(), None
         try:
-            rules = self._retention, self._locks.verify
+            rules = self._retention, self._locks.verify, self._files
             save_checkpoint(self.root, iteration, planner, meta, self._group, *rules)
         except (SaveError, LockLost) as failure:
             error = failure

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,16 @@ from fp8lm.checkpoint.planners import ShardSavePlanner
 from fp8lm.checkpoint.saving import save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 
+WORD_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Facts of whoever wrote a checkpoint, not of what is in it.
-CIRCUMSTANCES = ("config", "fp8lm_version", "torch_version", "format_version")
+CIRCUMSTANCES = (
+    "config",
+    "data",
+    "tokenizer",
+    "fp8lm_version",
+    "torch_version",
+    "format_version",
+)
 
 
 @dataclass(frozen=True)
@@ -52,20 +60,37 @@ def stored_tensors(checkpoint: Checkpoint, pattern: str = "*") -> dict[str, Stor
 
 
 def read_tensor(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
-    """The whole tensor on the CPU, bit for bit."""
+    """The whole tensor on the CPU, bit for bit; the first rows if `stored` has fewer than it."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    load_checkpoint(checkpoint, {stored.name: [Shard.whole(tensor)]}, passing_over="")
+    whole = tuple(checkpoint.metadata.state_dict_metadata[stored.name].size)
+    block = Shard(tensor, whole, (0,) * len(whole))
+    load_checkpoint(checkpoint, {stored.name: [block]}, passing_over="")
     return tensor
 
 
+def cut_padding(checkpoint: Checkpoint, stored: StoredTensor, multiple: int = 1) -> StoredTensor:
+    """`stored` with no more rows than the tokens need, rounded up to a `multiple`.
+
+    Itself unless it is a word table and the checkpoint says how many tokens it has: how many rows
+    pad them depends on the layout that wrote it.
+    """
+    tokenizer = checkpoint.common.get("tokenizer")
+    if not tokenizer or not stored.name.endswith(tuple(f".{t}.payload" for t in WORD_TABLES)):
+        return stored
+    rows = -(-tokenizer["identity"]["vocab_size"] // multiple) * multiple
+    return replace(stored, shape=(min(rows, stored.shape[0]), *stored.shape[1:]))
+
+
 def differences(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
-    """Every fact and every tensor that differs, bit for bit; configs may differ."""
+    """Every fact and every tensor that differs, bit for bit; configs and padding may differ."""
     for key in sorted((one.common.keys() | two.common.keys()) - set(CIRCUMSTANCES)):
         if one.common.get(key) != two.common.get(key):
             yield f"{key}: {one.common.get(key)} and {two.common.get(key)}"
     tensors = stored_tensors(one), stored_tensors(two)
     for name in sorted(tensors[0].keys() | tensors[1].keys()):
         first, second = (found.get(name) for found in tensors)
+        if first is not None and second is not None and first.shape != second.shape:
+            first, second = cut_padding(one, first), cut_padding(two, second)
         if first != second:
             yield f"{name}: {first or 'not there'} and {second or 'not there'}"
         elif found := _first_difference(read_tensor(one, first), read_tensor(two, second)):
@@ -79,15 +104,31 @@ def copy_checkpoint(
     facts: dict[str, Any],
     verify_owner: Callable[[], None] = anybody_may,
 ) -> Path:
-    """Write the tensors whose names `keep` wants as a checkpoint of one process under `root`.
+    """Write the tensors whose names `keep` wants, and the other files, as one process would.
 
-    `facts` are added to what was saved as `meta`, `verify_owner` is that of `save_checkpoint`. One
-    tensor at a time is in memory. The folder.
+    `root` is where to. `facts` are added to what was saved as `meta`, `verify_owner` is that of
+    `save_checkpoint`. One tensor at a time is in memory. Returns the checkpoint's folder.
     """
-    wanted = {name: t for name, t in stored_tensors(checkpoint).items() if keep(name)}
+    config = checkpoint.common.get("config") or {}
+    multiple = config.get("model", {}).get("make_vocab_size_divisible_by")
+    if type(multiple) is not int or multiple < 1:  # of an unknown version, or made up
+        multiple = 1
+    wanted = {
+        name: cut_padding(checkpoint, stored, multiple)
+        for name, stored in stored_tensors(checkpoint).items()
+        if keep(name)
+    }
     meta = {**checkpoint.common, **facts}
+    files = {name: checkpoint.read_file(name) for name in checkpoint.files}
     planner = _CopyPlanner(checkpoint, wanted)
-    return save_checkpoint(root, checkpoint.iteration, planner, meta, verify_owner=verify_owner)
+    return save_checkpoint(
+        root,
+        checkpoint.iteration,
+        planner,
+        meta,
+        verify_owner=verify_owner,
+        files=files,
+    )
 
 
 class _CopyPlanner(ShardSavePlanner):

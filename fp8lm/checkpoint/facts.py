@@ -36,6 +36,32 @@ class Losses(BaseModel):
     first: Count
 
 
+class TokenizerFacts(BaseModel):
+    """What the model's tokens are: the tokenizer's identity, and the names of its files here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    class Identity(BaseModel):
+        """See `fp8lm.data.identity`."""
+
+        model_config = ConfigDict(strict=True, extra="allow")
+
+        tokenizer_type: str
+        vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
+
+    identity: Identity
+    files: list[str]
+
+
+class DataFacts(BaseModel):
+    """One token file and what tells its content from others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prefix: str
+    identity: dict[str, str | int]
+
+
 class Common(BaseModel):
     """The schema of common.json: types, bounds, and what must agree."""
 
@@ -51,6 +77,8 @@ class Common(BaseModel):
     rollbacks: Count | None = None
     losses: Losses | None = None
     config: dict[str, dict[str, Any]] | None = None
+    tokenizer: TokenizerFacts | None = None
+    data: list[DataFacts] | None = None
     released: bool = False
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Where checkpoints lie in a folder, and how one gets there whole or not at all.
 
 ROOT/latest_checkpointed_iteration.txt   the iteration to resume from, written last
-ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, common.json,
-                                         checksums.sha256
+ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, common.json, the
+                                         tokenizer's files, checksums.sha256
 ROOT/.iter_0000100.tmp/                  one being written
 ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
 ROOT/.iter_0000100.*.removed/            one being deleted
@@ -122,11 +122,11 @@ def start_writing(root: Path, iteration: int) -> Path:
 def publish(
     root: Path,
     iteration: int,
-    common: str,
     digests: Mapping[str, str],
+    files: Mapping[str, bytes],
     verify_owner: Callable[[], None],
 ) -> Path:
-    """Give the written checkpoint its name, then let the latest file name it.
+    """Add `files` to the written checkpoint, give it its name, then let the latest file name it.
 
     `verify_owner` raises if that is not this process's to do any more.
     `digests`: of the files that are in the folder already, by name. `FileNotFoundError` if one of
@@ -136,8 +136,9 @@ def publish(
     for name in digests:
         if not (written / name).is_file():
             raise FileNotFoundError(f"{written / name}, which a process has written, is not there")
-    write_whole(written / COMMON, common)
-    digests = {**digests, COMMON: data_digest(common)}
+    for name, content in files.items():
+        write_whole(written / name, content)
+    digests = {**digests, **{name: data_digest(content) for name, content in files.items()}}
     write_whole(written / CHECKSUMS, checksums_text(digests))
     verify_owner()
     if os.path.lexists(folder):

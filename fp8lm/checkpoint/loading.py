@@ -21,8 +21,9 @@ from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import Shards
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.checkpoint.together import Group, all_or_error, from_all, my_share, on_main
-from fp8lm.checkpoint.validity import Contents, check_files, inspect_folder
+from fp8lm.checkpoint.validity import LARGEST_OTHER, Contents, check_files, inspect_folder
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import read_regular
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,29 @@ class Checkpoint:
     """A checkpoint whose files are those that were written.
 
     `common` is what was saved as `meta`, with `iteration`, `format_version` and the versions that
-    wrote it; `passed_over` says what was wrong with newer ones.
+    wrote it; `files` are the names of those saved beside the tensors; `passed_over` says what was
+    wrong with newer ones.
     """
 
     folder: Path
     common: dict[str, Any]
     metadata: Metadata
+    files: frozenset[str] = frozenset()
     passed_over: list[str] = field(default_factory=list)
 
     @property
     def iteration(self) -> int:
         """The iteration it was saved at."""
         return self.common["iteration"]
+
+    def read_file(self, name: str) -> bytes:
+        """The content of one of `files`; `InputError` where there is no such file."""
+        if name not in self.files:
+            raise InputError(f"{self.folder} holds no {name}")
+        try:
+            return read_regular(self.folder / name, LARGEST_OTHER)
+        except OSError as error:
+            raise InputError(f"{self.folder / name} cannot be read: {error.strerror}") from error
 
 
 def find_checkpoint(
@@ -144,7 +156,7 @@ def _open(
     if problems := [problem for result in from_all(group, own) for problem in result]:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DamagedCheckpoint(problems[0] + others)
-    return Checkpoint(folder, found.common, found.metadata, passed_over)
+    return Checkpoint(folder, found.common, found.metadata, found.files, passed_over)
 
 
 def _inspect(root: Path, iteration: int, needed: Collection[str]) -> tuple[Path, Contents]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import fp8lm
 from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import (
+    COMMON,
     NO_ROOM,
     Retention,
     anybody_may,
@@ -47,28 +49,29 @@ def save_checkpoint(
     group: Group = None,
     retention: Retention = Retention(),  # noqa: B008 (frozen)
     verify_owner: Callable[[], None] = anybody_may,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write `shards` and `meta` (JSON values) as checkpoint `iteration` under `root`; its folder.
 
     `shards` maps the name of every logical tensor to this rank's pieces of it; all ranks of `group`
-    call together. A checkpoint of the same iteration is replaced, and those that `retention` lets
-    go of are deleted afterwards, or before where the disk is full (see `room`). `verify_owner`
-    raises where another run has taken the folder over: it is called before anything is made,
-    published or deleted. Raises `SaveError` if writing fails, and `RetentionError` if only the
-    deleting does.
+    call together. `files` (of rank 0, by plain name) are kept beside them. A checkpoint of the same
+    iteration is replaced, and those that `retention` lets go of are deleted afterwards, or before
+    where the disk is full (see `room`). `verify_owner` raises where another run has taken the
+    folder over: it is called before anything is made, published or deleted. Raises `SaveError` if
+    writing fails, and `RetentionError` if only the deleting does.
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)
-    common = _common_text(iteration, meta)
+    files = {**files, COMMON: _common_text(iteration, meta).encode()}
     try:
-        folder = _write(root, iteration, planner, common, group, verify_owner)
+        folder = _write(root, iteration, planner, files, group, verify_owner)
     except OSError as error:
         if error.errno not in NO_ROOM or not make_room(
             root, iteration, retention, group, verify_owner
         ):
             raise _failure(root, iteration, retention, error) from error
         try:
-            folder = _write(root, iteration, planner, common, group, verify_owner)
+            folder = _write(root, iteration, planner, files, group, verify_owner)
         except OSError as again:
             raise _failure(root, iteration, retention, again) from again
     try:
@@ -86,7 +89,7 @@ def _write(
     root: Path,
     iteration: int,
     planner: ShardSavePlanner,
-    common: str,
+    files: Mapping[str, bytes],
     group: Group,
     verify_owner: Callable[[], None],
 ) -> Path:
@@ -96,7 +99,7 @@ def _write(
         folder = on_main(group, lambda: start_writing(root, iteration))
         written = from_all(group, write_shards(folder, planner, group))
         digests = {name: digest for files in written for name, digest in files.items()}
-        return on_main(group, lambda: publish(root, iteration, common, digests, verify_owner))
+        return on_main(group, lambda: publish(root, iteration, digests, files, verify_owner))
     except BaseException:
         # Whatever failed has been raised on all ranks, so none is still writing.
         if is_main(group):

@@ -45,6 +45,12 @@ class Contents:
     metadata: Metadata
     unchecked: dict[str, str]
 
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of those that hold neither facts nor tensors."""
+        places = self.metadata.storage_data.values()
+        return frozenset(self.unchecked) - {where.relative_path for where in places}
+
 
 def inspect_folder(folder: Path, needed: Collection[str] = ()) -> Contents:
     """What `folder` says of itself; the keys `needed` must be among its facts.

@@ -93,6 +93,10 @@ class CheckpointConfig(Section):
         False,
         description="Do not start where load has no checkpoint, even if it is the same as save.",
     )
+    allow_tokenizer_change: Bool = Field(
+        False,
+        description="Go on from a checkpoint with another tokenizer than it was trained with.",
+    )
     extend_embeddings: Bool = Field(
         False,
         description="Load a checkpoint of fewer tokens or learned positions: the new rows start "

@@ -31,6 +31,7 @@ from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
 from fp8lm.training.changes import changed_keys, changed_layout, check_same_model
 from fp8lm.training.console import saved_line
+from fp8lm.training.made_with import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.progress import Progress, Window
 from fp8lm.training.resizing import Vocabulary
 from fp8lm.training.spikes import LossWatch
@@ -68,6 +69,8 @@ class RunCheckpoints:
         self._report, self._group = report, run.groups.saving
         self._config = config = run.config.checkpoint
         self._saver: CheckpointSaver | None = None
+        # Of data that may be replaced meanwhile: what this start reads.
+        self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
         self._locks = RunLocks() if locks is None else locks
@@ -84,6 +87,7 @@ class RunCheckpoints:
                 asynchronous=config.async_save,
                 retention=Retention(config.keep_last, config.save_retain_interval),
                 locks=self._locks,
+                files=run.tokenizer.files,
             )
 
     def load(self) -> None:
@@ -113,6 +117,7 @@ class RunCheckpoints:
             self._report(f" warning: passed over a checkpoint: {problem}")
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
+        tokenizer_changed = check_same_tokenizer(found, self._run.tokenizer, self._config)
         changed = changed_keys(former, config)
         try:
             reader = self._fill(found)
@@ -124,6 +129,8 @@ class RunCheckpoints:
         self._saved_iteration = found.iteration if self._config.resumes else None
         root = found.folder.parent
         self._report(f" loaded checkpoint of iteration {found.iteration} from {root}")
+        for line in (*tokenizer_changed, *replaced_data(found.common, self._made_with)):
+            self._report(f" warning: {line}")
         if reader.converted:
             self._report(f" converted: {', '.join(reader.converted)}")
         if reader.extended:
@@ -152,6 +159,7 @@ class RunCheckpoints:
             **asdict(self._progress),
             "losses": self._losses.state,
             "config": self._run.config.model_dump(mode="json"),
+            **self._made_with,
         }
         # A table that two stages have is cut into rows by each in its own way: one writes it.
         shards = without(self._shards(remembered), self._run.counted_elsewhere)

@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fp8lm.checkpoint import Shard
+from fp8lm.checkpoint.contents import WORD_TABLES
 from fp8lm.data.tokenizer import padded_vocab_size
 from fp8lm.errors import InputError
 from fp8lm.layers.weight import WeightSpec
@@ -28,7 +29,6 @@ from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW
 from fp8lm.training.slots import StateSlot, slots
 
-WORD_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 POSITION_TABLE = "embedding.position_embeddings.weight"
 EXTEND = "set checkpoint.extend_embeddings=true to start the new rows from initial values"
 
@@ -91,18 +91,17 @@ def former_num_ids(common: Mapping[str, Any]) -> int | None:
     if tokenizer := common.get("tokenizer"):
         return tokenizer["identity"]["vocab_size"]
     section = common["config"].get("tokenizer", {})
-    if section.get("tokenizer_type") == "NullTokenizer":
-        return section["vocab_size"] + 1
-    return None
+    size, kind = section.get("vocab_size"), section.get("tokenizer_type")
+    return size + 1 if kind == "NullTokenizer" and type(size) is int else None
 
 
 def row_multiple(config: Mapping[str, Any]) -> int:
     """What the rows of word tables are a multiple of under `config`, as `Config.model_dump`."""
-    model, parallel = config.get("model", {}), config.get("parallel", {})
-    return math.lcm(
-        model.get("make_vocab_size_divisible_by", 1),
-        parallel.get("tensor_model_parallel_size", 1),
+    sizes = (
+        config.get("model", {}).get("make_vocab_size_divisible_by"),
+        config.get("parallel", {}).get("tensor_model_parallel_size"),
     )
+    return math.lcm(*(size for size in sizes if type(size) is int and size > 0))
 
 
 def plan_rows(

@@ -2,32 +2,93 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
-from fp8lm.checkpoint import load_checkpoint, open_checkpoint
-from fp8lm.config import Config, build_config
-from fp8lm.data.tokenizer import Tokenizer, build_tokenizer
+from fp8lm.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
+from fp8lm.checkpoint.contents import WORD_TABLES
+from fp8lm.config import Config, TokenizerConfig, build_config
+from fp8lm.data.identity import differences
+from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from fp8lm.errors import InputError
 from fp8lm.kernels import select_kernels
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
-from fp8lm.training.build import table_rows
+from fp8lm.training.made_with import tokenizer_of
 from fp8lm.training.state import model_shards
 
 
-def restore_model(
-    folder: str, device: torch.device, iteration: int | None = None
-) -> tuple[nn.Module, Tokenizer, Config]:
-    """The model of a checkpoint in evaluation mode, its tokenizer and the config it ran with.
+@dataclass(frozen=True)
+class Restored:
+    """A model in evaluation mode, its tokenizer and the config it ran with.
 
-    Weights keep the format they were trained in. Raises `InputError` for what cannot be loaded.
+    `warnings` say what is not as it was in training.
     """
-    checkpoint = open_checkpoint(folder, iteration)
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: Config
+    warnings: list[str]
+
+
+def restore_model(
+    folder: str,
+    device: torch.device,
+    tokenizer_model: str | None = None,
+    tokenizer_type: str | None = None,
+) -> Restored:
+    """The model of a checkpoint, or of the newest valid one in a folder.
+
+    Weights keep the format they were trained in. The tokenizer is the one whose files are in the
+    checkpoint, else the one that its config names, unless `tokenizer_model` names another. Raises
+    `InputError` for what cannot be loaded.
+    """
+    checkpoint = open_checkpoint(folder, needed=("config",))
     config = build_config(checkpoint.common["config"])
-    tokenizer = build_tokenizer(config.tokenizer)
-    vocab_size = table_rows(config, tokenizer.vocab_size)
+    tokenizer = _tokenizer(checkpoint, config.tokenizer, tokenizer_model, tokenizer_type)
+    rows = _vocabulary_rows(checkpoint)
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model of "
+            f"{checkpoint.folder} has rows for {rows}: it is another one's"
+        )
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
-    model = GPTModel(config.model, vocab_size, recipe, num_ids=tokenizer.vocab_size)
+    model = GPTModel(config.model, rows, recipe, num_ids=tokenizer.vocab_size)
     load_checkpoint(checkpoint, model_shards(named_weights(model)), passing_over="")
-    return model.eval(), tokenizer, config
+    return Restored(model.eval(), tokenizer, config, _warnings(checkpoint, tokenizer))
+
+
+def _tokenizer(
+    checkpoint: Checkpoint,
+    config: TokenizerConfig,
+    tokenizer_model: str | None,
+    tokenizer_type: str | None,
+) -> Tokenizer:
+    if tokenizer_model is not None:
+        return load_tokenizer(tokenizer_type or config.tokenizer_type, tokenizer_model)
+    if (own := tokenizer_of(checkpoint)) is not None:
+        return own
+    try:
+        return build_tokenizer(config)
+    except InputError as error:
+        raise InputError(
+            f"{error}; {checkpoint.folder} holds no tokenizer itself: name one with "
+            "--tokenizer-model"
+        ) from error
+
+
+def _vocabulary_rows(checkpoint: Checkpoint) -> int:
+    """Rows of the word tables as they are stored, whatever layout padded them."""
+    stored = checkpoint.metadata.state_dict_metadata.get(f"model.{WORD_TABLES[0]}.payload")
+    if stored is None or len(stored.size) != 2:
+        raise InputError(f"{checkpoint.folder} holds no table {WORD_TABLES[0]}")
+    return stored.size[0]
+
+
+def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    recorded = (checkpoint.common.get("tokenizer") or {}).get("identity", {})
+    changed = differences(recorded, tokenizer.identity)
+    return [f"not the tokenizer of the training: {', '.join(changed)} differs"] if changed else []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
+from fp8lm.checkpoint.contents import copy_checkpoint, differences, read_tensor, stored_tensors
 from fp8lm.errors import InputError
 from fp8lm.training.resizing import RowPlan, Vocabulary
 from tests.training.runs import LLAMA, save_again
@@ -51,6 +51,11 @@ def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tm
             )
             assert len(stored) == 384 and not stored[128:].any()
             assert kind == "model" or stored[:64].any()
+    assert not list(differences(open_checkpoint(one), open_checkpoint(three)))
+    merged = copy_checkpoint(open_checkpoint(three), tmp_path / "merged", lambda name: True, {})
+    assert not list(differences(open_checkpoint(one), open_checkpoint(merged)))
+    shapes = [stored_tensors(open_checkpoint(place)) for place in (one, merged)]
+    assert shapes[0] == shapes[1]
     run_distributed(save_again, 2, config(load=three), str(back))
     assert not list(differences(open_checkpoint(one), open_checkpoint(back)))
 

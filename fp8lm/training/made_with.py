@@ -1,0 +1,105 @@
+"""What a model is made with beside its config: the tokenizer and the data, told by their content.
+
+A path says little: what lies at it may have been replaced. Checkpoints carry the identity of both,
+and the tokenizer's files. On resume another tokenizer is an error, since its ids mean other text to
+the weights; other data are a warning, since a run may well go on with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fp8lm.checkpoint import Checkpoint
+from fp8lm.config import CheckpointConfig, Config
+from fp8lm.data.identity import differences
+from fp8lm.data.indexed import inspect_indexed
+from fp8lm.data.tokenizer import Tokenizer, tokenizer_from_files
+from fp8lm.errors import InputError
+from fp8lm.training.resizing import EXTEND
+
+_COMPARED_IDS = 1000
+
+
+def made_with(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint says of tokenizer and data, in its `common.json`."""
+    paths = () if config.data.mock_data else config.data.data_path
+    prefixes = [entry for entry in paths if isinstance(entry, str)]
+    return {
+        "tokenizer": {"identity": dict(tokenizer.identity), "files": sorted(tokenizer.files)},
+        "data": [
+            {"prefix": prefix, "identity": inspect_indexed(prefix).identity} for prefix in prefixes
+        ],
+    }
+
+
+def check_same_tokenizer(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, config: CheckpointConfig
+) -> list[str]:
+    """A line on what has changed since `checkpoint`, if that is allowed; none if nothing has.
+
+    Raises `InputError` if it is not. A checkpoint that does not name its tokenizer passes.
+    """
+    recorded = (checkpoint.common.get("tokenizer") or {}).get("identity")
+    changed = recorded and differences(recorded, tokenizer.identity)
+    if not changed:
+        return []
+    former, num_ids = recorded["vocab_size"], tokenizer.vocab_size
+    what = f"another tokenizer than that of {checkpoint.folder}: {', '.join(changed)} differs"
+    if former != num_ids:
+        what = f"{what}: {num_ids} tokens, and the checkpoint has {former}"
+    if config.extend_embeddings and num_ids > former:
+        _check_common_ids(checkpoint, former, tokenizer)
+    elif not config.allow_tokenizer_change:
+        cure = "set checkpoint.allow_tokenizer_change=true if that is meant"
+        if num_ids > former:
+            cure = EXTEND
+        raise InputError(f"{what}: {cure}; {_where(checkpoint)}")
+    return [what]
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    files = checkpoint.common["tokenizer"].get("files")
+    if not files:
+        return "it had no files"
+    name = checkpoint.folder / files[0] if len(files) == 1 else checkpoint.folder
+    return f"its own is tokenizer.tokenizer_model={name}"
+
+
+def _check_common_ids(checkpoint: Checkpoint, former: int, tokenizer: Tokenizer) -> None:
+    """Raise `InputError` if ids below `former` mean other text than to the checkpoint."""
+    own = tokenizer_of(checkpoint)
+    if own is None:  # ids that are their own text
+        return
+    for number in range(0, former, max(1, former // _COMPARED_IDS)):
+        texts = [one.detokenize([number]) for one in (own, tokenizer)]
+        if texts[0] != texts[1]:
+            raise InputError(
+                f"the tokenizer does not extend that of {checkpoint.folder}: id {number} is "
+                f"{texts[1]!r} and was {texts[0]!r}: use one that keeps the ids there are"
+            )
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer whose files `checkpoint` carries; None if it carries none."""
+    recorded = checkpoint.common.get("tokenizer")
+    if not recorded or not recorded.get("files"):
+        return None
+    kind, files = recorded["identity"]["tokenizer_type"], recorded["files"]
+    contents = {name: checkpoint.read_file(name) for name in files}
+    return tokenizer_from_files(kind, contents, source=f"in {checkpoint.folder}")
+
+
+def replaced_data(former: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """A line for each token file that has other content than when a checkpoint was written."""
+    recorded = {file["prefix"]: file["identity"] for file in former.get("data") or ()}
+    return [
+        f"{file['prefix']} holds other tokens than when the checkpoint was written: the samples "
+        "from here on are of the new data, counted on from the old"
+        for file in present["data"]
+        if _differs(recorded.get(file["prefix"], {}), file["identity"])
+    ]
+
+
+def _differs(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return any(one[field] != two[field] for field in one.keys() & two.keys())
