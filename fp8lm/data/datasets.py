@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
+from fp8lm.data.checked_dataset import CheckedDataset
 from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
 from fp8lm.data.token_checks import check_tokenizer
@@ -38,7 +39,8 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
     Items are dicts of `tokens`, `labels`, `position_ids` [seq_length] int64 and `loss_mask`
     [seq_length] fp32. Call it on every rank. A blend with `data.data_cache_path` needs an
     initialised process group, even of one process. Raises `InputError` for missing or damaged
-    files, a tokenizer that did not make them, and a split without the documents it needs.
+    files, a tokenizer that did not make them, and a split without the documents it needs; so does
+    an item with an id outside the vocabulary, which the checks of large files may miss.
     """
     if config.data.mock_data:
         return tuple(
@@ -64,7 +66,10 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
         )
     shares = zip(gpt_config.split_matrix, sizes, strict=True)
     gpt_config.split_matrix = [share if size else None for share, size in shares]
-    return tuple(_build(gpt_config, sizes))
+    return tuple(
+        None if dataset is None else CheckedDataset(dataset, tokenizer.vocab_size)
+        for dataset in _build(gpt_config, sizes)
+    )
 
 
 def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[IndexedFile]:

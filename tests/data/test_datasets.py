@@ -149,7 +149,7 @@ def test_a_split_without_documents_is_an_error_and_not_an_endless_loop(
 def test_split_in_any_notation(make_config, tokenizer, counting):
     config = make_config(data_path=[counting], split="9e1, 1e1")
     train, valid, _ = build_datasets(config, tokenizer, (2, 1, 0))
-    assert (len(train.indices), len(valid.indices)) == (18, 2)
+    assert (len(train.dataset.indices), len(valid.dataset.indices)) == (18, 2)
 
 
 def test_bad_data_is_one_message(make_config, tokenizer, counting):

@@ -138,3 +138,45 @@ def test_negative_ids_are_found(write_documents, tokenizer):
 def test_the_sidecar_counts(write_documents):
     sidecar = json.loads(Path(write_documents(DOCUMENTS) + ".json").read_text())
     assert (sidecar["documents"], sidecar["tokens"]) == (3, 6)
+
+
+def marks_of(prefix, marks):
+    """Three sequences have their marks after the header, 12 bytes of lengths and 24 of offsets."""
+    put(prefix + ".idx", 34 + 36, np.array(marks, "<i8").tobytes())
+
+
+@pytest.mark.parametrize(
+    "marks", [[1, 1, 2, 3], [0, 2, 1, 3], [0, 1, 9, 3], [0, -1, 2, 3], [0, 1, 2, 2], [0, 1, 2, 4]]
+)
+def test_documents_that_do_not_follow_each_other(write_documents, marks):
+    prefix = write_documents(DOCUMENTS)
+    os.remove(prefix + ".json")
+    marks_of(prefix, marks)
+    with pytest.raises(InputError, match=r"P\.idx is corrupt: documents"):
+        inspect_indexed(prefix)
+
+
+def test_megatrons_empty_documents_and_documents_of_several_sequences(write_documents):
+    prefix = write_documents(DOCUMENTS)
+    os.remove(prefix + ".json")
+    marks_of(prefix, [0, 0, 2, 3])
+    assert [inspect_indexed(prefix).document_of(token) for token in range(6)] == [1] * 4 + [2] * 2
+
+
+def test_flipped_bits_of_an_index_are_found(write_documents):
+    """With the digest in P.json; without it a document may begin elsewhere, and nothing else."""
+    prefix = write_documents(DOCUMENTS)
+    content = Path(prefix + ".idx").read_bytes()
+    for position in range(0, 8 * len(content), 7):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        Path(prefix + ".idx").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"P\.(idx|bin)"):
+            inspect_indexed(prefix)
+
+
+def test_what_tells_data_apart(write_documents):
+    first = inspect_indexed(write_documents(DOCUMENTS)).identity
+    assert first == inspect_indexed(write_documents(DOCUMENTS, name="Q")).identity
+    others = [[1, 2, 3], [4], [5, 7]], [[1, 2, 3, 4], [5, 6]]
+    assert all(inspect_indexed(write_documents(other)).identity != first for other in others)

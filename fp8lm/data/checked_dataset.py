@@ -1,0 +1,59 @@
+"""The last check of token ids, in the batch that holds them: on the CPU, where they are loaded.
+
+Without it an id beyond the vocabulary is an IndexError on one process, and under tensor
+parallelism, where every rank has a part of the table, an embedding of zeros and no error at all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Dataset
+
+from fp8lm.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+
+class CheckedDataset(Dataset):
+    """A dataset of megatron-core whose samples hold ids from 0 to `vocab_size` - 1 only.
+
+    Any other id raises `InputError`, which names it, its sample and its document.
+    """
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, vocab_size: int) -> None:
+        self.dataset, self.vocab_size = dataset, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.dataset[index]
+        for field in ("tokens", "labels"):
+            low, high = sample[field].aminmax()
+            if low < 0 or high >= self.vocab_size:
+                self._refuse(index, int(low if low < 0 else high))
+        return sample
+
+    def _refuse(self, index: int, token: int) -> None:
+        place = _place(self.dataset, index, token)
+        raise InputError(
+            f"sample {index} holds token id {token}{place}, outside the tokenizer's vocabulary of "
+            f"{self.vocab_size}: use the tokenizer that made the data, or preprocess again"
+        )
+
+
+def _place(dataset: GPTDataset | BlendedDataset, index: int, token: int) -> str:
+    """The document of a sample that holds an id."""
+    if hasattr(dataset, "dataset_sample_index"):  # a blend
+        part = dataset.datasets[dataset.dataset_index[index]]
+        return _place(part, dataset.dataset_sample_index[index], token)
+    shuffled = dataset.shuffle_index[index]
+    first, last = dataset.sample_index[shuffled][0], dataset.sample_index[shuffled + 1][0]
+    for document in dataset.document_index[first : last + 1]:
+        if (dataset.dataset.get(document) == token).any():
+            return f" in document {document} (from 0) of {dataset.dataset_path}"
+    return ""
