@@ -4,10 +4,10 @@ python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus
     --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model \\
     --workers 2 --append-eod
 
-Writes P_text_document.{bin,idx}, which Megatron reads too, and P_text_document.json, which names
-the tokenizer so that training with another one is refused. Documents keep the order of the input.
-Files named .jsonl or .json hold one JSON object a line; any other file is plain text and one
-document, or one document a line with --split-lines.
+Writes P_text_document.{bin,idx}, which Megatron reads too, and P_text_document.json, which says how
+they were made, so that training with another tokenizer is refused. Documents keep the order of the
+input. It may be JSON lines, or plain text, which is one document a file, or one a line with
+--split-lines; compressed with gzip, bzip2, xz or Zstandard, or not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from fp8lm.data.documents import check_inputs, read_records
+from fp8lm.data.documents import (
+    SkippedDocuments,
+    add_reading_arguments,
+    check_inputs,
+    read_records,
+)
 from fp8lm.data.encode import EncodedDocument, EncodeSettings, encode_records
-from fp8lm.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
+from fp8lm.data.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from fp8lm.errors import CommandParser, InputError, run_command
+
+if TYPE_CHECKING:
+    from fp8lm.data.indexed_writer import IndexedWriter
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -36,17 +45,26 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--input", nargs="+", required=True, metavar="FILE", help="corpus files, in order")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
     add("--split-lines", action="store_true", help="plain text: each line is a document")
+    add_reading_arguments(parser)
     add("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,json}")
     add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
     add("--vocab-size", type=int, help="NullTokenizer only: ids without the end of document")
     add("--workers", type=int, default=1, help="processes that tokenize (default: 1)")
     add("--append-eod", action="store_true", help="end every document with the eod token")
+    add("--prepend-bos", action="store_true", help="begin every document with the bos token")
+    add(
+        "--parse-special-tokens",
+        action="store_true",
+        help="control tokens such as </s> in the text become their ids (default: plain text)",
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error("--json-keys names a key twice")
+    if args.parse_special_tokens and args.tokenizer_type == "NullTokenizer":
+        parser.error("--parse-special-tokens: a NullTokenizer has no control tokens")
     return args
 
 
@@ -54,42 +72,78 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     files = check_inputs(args.input)
     tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
+    if args.prepend_bos and tokenizer.bos is None:
+        raise InputError(
+            f"--prepend-bos: {args.tokenizer_model or args.tokenizer_type} has no token for the "
+            "beginning of a document"
+        )
     # Imported here, not above: worker processes import this file, and need neither torch nor it.
     from fp8lm.data.indexed_writer import IndexedWriter, token_dtype
 
+    began, skipped = time.perf_counter(), SkippedDocuments()
     dtype = token_dtype(tokenizer.vocab_size)
+    with ExitStack() as stack:
+        writers = {
+            key: stack.enter_context(IndexedWriter(f"{args.output_prefix}_{key}_document", dtype))
+            for key in args.json_keys
+        }
+        encode(args, files, writers, skipped)
+        for writer in writers.values():
+            writer.finish(facts_for_sidecar(args, tokenizer))
+        for writer in writers.values():
+            writer.rename()
+    seconds = time.perf_counter() - began
+    if not args.append_eod:
+        print("note: without --append-eod nothing tells a model where a document ends")
+    if skipped.count:
+        print(f"note: {skipped}", file=sys.stderr)
+    for writer in writers.values():
+        print(
+            f"{writer.prefix}: {writer.num_documents} documents, {writer.num_tokens} tokens, "
+            f"{writer.num_tokens / seconds:,.0f} tokens/s"
+        )
+
+
+def encode(
+    args: argparse.Namespace,
+    files: list[Path],
+    writers: dict[str, IndexedWriter],
+    skipped: SkippedDocuments,
+) -> None:
+    """Tokenize all documents into the writers, by key; `InputError` if one gets nothing."""
     settings = EncodeSettings(
         args.tokenizer_type,
         args.tokenizer_model,
         args.vocab_size,
         tuple(args.json_keys),
         args.append_eod,
-        dtype.__name__,
+        next(iter(writers.values())).dtype.__name__,
+        args.prepend_bos,
+        args.parse_special_tokens,
+        skip_bad=args.on_bad_line == "skip",
     )
-    began = time.perf_counter()
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedWriter(f"{args.output_prefix}_{key}_document", dtype))
-            for key in args.json_keys
-        }
-        records = read_records(files, args.split_lines)
-        documents = stack.enter_context(closing(encode_records(records, settings, args.workers)))
+    records = read_records(files, args.split_lines, args.input_format)
+    with closing(encode_records(records, settings, args.workers)) as documents:
         for document in with_progress(documents, files):
+            if document.fault is not None:
+                skipped.add(document.fault)
             for key, ids in document.ids.items():
                 writers[key].add(ids)
-        for key, writer in writers.items():
-            if not writer.num_documents:
-                raise InputError(f"the corpus is empty: no text in {key!r} of {names(files)}")
-        for writer in writers.values():
-            writer.publish({"tokenizer": tokenizer.identity, "append_eod": args.append_eod})
-    seconds = time.perf_counter() - began
-    if not args.append_eod:
-        print("note: without --append-eod nothing tells a model where a document ends")
-    for writer in writers.values():
-        print(
-            f"{writer.prefix}: {writer.num_documents} documents, {writer.num_tokens} tokens, "
-            f"{writer.num_tokens / seconds:,.0f} tokens/s"
-        )
+    for key, writer in writers.items():
+        if not writer.num_documents:
+            why = f": {skipped}" if skipped.count else ""
+            raise InputError(f"the corpus is empty: no text in {key!r} of {names(files)}{why}")
+
+
+def facts_for_sidecar(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, object]:
+    """What is recorded of how the files were made."""
+    return {
+        "tokenizer": tokenizer.identity,
+        "append_eod": args.append_eod,
+        "prepend_bos": args.prepend_bos,
+        "bos": tokenizer.bos if args.prepend_bos else None,
+        "parse_special_tokens": args.parse_special_tokens,
+    }
 
 
 def with_progress(

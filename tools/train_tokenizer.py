@@ -13,13 +13,20 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
 from fp8lm.arguments import finite
-from fp8lm.data.documents import check_inputs, parse_record, read_records
+from fp8lm.data.documents import (
+    BadDocument,
+    SkippedDocuments,
+    add_reading_arguments,
+    check_inputs,
+    parse_record,
+    read_records,
+)
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
@@ -33,9 +40,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or plain text files")
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or plain text")
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: text)")
     add("--vocab-size", type=int, required=True, help="pieces, the fixed ones included")
+    add_reading_arguments(parser)
     add("--model-type", choices=("bpe", "unigram"), default="bpe")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
     add("--max-mb", type=finite, default=256, help="read at most so much text (default: 256)")
@@ -49,7 +57,11 @@ def main(argv: list[str]) -> None:
             f"--vocab-size {args.vocab_size} is too small: {FIXED_PIECES} pieces are fixed"
         )
     files = check_inputs(args.input)
-    pieces = list(read_pieces(files, args.json_key, int(args.max_mb * 1e6)))
+    skipped = SkippedDocuments() if args.on_bad_line == "skip" else None
+    texts = read_texts(files, args.json_key, args.input_format, skipped)
+    pieces = list(cut_pieces(texts, int(args.max_mb * 1e6)))
+    if skipped is not None and skipped.count:
+        print(f"note: {skipped}", file=sys.stderr)
     if not pieces:
         raise InputError(f"the corpus is empty: no text in {', '.join(args.input)}")
     output = Path(f"{args.output_prefix}.model")
@@ -58,11 +70,24 @@ def main(argv: list[str]) -> None:
     print(f"{output}: {args.vocab_size} pieces from {characters} characters of text")
 
 
-def read_pieces(files: list[Path], key: str, max_characters: int) -> Iterator[str]:
+def read_texts(
+    files: list[Path], key: str, input_format: str, skipped: SkippedDocuments | None
+) -> Iterator[str]:
+    """Every document's text; with `skipped` bad ones are counted there, not raised."""
+    for record in read_records(files, input_format=input_format):
+        try:
+            yield parse_record(record, [key])[key]
+        except BadDocument as fault:
+            if skipped is None:
+                raise
+            skipped.add(str(fault))
+
+
+def cut_pieces(texts: Iterable[str], max_characters: int) -> Iterator[str]:
     """The corpus in pieces that SentencePiece takes: lines, long ones cut."""
     left = max_characters
-    for record in read_records(files):
-        for line in parse_record(record, [key])[key].splitlines():
+    for text in texts:
+        for line in text.splitlines():
             for piece in cut(line):
                 left -= len(piece)
                 if left < 0:

@@ -1,21 +1,49 @@
 """Documents of a corpus, one at a time: JSON lines or plain text, with where each came from.
 
-Files named `.jsonl` or `.json` hold one JSON object a line; blank lines are skipped. Any other
-file is plain text: the whole file is one document, or every non-blank line with `split_lines`.
-Text is UTF-8. What is wrong is reported with the file and the line.
+JSON lines are one JSON object a line; blank lines are skipped. Plain text is one document a file,
+or every non-blank line with `split_lines`. Which of both a file holds is its name's matter if that
+ends in `.jsonl`, `.ndjson` or `.json`, and otherwise its content's: what begins like a JSON object
+or a list of them is JSON. Text is UTF-8. What is wrong is reported with the file and the line.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8lm.data.streams import COMPRESSED_SUFFIXES, CorpusStream
 from fp8lm.errors import InputError
 
-JSON_SUFFIXES = (".jsonl", ".json")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+INPUT_FORMATS = ("auto", "jsonl", "text")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+JSON_START = re.compile(rb"\s*(\{\s*(['\"}]|$)|\[\s*([{\"]|$))")
+MAX_DOCUMENT_BYTES = 1 << 30
+SAY_FORMAT = "say --input-format jsonl or text"
+
+
+class BadDocument(InputError):
+    """One document that cannot be used, of a corpus whose others may."""
+
+
+@dataclass
+class SkippedDocuments:
+    """How many bad documents were left out, and what was wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, fault: str) -> None:
+        """Count one."""
+        self.first = self.first or fault
+        self.count += 1
+
+    def __str__(self) -> str:
+        what = "bad document is" if self.count == 1 else "bad documents are"
+        return f"{self.count} {what} left out, the first: {self.first}"
 
 
 @dataclass(frozen=True)
@@ -25,48 +53,113 @@ class Record:
     source: str
     line: int  # from 1; 0 for a whole file
     data: bytes
+    is_json: bool
+    read_bytes: int  # of the file on disk since the record before
+    too_long: bool = False
 
     @property
     def place(self) -> str:
         return f"{self.source}, line {self.line}" if self.line else self.source
 
-    @property
-    def is_json(self) -> bool:
-        return self.source.endswith(JSON_SUFFIXES)
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a tool that say how its input is read."""
+    parser.add_argument(
+        "--input-format",
+        choices=INPUT_FORMATS,
+        default="auto",
+        help="auto, the default: jsonl if a file's name or its first bytes say so, else text",
+    )
+    parser.add_argument(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="a document that cannot be read ends the work (default), or is left out and counted",
+    )
 
 
 def check_inputs(paths: Iterable[str]) -> list[Path]:
     """The paths, each an existing file; `InputError` names one that is not."""
     files = [Path(path) for path in paths]
     for file in files:
-        if not file.is_file():
-            what = "is a folder" if file.is_dir() else "does not exist"
-            raise InputError(f"input {file} {what}: give .jsonl or plain text files")
+        if not file.exists():
+            raise InputError(f"input {file} does not exist: give JSON lines or plain text files")
+        if file.is_dir():
+            raise InputError(f"input {file} is a folder: give its files")
+        if not (file.is_file() or file.is_fifo()):
+            raise InputError(f"input {file} is neither a file nor a pipe")
     return files
 
 
-def read_records(files: Iterable[Path], split_lines: bool = False) -> Iterator[Record]:
-    """Every document's bytes, in the order of the files and of their lines."""
+def read_records(
+    files: Iterable[Path], split_lines: bool = False, input_format: str = "auto"
+) -> Iterator[Record]:
+    """Every document's bytes, in the order of the files and of their lines.
+
+    `InputError` for a file that cannot be read to its end.
+    """
     for file in files:
-        with open(file, "rb") as stream:
-            if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
-                stream.seek(0)
-            if not split_lines and file.suffix not in JSON_SUFFIXES:
-                yield Record(str(file), 0, stream.read())
+        with CorpusStream(file) as stream:
+            automatic = input_format == "auto"
+            is_json = input_format == "jsonl" or (
+                automatic and (_named_json(file) or _begins_like_json(stream.peek()))
+            )
+            if is_json or split_lines:
+                yield from _lines(stream, is_json)
                 continue
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield Record(str(file), number, line)
+            data = stream.read(MAX_DOCUMENT_BYTES + 1)
+            if automatic and _begins_like_json(data):
+                raise InputError(f"{file} begins like JSON, after much white space: {SAY_FORMAT}")
+            too_long = len(data) > MAX_DOCUMENT_BYTES
+            yield Record(str(file), 0, data, False, stream.position, too_long)
+
+
+def _named_json(file: Path) -> bool:
+    name = file.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(JSON_SUFFIXES)
+
+
+def _begins_like_json(content: bytes) -> bool:
+    return JSON_START.match(content) is not None
+
+
+def _lines(stream: CorpusStream, is_json: bool) -> Iterator[Record]:
+    number = before = 0
+    while line := stream.line(MAX_DOCUMENT_BYTES + 1):
+        number += 1
+        too_long = len(line) > MAX_DOCUMENT_BYTES
+        if too_long:
+            line, rest = b"x", line
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.line(1 << 20)
+        if line.strip():
+            yield Record(
+                str(stream.path), number, line, is_json, stream.position - before, too_long
+            )
+            before = stream.position
 
 
 def parse_record(record: Record, keys: Iterable[str]) -> dict[str, str]:
-    """The texts of a document by key; plain text has the one key `text`."""
+    """The texts of a document by key; plain text has the one key `text`.
+
+    `BadDocument` where it is not as it should be.
+    """
+    if record.too_long:
+        raise BadDocument(
+            f"{record.place}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB: "
+            "divide it (--split-lines makes a document of every line of plain text)"
+        )
     if record.is_json:
         fields = _parse_json(record)
     else:
         text = _decode(record)
         # Of a document that is a line, the line end belongs to the file.
         fields = {"text": text.rstrip("\r\n") if record.line else text}
+        if "\0" in text:
+            line = record.line or text.count("\n", 0, text.index("\0")) + 1
+            raise BadDocument(f"{record.source}, line {line}: a NUL byte, which text has not")
     return {key: _text_of(fields, key, record) for key in keys}
 
 
@@ -75,33 +168,38 @@ def _decode(record: Record) -> str:
         return record.data.decode("utf-8")
     except UnicodeDecodeError as err:
         line = record.line or record.data.count(b"\n", 0, err.start) + 1
-        raise InputError(f"{record.source}, line {line}: not UTF-8 text") from None
+        raise BadDocument(f"{record.source}, line {line}: not UTF-8 text") from None
 
 
 def _parse_json(record: Record) -> dict:
+    expected = "expected one JSON object a line (if this is no JSON: --input-format text)"
     try:
         fields = json.loads(_decode(record))
     except json.JSONDecodeError as err:
-        raise InputError(
-            f"{record.place}: invalid JSON ({err.msg} at column {err.colno}): "
-            "expected one JSON object a line"
+        raise BadDocument(
+            f"{record.place}: invalid JSON ({err.msg} at column {err.colno}): {expected}"
         ) from None
+    except ValueError as err:  # Python's limit on the digits of an integer
+        reason = str(err).partition(";")[0]
+        raise BadDocument(f"{record.place}: JSON that cannot be read: {reason}") from None
+    except RecursionError:
+        raise BadDocument(f"{record.place}: JSON that is nested too deeply") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{record.place}: expected one JSON object a line")
+        raise BadDocument(f"{record.place}: {expected}")
     return fields
 
 
 def _text_of(fields: dict, key: str, record: Record) -> str:
     if key not in fields:
-        present = ", ".join(map(repr, list(fields)[:8])) or "none"
-        raise InputError(f"{record.place}: no key {key!r} (its keys: {present}): see --json-keys")
+        present = ", ".join(repr(name[:40]) for name in list(fields)[:8]) or "none"
+        raise BadDocument(f"{record.place}: no key {key!r} (its keys: {present}): see --json-keys")
     text = fields[key]
     if not isinstance(text, str):
-        raise InputError(f"{record.place}: the value of {key!r} is not a string")
+        raise BadDocument(f"{record.place}: the value of {key!r} is not a string")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(
+        raise BadDocument(
             f"{record.place}: {key!r} holds half a surrogate pair, which is not text"
         ) from None
     return text

@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,16 +20,23 @@ from multiprocessing import active_children, get_context, parent_process
 
 import numpy as np
 
-from fp8lm.data.documents import Record, parse_record
+from fp8lm.data.documents import BadDocument, Record, parse_record
 from fp8lm.data.tokenizer import Tokenizer, load_tokenizer
 from fp8lm.errors import InputError
 
 BATCH_BYTES = 1 << 18
+WORKER_DIED = (
+    "a worker process died: killed, or out of memory, of which fewer --workers need less; nothing "
+    "is written"
+)
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """All a worker needs: the tokenizer's three arguments, and how to treat a document."""
+    """All a worker needs: the tokenizer's three arguments, and how to treat a document.
+
+    With `skip_bad` a bad document is passed on as the reason why it is left out.
+    """
 
     tokenizer_type: str
     tokenizer_model: str | None
@@ -36,14 +44,24 @@ class EncodeSettings:
     keys: tuple[str, ...]
     append_eod: bool
     dtype: str
+    prepend_bos: bool = False
+    parse_special_tokens: bool = False
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """Token ids of one document by key, and the bytes of input they came from."""
+    """Token ids of one document by key, and how many bytes of the input were read for it.
+
+    `fault` says why a bad document has none.
+    """
 
     ids: dict[str, np.ndarray]
     num_bytes: int
+    fault: str | None = None
+
+
+Encoded = list[EncodedDocument]
 
 
 def encode_records(
@@ -52,7 +70,7 @@ def encode_records(
     """Yield every record's token ids, in order; a bad record raises `InputError` in its turn.
 
     A document without text has no ids, not even the end of document. Close the generator to stop
-    the workers early.
+    the workers early. `InputError` too where a worker dies.
     """
     encode = partial(_encode_batch, settings)
     if workers == 1:
@@ -65,20 +83,37 @@ def encode_records(
     try:
         pending = deque()
         for batch in _batched(records):
-            with _interrupts_held():  # a submission may start a worker
-                pending.append(pool.submit(encode, batch))
+            pending.append(_submit(pool, encode, batch))
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
-    except BaseException:
+    except BaseException as error:
         # Nobody wants what they are at, and a long document takes minutes.
         for worker in active_children():
             if worker not in others:
                 worker.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(WORKER_DIED) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, encode: Callable[[list[Record]], Encoded], batch: list[Record]
+) -> Future[Encoded]:
+    """Hand out a batch, for which a worker may have to be started."""
+    try:
+        with _interrupts_held():
+            return pool.submit(encode, batch)
+    except ValueError:
+        # A pool that finds out in this moment that a worker is dead closes what the new one needs.
+        raise InputError(WORKER_DIED) from None
+    except OSError as err:
+        raise InputError(
+            f"cannot start a worker process: {err.strerror or err}: use fewer --workers"
+        ) from None
 
 
 def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -118,7 +153,7 @@ def _follow_parent() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _encode_batch(settings: EncodeSettings, batch: list[Record]) -> list[EncodedDocument]:
+def _encode_batch(settings: EncodeSettings, batch: list[Record]) -> Encoded:
     tokenizer = _loaded_tokenizer(
         settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size
     )
@@ -132,13 +167,22 @@ def _loaded_tokenizer(*arguments: str | int | None) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> EncodedDocument:
-    ids_by_key = {}
-    for key, text in parse_record(record, settings.keys).items():
-        try:
-            ids = tokenizer.tokenize(text)
-        except InputError as err:
-            raise InputError(f"{record.place}: {err}") from None
-        if ids and settings.append_eod:
-            ids.append(tokenizer.eod)
-        ids_by_key[key] = np.array(ids, dtype=settings.dtype)
-    return EncodedDocument(ids_by_key, len(record.data))
+    try:
+        texts = parse_record(record, settings.keys)
+        ids_by_key = {key: _ids_of(tokenizer, settings, text) for key, text in texts.items()}
+    except InputError as err:
+        bad = isinstance(err, BadDocument)
+        fault = str(err) if bad else f"{record.place}: {err}"
+        if not settings.skip_bad:
+            raise InputError(fault) from None
+        return EncodedDocument({}, record.read_bytes, fault)
+    return EncodedDocument(ids_by_key, record.read_bytes)
+
+
+def _ids_of(tokenizer: Tokenizer, settings: EncodeSettings, text: str) -> np.ndarray:
+    ids = tokenizer.tokenize(text, settings.parse_special_tokens)
+    if ids and settings.prepend_bos:
+        ids.insert(0, tokenizer.bos)
+    if ids and settings.append_eod:
+        ids.append(tokenizer.eod)
+    return np.array(ids, dtype=settings.dtype)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -190,6 +191,70 @@ def test_a_failed_run_leaves_the_data_of_the_last_good_one(preprocess, tmp_path)
 @pytest.mark.parametrize("flags", [["--workers", "0"], ["--json-keys", "a", "a"]])
 def test_impossible_flags(preprocess, tmp_path, flags):
     assert preprocess(tmp_path / "corpus.jsonl", arguments=flags) == 2
+
+
+BAD_LINES = b'{"text": "one"}\n{\n{"text": "two"}\n{"text": 3}\n{"text": "three"}\n'
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_lines_are_left_out_and_counted(preprocess, tmp_path, model, capfd, workers):
+    (tmp_path / "c.ndjson").write_bytes(BAD_LINES)
+    flags = ["--on-bad-line", "skip", "--workers", workers]
+    assert preprocess(tmp_path / "c.ndjson", arguments=flags) == 0
+    tokenize = load_tokenizer("SentencePieceTokenizer", str(model)).tokenize
+    assert read(tmp_path / "out" / "P_text_document") == [*map(tokenize, ["one", "two", "three"])]
+    note = capfd.readouterr().err
+    assert note.startswith("note: 2 bad documents") and "c.ndjson, line 2" in note
+
+
+def test_only_bad_lines_are_an_empty_corpus(preprocess, tmp_path, capfd):
+    (tmp_path / "c.ndjson").write_bytes(b"{\n{\n")
+    assert preprocess(tmp_path / "c.ndjson", arguments=["--on-bad-line", "skip"]) == 2
+    error = capfd.readouterr().err
+    assert "empty" in error and "2 bad documents" in error and error.count("\n") == 1
+    assert outputs(tmp_path) == []
+
+
+def test_documents_begin_and_end_as_asked(preprocess, tmp_path, model):
+    corpus = write_jsonl(tmp_path / "c.jsonl", {"text": "a </s> b"}, {"text": ""})
+    tokenizer = load_tokenizer("SentencePieceTokenizer", str(model))
+    flags = ["--prepend-bos", "--append-eod", "--parse-special-tokens"]
+    assert preprocess(corpus, arguments=flags) == 0
+    prefix = str(tmp_path / "out" / "P_text_document")
+    parts = tokenizer.tokenize("a "), tokenizer.tokenize(" b")
+    eod = tokenizer.eod
+    assert read(prefix) == [[tokenizer.bos, *parts[0], eod, *parts[1], eod]]
+    check_tokenizer(inspect_indexed(prefix), tokenizer)
+    made = json.loads(Path(prefix + ".json").read_text())
+    assert (made["bos"], made["parse_special_tokens"]) == (tokenizer.bos, True)
+
+
+@pytest.mark.parametrize("flags", [["--prepend-bos"], ["--parse-special-tokens"]])
+def test_what_a_null_tokenizer_has_not(preprocess, tmp_path, capfd, flags):
+    corpus = write_jsonl(tmp_path / "c.jsonl", {"text": "1 2"})
+    flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
+    assert preprocess(corpus, arguments=flags) == 2
+    assert flags[0] in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("room", "copies"), [(4096, 60), (30_000, 3000)], ids=["flush", "write"])
+def test_output_that_does_not_fit_leaves_the_old(preprocess, tmp_path, capfd, room, copies):
+    """A limit on the size of files stands for a full disk; the first is met by the last flush."""
+    small = write_jsonl(tmp_path / "small.jsonl", {"a": "one", "b": "two"})
+    keys = ["--json-keys", "a", "b"]
+    assert preprocess(small, arguments=keys) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    large = write_jsonl(tmp_path / "large.jsonl", {"a": "one", "b": TEXTS[6] * copies})
+    capfd.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code = preprocess(large, arguments=keys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err
+    assert code == 2 and error.startswith("error: cannot write") and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def processes_left(group):

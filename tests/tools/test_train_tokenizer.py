@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -86,3 +87,14 @@ def test_bad_input_is_one_line_and_no_file(run_tool, tmp_path, capfd, content, a
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert [path for path in tmp_path.iterdir() if path != corpus] == []
+
+
+def test_any_name_compressed_and_bad_lines(run_tool, corpus, tmp_path, capfd):
+    content = corpus.read_bytes() + b"{\n"
+    (tmp_path / "corpus.ndjson.gz").write_bytes(gzip.compress(content))
+    arguments = ("--input", tmp_path / "corpus.ndjson.gz", "--vocab-size", 290)
+    arguments = (*arguments, "--output-prefix", tmp_path / "tok")
+    assert run_tool("train_tokenizer", *arguments) == 2
+    assert "corpus.ndjson.gz, line 201: invalid JSON" in capfd.readouterr().err
+    assert run_tool("train_tokenizer", *arguments, "--on-bad-line", "skip") == 0
+    assert "1 bad document" in capfd.readouterr().err
