@@ -6,6 +6,7 @@ not grow with the corpus and the result does not depend on the number of workers
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ import numpy as np
 
 from fp8lm.data.documents import BadDocument, Record, parse_record
 from fp8lm.data.tokenizer import Tokenizer, load_tokenizer
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 
 BATCH_BYTES = 1 << 18
 WORKER_DIED = (
@@ -70,7 +71,7 @@ def encode_records(
     """Yield every record's token ids, in order; a bad record raises `InputError` in its turn.
 
     A document without text has no ids, not even the end of document. Close the generator to stop
-    the workers early. `InputError` too where a worker dies.
+    the workers early. `RunFailed` where a worker dies.
     """
     encode = partial(_encode_batch, settings)
     if workers == 1:
@@ -94,7 +95,7 @@ def encode_records(
             if worker not in others:
                 worker.kill()
         if isinstance(error, BrokenProcessPool):
-            raise InputError(WORKER_DIED) from None
+            raise RunFailed(WORKER_DIED) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -107,13 +108,11 @@ def _submit(
     try:
         with _interrupts_held():
             return pool.submit(encode, batch)
-    except ValueError:
+    except (ValueError, OSError) as err:
+        if getattr(err, "errno", None) in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            raise
         # A pool that finds out in this moment that a worker is dead closes what the new one needs.
-        raise InputError(WORKER_DIED) from None
-    except OSError as err:
-        raise InputError(
-            f"cannot start a worker process: {err.strerror or err}: use fewer --workers"
-        ) from None
+        raise RunFailed(WORKER_DIED) from None
 
 
 def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import numpy as np
 
 from fp8lm.data.files import folder_aside
 from fp8lm.data.sidecar import Sidecar
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
@@ -30,7 +33,7 @@ class IndexedWriter:
     """Collects documents aside; `publish` gives `prefix.{bin,json,idx}` their names.
 
     A context manager: leaving it without `publish` leaves nothing behind. `InputError` where the
-    files cannot be written.
+    files may not be written, `RunFailed` where they cannot, as on a full disk.
     """
 
     def __init__(self, prefix: str, dtype: type[np.number]) -> None:
@@ -105,4 +108,5 @@ class IndexedWriter:
         try:
             yield
         except OSError as err:
-            raise InputError(f"cannot write {self.prefix}: {err.strerror or err}") from None
+            kind = RunFailed if err.errno in NO_ROOM else InputError
+            raise kind(f"cannot write {self.prefix}: {err.strerror or err}") from None

@@ -18,7 +18,7 @@ from backports import zstd
 from fp8lm.data import documents
 from fp8lm.data.documents import BadDocument, check_inputs, parse_record, read_records
 from fp8lm.data.encode import EncodeSettings, encode_records
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 
 TEXTS = ["first", "second größe", "third"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -205,7 +205,7 @@ def test_a_worker_that_dies_is_one_error(tmp_path):
                     os.kill(worker.pid, signal.SIGKILL)
 
     settings = EncodeSettings("NullTokenizer", None, 9, ("text",), False, "int32", skip_bad=True)
-    with pytest.raises(InputError, match="worker process died"):
+    with pytest.raises(RunFailed, match="worker process died"):
         for _ in encode_records(records(), settings, workers=2):
             pass
     deadline = time.monotonic() + 20

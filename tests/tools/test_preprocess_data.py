@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import load_tokenizer
-from fp8lm.errors import EXIT_INTERRUPTED
+from fp8lm.errors import EXIT_FAILED, EXIT_INTERRUPTED
 
 TEXTS = [f"def f{i}():\n    return 'größe {i}'\n" * (i % 7 + 1) for i in range(60)]
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
@@ -253,7 +253,9 @@ def test_output_that_does_not_fit_leaves_the_old(preprocess, tmp_path, capfd, ro
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capfd.readouterr().err
-    assert code == 2 and error.startswith("error: cannot write") and error.count("\n") == 1
+    assert (
+        code == EXIT_FAILED and error.startswith("error: cannot write") and error.count("\n") == 1
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
