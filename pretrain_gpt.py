@@ -11,6 +11,7 @@ from datetime import timedelta
 from fp8lm.ending import exit_with
 from fp8lm.errors import EXIT_RESTART
 from fp8lm.launch.tether import tie_to_parent
+from fp8lm.runtime.launchers import adopt_launcher
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     from fp8lm.training.stopping import is_over
     from fp8lm.training.trainer import Trainer
 
+    adopt_launcher(os.environ)
     resumes = config.checkpoint.resumes
     if resumes and is_over(config.train, Launch.from_environment(os.environ)):
         return EXIT_RESTART  # torchrun has started again what had saved and stopped

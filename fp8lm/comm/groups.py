@@ -16,11 +16,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from fp8lm.comm.launch import Launch
+from fp8lm.comm.roll_call import addresses_line, call_roll
+from fp8lm.comm.store import job_store
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
+from fp8lm.runtime.launchers import adopt_launcher
 
 TIMEOUT = timedelta(minutes=10)
 # A checkpoint's slowest file may take long; a rank that dies ends the wait for it all the same.
@@ -66,7 +68,7 @@ def process_groups(
     backend: str | None = None,
     timeout: timedelta = TIMEOUT,
 ) -> Iterator[ProcessGroups]:
-    """Join the job that torchrun's environment describes, or make one of a single process.
+    """Join the job that the launcher's environment describes, or make one of a single process.
 
     `device` is this rank's own (see `rank_device`). The backend is NCCL for a GPU and gloo for
     the CPU. NCCL wants a GPU for each rank; to let several ranks share one, for tests, pass
@@ -77,13 +79,19 @@ def process_groups(
     The groups of several processes outlive an exception: to destroy them is to wait for the other
     ranks, see `fp8lm.ending`.
     """
+    adopt_launcher(os.environ)
     launch = Launch.from_environment(os.environ)
     check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        _check_gpus(launch, backend, torch.cuda.device_count())
+        if backend == "nccl" and not dist.is_nccl_available():
+            raise InputError(NO_NCCL)
         torch.cuda.set_device(device)
-    store = _job_store(launch, timeout)
+    store = job_store(launch, timeout)
+    if launch.world_size > 1:
+        present = call_roll(store, launch, os.environ, _gpu(device, backend))
+        if launch.rank == 0 and (line := addresses_line(present)):
+            print(line, flush=True)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
@@ -102,16 +110,11 @@ def process_groups(
     dist.destroy_process_group()
 
 
-def _job_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    # Without a launcher nobody could connect, and no port has to be found free.
-    if not launch.by_launcher:
-        return dist.HashStore()
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    # torchrun (seen with 2.13) keeps one store for all restarts, unless the environment variable
-    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1: addresses of processes that are gone lie in it. Of
-    # several machines each counts its own restarts, so the count could not be a name for all.
-    restart = launch.restart if launch.machines == 1 else 0
-    return dist.PrefixStore(f"restart_{restart}", store)
+def _gpu(device: torch.device, backend: str) -> str | None:
+    """What tells this process's GPU from others, where two processes may not share one."""
+    if device.type != "cuda" or backend != "nccl":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 @contextmanager
@@ -268,14 +271,4 @@ def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -
             f"tensor_model_parallel_size={tensor_parallel} times "
             f"pipeline_model_parallel_size={pipeline_parallel}: start a multiple of "
             f"{tensor_parallel * pipeline_parallel}, or change the sizes"
-        )
-
-
-def _check_gpus(launch: Launch, backend: str, num_gpus: int) -> None:
-    if backend == "nccl" and not dist.is_nccl_available():
-        raise InputError(NO_NCCL)
-    if backend == "nccl" and launch.local_rank >= num_gpus:
-        raise InputError(
-            f"LOCAL_RANK={launch.local_rank} on a machine with {num_gpus} GPUs: NCCL needs one for "
-            f"each process: start {num_gpus} there"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fp8lm.errors import InputError
 from fp8lm.launch.options import GRACE, Options
+from fp8lm.runtime.addresses import INTERFACES, interface_of, is_loopback
 
 # torchrun's own, and SLURM's usual warning of a job's end. It passes them on to the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -78,12 +79,21 @@ def torchrun_environment(options: Options) -> dict[str, str]:
         # Otherwise (seen in torch 2.13) a node keeps the address of the former first node, and
         # never meets the others again when that node has been replaced.
         wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if interface := _interface(options.local_addr):
+            wanted |= dict.fromkeys(INTERFACES, interface)
     if options.log_dir is not None:
         wanted["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
     wanted = {name: os.environ.get(name, value) for name, value in wanted.items()}
     if options.shutdown_timeout is not None:
         wanted[TIMEOUT] = str(options.shutdown_timeout)
     return wanted
+
+
+def _interface(address: str | None) -> str | None:
+    """The network interface of `address`, unless that is this machine's loopback or not here."""
+    if address is None or is_loopback(address):
+        return None
+    return interface_of(address)
 
 
 def command_line(environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> str:

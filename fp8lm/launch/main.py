@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from fp8lm.launch.command import (
 from fp8lm.launch.options import Options, parse_options
 from fp8lm.launch.progress import progress_line
 from fp8lm.output import show
+from fp8lm.runtime.launchers import find_tasks
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Start what the command line describes; the exit code of the job (see `agent`)."""
     options = parse_options(argv)
+    if not options.dry_run:
+        check_alone_on_machine(options, os.environ)
     config = load_config(options.config, options.overrides)
     if options.simulate:
         options, config = on_the_cpu(options, config)
@@ -46,13 +49,31 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(problem)
     preflight.check_devices(config, processes)
     if options.nnodes > 1 and not options.simulate:
-        preflight.check_meeting(options.rdzv_endpoint)
+        preflight.check_meeting(options.rdzv_endpoint, is_host=options.node_rank == 0)
+        if options.local_addr is None:
+            options = replace(options, local_addr=preflight.local_address(options.rdzv_endpoint))
     preflight.make_log_folder(options.log_dir)
     if options.node_rank in (None, 0):
         say(f" {plan.summary()[0]}")
         for remark in remarks:
             say(f" note: {remark}")
     return start(options, processes)
+
+
+def check_alone_on_machine(options: Options, environment: Mapping[str, str]) -> None:
+    """InputError if srun or mpirun has started more launchers than there are machines.
+
+    Each would start all processes of its machine, and train for itself into the same folders.
+    """
+    tasks = find_tasks(environment)
+    machines = 1 if options.simulate else options.nnodes
+    if tasks is not None and tasks.size > machines:
+        raise InputError(
+            f"{tasks.launcher} has started this {tasks.size} times for {machines} machine"
+            f"{'s' * (machines > 1)}: start it once on each (srun --ntasks-per-node=1, and "
+            f"scripts/train_multinode.sh for several), or {tasks.launcher} python pretrain_gpt.py, "
+            "which takes its ranks"
+        )
 
 
 def on_the_cpu(options: Options, config: Config) -> tuple[Options, Config]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from pathlib import Path
 
 import torch
@@ -25,12 +24,20 @@ from fp8lm.errors import InputError
 from fp8lm.inspect.layout import Layout
 from fp8lm.inspect.plan import Plan, plan_run
 from fp8lm.kernels import select_kernels
+from fp8lm.runtime.addresses import (
+    NAME_PATIENCE,
+    is_loopback,
+    leads_to_loopback,
+    outward_address,
+    port_problem,
+    route_address,
+    wait_for_name,
+)
 from fp8lm.runtime.run_lock import running_here
 from fp8lm.training.build import resolve_device
 from fp8lm.training.length import dataset_sizes
 from fp8lm.training.run_folders import run_folders
 
-NAME_PATIENCE = 60.0
 UNEVEN = 1.2
 
 
@@ -114,31 +121,34 @@ def make_log_folder(folder: str | None) -> None:
         raise InputError(f"--log-dir={folder} cannot be made: {error.strerror}") from error
 
 
-def check_meeting(endpoint: str, patience: float = NAME_PATIENCE) -> None:
-    """InputError if the host of `endpoint` has no address, after so many seconds of asking.
+def check_meeting(endpoint: str, is_host: bool, patience: float = NAME_PATIENCE) -> None:
+    """InputError if the host of `endpoint` has no address, or cannot listen there if this is it."""
+    host, _, port = endpoint.rpartition(":")
+    host = host.strip("[]")
+    wait_for_name(host, f"--rdzv-endpoint={endpoint}", patience)
+    if is_host and (reason := port_problem(int(port))):
+        raise InputError(
+            f"--rdzv-endpoint={endpoint}: port {port} of this machine cannot be used: {reason}: "
+            "choose another one (MASTER_PORT), the same on all machines"
+        )
 
-    A cluster may give the first machine its name a little later than it starts the others. What
-    cannot be a name is told at once.
+
+def local_address(endpoint: str) -> str | None:
+    """Where others reach this machine, None where its own name says so.
+
+    InputError if neither the name nor the way to `endpoint` leads to an address of it.
     """
-    host = endpoint.rpartition(":")[0].strip("[]")
-    deadline, told = time.monotonic() + patience, False
-    while True:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except UnicodeError as error:  # of the codec of names: an empty or too long part
-            raise InputError(
-                f"--rdzv-endpoint={endpoint}: {host} is no name of a machine: {error}"
-            ) from error
-        except OSError as error:
-            if not told:
-                print(f" waiting for a machine named {host}", flush=True)
-                told = True
-            if time.monotonic() >= deadline:
-                raise InputError(
-                    f"--rdzv-endpoint={endpoint}: no machine of that name: {error.strerror}"
-                ) from error
-        time.sleep(1.0)
+    if not leads_to_loopback(socket.getfqdn()):
+        return None
+    address = route_address(endpoint.rpartition(":")[0].strip("[]"))
+    if address is None or is_loopback(address):
+        address = outward_address()
+    if address is None:
+        raise InputError(
+            f"the name of this machine, {socket.getfqdn()}, leads only to itself, and none of its "
+            "addresses is clearly the one that others use: set LOCAL_ADDR (--local-addr)"
+        )
+    return address
 
 
 def default_processes(config: Config) -> int:

@@ -28,6 +28,15 @@ CASES = [
         says="GROUP_WORLD_SIZE=0 must be at least 1",
         environment=RANK | WHERE | {"GROUP_WORLD_SIZE": "0"},
     ),
+    train(
+        says=("srun has started 2 processes", "MASTER_ADDR and MASTER_PORT"),
+        environment={"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+    ),
+    train(
+        says="mpirun has started 4 processes, which cannot meet without MASTER_PORT: mpirun -x",
+        environment={"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a"},
+    ),
+    train(says="PMI_RANK=one is not a number", environment={"PMI_RANK": "one", "PMI_SIZE": "2"}),
     train(TP2, says="1 process cannot"),
     train("parallel.pipeline_model_parallel_size=4", says="pipeline_model_parallel_size=4"),
     train(

@@ -89,4 +89,18 @@ FOLDERS = [
     launch("logging.dir=a/b", says="a is no folder", prepare=a_file),
 ]
 
-CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *ALONE, *SIMULATIONS, *FOLDERS]
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
+
+STARTED_BY_OTHERS = [
+    launch(
+        says="srun has started this 8 times for 1 machine: start it once on each",
+        environment=SRUN | {"SLURM_STEP_NUM_TASKS": "8"},
+    ),
+    launch(
+        *TWO,
+        says="mpirun has started this 16 times for 2 machines: ",
+        environment={"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "16"},
+    ),
+]
+
+CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *ALONE, *SIMULATIONS, *FOLDERS, *STARTED_BY_OTHERS]

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import threading
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -21,7 +22,7 @@ from fp8lm.comm.groups import (
     replicas_per_node,
     stage_groups,
 )
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, RunFailed
 
 CPU = torch.device("cpu")
 
@@ -165,3 +166,42 @@ def test_gpus_without_nccl_are_refused_before_any_group_is_made(monkeypatch):
         process_groups(torch.device("cuda", 0)),
     ):
         pass
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """`rank(number, port)`: be that one of two processes that meet at `port` of this machine."""
+
+    def be(number, port):
+        variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        for name, value in {"MASTER_ADDR": "127.0.0.1", **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    return be
+
+
+def test_a_port_that_another_program_has(rank):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        rank(0, server.getsockname()[1])
+        with pytest.raises(InputError, match=r"MASTER_PORT=\d+ cannot be used .* in use: set anot"):
+            process_groups(CPU).__enter__()
+    assert not dist.is_initialized()
+
+
+def test_nobody_to_meet(rank):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rank(1, port)
+    with pytest.raises(RunFailed, match=f"rank 1 .* did not meet .*, port {port}"):
+        process_groups(CPU, timeout=timedelta(seconds=1)).__enter__()
+    assert not dist.is_initialized()
+
+
+def test_a_process_that_does_not_come(rank):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rank(0, port)
+    with pytest.raises(RunFailed, match="rank"):
+        process_groups(CPU, timeout=timedelta(seconds=1)).__enter__()
+    assert not dist.is_initialized()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from fp8lm.config import load_config
 from fp8lm.errors import InputError, run_command
 from fp8lm.inspect.layout import plan_layout
+from fp8lm.launch import preflight
 from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
@@ -23,6 +25,7 @@ from fp8lm.launch.preflight import (
     check_run,
     default_processes,
     folder_problems,
+    local_address,
     notes,
 )
 from fp8lm.launch.progress import progress_line
@@ -192,16 +195,41 @@ def test_row_blocks_that_are_uneven():
 
 def test_where_machines_meet():
     for endpoint in ("localhost:29400", "127.0.0.1:1", "[::1]:1"):
-        check_meeting(endpoint)
+        check_meeting(endpoint, is_host=False)
     with pytest.raises(InputError, match=r"nohost.invalid:1: no machine of that name"):
-        check_meeting("nohost.invalid:1", patience=0.0)
+        check_meeting("nohost.invalid:1", is_host=False, patience=0.0)
+
+
+def test_the_port_of_the_meeting_is_free_on_its_host():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+        check_meeting(endpoint, is_host=False)
+        with pytest.raises(InputError, match=f"{endpoint}: port .* in use: choose another one"):
+            check_meeting(endpoint, is_host=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "endpoint", "expected"),
+    [("10.1.2.3", "10.0.0.9:1", None), ("localhost", "localhost:1", "10.0.0.5")],
+)
+def test_where_others_reach_this_machine(name, endpoint, expected, monkeypatch):
+    monkeypatch.setattr(socket, "getfqdn", lambda: name)
+    monkeypatch.setattr(preflight, "outward_address", lambda: "10.0.0.5")
+    assert local_address(endpoint) == expected
+
+
+def test_a_machine_without_a_clear_address(monkeypatch):
+    monkeypatch.setattr(socket, "getfqdn", lambda: "localhost")
+    monkeypatch.setattr(preflight, "outward_address", lambda: None)
+    with pytest.raises(InputError, match="localhost, leads only to itself"):
+        local_address("localhost:1")
 
 
 @pytest.mark.parametrize("host", ["node0..cluster", "n" * 64])
 def test_what_cannot_be_a_name_is_not_waited_for(host, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(InputError, match=f"--rdzv-endpoint={host}:1: {host} is no name of a"):
-        check_meeting(f"{host}:1")
+        check_meeting(f"{host}:1", is_host=False)
     assert capsys.readouterr().out == ""
 
 
