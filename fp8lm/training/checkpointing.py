@@ -25,7 +25,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint.files import SET_ASIDE, forget_after
 from fp8lm.checkpoint.location import load_problem, locate
-from fp8lm.checkpoint.together import on_main
+from fp8lm.checkpoint.together import all_or_error, on_main
 from fp8lm.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
@@ -117,7 +117,9 @@ class RunCheckpoints:
             self._report(f" warning: passed over a checkpoint: {problem}")
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
-        tokenizer_changed = check_same_tokenizer(found, self._run.tokenizer, self._config)
+        tokenizer_changed = all_or_error(
+            self._group, lambda: check_same_tokenizer(found, self._run.tokenizer, self._config)
+        )
         changed = changed_keys(former, config)
         try:
             reader = self._fill(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,12 @@ def test_a_checkpoint_moved_alone(generate, run_tool, trained, tmp_path):
     for command in ("release", "merge"):
         assert run_tool("checkpoint", command, trained / "ck", tmp_path / command) == 0
         assert generate(load=tmp_path / command) == expected
+
+
+def test_a_checkpoint_of_before_tokenizers_were_in_it(generate):
+    kept = Path(__file__).parents[1] / "checkpoint/kept/78eb969/bf16"
+    code, text, complaints = generate(load=kept, prompt="1 2 3")
+    assert code == 0 and text.startswith("1 2 3 ") and not complaints
 
 
 def test_another_tokenizer_by_option(generate, trained, tmp_path):

@@ -16,8 +16,13 @@ TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 POSITIONS = "embedding.position_embeddings.weight"
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 TP3 = {"parallel": {"tensor_model_parallel_size": 3}}
+SHORT = LLAMA | {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "position_embedding_type": "learned_absolute",
+}
 LONGER = {
-    "model": MODEL | {"position_embedding_type": "learned_absolute", "seq_length": 32},
+    "model": SHORT | {"seq_length": 32},
     "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 200},
 }
 
@@ -61,9 +66,8 @@ def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tm
 
 
 def test_more_tokens_and_positions_by_key(config, train_run, run_distributed, tmp_path):
-    short, longer, two = (tmp_path / name for name in ("short", "longer", "two"))
-    positions = {"model": MODEL | {"position_embedding_type": "learned_absolute"}}
-    train_run(config(positions, save=short))
+    short, longer = tmp_path / "short", tmp_path / "longer"
+    train_run(config({"model": SHORT}, save=short))
     with pytest.raises(InputError, match=r"201 tokens, and the checkpoint has 64: set checkpoint."):
         train_run(config(LONGER, load=short))
     with pytest.raises(InputError, match=r"has 16 learned positions: set checkpoint.extend_emb"):
@@ -83,9 +87,16 @@ def test_more_tokens_and_positions_by_key(config, train_run, run_distributed, tm
         scale = tensor(longer, f"optimizer.master.{name}.scale")
         compute = tensor(longer, f"model.{name}.payload")[old:new].float()
         assert torch.allclose(master / scale, compute, rtol=2**-8)
-    layout = {"parallel": {"pipeline_model_parallel_size": 2}}
-    run_distributed(save_again, 2, config(LONGER, layout, load=short, extend=True), str(two))
-    assert not list(differences(open_checkpoint(longer), open_checkpoint(two)))
+    for number, layout in enumerate(
+        (
+            {"tensor_model_parallel_size": 2},
+            {"partition": "even"},
+            {"pipeline_model_parallel_size": 2},
+        )
+    ):
+        two, parallel = tmp_path / f"two {number}", {"parallel": layout}
+        run_distributed(save_again, 2, config(LONGER, parallel, load=short, extend=True), str(two))
+        assert not list(differences(open_checkpoint(longer), open_checkpoint(two))), layout
 
 
 def test_fewer_positions_or_tokens_are_refused(config, train_run, tmp_path):
