@@ -10,8 +10,10 @@ from typing import Any
 from fp8lm.config.megatron_keys import megatron_advice, megatron_names
 from fp8lm.config.root import Config
 
-NEAR = 0.8  # of difflib: a spelling mistake or two, not another word
+NEAR = 0.82  # of difflib: a spelling mistake or two, not another word
+NEAR_SECTION = 0.75
 MOST_SUGGESTED = 3
+SHORT = 6  # letters, of which one more or less makes another word
 _TYPE_NAMES = {"integer": "integer", "number": "number", "string": "text", "null": "null"}
 _BOUNDS = (
     ("exclusiveMinimum", ">"),
@@ -87,17 +89,19 @@ def suggest(path: str, keys: Mapping[str, Key]) -> str:
 
     A near spelling, what takes the place of a flag of Megatron's, or where to look.
     """
+    section, _, name = _snake(path).rpartition(".")
+    with_section = f"{section.rpartition('.')[2]}.{name}"
+    if (advice := megatron_advice(with_section)) is not None:
+        return advice
     if (meant := find_key(path, keys)) is not None:
         return f"did you mean {meant}?"
-    section, _, name = _snake(path).rpartition(".")
     sections = list(dict.fromkeys(key.section for key in keys.values()))
     if path == "base":
         return "write it into a file, and give that with --config"
-    if not section and (near := difflib.get_close_matches(name, sections, 1, NEAR)):
-        return f"did you mean {near[0]}?"
-    advice = megatron_advice(f"{section.rpartition('.')[2]}.{name}") or megatron_advice(name)
-    if advice is not None:
+    if (advice := megatron_advice(name)) is not None:
         return advice
+    if not section and (near := difflib.get_close_matches(name, sections, 1, NEAR_SECTION)):
+        return f"did you mean {near[0]}?"
     if (near := _near(section, name, keys)) is not None:
         return near
     inside = section.partition(".")[0] in sections
@@ -124,13 +128,14 @@ def _near(section: str, name: str, keys: Mapping[str, Key]) -> str | None:
         for key in keys.values()
         if _is_like(section, key.path.rpartition(".")[0])
     }
+    others = [other for other in megatron_names() if len(other) > SHORT]
     for names in (inside, everywhere):
-        if near := difflib.get_close_matches(name, [*names, *megatron_names()], 1, NEAR):
+        if near := difflib.get_close_matches(name, [*names, *others], 1, NEAR):
             found = names.get(near[0])
             advice = f"{near[0]}? {megatron_advice(near[0])}"
             return f"did you mean {advice if found is None else f'{found}?'}"
     words = set(name.split("_"))
-    for names in (inside, everywhere):
+    for names in (inside, {} if section else everywhere):
         partly = [path for other, path in names.items() if words <= set(other.split("_"))]
         if 0 < len(partly) <= MOST_SUGGESTED:
             return f"did you mean {' or '.join(partly)}?"
@@ -138,7 +143,7 @@ def _near(section: str, name: str, keys: Mapping[str, Key]) -> str | None:
 
 
 def _is_like(section: str, other: str) -> bool:
-    return section == other or bool(difflib.get_close_matches(section, [other], 1, NEAR))
+    return section == other or bool(difflib.get_close_matches(section, [other], 1, NEAR_SECTION))
 
 
 def _snake(path: str) -> str:
