@@ -182,6 +182,17 @@ def node_groups(groups: ProcessGroups, node_size: int, *, given: bool = True) ->
     return NodeGroups(groups.divide(nodes), groups.divide(numbers))
 
 
+def tensor_parallel_neighbours(groups: ProcessGroups, size: int) -> dist.ProcessGroup:
+    """This process and its neighbours in parts of `size` of the tensor-parallel group.
+
+    A collective of all processes.
+    """
+    if size == groups.tensor_parallel.size():
+        return groups.tensor_parallel
+    lists = _all_like(groups.tensor_parallel)
+    return groups.divide([list(r[i : i + size]) for r in lists for i in range(0, len(r), size)])
+
+
 def processes_per_node() -> int | None:
     """Processes on every machine of the job, as the launcher says; a collective of all processes.
 

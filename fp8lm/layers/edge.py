@@ -68,6 +68,10 @@ class Partition:
         """The edge of a layer on the side where features are split."""
         return Edge()
 
+    def gather_query_group(self, x_SBF: Tensor) -> Tensor:
+        """Features of all ranks that share this one's query group, in rank order, [S,B,rF]."""
+        return x_SBF
+
     def max(self, values: Tensor) -> Tensor:
         """Elementwise maximum over the ranks (fp32, not negative; NaN wins)."""
         return values

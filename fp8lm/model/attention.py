@@ -4,7 +4,8 @@
 
 Shapes: S sequence, B micro-batch, H hidden, G query groups, N heads (N/G per group), D head size.
 The fused projection keeps Megatron's row order, per group [q.. | k | v], so weights are
-exchangeable with megatron-core's GPTModel. Split over ranks, each has whole groups; with sequence
+exchangeable with megatron-core's GPTModel. Split over ranks, each has whole groups or, with more
+ranks than groups, gathers the one that it shares and takes its part of the queries; with sequence
 parallelism what comes in and goes out is a part of the sequence, and the core sees all of it.
 """
 
@@ -26,7 +27,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
-        self.num_groups = config.num_query_groups // recipe.partition.size
+        self.partition = recipe.partition
+        self.num_groups = max(1, config.num_query_groups // self.partition.size)
+        self.ranks_per_group = max(1, self.partition.size // config.num_query_groups)
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.head_size = config.kv_channels
         self.dropout = config.attention_dropout
@@ -54,8 +57,12 @@ class SelfAttention(nn.Module):
 
     def _project(self, x_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         per_group = (self.heads_per_group + 2, self.head_size)
-        qkv = self.linear_qkv(x_SBH).unflatten(2, (self.num_groups, *per_group))
+        qkv = self.linear_qkv(x_SBH)
+        if self.ranks_per_group > 1:
+            qkv = self.partition.gather_query_group(qkv)
+        qkv = qkv.unflatten(2, (self.num_groups, *per_group))
         q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        q = q.chunk(self.ranks_per_group, dim=3)[self.partition.rank % self.ranks_per_group]
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _core(self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:

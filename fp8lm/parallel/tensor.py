@@ -37,18 +37,23 @@ from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.edge import Edge, Partition
 from fp8lm.layers.split import Split
 from fp8lm.numerics import BF16, E4M3, FP32, Format
+from fp8lm.parallel.query_groups import SharedQueryGroup
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParallel(Partition):
-    """The group, whether the sequence is split between layers, and its two wires."""
+    """The group, whether the sequence is split between layers, and its two wires.
+
+    `query_group` is there where a query group is on several ranks.
+    """
 
     group: dist.ProcessGroup
     sequence_parallel: bool
     gather_wire: Wire
     reduce_wire: Wire
     kernels: ReferenceKernels
+    query_group: SharedQueryGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -71,6 +76,10 @@ class TensorParallel(Partition):
     def inside(self) -> Edge:
         """The edge on the side where features are split."""
         return InnerEdge(self)
+
+    def gather_query_group(self, x_SBF: Tensor) -> Tensor:
+        """See `Partition`."""
+        return x_SBF if self.query_group is None else self.query_group.gather(x_SBF)
 
     def max(self, values: Tensor) -> Tensor:
         """See `Partition`."""

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars, reduce_scatter_fp8, sums_fp8
-from fp8lm.comm.groups import ProcessGroups, node_groups, processes_per_node, stage_groups
+from fp8lm.comm.groups import (
+    ProcessGroups,
+    node_groups,
+    processes_per_node,
+    stage_groups,
+    tensor_parallel_neighbours,
+)
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
@@ -25,6 +31,7 @@ from fp8lm.optim.clipping import Exchange
 from fp8lm.parallel import TensorParallel
 from fp8lm.parallel.ownership import Ownership, row_blocks, whole_tensors
 from fp8lm.parallel.pipeline import Pipeline
+from fp8lm.parallel.query_groups import SharedQueryGroup
 from fp8lm.parallel.replicas import (
     OneReplica,
     PlainReplicas,
@@ -43,12 +50,20 @@ def build_partition(
     parallel, wire = config.parallel, config.precision.wire
     if parallel.tensor_model_parallel_size == 1:
         return ALONE
+    gather_wire = Wire("tp_gather", wire.gather, counter)
+    reduce_wire = Wire("tp_reduce", wire.reduce, counter)
+    sharing = parallel.tensor_model_parallel_size // config.model.num_query_groups
+    query_group = None
+    if sharing > 1:
+        neighbours = tensor_parallel_neighbours(groups, sharing)
+        query_group = SharedQueryGroup(neighbours, gather_wire, reduce_wire, kernels)
     return TensorParallel(
         group=groups.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,
-        gather_wire=Wire("tp_gather", wire.gather, counter),
-        reduce_wire=Wire("tp_reduce", wire.reduce, counter),
+        gather_wire=gather_wire,
+        reduce_wire=reduce_wire,
         kernels=kernels,
+        query_group=query_group,
     )
 
 

@@ -211,7 +211,27 @@ PRECISION = [
 LAYOUTS = [
     train("parallel.sequence_parallel=true", says="needs parallel.tensor_model_parallel_size > 1"),
     train("parallel.tensor_model_parallel_size=3", says="model.num_attention_heads = 4 is not div"),
-    train(TP2, "model.num_query_groups=1", says="model.num_query_groups = 1 is not divisible by"),
+    train(
+        "parallel.tensor_model_parallel_size=4",
+        "model.num_attention_heads=12",
+        "model.num_query_groups=3",
+        "model.hidden_size=192",
+        says="model.num_query_groups = 3 and parallel.tensor_model_parallel_size = 4: one must be",
+    ),
+    train(
+        "parallel.tensor_model_parallel_size=4",
+        "model.num_query_groups=1",
+        "model.kv_channels=16",
+        says="= 96 / parallel.tensor_model_parallel_size = 4 is 24, not a multiple of 16",
+    ),
+    train(
+        "parallel.tensor_model_parallel_size=4",
+        "model.num_query_groups=1",
+        "model.kv_channels=1",
+        "model.position_embedding_type=none",
+        "precision.preset=bf16",
+        says="the width of queries, keys and values (model.num_query_groups, model.kv_channels)",
+    ),
     train(TP2, "model.ffn_hidden_size=80", says="= 2 is 40, not a multiple of 16"),
     train(
         "parallel.decoder_first_pipeline_num_layers=1", says="needs parallel.pipeline_model_para"

@@ -59,8 +59,8 @@ SP = "parallel.sequence_parallel=true"
         ([SP], f"parallel.sequence_parallel = true needs {TP} > 1"),
         ([f"{TP}=8"], f"model.num_attention_heads = 4 is not divisible by {TP} = 8"),
         (
-            [f"{TP}=4", "model.num_query_groups=2"],
-            f"model.num_query_groups = 2 is not divisible by {TP} = 4",
+            [f"{TP}=4", "model.num_attention_heads=12", "model.num_query_groups=3"],
+            f"model.num_query_groups = 3 and {TP} = 4: one must be a multiple of the other",
         ),
         (
             [f"{TP}=4", "model.ffn_hidden_size=130", "precision.preset=bf16"],
@@ -87,3 +87,4 @@ def test_possible_divisions(config_file):
     parallel = load_config(config_file, [f"{TP}=4", SP]).parallel
     assert (parallel.tensor_model_parallel_size, parallel.sequence_parallel) == (4, True)
     load_config(config_file, [f"{TP}=4", "model.seq_length=34", "precision.preset=bf16"])
+    load_config(config_file, [f"{TP}=4", SP, "model.num_query_groups=2"])

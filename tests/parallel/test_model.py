@@ -29,14 +29,20 @@ SHAPES = {
         untie_embeddings_and_output_weights=True,
     ),
 }
+# Fewer query groups than ranks, which share them: all ranks one, or two pairs of four.
+SHARED = {
+    "one group": dict(num_attention_heads=8, num_query_groups=1, kv_channels=32),
+    "two groups": dict(num_attention_heads=8, num_query_groups=2, kv_channels=16),
+}
 WIDE = dict(hidden_size=128, num_attention_heads=8, swiglu=True)  # eight ranks have a head each
 CASES = [(2, True), (2, False), (4, True)]
+SHARED_CASES = [("one group", 2, True), ("one group", 4, False), ("two groups", 4, True)]
 
 
 def build(shape, precision, partition, recompute=None):
     """A model and its optimizer, both with initial weights."""
     model = dict(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQUENCE)
-    config = ModelConfig(**{**model, **(SHAPES | {"wide": WIDE})[shape]})
+    config = ModelConfig(**{**model, **(SHAPES | SHARED | {"wide": WIDE})[shape]})
     r = recipe(partition, **precision)
     gpt = GPTModel(config, VOCABULARY, r, recompute, NUM_IDS)
     weights = named_weights(gpt)
@@ -46,6 +52,11 @@ def build(shape, precision, partition, recompute=None):
     for name, weight in weights.items():
         adam.initialize(name, initial_value(name, weight.spec, 1))
     return gpt, adam
+
+
+def parallel(shape, **keys):
+    groups = SHARED.get(shape, {}).get("num_query_groups")
+    return tensor_parallel(query_groups=groups, **keys)
 
 
 def batch(seed):
@@ -61,7 +72,7 @@ def batch(seed):
 
 def compare(shape, sequence_parallel, precision, wire, recompute=None):
     """(loss, its relative error, that of the norm, the largest of a gradient's) of one step."""
-    tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
+    tp = parallel(shape, sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     results = []
     for partition in (ALONE, tp):
         gpt, adam = build(shape, precision, partition, recompute)
@@ -80,8 +91,10 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
 
 # An FP32 model is exact to its roundings. In BF16 the partial sums of two GEMMs per layer are
 # rounded once more, 2^-9 each, over a path of about 8. On FP8 wires E4M3's 2^-4 takes its place.
-@pytest.mark.parametrize(("size", "sequence_parallel"), CASES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "size", "sequence_parallel"),
+    [*((shape, *case) for shape in SHAPES for case in CASES), *SHARED_CASES],
+)
 def test_loss_and_every_gradient(run_distributed, size, sequence_parallel, shape):
     for precision, wire, loss_bound, bound in (
         (FP32_KEYS, "bf16", 1e-6, 1e-5),
@@ -96,14 +109,15 @@ def test_loss_and_every_gradient(run_distributed, size, sequence_parallel, shape
             assert max(errors[1:]) < bound, (precision, wire, errors)
 
 
+@pytest.mark.parametrize("shape", ["llama", "one group"])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation(run_distributed, recompute):
-    for _, *errors in run_distributed(compare, 2, "llama", True, FP32_KEYS, "bf16", recompute):
+def test_recomputation(run_distributed, recompute, shape):
+    for _, *errors in run_distributed(compare, 2, shape, True, FP32_KEYS, "bf16", recompute):
         assert max(errors) < 1e-5
 
 
 def losses_of_steps(shape, sequence_parallel, precision, wire, steps):
-    tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
+    tp = parallel(shape, sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     curves = []
     for partition in (ALONE, tp):
         gpt, adam = build(shape, precision, partition)
@@ -140,7 +154,7 @@ def test_losses_of_several_steps(run_distributed, size, sequence_parallel, preci
 
 
 def initial_bytes(shape, precision):
-    tp = tensor_parallel()
+    tp = parallel(shape)
     (_, whole), (_, part) = (build(shape, precision, partition) for partition in (ALONE, tp))
     assert torch.equal(whole.amax, part.amax)
     for name, weight in part.weights.items():

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fp8lm.config.root import Config
 
 TENSOR_PARALLEL = "parallel.tensor_model_parallel_size"
+QKV_WIDTH = "the width of queries, keys and values (model.num_query_groups, model.kv_channels)"
 PIPELINE_PARALLEL = "parallel.pipeline_model_parallel_size"
 
 
@@ -24,14 +25,21 @@ def tensor_parallel(config: Config) -> Iterator[str]:
         return
     divided = {
         "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups,
         "model.ffn_hidden_size": model.ffn_hidden_size,
     }
+    if ranks > model.num_query_groups:
+        divided[QKV_WIDTH] = model.query_projection_size + 2 * model.kv_projection_size
     if config.parallel.sequence_parallel:
         divided["model.seq_length"] = model.seq_length
     for name, size in divided.items():
         if size % ranks:
             yield f"{name} = {size} is not divisible by {TENSOR_PARALLEL} = {ranks}"
+    groups = model.num_query_groups
+    if groups % ranks and ranks % groups:
+        yield (
+            f"model.num_query_groups = {groups} and {TENSOR_PARALLEL} = {ranks}: one must be a "
+            "multiple of the other"
+        )
 
 
 def replicas(config: Config) -> Iterator[str]:

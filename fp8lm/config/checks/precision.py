@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fp8lm.config.checks.parallel import TENSOR_PARALLEL
+from fp8lm.config.checks.parallel import QKV_WIDTH, TENSOR_PARALLEL
 
 if TYPE_CHECKING:
     from fp8lm.config.root import Config
@@ -70,8 +70,7 @@ def fp8_gemms(config: Config) -> Iterator[str]:
     split = {
         "model.ffn_hidden_size": model.ffn_hidden_size,
         "model.num_attention_heads * model.kv_channels": queries,
-        "the width of queries, keys and values (model.num_query_groups, model.kv_channels)": queries
-        + 2 * kv,
+        QKV_WIDTH: queries + 2 * kv,
     }
     ranks = config.parallel.tensor_model_parallel_size
     for dimensions, parts in ((whole, 1), (split, ranks)):
