@@ -1,4 +1,4 @@
-"""Kill a training job at random moments and see whether anything is lost.
+"""Kill a training job at random moments and see whether anything is lost (see also faults.py).
 
 python tools/chaos.py [--kills 20] [--processes 2] [--victim job|worker] [--seed 1] [--output FILE]
     [--config configs/gpt_tiny.yaml] [section.key=value ...]
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +29,7 @@ import psutil
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import differences
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,11 +49,17 @@ class Kill:
 
 
 class Job:
-    """The training under torchrun, in `folder`."""
+    """The training under torchrun, as `fp8lm.launch` runs it; `prefix` is a command before it."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        restarts: int = 0,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
+        launcher = [*prefix, sys.executable, "-m", "fp8lm.launch.agent", "--rdzv-backend=c10d"]
         launcher += ["--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}"]
         launcher += [f"--nproc-per-node={options.processes}", "--monitor-interval=0.05"]
         keys = [f"checkpoint.{key}={self.checkpoints}" for key in ("save", "load")]
@@ -136,7 +143,7 @@ def main(argv: list[str]) -> int:
         "final": final(undisturbed),
     }
     if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+        write_aside(options.output, json.dumps(report, indent=1) + "\n")
     in_save = sum(kill.in_save for kill in kills)
     print(
         f"{len(kills)} kills, {in_save} of them in a save: " + ("; ".join(lost) or "nothing lost")

@@ -105,6 +105,8 @@ def find_folder(root: Path, iteration: int) -> Path | None:
 def make_save_folder(root: Path) -> None:
     """Make `root` and remove what killed processes left in it; `OSError` if not writable."""
     root.mkdir(parents=True, exist_ok=True)
+    if os.statvfs(root).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(root))
     effective = os.access in os.supports_effective_ids
     if not os.access(root, os.W_OK | os.X_OK, effective_ids=effective):
         raise PermissionError(errno.EACCES, "no permission to write in it", str(root))

@@ -23,7 +23,6 @@ from fp8lm.checkpoint.checksums import CHECKSUMS
 from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import write_latest
 from fp8lm.errors import InputError
-from tests.checkpoint.hostile import sign
 from tests.checkpoint.tensors import (
     LATEST,
     META,
@@ -33,6 +32,7 @@ from tests.checkpoint.tensors import (
     make_tensors,
     shards_of,
 )
+from tools.hostile import sign
 
 
 def other_model(tensors, **changes):

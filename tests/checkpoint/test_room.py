@@ -19,8 +19,8 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint.files import saved_iterations
 from tests.checkpoint.disks import failing_call, small_disk
-from tests.checkpoint.hostile import flip_bit
 from tests.checkpoint.tensors import LATEST, META, make_tensors, shards_of
+from tools.hostile import flip_bit
 
 NUM_BYTES = 200_000
 

@@ -1,52 +1,61 @@
-"""Checkpoints damaged at random, or rewritten by somebody who also writes their checksums anew."""
+"""Checkpoints damaged at random, or rewritten by somebody who also writes their checksums anew.
+
+Each of REWRITTEN and SPECIAL is a change of a checkpoint's folder, by a name that says what it is.
+None of them may be loaded, stop a resume from an older checkpoint, or take long.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
 
+Change = Callable[[Path], Any]  # of a checkpoint's folder, or of a file in it
 FACTS = ("common.json", ".metadata", CHECKSUMS)
 
 
-def sign(folder):
+def sign(folder: Path) -> None:
     """Write the checksums anew, as someone who changes a checkpoint on purpose would."""
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS]
     digests = {name: file_digest(folder / name) for name in names}
     (folder / CHECKSUMS).write_text(checksums_text(digests))
 
 
-def flip_bit(path, rng):
+def flip_bit(path: Path, rng: random.Random) -> None:
     """Change one bit of a file."""
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def text(content):
+def text(content: str) -> Change:
     """Another common.json."""
     return lambda folder: (folder / "common.json").write_text(content)
 
 
-def facts(**changes):
+def facts(**changes: Any) -> Change:
     """Other facts."""
 
-    def change(folder):
+    def change(folder: Path) -> None:
         common = json.loads((folder / "common.json").read_text())
         (folder / "common.json").write_text(json.dumps({**common, **changes}))
 
     return change
 
 
-def metadata(change):
+def metadata(change: Callable[[Metadata], Any]) -> Change:
     """Another .metadata."""
 
-    def rewrite(folder):
+    def rewrite(folder: Path) -> None:
         found = pickle.loads((folder / ".metadata").read_bytes())
         replaced = change(found)
         (folder / ".metadata").write_bytes(pickle.dumps(found if replaced is None else replaced))
@@ -54,10 +63,10 @@ def metadata(change):
     return rewrite
 
 
-def shape(*sizes):
+def shape(*sizes: int) -> Change:
     """All tensors of one shape."""
 
-    def change(found):
+    def change(found: Metadata) -> None:
         for stored in found.state_dict_metadata.values():
             stored.size = torch.Size(sizes)
             zeros = torch.Size([0] * len(sizes))
@@ -66,10 +75,10 @@ def shape(*sizes):
     return metadata(change)
 
 
-def chunks(**values):
+def chunks(**values: int) -> Change:
     """All blocks with another offset or size."""
 
-    def change(found):
+    def change(found: Metadata) -> None:
         for stored in found.state_dict_metadata.values():
             for chunk in stored.chunks:
                 for name, value in values.items():
@@ -78,10 +87,10 @@ def chunks(**values):
     return metadata(change)
 
 
-def places(**values):
+def places(**values: Any) -> Change:
     """All blocks elsewhere in their file."""
 
-    def change(found):
+    def change(found: Metadata) -> None:
         for where in found.storage_data.values():
             for name, value in values.items():
                 setattr(where, name, value)
@@ -89,20 +98,20 @@ def places(**values):
     return metadata(change)
 
 
-def replaced(name, make):
+def replaced(name: str, make: Change) -> Change:
     """A file replaced by something special."""
 
-    def change(folder):
+    def change(folder: Path) -> None:
         (folder / name).unlink()
         make(folder / name)
 
     return change
 
 
-def named(name, make=None):
+def named(name: str, make: Change | None = None) -> Change:
     """One more name in the checksums, of something that `make` makes."""
 
-    def change(folder):
+    def change(folder: Path) -> None:
         if make is not None:
             make(folder / name)
         with (folder / CHECKSUMS).open("a") as file:
@@ -111,34 +120,20 @@ def named(name, make=None):
     return change
 
 
-def sparse(path, size=2**50):
-    """A file that claims more bytes than any disk has to give."""
+def sparse(path: Path) -> None:
+    """A file that claims more bytes than anybody would read."""
     with path.open("wb") as file:
-        os.truncate(file.fileno(), min(size, 2**43))
+        os.truncate(file.fileno(), 2**43)
 
 
-def to_zero(path):
+def to_zero(path: Path) -> None:
+    """The device that never ends."""
     path.symlink_to("/dev/zero")
 
 
-def huge(path):
+def huge(path: Path) -> None:
+    """More than such a file may have, and nested as deep."""
     path.write_bytes(b"[" * (2**24 + 1))
-
-
-def drop(key):
-    def change(folder):
-        common = json.loads((folder / "common.json").read_text())
-        del common[key]
-        (folder / "common.json").write_text(json.dumps(common))
-
-    return change
-
-
-def nested_tuples(depth):
-    value = ()
-    for _ in range(depth):
-        value = (value,)
-    return value
 
 
 WRONG = [None, -1, True, 1.5, "1", [], {}, 2**53, 10**30]
