@@ -247,7 +247,8 @@ def value_of(checkpoint: Checkpoint, stored: StoredTensor) -> str:
     if not stored.shape:
         return f" = {read_tensor(checkpoint, stored).item()}"
     scales = stored_tensors(checkpoint, stored.name.removesuffix(".payload") + ".scale")
-    return "".join(f", scale {read_tensor(checkpoint, s).item()}" for s in scales.values())
+    single = [scale for scale in scales.values() if not scale.shape]
+    return "".join(f", scale {read_tensor(checkpoint, scale).item()}" for scale in single)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -227,7 +228,8 @@ def double(bench: Bench, runs: int) -> Results:
         job = bench.job("double")
         with running(job):
             after_save(job)
-            done = subprocess.run(job.command, cwd=ROOT, capture_output=True, text=True)
+            with paused(job):  # or it could be over before the second one has started
+                done = subprocess.run(job.command, cwd=ROOT, capture_output=True, text=True)
             refused = [line for line in done.stderr.splitlines() if "error: " in line]
             if done.returncode == 0 or not refused or "Traceback (most" in done.stderr:
                 yield f"the second job ended with {done.returncode}: {done.stderr[-300:]}"
@@ -312,6 +314,20 @@ def running(job: Job) -> Iterator[None]:
         yield
     finally:
         job.end()
+
+
+@contextlib.contextmanager
+def paused(job: Job) -> Iterator[None]:
+    """Stop the training processes of `job` for the duration of a `with` block."""
+    workers = job.workers()
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
 
 
 def after_save(job: Job) -> None:

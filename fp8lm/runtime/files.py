@@ -52,8 +52,9 @@ def open_to_append(path: Path, buffering: int = -1) -> BinaryIO:
 def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a regular file of at most `most`; OSError (EFBIG) for a larger one."""
     with open_regular(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        fits = os.fstat(file.fileno()).st_size <= most
+        data = file.read(most + 1) if fits else b""
+    if not fits or len(data) > most:
         raise OSError(errno.EFBIG, f"{Path(path).name} is larger than {most:,} bytes", str(path))
     return data
 
