@@ -393,12 +393,12 @@ class Kind:
 KINDS = {
     "flip": Kind(flip, 1000),
     "hostile": Kind(hostile, len(REWRITTEN) + len(SPECIAL)),
-    "disk": Kind(disk, 4),
+    "disk": Kind(disk, 2),
     "stop": Kind(stop, 2),
     "double": Kind(double, 2),
-    "network": Kind(network, 3),
-    "kill-job": Kind(kill_job, 8),
-    "kill-worker": Kind(kill_worker, 8),
+    "network": Kind(network, 2),
+    "kill-job": Kind(kill_job, 4),
+    "kill-worker": Kind(kill_worker, 4),
 }
 
 
