@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from fp8lm.config.paths import PathText
-from fp8lm.config.section import Bool, Count, NonNegative, Positive, Section, Size, Text
+from fp8lm.config.section import Bool, Count, NonNegative, Section, Size, Text
 
 
 def _as_list(value: Any) -> Any:
@@ -19,8 +19,8 @@ Texts = Annotated[
     tuple[Text, ...], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
 ]
 DataPath = Annotated[
-    tuple[Positive | PathText, ...],
-    BeforeValidator(_as_list, json_schema_input_type=list[Positive | Text] | Text),
+    tuple[NonNegative | PathText, ...],
+    BeforeValidator(_as_list, json_schema_input_type=list[NonNegative | Text] | Text),
 ]
 
 
@@ -29,8 +29,9 @@ class DataConfig(Section):
 
     data_path: DataPath | None = Field(
         None,
-        description="[prefix], or [weight1, prefix1, weight2, prefix2, ...] for a blend, of .bin "
-        "and .idx files; give this or mock_data.",
+        description="[prefix], or for a blend [weight1, prefix1, weight2, prefix2, ...], of .bin "
+        "and .idx files; [prefix1, prefix2, ...] takes each once, by its size; give this or "
+        "mock_data.",
     )
     split: Text = Field("99,1,0", description="Shares for training, validation and test.")
     data_cache_path: PathText | None = Field(

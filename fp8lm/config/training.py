@@ -60,7 +60,11 @@ class TrainConfig(Section):
         None,
         description="Recompute in the backward pass: whole layers (full), attention (selective).",
     )
-    seed: Size = Field(1234, description="Seed of weights, dropout, rounding and data order.")
+    seed: Size = Field(
+        1234,
+        description="Seed of weights, dropout, rounding and data order; where this shuffles files "
+        "at most 4294967295.",
+    )
     eval_interval: Count = Field(1000, description="Iterations between evaluations.")
     eval_iters: Size = Field(100, description="Batches of one evaluation; 0: no evaluation.")
     eval_new_samples: Bool = Field(

@@ -36,6 +36,8 @@ Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
 def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
     """Datasets of at least `sizes` (train, valid, test) samples; None where the size is 0.
 
+    A blend without weights has each file once: of validation samples there may be fewer.
+
     Items are dicts of `tokens`, `labels`, `position_ids` [seq_length] int64 and `loss_mask`
     [seq_length] fp32. Call it on every rank. A blend with `data.data_cache_path` needs an
     initialised process group, even of one process. Raises `InputError` for missing or damaged
@@ -47,7 +49,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             _mock(config, tokenizer, split, size) if size else None
             for split, size in enumerate(sizes)
         )
-    prefixes, weights = _blend(config.data.data_path)
+    prefixes, weights = blend_of(config.data.data_path)
     files = check_files(config, tokenizer, sizes)
     with quiet_megatron():
         from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -80,18 +82,31 @@ def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[Inde
     """
     if config.data.mock_data:
         return []
-    files = [inspect_indexed(prefix) for prefix in _blend(config.data.data_path)[0]]
+    prefixes, weights = blend_of(config.data.data_path)
+    files = [inspect_indexed(prefix) for prefix in prefixes]
     for file in files:
         check_tokenizer(file, tokenizer)
-    _check_split(_plain_split(config.data.split), files, sizes)
+    split = _plain_split(config.data.split)
+    _check_split(split, files, sizes)
+    if weights is None and len(files) > 1:
+        _check_single_pass(config, split, files, sizes)
     return files
 
 
-def _blend(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of `[prefix]` or `[weight, prefix, ...]`; one prefix needs no weight."""
-    if len(data_path) <= 2:
-        return [str(data_path[-1])], None
-    return list(map(str, data_path[1::2])), list(map(float, data_path[::2]))
+def blend_of(data_path: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of `[weight, prefix, ...]`, or of `[prefix, ...]`, which has none.
+
+    A weight of 0 leaves its prefix out, files and all.
+    """
+    if isinstance(data_path[0], str):
+        return list(map(str, data_path)), None
+    pairs = [
+        (prefix, weight)
+        for weight, prefix in zip(data_path[::2], data_path[1::2], strict=True)
+        if weight
+    ]
+    prefixes, weights = zip(*pairs, strict=True)
+    return list(map(str, prefixes)), list(map(float, weights))
 
 
 def _plain_split(split: str) -> str:
@@ -136,6 +151,35 @@ def _check_split(split: str, files: list[IndexedFile], sizes: Sizes) -> None:
                     "change data.split, or use more documents (preprocess_data.py --split-lines "
                     "makes one of every line)"
                 )
+
+
+def _check_single_pass(config: Config, split: str, files: list[IndexedFile], sizes: Sizes) -> None:
+    """`InputError` for a blend without weights that is too small: megatron-core repeats nothing.
+
+    An evaluation needs its own samples only, the next may read them again.
+    """
+    length = config.model.seq_length
+    evaluation = config.train.eval_iters * config.train.global_batch_size
+    cure = "give weights, with which files are repeated: [weight1, prefix1, ...]"
+    for name, share, size in zip(SPLITS, _split_edges(split), sizes, strict=True):
+        wanted = size if name == "train" else min(size, evaluation)
+        samples = [_samples_once(file, share, length) for file in files]
+        for file, count in zip(files, samples, strict=True):
+            if size and not count:
+                raise InputError(
+                    f"data.data_path without weights: {file.prefix} has less than a sample of "
+                    f"{length} tokens (model.seq_length) for {name}: leave it out, or {cure}"
+                )
+        if sum(samples) < wanted:
+            raise InputError(
+                f"data.data_path without weights takes each file once, {sum(samples)} samples for "
+                f"{name}, which wants {wanted}: {cure}"
+            )
+
+
+def _samples_once(file: IndexedFile, share: tuple[float, float], length: int) -> int:
+    begin, end = (round(edge * len(file.lengths)) for edge in share)
+    return max(0, int(file.lengths[begin:end].sum()) - 1) // length  # the last label is one more
 
 
 def _split_edges(split: str) -> list[tuple[float, float]]:

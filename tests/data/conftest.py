@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture
 def make_config():
-    def make(seed=1234, **data):
+    def make(seed=1234, eval_iters=1, **data):
         return build_config(
             {
                 "model": {
@@ -43,6 +43,7 @@ def make_config():
                     "global_batch_size": 1,
                     "train_iters": 1,
                     "seed": seed,
+                    "eval_iters": eval_iters,
                 },
                 "optimizer": {"lr": 1e-3},
                 "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB_SIZE},

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from fp8lm.config import load_config
-from fp8lm.data.datasets import build_datasets, check_files
+from fp8lm.data.datasets import blend_of, build_datasets, check_files
 from fp8lm.data.tokenizer import NullTokenizer
 from fp8lm.errors import InputError
 from fp8lm.quiet import quiet_megatron
+
+with quiet_megatron():
+    from megatron.core.datasets.utils import get_blend_from_list
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -97,6 +100,45 @@ def test_blend_follows_the_weights(make_config, tokenizer, write_documents, tmp_
         first = [int(train[i]["tokens"][0]) for i in range(40)]
         assert first.count(1) == 30 and first.count(2) == 10
         assert len(valid) >= 8
+
+
+def test_a_blend_without_weights_has_each_sample_once(make_config, tokenizer, write_documents):
+    ones = write_documents([[1] * 16] * 4 + [[1]], name="ones")
+    twos = write_documents([[2] * 16] * 7 + [[2]], name="twos")
+    config = make_config(data_path=[ones, twos], split="1")
+    train, _, _ = build_datasets(config, tokenizer, (11, 0, 0))
+    assert sorted(int(train[i]["tokens"][0]) for i in range(11)) == [1] * 4 + [2] * 7
+    with pytest.raises(InputError, match=r"11 samples for train, which wants 12: give weights"):
+        check_files(config, tokenizer, (12, 0, 0))
+
+
+def test_evaluations_read_a_blend_without_weights_again(make_config, tokenizer, write_documents):
+    files = [write_documents([[1] * 17] * 20, name=name) for name in "ab"]
+    config = make_config(data_path=files, split="50,50", eval_iters=20)
+    _, valid, _ = build_datasets(config, tokenizer, (20, 60, 0))
+    assert len(valid) == 20
+    config = make_config(data_path=files, split="50,50", eval_iters=21)
+    with pytest.raises(InputError, match=r"20 samples for valid, which wants 21"):
+        check_files(config, tokenizer, (20, 63, 0))
+
+
+def test_a_file_of_less_than_a_sample_needs_a_weight(make_config, tokenizer, write_documents):
+    large, small = write_documents([[1] * 33], name="P"), write_documents([[2] * 16], name="small")
+    with pytest.raises(InputError, match=r"small has less than a sample of 16 tokens"):
+        check_files(make_config(data_path=[large, small], split="1"), tokenizer, (2, 0, 0))
+    check_files(make_config(data_path=[1, large, 1, small], split="1"), tokenizer, (2, 0, 0))
+
+
+def test_a_weight_of_zero_leaves_a_prefix_out(make_config, tokenizer, write_documents):
+    ones = write_documents([[1] * 50] * 4, name="ones")
+    config = make_config(data_path=[0, "not there", 0.5, ones], split="1")
+    train, _, _ = build_datasets(config, tokenizer, (40, 0, 0))
+    assert {int(train[i]["tokens"][0]) for i in range(40)} == {1}
+
+
+@pytest.mark.parametrize("blend", [["a"], [0.5, "a"], ["a", "b"], [0.3, "a", 0.7, "b"]])
+def test_a_blend_is_what_megatron_makes_of_it(blend):
+    assert blend_of(blend) == get_blend_from_list([str(item) for item in blend])
 
 
 def test_the_order_is_the_seeds(make_config, tokenizer, counting):

@@ -18,6 +18,7 @@ _CHECKS = (
     training.batches,
     training.rampup,
     training.length,
+    training.seed,
     schedule.learning_rate,
     schedule.schedule,
     schedule.wsd,

@@ -17,11 +17,8 @@ def data(config: Config) -> Iterator[str]:
         yield f"data.mock_data = true reads no files: drop data.data_path = {list(data.data_path)}"
     if not data.mock_data and not data.data_path:
         yield "no data: set data.data_path=[PREFIX] or data.mock_data=true"
-    if data.data_path and not _is_blend(data.data_path):
-        yield (
-            f"data.data_path = {list(data.data_path)}: expected [prefix] or "
-            "[weight1, prefix1, weight2, prefix2, ...]"
-        )
+    if data.data_path:
+        yield from _blend(data.data_path)
     if not _is_split(data.split):
         yield (
             f'data.split = "{data.split}": expected up to three shares for training, validation '
@@ -29,15 +26,32 @@ def data(config: Config) -> Iterator[str]:
         )
 
 
-def _is_blend(data_path: tuple[float | str, ...]) -> bool:
-    if len(data_path) == 1:
-        return isinstance(data_path[0], str)
+def _blend(data_path: tuple[float | str, ...]) -> Iterator[str]:
+    given = f"data.data_path = {list(data_path)}"
+    if all(isinstance(item, str) for item in data_path):
+        if any(_is_number(prefix) for prefix in data_path):
+            yield f"{given}: write weights as numbers, without quotes"
+        return
     weights, prefixes = data_path[0::2], data_path[1::2]
-    return (
-        len(weights) == len(prefixes)
-        and not any(isinstance(weight, str) for weight in weights)
-        and all(isinstance(prefix, str) for prefix in prefixes)
-    )
+    if (
+        len(weights) != len(prefixes)
+        or any(isinstance(weight, str) for weight in weights)
+        or not all(isinstance(prefix, str) for prefix in prefixes)
+    ):
+        yield (
+            f"{given}: expected [prefix], [weight1, prefix1, weight2, prefix2, ...] or "
+            "[prefix1, prefix2, ...]"
+        )
+    elif not any(weights):
+        yield f"{given}: a weight of 0 leaves a prefix out, and all are left out"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_split(split: str) -> bool:

@@ -19,6 +19,18 @@ def batches(config: Config) -> Iterator[str]:
         )
 
 
+LARGEST_SEED = 2**32 - 1  # of numpy's RandomState, with which megatron-core shuffles files
+
+
+def seed(config: Config) -> Iterator[str]:
+    """Files are shuffled by a seed that numpy takes."""
+    if config.data.data_path and config.train.seed > LARGEST_SEED:
+        yield (
+            f"train.seed = {config.train.seed} is too large to shuffle data.data_path: the largest "
+            f"is {LARGEST_SEED}"
+        )
+
+
 def rampup(config: Config) -> Iterator[str]:
     """A ramp-up reaches the global batch in whole micro-batches."""
     train = config.train
