@@ -3,7 +3,7 @@
 ROOT/latest_checkpointed_iteration.txt   the iteration to resume from, written last
 ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, common.json, the
                                          tokenizer's files, checksums.sha256
-ROOT/.iter_0000100.tmp/                  one being written
+ROOT/.iter_0000100.*.tmp/                one being written
 ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
 ROOT/.iter_0000100.*.removed/            one being deleted
 ROOT/set_aside/iter_0000100/             one of another past, which this run does not touch
@@ -114,27 +114,31 @@ def make_save_folder(root: Path) -> None:
 
 
 def start_writing(root: Path, iteration: int) -> Path:
-    """Make the empty folder that the checkpoint is first written to."""
+    """Make the empty folder that the checkpoint is first written to.
+
+    Its name is new: ranks of a run that is taken for dead may still write to that of theirs.
+    """
     make_save_folder(root)
-    folder = _aside(root, iteration, "tmp")
+    folder = _aside(root, iteration, f"{secrets.token_hex(8)}.tmp")
     folder.mkdir()
     return folder
 
 
 def publish(
-    root: Path,
+    written: Path,
     iteration: int,
     digests: Mapping[str, str],
     files: Mapping[str, bytes],
     verify_owner: Callable[[], None],
 ) -> Path:
-    """Add `files` to the written checkpoint, give it its name, then let the latest file name it.
+    """Add `files` to the checkpoint in `written`, name it, then let the latest file name it.
 
-    `verify_owner` raises if that is not this process's to do any more.
     `digests`: of the files that are in the folder already, by name. `FileNotFoundError` if one of
-    them is not: a process has written it elsewhere.
+    them is not: a process has written it elsewhere. `verify_owner` raises if the name is not this
+    process's to give any more.
     """
-    written, folder = _aside(root, iteration, "tmp"), _folder(root, iteration)
+    root = written.parent
+    folder = _folder(root, iteration)
     for name in digests:
         if not (written / name).is_file():
             raise FileNotFoundError(f"{written / name}, which a process has written, is not there")

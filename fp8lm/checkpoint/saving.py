@@ -99,7 +99,7 @@ def _write(
         folder = on_main(group, lambda: start_writing(root, iteration))
         written = from_all(group, write_shards(folder, planner, group))
         digests = {name: digest for files in written for name, digest in files.items()}
-        return on_main(group, lambda: publish(root, iteration, digests, files, verify_owner))
+        return on_main(group, lambda: publish(folder, iteration, digests, files, verify_owner))
     except BaseException:
         # Whatever failed has been raised on all ranks, so none is still writing.
         if is_main(group):

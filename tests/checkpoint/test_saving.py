@@ -18,6 +18,7 @@ from fp8lm.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from fp8lm.checkpoint.files import anybody_may, publish, start_writing
 from fp8lm.errors import InputError
 from tests.checkpoint.tensors import (
     LATEST,
@@ -108,6 +109,19 @@ def test_killed_between_the_two_renames_of_a_replacement(saved):
     assert_same_bytes(loaded, tensors)
     save_checkpoint(root, 200, shards_of(tensors), META)
     assert sorted(os.listdir(root)) == ["iter_0000100", "iter_0000200", LATEST]
+
+
+def test_a_writer_that_was_taken_for_dead_touches_no_checkpoint_of_another(saved):
+    root, tensors = saved
+    written = start_writing(root, 300)
+    save_checkpoint(root, 300, shards_of(tensors), META)  # by the run in its place
+    other = start_writing(root, 300)
+    assert other != written
+    with pytest.raises(FileNotFoundError):
+        publish(written, 300, {"__0_0.distcp": ""}, {}, anybody_may)
+    loaded = blank(tensors)
+    load(root, loaded, iteration=300)
+    assert_same_bytes(loaded, tensors)
 
 
 # 10: the latest file or a header; 2,000: among the tensors, whose file is larger.
