@@ -29,7 +29,9 @@ prefix=$data/stdlib_text_document
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 echo "== Corpus, tokenizer and token files from this Python's own sources: $data"
-rm -rf "$run"
+"$PYTHON" -m fp8lm.runtime.hold "$run" $$ scripts/quickstart.sh # one quickstart at a time
+trap 'rm -f "$run/run.lock"' EXIT
+find "$run" -mindepth 1 -maxdepth 1 ! -name run.lock -exec rm -rf {} +
 mkdir -p "$data"
 "$PYTHON" tools/build_corpus.py --output "$data"
 "$PYTHON" tools/train_tokenizer.py --input "$data/corpus.jsonl" --vocab-size 1024 \
@@ -48,7 +50,7 @@ train() { # name, preset, overrides
 echo "== Training in BF16 ($run/bf16, log in $run/bf16.log) and in FP8 ($run/fp8), a core each"
 train bf16 bf16 "$@" >"$run/bf16.log" 2>&1 &
 bf16=$!
-trap 'kill "$bf16" 2>/dev/null || true' EXIT
+trap 'kill "$bf16" 2>/dev/null || true; rm -f "$run/run.lock"' EXIT
 train fp8 o3 "$@"
 wait "$bf16" || {
   cat "$run/bf16.log" >&2

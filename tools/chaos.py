@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from fp8lm.checkpoint.contents import differences
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.run_lock import RunFolder, running_here
 
 ROOT = Path(__file__).resolve().parents[1]
 # Measurements of time and memory differ between any two runs.
@@ -152,10 +154,15 @@ def main(argv: list[str]) -> int:
 
 
 def new_folder(folder: Path) -> Path:
-    """An empty `folder`; `InputError` if it holds anything that this program has not made."""
+    """An empty `folder`.
+
+    `InputError` if it holds anything that this program has not made, or a run writes there.
+    """
     log = folder / "log.txt"
     if folder.exists() and any(folder.iterdir()) and not log.exists():
         raise InputError(f"{folder} holds something else: choose another --folder")
+    if user := running_here(RunFolder(str(folder), str(folder), ""), os.environ):
+        raise InputError(user)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log.touch()

@@ -63,16 +63,18 @@ class Holder(BaseModel):
         return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def this_process(environment: Mapping[str, str], command: Sequence[str] = sys.argv) -> Holder:
-    """This process as a holder, with a new token."""
-    when = timestamp()
+def this_process(
+    environment: Mapping[str, str], command: Sequence[str] = sys.argv, pid: int | None = None
+) -> Holder:
+    """This process as a holder, or `pid` of this machine, with a new token."""
+    when, pid = timestamp(), os.getpid() if pid is None else pid
     return Holder(
         host=socket.gethostname()[:400],
         boot_id=_read("/proc/sys/kernel/random/boot_id"),
         machine_id=_read("/etc/machine-id"),
         pid_namespace=_pid_namespace(),
-        pid=os.getpid(),
-        process_start=_process_start(os.getpid()) or "",
+        pid=pid,
+        process_start=_process_start(pid) or "",
         token=secrets.token_hex(16),
         since=f"{when[:10]} {when[11:19]} UTC",
         heartbeat=when,

@@ -14,6 +14,7 @@ from threading import Event
 import pytest
 
 from fp8lm.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
+from fp8lm.runtime.hold import main as hold
 from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.lock_file import NAME
 from fp8lm.runtime.run_lock import RunFolder, RunLocks, Timing, running_here
@@ -360,6 +361,15 @@ def test_before_a_process_is_started(tmp_path, gone):
     first.locks.release()
     Party(tmp_path, **gone).take()
     assert running_here(folder, {}) is None
+
+
+def test_a_folder_held_for_a_script(tmp_path):
+    script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert hold([str(tmp_path), str(script.pid), "script.sh"]) is None
+    with pytest.raises(FolderInUse, match=rf"process {script.pid} .*script\.sh"):
+        Party(tmp_path).take()
+    script.communicate(b"\n")
+    Party(tmp_path).take().locks.release()
 
 
 RIVALS = """
