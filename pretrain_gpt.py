@@ -12,6 +12,7 @@ from fp8lm.ending import exit_with
 from fp8lm.errors import EXIT_RESTART
 from fp8lm.launch.tether import tie_to_parent
 from fp8lm.runtime.launchers import adopt_launcher
+from fp8lm.runtime.signals import exit_at_second_signal
 
 
 def main(argv: list[str]) -> int:
@@ -46,4 +47,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     tie_to_parent()
+    exit_at_second_signal()
     exit_with(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,13 +15,14 @@ from typing import Any, NoReturn
 
 from fp8lm.faults import describe_fault
 from fp8lm.output import EXIT_UNREAD, finish_output, nobody_reads
+from fp8lm.runtime.streams import complain, open_missing_streams
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 PATIENCE = 5.0  # seconds; a launcher ends all processes of a job sooner when one has failed
 EXIT_RESTART = 75  # sysexits.h's "temporary failure": all is saved, start the same command again
 ENDS = "FP8LM_ENDS"  # environment variable: a folder in which processes leave their exit codes
-EXIT_INTERRUPTED = 130  # as a shell has it: 128 and SIGINT
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
 
 
 class InputError(Exception):
@@ -84,6 +86,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     `argv` defaults to the arguments of this process. Any other exception passes through, because a
     traceback is what a failure of the program itself needs.
     """
+    open_missing_streams()
     leave_exit_code(None)
     code = _run(main, list(sys.argv[1:] if argv is None else argv))
     nobody_reads()  # or Python complains, when it flushes at its end
@@ -126,7 +129,7 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # what was under way ends here, silently
         if os.environ.get("RANK", "0") == "0":
-            complain("interrupted")
+            complain(": ".join(["interrupted", *map(str, interrupt.args)]))
         return EXIT_INTERRUPTED
 
 
@@ -141,12 +144,6 @@ def _run_to_the_end_of_output(main: Callable[[list[str]], int | None], argv: lis
         return code
     complain(f"error: {problem}")
     return code or EXIT_FAILED
-
-
-def complain(line: str) -> None:
-    """Print `line` on stderr, if that can be written to: what it says stays true if not."""
-    with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int) -> int:

@@ -54,7 +54,7 @@ def describe_fault(error: BaseException) -> str | None:
                 f"ulimit -u is {limit}; or the limit of the container or job"
             )
     if isinstance(error, OSError) and error.errno in _OF_A_FILE:
-        what = error.filename if error.filename is not None else "a file"
+        what = error.filename if error.filename is not None else "standard output, or a file"
         return f"{what}: {error.strerror}{_place(error.__traceback__)}"
     return None
 

@@ -48,8 +48,8 @@ class TrainConfig(Section):
     )
     exit_signal_handler: Bool = Field(
         True,
-        description="On SIGTERM or SIGUSR1 finish the step, save, and exit with code 75; without "
-        "checkpoint.save with 128 and the signal's number.",
+        description="On SIGTERM, SIGUSR1 or SIGHUP finish the step, save, and exit with code 75; "
+        "without checkpoint.save with 128 and the signal's number.",
     )
     exit_duration_in_mins: Positive | None = Field(
         None,

@@ -208,5 +208,5 @@ def _ignore_signals(_worker: int) -> None:
     Were it left without the batches of its last step, it could not save. A worker ends by itself
     when its parent has.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

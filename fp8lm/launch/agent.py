@@ -34,6 +34,7 @@ from torch.distributed.run import parse_args
 from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
 from fp8lm.launch.tether import tie_children, tie_to_parent
+from fp8lm.runtime.streams import complain
 
 TAIL = 20  # lines
 
@@ -47,12 +48,21 @@ def run_agent(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fp8lm_") as ends:
         os.environ[ENDS] = ends
         tie_children(os.environ)
-        return _run(arguments, Path(ends))
+        return _run(_leave_nohup(arguments), Path(ends))
+
+
+def _leave_nohup(arguments: Sequence[str]) -> Sequence[str]:
+    """Arguments with which torchrun does not answer SIGHUP where `nohup` has ignored it."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        return arguments
+    handled = parse_args(list(arguments)).signals_to_handle.split(",")
+    return ["--signals-to-handle=" + ",".join(s for s in handled if s != "SIGHUP"), *arguments]
 
 
 def _run(arguments: Sequence[str], ends: Path) -> int:
     for number in WARNINGS:  # until torchrun has workers, and handlers of its own
-        signal.signal(number, _raise)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
     try:
         _run_deaf_at_the_end(arguments)
     except ChildFailedError as error:
@@ -64,7 +74,7 @@ def _run(arguments: Sequence[str], ends: Path) -> int:
     except (RendezvousError, DistError) as error:
         where = parse_args(list(arguments)).rdzv_endpoint
         started = any(ends.iterdir())
-        print(f"error: {_describe_parting(error, where, started)}", file=sys.stderr)
+        complain(f"error: {_describe_parting(error, where, started)}")
         return 1
     return 0
 
@@ -105,11 +115,11 @@ def _in_time(error: ChildFailedError) -> list:
 
 def _tell(error: ChildFailedError, log_dir: str | None) -> None:
     rank, failure = error.get_first_failure()
-    print(f"error: rank {rank} {describe_exit(failure.exitcode)}", file=sys.stderr)
+    complain(f"error: rank {rank} {describe_exit(failure.exitcode)}")
     log = _last_log(log_dir, failure.local_rank)
     if log is not None and failure.local_rank:  # the console shows local rank 0 anyway
         lines = log.read_text(errors="replace").splitlines()
-        print(f"the last lines of {log}:", *lines[-TAIL:], sep="\n", file=sys.stderr)
+        complain("\n".join([f"the last lines of {log}:", *lines[-TAIL:]]))
 
 
 def _last_log(log_dir: str | None, local_rank: int) -> Path | None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from fp8lm.errors import EXIT_BAD_INPUT, EXIT_RESTART
 
-# A cluster's ways to say that the job's time is over: workers save, and the job goes on later.
-WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
+# A cluster's ways to say that the job's time is over, and a lost terminal: workers save, and the
+# job goes on later.
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def job_exit_code(codes: Sequence[int]) -> int:

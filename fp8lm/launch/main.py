@@ -19,6 +19,7 @@ from fp8lm.launch.options import Options, parse_options
 from fp8lm.launch.progress import progress_line
 from fp8lm.output import show
 from fp8lm.runtime.launchers import find_tasks
+from fp8lm.runtime.streams import say
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
@@ -127,8 +128,3 @@ def start(options: Options, processes: int) -> int:
         return simulate(options, processes, say)
     os.environ.update(torchrun_environment(options))
     return run_agent(torchrun_arguments(options, processes))
-
-
-def say(line: str) -> None:
-    """To the terminal at once: what is started writes there too."""
-    print(line, flush=True)

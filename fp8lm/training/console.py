@@ -1,31 +1,46 @@
-"""What a run prints: Megatron's lines, and a progress bar on a terminal."""
+"""What a run prints: Megatron's lines, and a progress bar on a terminal. None of it stops a run."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from fp8lm.runtime.files import open_to_append
+from fp8lm.runtime.streams import BestEffortStream, warn
 
 MILLISECONDS = 1000.0
 
 
 class Console:
-    """Prints lines to `stream` (None: stdout), above a progress bar if that is a terminal."""
+    """Prints lines to `stream` (None: stdout), above a progress bar if that is a terminal.
 
-    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+    Lines that it cannot print are added to the file `aside`, if there is one; the first time a
+    warning says so.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        stream: TextIO | None = None,
+        aside: Path | None = None,
+    ) -> None:
+        self._stream = BestEffortStream(stream or sys.stdout, self._keep)
+        self._aside, self._warned = aside, False
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(total=total, initial=initial, file=self._stream, dynamic_ncols=True)
 
     def write(self, line: str) -> None:
         """Print one line at once."""
-        tqdm.write(line, file=self._stream)
-        self._stream.flush()
+        tqdm.write(f"{line}\n", file=self._stream, end="")
 
     def advance(self) -> None:
         """Count one iteration."""
@@ -42,6 +57,21 @@ class Console:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+    def _keep(self, text: str, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            where = "" if self._aside is None else f"; what it should say is in {self._aside}"
+            warning = f"stdout takes no more ({reason}): the training goes on{where}"
+            warn(warning)
+            self._add_aside(f" warning: {warning}\n")
+        if text.endswith("\n") and text.strip():  # the bar is no line
+            self._add_aside(text)
+
+    def _add_aside(self, text: str) -> None:
+        if self._aside is not None:
+            with suppress(OSError), open_to_append(self._aside) as file:
+                file.write(text.encode())
 
 
 def training_line(values: Mapping[str, float], total: int, when: datetime | None = None) -> str:

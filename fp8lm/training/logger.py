@@ -12,8 +12,10 @@ from fp8lm.config.yaml_format import to_yaml
 from fp8lm.training.console import Console, evaluation_line, saved_line, training_line
 from fp8lm.training.metrics_file import MetricsFile
 from fp8lm.training.tensorboard_file import TensorBoard
-from fp8lm.training.trackers import Unfailing
+from fp8lm.training.trackers import BestEffortTracker
 from fp8lm.training.wandb_run import WandB
+
+UNWRITTEN = "unwritten.log"  # lines that stdout did not take
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class TrainLogger:
     def __init__(self, config: LoggingConfig, run: RunInfo, stream: TextIO | None = None) -> None:
         self._run = run
         self._console = self._file = None
-        self._trackers: list[Unfailing] = []
+        self._trackers: list[BestEffortTracker] = []
         if not run.is_main:
             return
         if config.dir is not None:
@@ -53,7 +55,8 @@ class TrainLogger:
                 self._trackers.append(_tensorboard(folder / "tensorboard", run))
         if config.wandb_project is not None:
             self._trackers.append(_wandb(config, run))
-        self._console = Console(run.total_iterations, run.first_iteration, stream)
+        aside = None if config.dir is None else Path(config.dir, UNWRITTEN)
+        self._console = Console(run.total_iterations, run.first_iteration, stream, aside)
 
     def go_back(self, iteration: int) -> None:
         """What was reported of later iterations is not valid any more."""
@@ -123,13 +126,15 @@ class TrainLogger:
             tracker.log(numbers, values["iteration"])
 
 
-def _tensorboard(folder: Path, run: RunInfo) -> Unfailing:
+def _tensorboard(folder: Path, run: RunInfo) -> BestEffortTracker:
     def start() -> TensorBoard:
         texts = {"config": to_yaml(dict(run.config)), "facts": to_yaml(dict(run.facts))}
         return TensorBoard(folder, run.first_iteration, texts)
 
-    return Unfailing("TensorBoard", start)
+    return BestEffortTracker("TensorBoard", start)
 
 
-def _wandb(config: LoggingConfig, run: RunInfo) -> Unfailing:
-    return Unfailing("wandb", lambda: WandB(config, run.config, run.first_iteration, run.facts))
+def _wandb(config: LoggingConfig, run: RunInfo) -> BestEffortTracker:
+    return BestEffortTracker(
+        "wandb", lambda: WandB(config, run.config, run.first_iteration, run.facts)
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import open_regular, open_to_append, remove_unfinished, write_whole
-from fp8lm.training.trackers import warn
+from fp8lm.runtime.streams import warn
 
 NAME = "metrics.jsonl"
 
@@ -56,19 +56,27 @@ class MetricsFile:
         """Append one object."""
         line = json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n"
         self._unwritten += line.encode()
+        error = self._write_waiting()
+        if error is not None and not self._warned:
+            self._warned = True
+            warn(f"{self._path} waits for space on the disk: {error}")
+
+    def close(self) -> None:
+        """Close the file, after a last attempt at the lines that wait."""
+        if (error := self._write_waiting()) is not None:
+            lines = self._unwritten.count(b"\n")
+            warn(f"{self._path} lacks its last {lines} lines: {error}")
+        self._file.close()
+
+    def _write_waiting(self) -> OSError | None:
         try:
             while self._unwritten:
                 # A write may take a part, and the next one tell that the disk is full.
                 written = self._file.write(self._unwritten)
                 self._unwritten = self._unwritten[written:]
         except OSError as error:
-            if not self._warned:
-                warn(f"{self._path} waits for space on the disk: {error}")
-            self._warned = True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+            return error
+        return None
 
 
 def _as_json(value: float) -> float | None:

@@ -18,7 +18,7 @@ from fp8lm.config import TrainConfig
 from fp8lm.errors import EXIT_RESTART
 from fp8lm.runtime.run_lock import RunLocks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 TIME_IS_OVER = 1000.0
 LOCK_LOST = 2000.0
 _SECONDS = 60.0
@@ -28,7 +28,8 @@ class StopRequests:
     """What this process knows of reasons to stop; a context manager that hears signals inside.
 
     `config` is the config section `train`; `locks` are those of the run's folders, on the main
-    rank. Outside the main thread of a process signals cannot be heard.
+    rank. Outside the main thread of a process signals cannot be heard. SIGHUP, which tells that the
+    terminal is gone, stays ignored under `nohup`.
     """
 
     def __init__(self, config: TrainConfig, launch: Launch, locks: RunLocks | None = None) -> None:
@@ -39,7 +40,8 @@ class StopRequests:
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequests:
-        self._former = {number: signal.signal(number, self._receive) for number in self._signals}
+        heard = [n for n in self._signals if signal.getsignal(n) is not signal.SIG_IGN]
+        self._former = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

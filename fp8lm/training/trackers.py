@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Protocol
+
+from fp8lm.runtime.streams import warn
 
 
 class Tracker(Protocol):
@@ -20,7 +21,7 @@ class Tracker(Protocol):
         """Finish; `failed` if the training ended in an error."""
 
 
-class Unfailing:
+class BestEffortTracker:
     """A tracker whose first failure is one warning, after which the run goes on without it."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
@@ -57,8 +58,3 @@ class Unfailing:
     def _let_go(self, action: str, error: Exception) -> None:
         self._tracker = None
         warn(f"going on without {self._name}, which could not {action}: {error!r}")
-
-
-def warn(text: str) -> None:
-    """Print one line on stderr."""
-    print(f" warning: {' '.join(text.split())}", file=sys.stderr, flush=True)

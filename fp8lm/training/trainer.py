@@ -12,6 +12,7 @@ from fp8lm.comm.launch import Launch
 from fp8lm.data.batches import BatchIterator
 from fp8lm.errors import LockLost, RunFailed
 from fp8lm.runtime.run_lock import RunLocks
+from fp8lm.runtime.streams import say
 from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import (
@@ -75,7 +76,7 @@ class Trainer:
             if self._finished:
                 self._evaluate("test")
             run.replicas.wait_for_weights()  # what is under way ends before its groups do
-            self.checkpoints.finish()
+            self._save_last()
             if self._finished or not self._stop:
                 return 0
             return self._stopped()
@@ -185,7 +186,7 @@ class Trainer:
     def _stop_if_stuck(self, skipped_in_a_row: int) -> None:
         limit = self.run.config.train.max_consecutive_skips
         if skipped_in_a_row >= limit:
-            self.checkpoints.finish()
+            self._save_last()
             raise RunFailed(
                 f"{skipped_in_a_row} steps in a row were skipped on non-finite values "
                 f"(train.max_consecutive_skips={limit}); weights are those before the first of them"
@@ -198,14 +199,18 @@ class Trainer:
         train, iteration, first = self.run.config.train, self.progress.iteration, 0
         if split == "validation":
             first = first_validation_sample(train, iteration, len(dataset))
-        with self._stopwatch.paused():
+        with self._stopwatch.paused(), self._watchdog.phase("evaluation"):
             loss = evaluation_loss(self.run, dataset, first)
         self._reporter.log_evaluation(split, iteration, loss)
 
     def _save(self) -> None:
         self._look_at(self._numbers.drain())  # a checkpoint knows of all steps before it
-        with self._stopwatch.paused():
+        with self._stopwatch.paused(), self._watchdog.phase("saving a checkpoint"):
             self.checkpoints.save()
+
+    def _save_last(self) -> None:
+        with self._watchdog.phase("saving the last checkpoint"):
+            self.checkpoints.finish()
 
     def _answer(self, spike: LossSpike) -> None:
         """Raise `RollBack`, or go on where there is nothing to go back to.
@@ -259,4 +264,4 @@ class Trainer:
         if self._reporter is not None:
             self._reporter.log_text(line)
         elif self.run.groups.is_main:
-            print(line, flush=True)
+            say(line)

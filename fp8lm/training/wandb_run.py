@@ -12,7 +12,7 @@ from typing import Any
 
 from fp8lm.config import LoggingConfig
 from fp8lm.runtime.files import read_regular, write_whole
-from fp8lm.training.trackers import warn
+from fp8lm.runtime.streams import warn
 
 LOGIN_TIMEOUT = 30  # seconds to answer wandb's question for a key on a terminal
 INIT_TIMEOUT = 60  # seconds for wandb's server to answer

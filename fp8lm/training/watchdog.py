@@ -1,14 +1,15 @@
-"""Names the rank that a slow step waits for.
+"""Names the rank that a slow step, evaluation or save waits for, and where it is.
 
 In synchronous training all ranks are as slow as the slowest, and none of them knows which that is.
-So a thread of every process leaves a heartbeat in the job's store: a count, the iteration, and
-where in the program its main thread is. When a step takes many times the usual, the reporting rank
-reads them and names
+So a thread of every process leaves a heartbeat in the job's store: a count, what it does, and
+where in the program its main thread is. When a step takes many times the usual, or the first ones
+minutes, the reporting rank reads them and names
 
     silent ranks     whose count stands still: dead, stopped or swapping
     slow ranks       whose main thread is at work, while the others wait in a collective
 
 Where the main thread is says what is slow: reading data, say. Of a GPU it says what the host does.
+A single process is told that of itself.
 """
 
 from __future__ import annotations
@@ -19,26 +20,29 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch.distributed as dist
 
 from fp8lm.comm.groups import ProcessGroups
+from fp8lm.runtime.streams import warn
 
 INTERVAL = 2.0  # seconds between heartbeats
 SHORTEST = 10.0  # seconds below which no step is worth a word
+UNUSUAL = 300.0  # seconds that are, where the usual time is not known yet
 SILENT_AFTER = 4  # heartbeats missed
-_WAITING = ("fp8lm.comm.", "fp8lm.training.events")
+_WAITING = ("fp8lm.comm.", "fp8lm.training.events", "fp8lm.checkpoint.together")
 _MOST_NAMED = 4
 
 
 class Watchdog:
-    """Watches the steps of this rank, and on the reporting one those of all; a context manager.
+    """Watches what this rank does, and on the reporting one what all do; a context manager.
 
-    A step is slow after `factor` times the usual time (0: never) and at least `shortest` seconds.
-    The reporting rank is the lowest that is not silent; it writes one line to stderr.
+    A step is slow after `factor` times the usual time (0: never) and at least `shortest` seconds,
+    one of the first after `unusual`. The reporting rank is the lowest that is not silent; it writes
+    one line to stderr.
     """
 
     def __init__(
@@ -48,49 +52,61 @@ class Watchdog:
         *,
         interval: float = INTERVAL,
         shortest: float = SHORTEST,
+        unusual: float = UNUSUAL,
     ) -> None:
         self.rank, self.world_size = groups.world.rank(), groups.world.size()
         self.store = None if groups.store is None else dist.PrefixStore("watchdog", groups.store)
-        self.factor, self.interval, self.shortest = factor, interval, shortest
-        self._durations: deque[float] = deque(maxlen=50)
+        self.factor, self.interval = factor, interval
+        self.shortest, self.unusual = shortest, unusual
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
         self._stopped = threading.Event()
         self._started: float | None = None
-        self._iteration, self._limit = 0, float("inf")
+        self._what, self._usual, self._limit = "nothing", "", float("inf")
 
     def __enter__(self) -> Watchdog:
         self._main = threading.get_ident()
-        if self.factor > 0 and self.world_size > 1 and self.store is not None:
+        if self.factor > 0 and (self.world_size == 1 or self.store is not None):
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
 
+    def step(self, iteration: int) -> AbstractContextManager[None]:
+        """Watch one step."""
+        return self._watch("step", f"iteration {iteration}")
+
+    def phase(self, what: str) -> AbstractContextManager[None]:
+        """Watch `what` is done between steps, an evaluation, say; between them nothing is."""
+        return self._watch(what, what)
+
     @contextmanager
-    def step(self, iteration: int) -> Iterator[None]:
-        """Watch one step; what happens between steps is not watched."""
-        self._iteration, self._limit = iteration, self._slow_after()
+    def _watch(self, kind: str, what: str) -> Iterator[None]:
+        durations = self._durations[kind]
+        self._what = what
+        self._usual, self._limit = "", self.unusual
+        # The first steps are slower than the usual one: they tune, compile and fill caches.
+        if len(durations) >= 3:
+            usual = statistics.median(durations)
+            self._usual = f" (usually {usual:.1f} s)"
+            self._limit = max(self.shortest, self.factor * usual)
         started = self._started = time.monotonic()
         try:
             yield
-            self._durations.append(time.monotonic() - started)
+            durations.append(time.monotonic() - started)
         finally:  # a loss spike ends a step, too, and going back may take long
             self._started = None
-
-    def _slow_after(self) -> float:
-        # The first steps are slower than the usual one: they tune, compile and fill caches.
-        if len(self._durations) < 3:
-            return float("inf")
-        return max(self.shortest, self.factor * statistics.median(self._durations))
 
     def _run(self) -> None:
         seen = Heartbeats(self.world_size)
         count = 0
         try:
             while not self._stopped.wait(self.interval):
-                count += 1
-                where = f"{socket.gethostname()} {os.getpid()} {place_of(self._main)}"
-                self.store.set(str(self.rank), f"{count} {self._iteration} {where}")
+                if self.world_size > 1:
+                    count += 1
+                    what = self._what.replace(" ", "_")
+                    where = f"{socket.gethostname()} {os.getpid()} {place_of(self._main)}"
+                    self.store.set(str(self.rank), f"{count} {what} {where}")
                 self._look(seen)
         except RuntimeError:
             return  # the store is gone, and with it the job
@@ -100,18 +116,15 @@ class Watchdog:
         if started is None or time.monotonic() - started < self._limit:
             seen.polls = 0
             return
-        seen.read(self.store)
-        if seen.polls <= SILENT_AFTER or set(range(self.rank)) - set(seen.silent):
-            return  # not sure yet, or a lower rank reports
+        verdict = f"it is in {place_of(self._main)}"
+        if self.world_size > 1:
+            seen.read(self.store)
+            if seen.polls <= SILENT_AFTER or set(range(self.rank)) - set(seen.silent):
+                return  # not sure yet, or a lower rank reports
+            verdict = seen.verdict()
         took = time.monotonic() - started
         self._limit = 2.0 * took  # not again before it has taken twice as long
-        usual = statistics.median(self._durations)
-        print(
-            f" warning: iteration {self._iteration} has taken {took:.0f} s (usually "
-            f"{usual:.1f} s): {seen.verdict()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"{self._what} has taken {took:.0f} s{self._usual}: {verdict}")
 
 
 class Heartbeats:

@@ -12,7 +12,7 @@ import pytest
 from fp8lm.config import LoggingConfig
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.tensorboard_file import TensorBoard
-from fp8lm.training.trackers import Unfailing
+from fp8lm.training.trackers import BestEffortTracker
 from tests.training.reports import VALUES
 
 
@@ -156,7 +156,7 @@ def test_the_first_failure_is_the_last_word(method, calls, capsys):
         made[0].__init__(method)
         return made[0]
 
-    tracker = Unfailing("x", start)
+    tracker = BestEffortTracker("x", start)
     tracker.log({}, 1)
     tracker.go_back(0)
     tracker.log({}, 2)
@@ -171,7 +171,7 @@ def test_interrupting_is_not_a_failure():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Unfailing("x", start)
+        BestEffortTracker("x", start)
 
 
 def test_tensorboard_raises_where_it_fails(tmp_path):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter, all_gather_scalars
 from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.data.batches import MicroBatchSampler
 from fp8lm.training.spikes import LossSpike
 from fp8lm.training.watchdog import Heartbeats, Watchdog
 
@@ -107,3 +108,46 @@ def test_a_rank_is_found_in_its_function():
     store.set("1", "7 120 node1 41 fp8lm.comm.stages.receive, line 3")
     beats.read(store)
     assert beats.verdict().startswith("all ranks wait for each other; rank 0 is in fp8lm.comm.tra")
+
+
+class Alone:
+    """Groups of one process, as far as a watchdog knows them."""
+
+    store = None
+
+    class world:
+        rank = staticmethod(lambda: 0)
+        size = staticmethod(lambda: 1)
+
+
+@pytest.mark.parametrize("what", ["iteration 1", "evaluation"])
+def test_one_process_is_told_where_it_is(what, capsys):
+    times = {"interval": 0.05, "shortest": 0.2, "unusual": 0.2}
+    with Watchdog(Alone(), 5.0, **times) as watchdog:
+        with watchdog.phase(what) if what == "evaluation" else watchdog.step(1):
+            MicroBatchSampler(Slow(), 1, 0, 1, 0)
+        time.sleep(0.5)  # between two steps nothing is watched
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f" warning: {what} has taken ")
+    assert "it is in fp8lm.data.batches.__init__, line " in line
+
+
+class Slow:
+    """A number of samples that takes its time."""
+
+    def __sub__(self, other):
+        time.sleep(0.35)
+        return 1
+
+
+def test_the_usual_time_of_each_kind_is_its_own(capsys):
+    with Watchdog(Alone(), 5.0, interval=0.05, shortest=0.3) as watchdog:
+        for iteration in range(1, 6):
+            with watchdog.step(iteration):
+                time.sleep(0.01)
+        with watchdog.phase("evaluation"):  # no step, and its usual time is not known
+            time.sleep(0.6)
+        assert capsys.readouterr().err == ""
+        with watchdog.step(6):
+            time.sleep(0.6)
+    assert "iteration 6 has taken" in capsys.readouterr().err
