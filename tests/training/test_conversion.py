@@ -72,6 +72,7 @@ def again(tiny_config, run_distributed, folder, preset, output, ranks=1, *change
     return contents(output)
 
 
+@pytest.mark.slow
 def test_bf16_to_fp8_and_back(saved, tiny_config, run_distributed, tmp_path):
     folder = saved("bf16")
     before = contents(folder)

@@ -43,6 +43,7 @@ def config(tiny_config):
     return make
 
 
+@pytest.mark.slow
 def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tmp_path):
     """64 tokens: 128 rows on one process, 384 on three."""
     one, three, back = (tmp_path / name for name in ("one", "three", "back"))
@@ -65,6 +66,7 @@ def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tm
     assert not list(differences(open_checkpoint(one), open_checkpoint(back)))
 
 
+@pytest.mark.slow
 def test_more_tokens_and_positions_by_key(config, train_run, run_distributed, tmp_path):
     short, longer = tmp_path / "short", tmp_path / "longer"
     train_run(config({"model": SHORT}, save=short))
