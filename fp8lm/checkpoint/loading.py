@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.checkpoint.metadata import DamagedCheckpoint
-from fp8lm.checkpoint.planners import Shards
+from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.checkpoint.together import Group, all_or_error, from_all, my_share, on_main
 from fp8lm.checkpoint.validity import LARGEST_OTHER, Contents, check_files, inspect_folder
@@ -104,6 +104,13 @@ def open_checkpoint(
         hint = what_is_there(root) or f"{LATEST} is missing"
         raise InputError(f"no checkpoint in {root}: {hint}")
     return found
+
+
+def check_fits(checkpoint: Checkpoint, shards: Shards) -> None:
+    """Raise `InputError` unless `shards`, which may be on the meta device, are tensors of it."""
+    planner = ShardLoadPlanner("")
+    planner.set_up_planner(shards, checkpoint.metadata)
+    planner.create_local_plan()
 
 
 def load_checkpoint(

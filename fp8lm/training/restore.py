@@ -9,11 +9,12 @@ from torch import nn
 
 from fp8lm.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from fp8lm.checkpoint.contents import WORD_TABLES
+from fp8lm.checkpoint.loading import check_fits
 from fp8lm.config import Config, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from fp8lm.errors import InputError
-from fp8lm.kernels import select_kernels
+from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
@@ -55,6 +56,7 @@ def restore_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, and the model of "
             f"{checkpoint.folder} has rows for {rows}: it is another one's"
         )
+    _check_is_stored(checkpoint, config, rows)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, rows, recipe, num_ids=tokenizer.vocab_size)
     load_checkpoint(checkpoint, model_shards(named_weights(model)), passing_over="")
@@ -86,6 +88,16 @@ def _vocabulary_rows(checkpoint: Checkpoint) -> int:
     if stored is None or len(stored.size) != 2:
         raise InputError(f"{checkpoint.folder} holds no table {WORD_TABLES[0]}")
     return stored.size[0]
+
+
+def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
+    """Raise `InputError` for another model than is stored, before memory is taken for it."""
+    layers, stored = config.model.num_layers, checkpoint.metadata.state_dict_metadata
+    if layers > len(stored):
+        raise InputError(f"{checkpoint.folder} holds {len(stored)} tensors, not {layers} layers")
+    recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))
+    model = GPTModel(config.model, rows, recipe)
+    check_fits(checkpoint, model_shards(named_weights(model)))
 
 
 def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fp8lm.training.build import build
 from fp8lm.training.trainer import Trainer
 from tests.data.tokenizers_of_all_types import write_config, write_model
 from tests.training.conftest import TINY
+from tools.hostile import facts, sign
 
 KIND = "HuggingFaceTokenizer"
 
@@ -109,3 +111,24 @@ def test_logits_that_are_not_finite(value, temperature, tool):
     logits = torch.tensor([0.0, value, 1.0])
     with pytest.raises(InputError, match="not finite"):
         tool("generate").choose(logits, temperature, 40, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 10**9},
+        {"num_layers": 3},
+        {"hidden_size": 2**30, "ffn_hidden_size": 2**32},
+        {"ffn_hidden_size": 2**40},
+        {"num_layers": -1},
+    ],
+)
+def test_a_config_of_another_model_in_the_checkpoint(generate, trained, tmp_path, change):
+    """A checkpoint that somebody has rewritten takes neither time nor memory."""
+    shutil.copytree(trained / "ck", tmp_path / "ck")
+    folder = tmp_path / "ck" / "iter_0000001"
+    config = json.loads((folder / "common.json").read_text())["config"]
+    facts(config=config | {"model": config["model"] | change})(folder)
+    sign(folder)
+    code, out, err = generate(load=tmp_path / "ck")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
