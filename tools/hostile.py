@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
 
@@ -136,6 +136,32 @@ def huge(path: Path) -> None:
     path.write_bytes(b"[" * (2**24 + 1))
 
 
+def pickled(data: bytes) -> Change:
+    """These bytes as .metadata."""
+    return lambda folder: (folder / ".metadata").write_bytes(data)
+
+
+def nested_blocks(depth: int) -> bytes:
+    """Places of blocks, each named by the one before twice: a hash of the last is 2^depth."""
+    index = MetadataIndex("w", torch.Size([0]))
+    for _ in range(depth):
+        outer = object.__new__(MetadataIndex)
+        outer.__dict__.update(fqn=index, offset=index, index=None)
+        index = outer
+    return pickle.dumps(Metadata({}, storage_data=Keyed([(index, 1)])))
+
+
+class Keyed(dict):
+    """A dict to be: pickled with keys that are not hashed here."""
+
+    def __init__(self, entries: list[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self._entries = entries
+
+    def __reduce__(self) -> tuple:
+        return dict, (), None, None, iter(self._entries)
+
+
 WRONG = [None, -1, True, 1.5, "1", [], {}, 2**53, 10**30]
 # Changes of the facts and of where tensors are; the checksums are right afterwards.
 REWRITTEN = {
@@ -210,6 +236,18 @@ REWRITTEN = {
     "metadata of deep tuples": lambda folder: (folder / ".metadata").write_bytes(
         b"\x80\x04)" + b"\x85" * 100_000 + b"."
     ),
+    "a key of deep tuples": pickled(b"\x80\x04})" + b"\x85" * 200_000 + b"K\x01s."),
+    "a key of shared tuples": pickled(
+        b"\x80\x04})\x94" + b"".join(b"h%c\x86\x94" % n for n in range(60)) + b"K\x01s."
+    ),
+    "a block of shared blocks": pickled(nested_blocks(60)),
+    "a layout of deep tuples": pickled(
+        b"\x80\x04\x8c\x13torch.serialization\x8c\x0b_get_layout\x93)"
+        + b"\x85" * 200_000
+        + b"\x85R."
+    ),
+    "a memo for billions": pickled(b"\x80\x04Nr\xff\xff\xff\x7f."),
+    "a long number in a pickle": pickled(b"\x80\x04\x8b\xff\xff\xff\x7f."),
     "metadata cut": lambda folder: os.truncate(folder / ".metadata", 100),
 }
 # Changes of what files are; whoever made them could not, or need not, write right checksums.

@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from fp8lm.checkpoint.pickle_screen import screen
 from fp8lm.errors import InputError
 
 METADATA = ".metadata"
-LARGEST_METADATA = 2**30  # bytes: some million blocks
+LARGEST_METADATA = 2**28  # bytes: about a million blocks
 LONGEST_NAME = 1000
 MOST_DIMS = 16
 MOST_BYTES = 2**60
@@ -52,16 +53,13 @@ _CLASSES = (
         for name in (
             "ChunkStorageMetadata",
             "Metadata",
-            "MetadataIndex",
             "StorageMeta",
             "TensorProperties",
             "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
         )
     ),
     (filesystem.__name__, "_StorageInfo"),
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
 )
 
 
@@ -71,6 +69,7 @@ def parse_metadata(data: bytes) -> Metadata:
     `InputError` if they name anything foreign; other exceptions if they make no sense: shapes and
     blocks that do not fit each other or the bytes that are said to hold them.
     """
+    screen(data)
     found = _Unpickler(io.BytesIO(data)).load()
     if type(found) is not Metadata:
         raise TypeError(f"expected Metadata, found {type(found).__name__}")
@@ -84,6 +83,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
             return super().find_class(module, name)
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) == ("builtins", "getattr"):  # how Python before 3.11.4 pickles an enum
@@ -91,10 +92,38 @@ class _Unpickler(pickle.Unpickler):
         raise InputError(f"refused to load {module}.{name}, which no checkpoint contains")
 
 
-def _enum_member(kind: type[enum.Enum], name: str) -> enum.Enum:
-    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        raise InputError(f"refused to read the attribute {name!r} of {kind!r}")
-    return kind[name]
+class _Index(MetadataIndex):
+    """Is hashed only as the name and offset of a block: other contents may take forever."""
+
+    def __hash__(self) -> int:
+        if type(self.fqn) is not str or type(self.offset) is not torch.Size:
+            raise TypeError("expected the name and offset of a block")
+        return hash((self.fqn, self.offset))
+
+
+def _memory_format(value: Any) -> enum.Enum:
+    if type(value) is not int:
+        raise TypeError("expected the number of a memory format")
+    return metadata._MEM_FORMAT_ENCODING(value)
+
+
+def _enum_member(kind: Any, name: Any) -> enum.Enum:
+    if kind is not _memory_format or type(name) is not str:
+        raise InputError(f"refused to read the attribute {name!r:.100} of {kind!r:.100}")
+    return metadata._MEM_FORMAT_ENCODING[name]
+
+
+def _layout(name: Any) -> torch.layout:
+    if type(name) is not str:
+        raise TypeError("expected the name of a layout")
+    return torch.serialization._get_layout(name)
+
+
+_STAND_INS = {
+    (metadata.__name__, "MetadataIndex"): _Index,
+    (metadata.__name__, "_MEM_FORMAT_ENCODING"): _memory_format,
+    ("torch.serialization", "_get_layout"): _layout,
+}
 
 
 def _name(name: Any) -> str:
@@ -137,7 +166,7 @@ def _dims(size: Any) -> tuple[int, ...]:
 
 def _place(index: Any, where: Any) -> tuple[MetadataIndex, _StorageInfo]:
     """Which block is where, in a file of the checkpoint's own folder."""
-    if type(index) is not MetadataIndex or type(where) is not _StorageInfo:
+    if type(index) is not _Index or type(where) is not _StorageInfo:
         raise TypeError("expected the place of a block")
     path, bounds = where.relative_path, (where.offset, where.length)
     if type(path) is not str or Path(path).name != path or not path.isprintable():
