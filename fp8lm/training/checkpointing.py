@@ -70,7 +70,9 @@ class RunCheckpoints:
         self._config = config = run.config.checkpoint
         self._saver: CheckpointSaver | None = None
         # Of data that may be replaced meanwhile: what this start reads.
-        self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
+        self._made_with: dict[str, Any] = {}
+        if config.save is not None or config.load is not None:
+            self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
         self._locks = RunLocks() if locks is None else locks

@@ -68,7 +68,7 @@ def again(tiny_config, run_distributed, folder, preset, output, ranks=1, *change
         {"train": {"micro_batch_size": 1, "exit_interval": None}},
         *changes,
     )
-    run_distributed(save_again, ranks, config, str(output))
+    run_distributed(save_again, ranks, config, str(output), timeout=120)
     return contents(output)
 
 

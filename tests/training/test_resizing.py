@@ -48,7 +48,7 @@ def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tm
     """64 tokens: 128 rows on one process, 384 on three."""
     one, three, back = (tmp_path / name for name in ("one", "three", "back"))
     train_run(config(save=one))
-    run_distributed(save_again, 3, config(TP3, load=one), str(three))
+    run_distributed(save_again, 3, config(TP3, load=one), str(three), timeout=120)
     for name in TABLES:
         for kind in KINDS:
             stored = tensor(three, f"{kind}.{name}.payload").view(torch.uint8)
@@ -62,7 +62,7 @@ def test_padding_for_three_ranks_and_back(config, train_run, run_distributed, tm
     assert not list(differences(open_checkpoint(one), open_checkpoint(merged)))
     shapes = [stored_tensors(open_checkpoint(place)) for place in (one, merged)]
     assert shapes[0] == shapes[1]
-    run_distributed(save_again, 2, config(load=three), str(back))
+    run_distributed(save_again, 2, config(load=three), str(back), timeout=120)
     assert not list(differences(open_checkpoint(one), open_checkpoint(back)))
 
 
@@ -74,7 +74,9 @@ def test_more_tokens_and_positions_by_key(config, train_run, run_distributed, tm
         train_run(config(LONGER, load=short))
     with pytest.raises(InputError, match=r"has 16 learned positions: set checkpoint.extend_emb"):
         train_run(config(LONGER, {"tokenizer": {"vocab_size": 63}}, load=short))
-    run_distributed(save_again, 1, config(LONGER, load=short, extend=True), str(longer))
+    run_distributed(
+        save_again, 1, config(LONGER, load=short, extend=True), str(longer), timeout=120
+    )
     rows = dict.fromkeys(TABLES, (64, 201)) | {POSITIONS: (16, 32)}
     for name, (old, new) in rows.items():
         for kind in KINDS:
@@ -97,7 +99,9 @@ def test_more_tokens_and_positions_by_key(config, train_run, run_distributed, tm
         )
     ):
         two, parallel = tmp_path / f"two {number}", {"parallel": layout}
-        run_distributed(save_again, 2, config(LONGER, parallel, load=short, extend=True), str(two))
+        run_distributed(
+            save_again, 2, config(LONGER, parallel, load=short, extend=True), str(two), timeout=120
+        )
         assert not list(differences(open_checkpoint(longer), open_checkpoint(two))), layout
 
 
