@@ -1,51 +1,13 @@
 """Pretrain a GPT model in FP8.
 
-python pretrain_gpt.py --config configs/gpt_tiny.yaml [section.key=value ...]
+python pretrain_gpt.py [--config] configs/gpt_tiny.yaml [section.key=value ...]
 """
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
+from fp8lm.pretrain import command, main
 
-from fp8lm.ending import exit_with
-from fp8lm.errors import EXIT_RESTART
-from fp8lm.launch.tether import tie_to_parent
-from fp8lm.runtime.launchers import adopt_launcher
-from fp8lm.runtime.signals import exit_at_second_signal
-
-
-def main(argv: list[str]) -> int:
-    """Read the config, build the run, train it; the exit code."""
-    from fp8lm.config import parse_command_line  # here, so that a missing package is told
-
-    config = parse_command_line(argv)
-    # Imported once the config is known to be good: `--help` and mistakes answer at once.
-    from fp8lm.comm.groups import process_groups, rank_device
-    from fp8lm.comm.launch import Launch
-    from fp8lm.training.build import build, resolve_device
-    from fp8lm.training.run_folders import locked_folders
-    from fp8lm.training.stopping import is_over
-    from fp8lm.training.trainer import Trainer
-
-    adopt_launcher(os.environ)
-    resumes = config.checkpoint.resumes
-    if resumes and is_over(config.train, Launch.from_environment(os.environ)):
-        return EXIT_RESTART  # torchrun has started again what had saved and stopped
-    device = rank_device(resolve_device(config.train.device))
-    parallel = config.parallel
-    with process_groups(
-        device,
-        tensor_parallel=parallel.tensor_model_parallel_size,
-        pipeline_parallel=parallel.pipeline_model_parallel_size,
-        timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-    ) as groups:
-        run = build(config, groups, device)
-        with locked_folders(config, groups) as locks:
-            return Trainer(run, locks).train()
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    tie_to_parent()
-    exit_at_second_signal()
-    exit_with(main)
+    command()

@@ -41,6 +41,14 @@ fp8lm_make_venv() {
     "$base" -m venv --clear "$venv" || fp8lm_fail "cannot make an environment in $venv"
 }
 
+# Print where pip looks for packages, as far as its variables, files and FP8LM_PIP_ARGS say.
+fp8lm_indexes() {
+    local venv=$1 main more
+    main=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
+    more=$(grep -oE '[a-z]+://[^ ]+' <<<"${FP8LM_PIP_ARGS:-} ${PIP_EXTRA_INDEX_URL:-}" || true)
+    echo "${main:-https://pypi.org/simple}${more:+ ${more//$'\n'/ }}"
+}
+
 fp8lm_install() {
     local venv=$1 stamp=$1/fp8lm-installed wanted
     wanted="$(cksum <"$fp8lm_root/pyproject.toml") $fp8lm_root"
@@ -52,6 +60,8 @@ fp8lm_install() {
         echo "no NVIDIA GPU here: PyTorch's much smaller CPU build comes with" \
             "FP8LM_PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'" >&2
     fi
+    # An index that cannot be reached is given up after a second try; one slow answer is not.
+    export PIP_RETRIES=${PIP_RETRIES:-1} PIP_TIMEOUT=${PIP_TIMEOUT:-${PIP_DEFAULT_TIMEOUT:-15}}
     # FP8LM_PIP_ARGS holds several arguments: splitting it is meant. A successful install without
     # any of the lines shown as progress is a success, hence the `|| true` behind grep.
     # shellcheck disable=SC2086
@@ -60,7 +70,8 @@ fp8lm_install() {
         "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
             ${FP8LM_PIP_ARGS:-} --editable "${fp8lm_root}[dev]" |
             { grep --line-buffered -E '^(Collecting|Building|Installing)' || true; } >&2
-    ) || fp8lm_fail "installation failed, see above; FP8LM_PIP_ARGS can name another index"
+    ) || fp8lm_fail "installation from $(fp8lm_indexes "$venv") failed, see above;" \
+        "FP8LM_PIP_ARGS can name another index, PIP_RETRIES and PIP_TIMEOUT are for slow ones"
     echo "$wanted" >"$stamp"
 }
 

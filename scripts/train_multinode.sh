@@ -28,6 +28,8 @@ if [[ $simulated == no ]]; then
   option --nnodes "${NNODES:-${SLURM_NNODES:-${PET_NNODES:-}}}"
   option --node-rank "${NODE_RANK:-${SLURM_NODEID:-}}"
   if [[ -n ${MASTER_ADDR:-} ]]; then
+    # An IPv6 address gets brackets, which set it apart from the port.
+    [[ $MASTER_ADDR != *:*:* || $MASTER_ADDR == \[* ]] || MASTER_ADDR="[$MASTER_ADDR]"
     option --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}"
   else
     option --rdzv-endpoint "${PET_RDZV_ENDPOINT:-}"

@@ -75,6 +75,9 @@ def test_it_works_where_there_is_no_checkout(wheel, tmp_path):
     place = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     where, number = run(sys.executable, "-c", EVERY_MODULE, **place).split()
     assert Path(where).is_relative_to(tmp_path / "site") and int(number) > 80
+    command = str(tmp_path / "site" / "bin" / "fp8lm-config")
+    schema = run(command, "--schema", **place)
+    assert schema == (ROOT / "configs" / "schema.json").read_text()
     schema = run(sys.executable, "-m", "fp8lm.config", "--schema", **place)
     assert schema == (ROOT / "configs" / "schema.json").read_text()
 

@@ -21,7 +21,7 @@ class _Parser(CommandParser):
 
 
 def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") -> Config:
-    """Read `--config FILE.yaml section.key=value ...`; `--help` prints all keys and exits with 0.
+    """Read `[--config] FILE.yaml section.key=value ...`; `--help` prints all keys and exits with 0.
 
     Raises `InputError` for anything that is not a valid config.
     """
@@ -31,11 +31,19 @@ def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") ->
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         raise InputError(explain_options(argv, unknown, f"{program} --help"))
-    if not options.config:
-        first = next(iter(options.overrides), "")
-        meant = first if first.endswith((".yaml", ".yml")) else "FILE.yaml"
-        raise InputError(f"no config: {program} --config {meant}, for one of those in configs/")
-    return load_config(options.config, options.overrides)
+    config, overrides = config_and_overrides(options.config, options.overrides)
+    if not config:  # an empty argument is a shell's variable that is not set
+        raise InputError(f"no config: {program} --config FILE.yaml, for one of those in configs/")
+    return load_config(config, overrides)
+
+
+def config_and_overrides(
+    config: str | None, arguments: Sequence[str]
+) -> tuple[str | None, list[str]]:
+    """The file of the config, which may also be the first of `arguments`, and the overrides."""
+    if config is None and arguments and "=" not in arguments[0]:
+        return arguments[0], list(arguments[1:])
+    return config, list(arguments)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from typing import NoReturn
 
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding, judge, problems
@@ -48,5 +49,10 @@ def _remark(finding: Finding) -> str:
     return "see the error" if finding.status == "problem" else finding.remark  # on stderr
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run it as this process's command."""
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    command()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from fp8lm.errors import run_command
 from fp8lm.launch.main import main
 
-if __name__ == "__main__":
+
+def command() -> NoReturn:
+    """Run it as this process's command."""
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    command()

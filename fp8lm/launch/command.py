@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fp8lm.errors import InputError
 from fp8lm.launch.options import GRACE, Options
 from fp8lm.runtime.addresses import INTERFACES, interface_of, is_loopback
 
@@ -40,7 +39,7 @@ def torchrun_arguments(
     if options.log_dir is not None:
         arguments += [f"--log-dir={_log_dir(options, name)}", "--redirects=3", "--tee=3"]
         arguments.append("--local-ranks-filter=0")
-    return [*arguments, training_script(), "--config", options.config, *options.overrides]
+    return [*arguments, *training_program(), "--config", options.config, *options.overrides]
 
 
 def _rendezvous(options: Options, conf: Mapping[str, int]) -> list[str]:
@@ -118,10 +117,13 @@ def _word(argument: str) -> str:
     return shlex.quote(argument)
 
 
-def training_script() -> str:
-    """`pretrain_gpt.py` beside the package, relative to the current folder where it is below it."""
+def training_program() -> list[str]:
+    """`pretrain_gpt.py` beside the package, relative to the current folder where it is below it.
+
+    The module of the same program where there is no checkout.
+    """
     script = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
     if not script.exists():
-        raise InputError(f"{script} does not exist: start from a checkout of the project")
+        return ["--module", "fp8lm.pretrain"]
     here = Path.cwd()
-    return str(script.relative_to(here) if script.is_relative_to(here) else script)
+    return [str(script.relative_to(here) if script.is_relative_to(here) else script)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8lm.arguments import number_type
+from fp8lm.config.command_line import config_and_overrides
 from fp8lm.config.options import explain_options
 from fp8lm.errors import CommandParser, InputError
 from fp8lm.launch.values import (
@@ -54,9 +55,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     given, unknown = _parser().parse_known_intermixed_args(list(argv))
     if unknown:
         raise InputError(explain_options(argv, unknown, f"{PROGRAM} --help"))
-    config, overrides = given.config, list(given.overrides)
-    if config is None and overrides and "=" not in overrides[0]:
-        config = overrides.pop(0)
+    config, overrides = config_and_overrides(given.config, given.overrides)
     if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
     if given.all_ranks and not given.dry_run:

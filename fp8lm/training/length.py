@@ -15,7 +15,7 @@ def check_batches(config: Config, replicas: int) -> None:
     if train.global_batch_size % share:
         raise InputError(
             f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}: use a "
-            f"multiple of {share}, or another number of processes"
+            f"multiple of {share}, {_fitting(train, replicas)}or another number of processes"
         )
     stages = config.parallel.pipeline_model_parallel_size
     if config.parallel.num_chunks(config.model.num_layers) > 1:
@@ -31,6 +31,13 @@ def check_batches(config: Config, replicas: int) -> None:
             f"train.rampup_batch_size = {list(train.rampup_batch_size)}: start and increment must "
             f"be multiples of {of}"
         )
+
+
+def _fitting(train: TrainConfig, replicas: int) -> str:
+    """The largest smaller micro-batch that divides the batch, as a cure; empty without one."""
+    each, rest = divmod(train.global_batch_size, replicas)
+    sizes = [] if rest else [n for n in range(1, train.micro_batch_size) if each % n == 0]
+    return f"train.micro_batch_size={sizes[-1]}, " if sizes else ""
 
 
 def dataset_sizes(

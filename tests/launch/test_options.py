@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args
 
+import fp8lm.launch.command
 from fp8lm.errors import InputError
 from fp8lm.launch.command import TIMEOUT, command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.main import main
@@ -108,6 +109,14 @@ def test_variables(monkeypatch):
     timeout = parse_options([CONFIG, "--shutdown-timeout=600"])
     assert torchrun_environment(timeout)[TIMEOUT] == "600"
     assert torchrun_environment(parse_options([CONFIG]))["OMP_NUM_THREADS"] == "4"
+
+
+def test_without_a_checkout_the_module_is_started(tmp_path, monkeypatch):
+    installed = tmp_path / "site-packages/fp8lm/launch/command.py"
+    monkeypatch.setattr(fp8lm.launch.command, "__file__", str(installed))
+    args = torchrun(CONFIG, "a.b=1")
+    assert args.module and args.training_script == "fp8lm.pretrain"
+    assert args.training_script_args == ["--config", CONFIG, "a.b=1"]
 
 
 def test_one_machine_in_a_pod_of_several(monkeypatch):

@@ -16,7 +16,7 @@ from fp8lm.launch.options import GRACE, parse_options
 from fp8lm.launch.preflight import check_run
 from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 
-NAMES = ("train.sh", "train_multinode.sh", "slurm.sbatch", "quickstart.sh")
+NAMES = ("_env.sh", "train.sh", "train_multinode.sh", "slurm.sbatch", "quickstart.sh")
 SCRIPTS = [ROOT / "scripts" / name for name in NAMES]
 ECHO = '#!/usr/bin/env bash\n[[ $1 == - ]] && exit 0\nshift 2\nprintf "%s\\n" "$@"\n'
 
@@ -133,6 +133,10 @@ def test_an_empty_config(tmp_path):
                 "--rdzv-id=7-3",
                 "--nproc-per-node=8",
             ],
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "fe80::1"},
+            ["--nnodes=2", "--rdzv-endpoint=[fe80::1]:29400"],
         ),
         (
             {"PET_NNODES": "2:2", "PET_RDZV_ENDPOINT": "w-0:1", "PET_MAX_RESTARTS": "10"}
