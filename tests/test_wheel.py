@@ -54,7 +54,11 @@ def test_contents(wheel):
     assert wheel.name == f"fp8lm-{fp8lm.__version__}-py3-none-any.whl"
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fp8lm").rglob("*.py")}
-    assert names == sources | {"fp8lm/py.typed"}
+    data = f"fp8lm-{fp8lm.__version__}.data/data/share/fp8lm/"
+    configs = {
+        data + str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*") if p.is_file()
+    }
+    assert names == sources | {"fp8lm/py.typed"} | configs
 
 
 @pytest.mark.slow
@@ -75,9 +79,8 @@ def test_it_works_where_there_is_no_checkout(wheel, tmp_path):
     place = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     where, number = run(sys.executable, "-c", EVERY_MODULE, **place).split()
     assert Path(where).is_relative_to(tmp_path / "site") and int(number) > 80
-    command = str(tmp_path / "site" / "bin" / "fp8lm-config")
-    schema = run(command, "--schema", **place)
-    assert schema == (ROOT / "configs" / "schema.json").read_text()
+    command, tiny = "site/bin/fp8lm-launch", "site/share/fp8lm/configs/gpt_tiny.yaml"
+    assert "--module fp8lm.pretrain" in run(tmp_path / command, "--dry-run", tiny, **place)
     schema = run(sys.executable, "-m", "fp8lm.config", "--schema", **place)
     assert schema == (ROOT / "configs" / "schema.json").read_text()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import sysconfig
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = _load(_read_text(path))
     except FileNotFoundError as error:
-        raise InputError(f"config file {path} does not exist") from error
+        installed = Path(sysconfig.get_path("data"), "share", "fp8lm", "configs")
+        where = f": the project's are in {installed}" if installed.is_dir() else ""
+        raise InputError(f"config file {path} does not exist{where}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"config file {path} cannot be read: {reason}") from error

@@ -13,6 +13,7 @@ that 2 is final, so what can be checked is checked before: see `preflight`.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,6 +35,7 @@ from torch.distributed.run import parse_args
 
 from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
+from fp8lm.launch.lost_link import watch_meeting
 from fp8lm.launch.tether import tie_children, tie_to_parent
 from fp8lm.runtime.streams import complain
 
@@ -60,6 +63,7 @@ def _leave_nohup(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _run(arguments: Sequence[str], ends: Path) -> int:
+    _watch_link(arguments, ends)
     for number in WARNINGS:  # until torchrun has workers, and handlers of its own
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
@@ -77,6 +81,23 @@ def _run(arguments: Sequence[str], ends: Path) -> int:
         complain(f"error: {_describe_parting(error, where, started)}")
         return 1
     return 0
+
+
+def _watch_link(arguments: Sequence[str], ends: Path) -> None:
+    parsed = parse_args(list(arguments))
+    if parsed.nnodes == "1":
+        return
+
+    def leave() -> None:
+        where = f"the connection to {parsed.rdzv_endpoint} is lost"
+        complain(f"error: {where}: this machine or the one there is cut off")
+        shutil.rmtree(ends, ignore_errors=True)
+        os._exit(1)  # torchrun does not listen: it waits for an answer
+
+    def is_idle() -> bool:
+        return any(ends.iterdir()) and not psutil.Process().children()
+
+    watch_meeting(parsed.rdzv_endpoint, is_idle, leave)
 
 
 def _run_deaf_at_the_end(arguments: Sequence[str]) -> None:
