@@ -18,6 +18,8 @@ SHARED_MEMORY = "/dev/shm"
 _NO_SHARED_MEMORY = re.compile(r"unable to (\w+ shared memory|resize file </torch_)")
 _WORKER_KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)\.")
 _WORKER_EXITED = re.compile(r"DataLoader worker \(pid\S* ([\d, ]+)\) exited unexpectedly")
+# What gloo and NCCL say of a rank that has ended, to those that wait for it.
+_PEER_LOST = re.compile(r"Connection (closed|reset) by peer|remote process exited")
 _OF_A_FILE = {
     errno.EACCES,
     errno.EDQUOT,
@@ -53,6 +55,8 @@ def describe_fault(error: BaseException) -> str | None:
                 f"cannot start another process or thread{_place(cause.__traceback__)}: "
                 f"ulimit -u is {limit}; or the limit of the container or job"
             )
+    if isinstance(error, RuntimeError) and (lost := _PEER_LOST.search(str(error))):
+        return f"lost another rank ({lost[0]}), whose own message says why it ended"
     if isinstance(error, OSError) and error.errno in _OF_A_FILE:
         what = error.filename if error.filename is not None else "standard output, or a file"
         return f"{what}: {error.strerror}{_place(error.__traceback__)}"

@@ -39,6 +39,7 @@ FAULTS = {
     "files, C++": (RuntimeError("epoll_create: Too many open files"), "ulimit -n"),
     "processes": (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
     "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
+    "another rank": (RuntimeError("gloo: Connection closed by peer [::1]:9"), "lost another rank"),
     "disk": (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "runs/x: No space"),
     "folder": (PermissionError(errno.EACCES, "Permission denied", "runs"), "runs: Permission"),
 }

@@ -43,7 +43,10 @@ class ControlTokens:
     def encode(self, text: str, parse_special_tokens: bool) -> list[int]:
         """Token ids; `InputError` where the rule cannot be kept."""
         self._fast.encode_special_tokens = not parse_special_tokens
-        ids = self._fast.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._fast.encode(text, add_special_tokens=False).ids
+        except Exception as err:  # the package raises plain Exception
+            raise InputError(f"the tokenizer cannot encode the text: {err}") from None
         if parse_special_tokens:
             if named := [token for token in sorted(self._absent) if token in text]:
                 raise InputError(f"the text holds control token {named[0]!r}, which has no id")

@@ -34,6 +34,8 @@ class Sidecar(BaseModel):
 def read_sidecar(prefix: str) -> Sidecar | None:
     """The sidecar of token files, None where there is none; `InputError` if it is unreadable."""
     path = Path(prefix + ".json")
+    if path.exists() and not path.is_file():  # reading a pipe would wait
+        raise InputError(f"{path} is not a regular file: remove it or preprocess again")
     try:
         return Sidecar.model_validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -122,11 +122,13 @@ class NullTokenizer:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as err:
-            raise InputError(f"NullTokenizer reads whitespace-separated integers: {err}") from None
+            raise InputError(
+                f"NullTokenizer reads whitespace-separated integers: {str(err)[:100]}"
+            ) from None
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise InputError(
-                    f"NullTokenizer: id {token} is outside 0 .. {self.vocab_size - 1}: "
+                    f"NullTokenizer: id {str(token)[:20]} is outside 0 .. {self.vocab_size - 1}: "
                     "raise vocab_size"
                 )
         return ids

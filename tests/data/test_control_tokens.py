@@ -77,3 +77,11 @@ def test_settings_are_read_in_transformers_order(hub_folder, bpe):
     assert load_tokenizer("HuggingFaceTokenizer", str(hub_folder)).eod == bpe.token_to_id("<stop>")
     write_config(hub_folder, eos_token="<|endoftext|>", added_tokens_decoder={})
     assert load_tokenizer("HuggingFaceTokenizer", str(hub_folder)).eod == 0
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_an_input_error(tmp_path):
+    fast = FastTokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="?"))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    with pytest.raises(InputError, match="cannot encode"):
+        tokenizer.tokenize("b")

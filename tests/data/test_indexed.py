@@ -107,12 +107,24 @@ def test_data_of_another_tokenizer_is_refused(write_documents, tokenizer):
         check_tokenizer(data, tokenizer)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tokenizer": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"tokenizer": 3}', '{"a": ' * 100_000, '{"tokenizer": {}, "max_id": "9"}'],
+    ids=range(6),
+)
 def test_an_unreadable_sidecar_is_named(write_documents, tokenizer, content):
     prefix = write_documents(DOCUMENTS)
     Path(prefix + ".json").write_text(content)
     with pytest.raises(InputError, match=r"P\.json"):
         check_tokenizer(inspect_indexed(prefix), tokenizer)
+
+
+def test_a_sidecar_that_is_a_pipe_is_not_waited_for(write_documents):
+    prefix = write_documents(DOCUMENTS)
+    os.remove(prefix + ".json")
+    os.mkfifo(prefix + ".json")
+    with pytest.raises(InputError, match=r"P\.json is not a regular file"):
+        inspect_indexed(prefix)
 
 
 @pytest.mark.parametrize(("largest", "fits"), [(50, True), (51, False)])
