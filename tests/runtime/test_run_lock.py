@@ -160,6 +160,7 @@ def test_from_another_host_a_silent_run_is_waited_for_and_taken_over(tmp_path):
     second.locks.verify()
     # It was suspended, and wakes up.
     first.locks.heartbeat()
+    assert json.loads((tmp_path / NAME).read_text())["token"] == second.here.token
     assert first.locks.lost and not first.locks.held()
     with pytest.raises(LockLost) as lost:
         first.locks.verify()
@@ -182,6 +183,21 @@ def test_a_replaced_container_of_the_same_name_may_still_run(tmp_path):
     container = {"pid_namespace": "pid:[1]", "machine_id": "of the image"}
     Party(tmp_path, boot_id="of another machine", **container).take()
     assert Party(tmp_path, **container).take().clock.now >= TIMING.patience
+
+
+def test_a_rival_that_is_a_moment_quicker_wins(tmp_path, gone):
+    """It found the former lock stale as well, and has moved the new one out of its way."""
+    rival = Party(tmp_path)
+
+    def come_first(_):
+        (tmp_path / NAME).unlink()
+        rival.take()
+
+    Party(tmp_path, **gone).take()
+    second = Party(tmp_path, come_first)
+    with pytest.raises(FolderInUse):
+        second.take()
+    rival.locks.verify()
 
 
 def test_a_lock_that_goes_while_it_is_watched_is_free(tmp_path):
