@@ -61,6 +61,10 @@ class CommandParser(argparse.ArgumentParser):
     `--option=~/FILE` means what `--option ~/FILE` does: only the latter is expanded by shells.
     """
 
+    def option_names(self) -> list[str]:
+        """All options, as they are written: `--config`."""
+        return list(self._option_string_actions)
+
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:

@@ -30,7 +30,7 @@ def parse_command_line(argv: Sequence[str], program: str = "pretrain_gpt.py") ->
     parser.add_argument("overrides", nargs="*")
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        raise InputError(explain_options(argv, unknown, f"{program} --help"))
+        raise InputError(explain_options(argv, unknown, parser))
     config, overrides = config_and_overrides(options.config, options.overrides)
     if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {program} --config FILE.yaml, for one of those in configs/")

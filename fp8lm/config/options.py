@@ -5,24 +5,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from fp8lm.config.keys import Key, find_key, list_keys, suggest
+from fp8lm.config.keys import NEAR, Key, find_key, list_keys, suggest
 from fp8lm.config.megatron_keys import RENAMED, megatron_advice
+from fp8lm.errors import CommandParser
 
 
-def explain_options(argv: Sequence[str], unknown: Sequence[str], help_command: str) -> str:
+def explain_options(argv: Sequence[str], unknown: Sequence[str], parser: CommandParser) -> str:
     """Say of every option in `unknown` what to write in its place, with its values in `argv`.
 
-    Those for which there is a key are given together, ready to be copied.
+    Those for which there is a key are given together, ready to be copied. `parser` is the one that
+    does not know them.
     """
     keys = list_keys()
     options = [option for option in unknown if _is_option(option)] or list(unknown[:1])
     written, explained = {}, []
     for option in dict.fromkeys(options):
-        override = _as_override(argv, option, keys)
-        if override is not None:
+        if (meant := _near_option(option, parser.option_names())) is not None:
+            explained.append(f"unknown option {option}: did you mean {meant}?")
+        elif (override := _as_override(argv, option, keys)) is not None:
             written[option] = override
         else:
-            explained.append(f"unknown option {option}: {_advice(option, keys, help_command)}")
+            explained.append(f"unknown option {option}: {_advice(option, keys, parser.prog)}")
     if written:
         plural = "s" if len(written) > 1 else ""
         told = f"unknown option{plural} {', '.join(written)}: write {' '.join(written.values())}"
@@ -69,14 +72,18 @@ def _as_override(argv: Sequence[str], option: str, keys: dict[str, Key]) -> str 
     return f"{key}={values[0] if values else _any_value(keys[key])}"
 
 
-def _advice(option: str, keys: dict[str, Key], help_command: str) -> str:
-    if option.startswith("-c") and not option.startswith("--"):
-        return "write --config FILE"
+def _near_option(option: str, known: Sequence[str]) -> str | None:
+    """Which of the `known` options is spelled like `option`, with underscores or a slip in it."""
+    name = "--" + _flag(option.lstrip("-").partition("=")[0]).replace("_", "-")
+    if name in ("--c", "--cfg", "--conf", "--config-file", "--config-path"):
+        return "--config"
+    return next(iter(difflib.get_close_matches(name, known, 1, NEAR)), None)
+
+
+def _advice(option: str, keys: dict[str, Key], program: str) -> str:
     name = _flag(option.lstrip("-").partition("=")[0])
-    if difflib.get_close_matches(name.replace("_", ""), ["config", "configfile"], 1):
-        return "did you mean --config?"
     told = megatron_advice(name) or suggest(name, keys)
-    return told if not told.startswith("the sections are") else f"see {help_command}"
+    return told if not told.startswith("the sections are") else f"see {program} --help"
 
 
 def _values_after(argv: Sequence[str], option: str) -> list[str]:

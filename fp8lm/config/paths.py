@@ -14,8 +14,8 @@ from fp8lm.errors import InputError
 _IS_PATH = "names a file or a folder"
 PathText = Annotated[str, Strict(), Field(min_length=1), _IS_PATH]
 
-# $NAME, ${NAME}; what else begins with a brace is a shell's, or not closed.
-_VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*\}?)|(?P<plain>[A-Za-z_]\w*))")
+# $NAME, ${NAME}; what else begins with a brace, or a command with a parenthesis, is a shell's.
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*\}?)|(?P<plain>[A-Za-z_]\w*)|(?P<command>\(.*))")
 
 
 def expand(text: str, what: str) -> str:
@@ -35,11 +35,11 @@ def expand(text: str, what: str) -> str:
 
 
 def _value(match: re.Match[str], what: str) -> str:
-    name = match["plain"] or match["braced"].removesuffix("}")
-    if match["plain"] is None and not re.fullmatch(r"[A-Za-z_]\w*\}", match["braced"]):
+    name = match["plain"] or (match["braced"] or "").removesuffix("}")
+    if match[0] not in (f"${name}", f"${{{name}}}") or not name.isidentifier():
         raise InputError(f"{what}: {match[0]!r} is not $NAME or ${{NAME}}")
     value = os.environ.get(name)
-    if not value:
+    if not (value or "").strip():
         state = "is not set" if value is None else "is empty"
         raise InputError(f"{what}: the variable {name} of the environment {state}")
     return value

@@ -52,9 +52,10 @@ class Options:
 
 def parse_options(argv: Sequence[str]) -> Options:
     """Read the command line; InputError for what makes no sense. `--help` exits with 0."""
-    given, unknown = _parser().parse_known_intermixed_args(list(argv))
+    parser = _parser()
+    given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        raise InputError(explain_options(argv, unknown, f"{PROGRAM} --help"))
+        raise InputError(explain_options(argv, unknown, parser))
     config, overrides = config_and_overrides(given.config, given.overrides)
     if not config:  # an empty argument is a shell's variable that is not set
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
@@ -117,7 +118,7 @@ def _check_simulated(given: argparse.Namespace) -> None:
             )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         prog=PROGRAM,
         usage=USAGE,

@@ -30,6 +30,9 @@ NO_CONFIG = [
 
 OPTIONS = [
     launch("--train.seed=3", says="unknown option --train.seed=3: write train.seed=3"),
+    launch("--nproc_per_node", "2", says="--nproc_per_node: did you mean --nproc-per-node?"),
+    launch("--dryrun", says="unknown option --dryrun: did you mean --dry-run?"),
+    launch("--micro-batch-size", "2", says="write train.micro_batch_size=2"),
     launch("--nodes", "3", says="unknown option --nodes"),
     launch("--nnodes", says="--nnodes: expected one argument; see python -m fp8lm.launch --help"),
     launch("--nnodes=0", says="'0' is not a number of at least 1"),

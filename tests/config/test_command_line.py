@@ -69,7 +69,7 @@ def test_key_in_words(path, type_text, default):
         (["--confg", "x.yaml"], "unknown option --confg: did you mean --config?"),
         (["--config", "x.yaml", "--train.seed", "3"], "--train.seed: write train.seed=3"),
         (["--config", "x.yaml", "--seed=3", "--eval-iters", "0"], "seed=3 train.eval_iters=0"),
-        (["-c", "x.yaml"], "unknown option -c: write --config FILE"),
+        (["-c", "x.yaml"], "unknown option -c: did you mean --config?"),
         (["--config", "x.yaml", "--optimizer", "adam"], "--optimizer: not needed here"),
         (["--config", "x.yaml", "-v"], "unknown option -v: see pretrain_gpt.py --help"),
         (["--config="], "no config: pretrain_gpt.py --config FILE.yaml"),

@@ -104,6 +104,7 @@ def test_configs_of_checkpoints_are_taken_as_they_are(content):
         ("~nobody_of_that_name/ck", "no|user 'nobody_of_that_name'.*write ./~nobody_of_that_name"),
         ("${SCRATCH:-/tmp}/ck", "is not \\$NAME or"),
         ("${SCRATCH/ck", "is not \\$NAME or"),
+        ("$(pwd)/ck", "is not \\$NAME or"),
         ("${}/ck", "is not \\$NAME or"),
     ],
 )
