@@ -36,7 +36,14 @@ from fp8lm.runtime.run_lock import RunFolder, running_here
 
 ROOT = Path(__file__).resolve().parents[1]
 # Measurements of time and memory differ between any two runs.
-MEASURED = ("iteration-time", "throughput", "tokens-per-second", "memory/rss", "memory/rss_peak")
+MEASURED = (
+    "iteration-time",
+    "throughput",
+    "tokens-per-second",
+    "timestamp",
+    "memory/rss",
+    "memory/rss_peak",
+)
 POLL = 0.002
 PATIENCE = 600.0
 

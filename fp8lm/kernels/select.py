@@ -23,6 +23,14 @@ def select_kernels(device: torch.device) -> ReferenceKernels:
     )
 
 
+def describe_kernels(device: torch.device) -> str:
+    """The name of those for `device`, and why they are chosen."""
+    if device.type == "cpu":
+        return "PyTorch with FP8 emulated exactly, as on every CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor})"
+
+
 def kernels_for_cpu() -> ReferenceKernels:
     """Eager PyTorch."""
     return ReferenceKernels()

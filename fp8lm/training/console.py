@@ -84,7 +84,7 @@ def training_line(values: Mapping[str, float], total: int, when: datetime | None
         f" [{when:%Y-%m-%d %H:%M:%S}] iteration {values['iteration']:8d}/{total:8d}",
         f"consumed samples: {values['consumed_samples']:6d}",
         f"elapsed time per iteration (ms): {values['iteration-time'] * MILLISECONDS:.1f}",
-        f"throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {_three_digits(values['throughput'])}",
         f"learning rate: {values['learning-rate']:.4E}",
         f"global batch size: {values['batch-size']:5d}",
         f"lm loss: {values['lm loss']:.4E}",
@@ -93,6 +93,13 @@ def training_line(values: Mapping[str, float], total: int, when: datetime | None
         f"number of nan iterations: {values['nan iterations']:3d}",
     )
     return " | ".join(parts) + " |"
+
+
+def _three_digits(value: float) -> str:
+    """Megatron's one decimal, or more of them for three digits of a small number."""
+    if not 0.0 < abs(value) < math.inf:
+        return f"{value:.1f}"
+    return f"{value:.{max(1, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def evaluation_line(split: str, iteration: int, loss: float) -> str:

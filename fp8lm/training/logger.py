@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ class TrainLogger:
         if not self._run.may_write():
             return
         if self._file is not None:
-            self._file.write(values)
+            self._file.write({**values, "timestamp": time.time()})
         numbers = {key: value for key, value in values.items() if key != "iteration"}
         for tracker in self._trackers:
             tracker.log(numbers, values["iteration"])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.errors import InputError
+from fp8lm.training.banner import banner
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
 from fp8lm.training.length import end_of_run
@@ -49,6 +50,9 @@ class Reporter:
         )
         self._peak = peak_of(config.precision.gemm, run.device)
         linear = linear_weights(run.weights)
+        num_parameters = _count_parameters(run)
+        for line in banner(run, num_parameters):
+            self._logger.log_text(line)
         self._logger.log_text(describe_state(run.optimizer, linear))
         if self._peak is not None:
             self._logger.log_text(f" MFU is the share of {self._peak}")
@@ -56,7 +60,7 @@ class Reporter:
         held = state_bytes(run.optimizer, padding=padding)
         per_parameter = bytes_per_parameter(run.optimizer, list(run.weights), padding)
         self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
-            "parameters": _count_parameters(run),
+            "parameters": num_parameters,
             "state_bytes_per_parameter": per_parameter,
             "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
         }

@@ -22,6 +22,7 @@ from fp8lm.training.evaluation import (
     run_batches,
 )
 from fp8lm.training.events import StepNumbers
+from fp8lm.training.going_on import command_to_go_on, describe_interruption
 from fp8lm.training.length import is_over
 from fp8lm.training.progress import Progress, Stopwatch, Window
 from fp8lm.training.report import Reporter
@@ -54,8 +55,18 @@ class Trainer:
     def train(self) -> int:
         """Train to the end, or to where something asks to stop; saves before returning.
 
-        Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop.
+        Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop. A
+        KeyboardInterrupt saves nothing, and says what there is.
         """
+        try:
+            return self._train()
+        except KeyboardInterrupt as interrupt:
+            config, iteration = self.run.config.checkpoint, self.progress.iteration
+            launch = Launch.from_environment(os.environ)
+            interrupt.args = (describe_interruption(config, launch, iteration),)
+            raise
+
+    def _train(self) -> int:
         run, config = self.run, self.run.config.train
         launch = Launch.from_environment(os.environ)
         with ExitStack() as stack:
@@ -88,7 +99,8 @@ class Trainer:
         if checkpoint.save is None:
             where += "; nothing is saved without checkpoint.save"
         elif not checkpoint.resumes:
-            where += f"; to go on set checkpoint.load={checkpoint.save}"
+            launch = Launch.from_environment(os.environ)
+            where += f"; to go on: {command_to_go_on(checkpoint, launch)}"
         self._say(f" {describe(self._stop)}: {where}")
         return exit_code(self._stop, checkpoint.resumes)
 

@@ -73,7 +73,7 @@ def launch(tmp_path):
 
 def reports(folder):
     """All that a run reported and that does not measure time or memory."""
-    timing = {"iteration-time", "throughput", "tokens-per-second"}
+    timing = {"iteration-time", "throughput", "tokens-per-second", "timestamp"}
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
         {key: v for key, v in json.loads(line).items() if key not in timing and "memory" not in key}

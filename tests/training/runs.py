@@ -57,7 +57,7 @@ def read(folder):
 
 def curve(folder):
     """All that is reported and does not measure time or memory."""
-    timing = {"iteration-time", "throughput", "tokens-per-second"}
+    timing = {"iteration-time", "throughput", "tokens-per-second", "timestamp"}
     return [
         {key: v for key, v in line.items() if key not in timing and "memory" not in key}
         for line in read(folder)

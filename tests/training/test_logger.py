@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import time
 from datetime import datetime
 
 import pytest
@@ -31,7 +32,10 @@ def log(folder, iterations, first=0, **keys):
 
 
 def read(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """What was reported, without the time of it, which is that of this test."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(time.time() - 60 < line.pop("timestamp") <= time.time() for line in lines)
+    return lines
 
 
 def test_training_line():
@@ -41,6 +45,15 @@ def test_training_line():
         "learning rate: 1.0000E-04 | global batch size:   256 | lm loss: 3.1415E+00 | "
         "grad norm: 0.512 | number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(612.03, "612.0"), (1.25, "1.25"), (0.000123456, "0.000123"), (0.0, "0.0")],
+)
+def test_a_small_throughput_keeps_three_digits(value, shown):
+    line = training_line({**VALUES, "throughput": value}, 1000)
+    assert f"(TFLOP/s/GPU): {shown} |" in line
 
 
 def test_other_lines():

@@ -14,7 +14,7 @@ from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.checkpoint.tensors import file_size_limit
 from tests.training.runs import curve, train
 
-TIMING = {"iteration-time", "throughput", "tokens-per-second"}
+TIMING = {"iteration-time", "throughput", "tokens-per-second", "timestamp"}
 
 VARIANTS = {
     "o3": {"precision": {"preset": "o3"}},

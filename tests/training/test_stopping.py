@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -11,8 +12,9 @@ import torch.distributed as dist
 
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.launch import Launch
-from fp8lm.config import TrainConfig
-from fp8lm.errors import EXIT_RESTART
+from fp8lm.config import CheckpointConfig, TrainConfig
+from fp8lm.errors import EXIT_INTERRUPTED, EXIT_RESTART, run_command
+from fp8lm.training.going_on import command_to_go_on
 from fp8lm.training.stopping import (
     TIME_IS_OVER,
     StopRequests,
@@ -128,3 +130,62 @@ def test_the_end_of_time(tiny_config, run_distributed, tmp_path):
     )
     assert run_distributed(train_and_kill, 2, config, 0, 99, 0) == [(EXIT_RESTART, 1)] * 2
     assert latest_iteration(tmp_path) == 1
+
+
+def interrupt_at(iteration):
+    """For `train_run`: Ctrl-C before step `iteration`."""
+
+    def prepare(trainer):
+        step = trainer._step
+
+        def interrupted(batches):
+            if trainer.progress.iteration + 1 == iteration:
+                raise KeyboardInterrupt
+            return step(batches)
+
+        trainer._step = interrupted
+
+    return prepare
+
+
+def test_ctrl_c_says_what_there_is_and_how_to_go_on(tiny_config, train_run, tmp_path, capsys):
+    folder = str(tmp_path / "ck")
+    config = tiny_config({"checkpoint": {"save": folder, "save_interval": 4}})
+    assert run_command(lambda argv: train_run(config, interrupt_at(7)), []) == EXIT_INTERRUPTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted: after iteration 6; the last checkpoint is of iteration 4")
+    assert f"in {folder} (2 iterations lost)" in line
+    assert line.endswith(f" checkpoint.load={folder}")
+
+
+def test_ctrl_c_with_nothing_saved(tiny_config, train_run, tmp_path, capsys):
+    run_command(lambda argv: train_run(tiny_config(), interrupt_at(3)), [])
+    assert "nothing is saved without checkpoint.save" in capsys.readouterr().err
+    config = tiny_config({"checkpoint": {"save": str(tmp_path / "ck")}})
+    run_command(lambda argv: train_run(config, interrupt_at(3)), [])
+    assert "after iteration 2; there is no checkpoint in" in capsys.readouterr().err
+
+
+def test_the_command_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a b"])
+    resumes = CheckpointConfig(save=str(tmp_path), load=str(tmp_path))
+    assert command_to_go_on(resumes, Launch()) == "python train.py 'a b'"
+    assert command_to_go_on(resumes, Launch(by_launcher=True)) == "the same command"
+    other = CheckpointConfig(save=str(tmp_path))
+    more = f"checkpoint.load={tmp_path}"
+    assert command_to_go_on(other, Launch()) == f"python train.py 'a b' {more}"
+    assert command_to_go_on(other, Launch(by_launcher=True)) == f"the same command with {more}"
+
+
+def test_a_lost_terminal_stops_a_run_unless_nohup_says_otherwise():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.reason == 0.0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.reason == float(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, former)

@@ -22,6 +22,7 @@ REPORTED = {
     "grad-norm",
     "params-norm",
     "throughput",
+    "timestamp",
     "iteration-time",
     "skipped iterations",
     "nan iterations",
@@ -55,6 +56,19 @@ def all_state(trainer):
     run = trainer.run
     tensors = model_tensors(run.weights) | optimizer_tensors(run.optimizer)
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_a_run_opens_with_model_machine_batch_and_folders(
+    tiny_config, train_run, read_metrics, tmp_path, capsys
+):
+    folders = {"checkpoint": {"save": str(tmp_path / "ck")}, "logging": {"dir": str(tmp_path)}}
+    train_run(tiny_config(folders))
+    opening = capsys.readouterr().out.partition("validation loss")[0]
+    parameters = next(line["parameters"] for line in read_metrics(tmp_path) if "lm loss" in line)
+    for text in (f"{parameters:,} parameters", "CPU", "TP 1, PP 1, DP 1", "kernels: ", "64 tokens"):
+        assert text in opening
+    assert f"checkpoint.save={tmp_path / 'ck'}" in opening
+    assert f"logging.dir={tmp_path}" in opening
 
 
 def test_metrics_have_every_promised_key(tiny_config, train_run, read_metrics, tmp_path):
