@@ -102,7 +102,7 @@ def _variables(tasks: Tasks, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_task_of_step(environment: Mapping[str, str]) -> bool:
-    if not environment.get("SLURM_PROCID") or environment.get("SLURM_PTY_PORT"):
+    if not environment.get("SLURM_PROCID"):
         return False
     step = environment.get("SLURM_STEP_ID", "")
     if step.isdecimal():

@@ -44,6 +44,8 @@ def adopted(environment):
     [
         (SRUN, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
         (SRUN | WHERE, Launch(2, 3, 0, 1, True, 3), "node1", "29500"),
+        # In a shell of salloc, whose own variables srun passes on.
+        (SRUN | {"SLURM_PTY_PORT": "4"}, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
         (
             SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
             Launch(1, 3, 1, 2, True, 2),
