@@ -59,9 +59,15 @@ class TikTokenizer:
         return identify("TikTokenizer", self.vocab_size, self.eod, [content], used)
 
     def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]:
-        if parse_special_tokens:
-            return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+        try:
+            if parse_special_tokens:
+                return self._encoding.encode(text, allowed_special="all")
+            return self._encoding.encode_ordinary(text)
+        except BaseException as err:
+            # A panic of its Rust code, as on millions of spaces in a row, is no Exception.
+            if type(err).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer cannot encode the text: {err}") from None
 
     def detokenize(self, ids: list[int]) -> str:
         # Not megatron-core's own: it decodes token by token, which breaks characters of several.

@@ -85,3 +85,10 @@ def test_text_that_a_tokenizer_cannot_encode_is_an_input_error(tmp_path):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(tmp_path))
     with pytest.raises(InputError, match="cannot encode"):
         tokenizer.tokenize("b")
+
+
+def test_a_panic_of_tiktoken_is_an_input_error(tmp_path):
+    pytest.importorskip("tiktoken")
+    tokenizer = load_tokenizer("TikTokenizer", write_model("TikTokenizer", tmp_path))
+    with pytest.raises(InputError, match="cannot encode"):
+        tokenizer.tokenize(" " * 3_000_000)
