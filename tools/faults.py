@@ -408,17 +408,24 @@ def main(argv: list[str]) -> int:
     bench = Bench(options)
     with running(bench.reference):
         bench.reference.finish()
-    tallies = {name: tried(bench, name, options.runs) for name in options.only}
+    tallies: dict[str, Tally] = {}
+    for name in options.only:
+        tallies[name] = tried(bench, name, options.runs)
+        if options.output:  # after each kind: the whole takes minutes
+            write_report(options, tallies)
+    print_table(tallies)
+    return 1 if any(tally.failures for tally in tallies.values()) else 0
+
+
+def write_report(options: argparse.Namespace, tallies: dict[str, Tally]) -> None:
+    """What came of every kind so far, as JSON."""
     report = {
         "kinds": {name: asdict(tally) for name, tally in tallies.items()},
         "processes": options.processes,
         "seed": options.seed,
         "overrides": options.overrides,
     }
-    if options.output:
-        write_aside(options.output, json.dumps(report, indent=1) + "\n")
-    print_table(tallies)
-    return 1 if any(tally.failures for tally in tallies.values()) else 0
+    write_aside(options.output, json.dumps(report, indent=1) + "\n")
 
 
 def tried(bench: Bench, name: str, runs: int | None) -> Tally:
