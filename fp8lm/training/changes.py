@@ -10,6 +10,7 @@ from typing import Any
 from fp8lm.errors import InputError
 
 # What else the sections hold, and the other sections, does not decide what is learned.
+LONGEST = 1000  # characters of a value that a checkpoint names
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
 _KEYS = {
     "train": ("seed", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples"),
@@ -51,7 +52,7 @@ def changed_layout(former: Mapping[str, Any], config: Mapping[str, Any]) -> list
 
 def _changed(keys: Mapping[str, tuple[str, ...]], former: Mapping, config: Mapping) -> list[str]:
     return [
-        f"{section}.{key} = {json.dumps(now[key])} (was {json.dumps(before[key])})"
+        f"{section}.{key} = {json.dumps(now[key])} (was {json.dumps(before[key])[:LONGEST]})"
         for section, names in keys.items()
         for before, now in [(former.get(section, {}), config[section])]
         for key in names
