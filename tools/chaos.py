@@ -46,6 +46,7 @@ MEASURED = (
 )
 POLL = 0.002
 PATIENCE = 600.0
+GRACE = 40.0  # torchrun gives its workers 30 seconds
 
 
 @dataclass
@@ -96,6 +97,9 @@ class Job:
         """End what is still running, when something went wrong."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+            self.process.kill()
             self.process.wait()
 
     def workers(self) -> list[psutil.Process]:

@@ -92,9 +92,7 @@ class Bench:
 
     def judge(self, job: Job) -> str | None:
         """What `job` lost against the undisturbed one, None if nothing."""
-        if lost := compare(self.reference, job):
-            return "; ".join(lost)
-        return traceback_in(job)
+        return "; ".join(compare(self.reference, job)) or None
 
     def checkpoint_pair(self, name: str) -> Path:
         """A copy of the undisturbed run's checkpoints."""
@@ -162,8 +160,10 @@ def network(bench: Bench, runs: int) -> Results:
             after_save(job)
             set_link(job, "down")
             if for_good:
-                job.process.wait(PATIENCE)
-                yield again(job) or bench.judge(job)
+                # A launcher waits longer for a network than its workers do; a cluster would not.
+                _, alive = psutil.wait_procs(job.workers(), timeout=PATIENCE)
+                waits = "workers wait forever for a network" if alive else None
+                yield waits or again(job) or bench.judge(job)
             else:
                 time.sleep(bench.rng.uniform(1.0, 8.0))
                 set_link(job, "up")
@@ -190,10 +190,10 @@ def full_disk(bench: Bench, size: int) -> str | None:
     job = bench.job("disk")
     with mounted(job.checkpoints, size), running(job):
         code = job.process.wait(PATIENCE)
-        if code == 0 or not saved_iterations(job.checkpoints):
-            return f"the disk was not full, or empty: exit code {code}"
         if complaint := traceback_in(job):
             return complaint
+        if code == 0 or not saved_iterations(job.checkpoints):
+            return f"the disk was not full, or empty: exit code {code}"
         job.command.append("checkpoint.keep_last=1")
         return again(job) or judge_saved(bench, job)
 
@@ -211,7 +211,7 @@ def read_only_disk(bench: Bench, size: int) -> str | None:
         if done.returncode == 0:
             job.process.wait(PATIENCE)
             subprocess.run(["mount", "-o", "remount,rw", str(job.checkpoints)], check=True)
-        return again(job) or judge_saved(bench, job)
+        return traceback_in(job) or again(job) or judge_saved(bench, job)
 
 
 def judge_saved(bench: Bench, job: Job) -> str | None:
@@ -442,7 +442,7 @@ def tried(bench: Bench, name: str, runs: int | None) -> Tally:
                 bar.write(f"{name}: {problem}")
     except LookupError as error:
         tally.left_out = str(error)
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.SubprocessError) as error:
         tally.failures.append(str(error))
     bar.close()
     tally.seconds = round(time.monotonic() - started, 1)
