@@ -53,6 +53,17 @@ class Timing:
     join: float = 2.0
 
 
+class Clock:
+    """Seconds, those in which the machine was suspended included where the system counts them."""
+
+    sleep = staticmethod(time.sleep)
+
+    @staticmethod
+    def monotonic() -> float:
+        """Since some moment."""
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder that a run writes to: `key` names it in messages, `complaint` if it can't be."""
@@ -72,7 +83,7 @@ class RunLocks:
         self,
         here: Holder | None = None,
         timing: Timing = Timing(),
-        clock: Any = time,
+        clock: Any = Clock,
         say: Callable[[str], None] = print,
     ) -> None:
         self._here, self._timing, self._clock, self._say = here, timing, clock, say
@@ -153,6 +164,7 @@ class RunLock:
         self._folder, self._path = folder, Path(folder.path) / NAME
         self._here, self._timing, self._clock, self._say = here, timing, clock, say
         self._file: tuple[int, int] | None = None
+        self._beat_at = clock.monotonic()
         self._made: list[Path] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -162,6 +174,7 @@ class RunLock:
         try:
             self._make_folder()
             self._create()
+            self._beat_at = self._clock.monotonic()
         except NotRegular as error:
             raise InputError(f"{self._path} is no lock of a run: remove it") from error
         except OSError as error:
@@ -189,8 +202,9 @@ class RunLock:
     def heartbeat(self) -> None:
         """Show that this run lives; what fails, as on a full disk, is tried again at the next."""
         with suppress(OSError):
-            mine = self._here.at(timestamp())
+            now, mine = self._clock.monotonic(), self._here.at(timestamp())
             self._look(write_heartbeat(self._path, mine, self._file))
+            self._beat_at = now
 
     def release(self) -> None:
         """Remove the lock if it is this run's, and folders that were made for it and are empty."""
@@ -215,8 +229,14 @@ class RunLock:
         return seen.is_of(self._here.token, self._file)
 
     def _look(self, seen: Seen | None) -> None:
-        """Take back a lock that is missing; note if it is another's."""
-        if seen is None:
+        """Take back a lock that was removed by hand; note if it is, or may have been, another's."""
+        silent = self._clock.monotonic() - self._beat_at
+        if seen is None and silent >= self._timing.patience:
+            self.lost = (
+                f"{self._path} is gone after {silent:.0f} s without a heartbeat of this run, in "
+                "which another one may have come and gone"
+            )
+        elif seen is None:
             with suppress(FileNotFoundError):  # nobody holds a folder that is gone
                 if (file := create_lock(self._path, self._here)) is not None:
                     self._file = file

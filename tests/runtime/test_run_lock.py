@@ -225,6 +225,29 @@ def test_a_lock_removed_by_hand_is_made_again(tmp_path):
     assert not party.locks.lost
 
 
+@pytest.mark.parametrize("act", ["heartbeat", "verify"])
+def test_a_run_that_wakes_up_when_its_successor_has_ended(tmp_path, act):
+    first = Party(tmp_path, **ELSEWHERE).take()
+    second = Party(tmp_path).take()
+    second.locks.release()
+    assert not (tmp_path / NAME).exists()
+    first.clock.sleep(second.clock.now)
+    with pytest.raises(LockLost):
+        getattr(first.locks, act)()
+        first.locks.verify()
+    assert first.locks.lost and not (tmp_path / NAME).exists()
+
+
+def test_heartbeats_count_from_the_last_one(tmp_path):
+    party = Party(tmp_path).take()
+    for _ in range(5):
+        party.clock.sleep(50)
+        party.locks.heartbeat()
+    (tmp_path / NAME).unlink()
+    party.locks.verify()
+    assert (tmp_path / NAME).exists()
+
+
 def test_a_folder_that_is_gone_is_nobody_elses(tmp_path):
     party = Party(tmp_path / "run").take()
     (tmp_path / "run" / NAME).unlink()
