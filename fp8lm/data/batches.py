@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fp8lm.errors import InputError, RunFailed
 from fp8lm.faults import describe_full_shared_memory
+from fp8lm.runtime.parent_death import end_with_parent
 
 FIELDS = ("tokens", "labels", "loss_mask")
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
@@ -101,7 +102,7 @@ class BatchIterator:
             num_workers=num_workers,
             collate_fn=_stack,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             # Its own generator: the loader draws a seed for its workers, and the global RNG is
             # part of what a resumed run must find unchanged.
             generator=torch.Generator(),
@@ -202,7 +203,12 @@ def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return default_collate([{field: item[field] for field in FIELDS} for item in items])
 
 
-def _ignore_signals(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    end_with_parent()  # even where it is stopped or hangs
+    _ignore_signals()
+
+
+def _ignore_signals() -> None:
     """A terminal's Ctrl-C, and a launcher's signals, reach every process: the parent answers them.
 
     Were it left without the batches of its last step, it could not save. A worker ends by itself

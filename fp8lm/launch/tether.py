@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 
+from fp8lm.runtime.parent_death import end_with_parent
+
 PARENT = "FP8LM_PARENT"  # environment variable: the process whose children are tied to it
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def tie_children(environment: dict[str, str] | os._Environ) -> None:
@@ -28,7 +28,7 @@ def tie_to_parent() -> None:
     if not parent.isdecimal() or not sys.platform.startswith("linux"):
         return
     if os.getppid() == int(parent):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
     # It may have ended before: then nothing tells, and another process has taken this one over.
     if not _lives(int(parent)):
         os.kill(os.getpid(), signal.SIGKILL)
