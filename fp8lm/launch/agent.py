@@ -35,7 +35,7 @@ from torch.distributed.run import parse_args
 
 from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
-from fp8lm.launch.lost_link import watch_meeting
+from fp8lm.launch.lost_link import is_running, watch_meeting
 from fp8lm.launch.tether import tie_children, tie_to_parent
 from fp8lm.runtime.streams import complain
 
@@ -95,7 +95,7 @@ def _watch_link(arguments: Sequence[str], ends: Path) -> None:
         os._exit(1)  # torchrun does not listen: it waits for an answer
 
     def is_idle() -> bool:
-        return any(ends.iterdir()) and not psutil.Process().children()
+        return any(ends.iterdir()) and not any(map(is_running, psutil.Process().children()))
 
     watch_meeting(parsed.rdzv_endpoint, is_idle, leave)
 

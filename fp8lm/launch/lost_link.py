@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import psutil
+
 PATIENCE = 60.0  # seconds without workers and without the meeting
 POLL = 5.0
 
@@ -43,6 +45,14 @@ def watch_meeting(
     thread = threading.Thread(target=watch, name="lost link", daemon=True)
     thread.start()
     return thread
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether it has not ended: a launcher that waits does not take note of its workers' ends."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _answers(where: tuple[str, int], timeout: float) -> bool:

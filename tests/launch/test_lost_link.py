@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
+import time
 
-from fp8lm.launch.lost_link import watch_meeting
+import psutil
+
+from fp8lm.launch.lost_link import is_running, watch_meeting
 
 SOON, NEVER = 20.0, 0.5  # seconds
 
@@ -32,3 +36,16 @@ def test_it_stays_with_its_workers():
     assert not left.wait(NEVER)
     workers.set()
     assert left.wait(SOON)
+
+
+def test_a_worker_that_has_ended_is_none_before_anybody_waits_for_it():
+    worker = subprocess.Popen(["sleep", "60"])
+    process = psutil.Process(worker.pid)
+    assert is_running(process)
+    worker.kill()
+    deadline = time.monotonic() + SOON
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(process)
+    worker.wait()
+    assert not is_running(process)

@@ -53,6 +53,7 @@ def data(tmp_path):
     [
         (["--nproc-per-node=3", *TP2], "3 processes cannot be divided by tensor_model_parallel"),
         (["--nproc-per-node=3"], "train.global_batch_size = 16 is not divisible by"),
+        (["--nproc-per-node=8"], "use a multiple of 32, train.micro_batch_size=2, or another"),
         (
             ["--nproc-per-node=4", "train.micro_batch_size=1", "parallel.node_size=3"],
             "parallel.node_size = 3 does not divide 4 data-parallel ranks",
