@@ -46,7 +46,9 @@ def load_problem(config: CheckpointConfig) -> str | None:
     if saved_iterations(root) or _has_checkpoints(root):
         return None
     meant = what_is_there(root)
-    if config.resumes and not config.exit_on_missing_checkpoint and meant is None:
+    # A folder beside one of a similar name is a new run's: `runs/run2` beside `runs/run1`.
+    starts = meant is None or not os.path.exists(root)
+    if config.resumes and not config.exit_on_missing_checkpoint and starts:
         return None
     problem = f"no checkpoint in checkpoint.load = {config.load}: {meant or _what_kind(root)}"
     if config.exit_on_missing_checkpoint or meant is not None:

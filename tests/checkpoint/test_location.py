@@ -60,3 +60,10 @@ def test_the_same_folder_for_both_may_be_empty_unless_it_must_not(tmp_path):
     assert "Hugging Face" in load_problem(CheckpointConfig(**both))
     assert load_problem(CheckpointConfig()) is None
     assert "checkpoint.load" in load_problem(CheckpointConfig(exit_on_missing_checkpoint=True))
+
+
+def test_a_new_folder_beside_one_of_a_similar_name_starts_a_run(tmp_path):
+    make(tmp_path, "runs/run1/latest_checkpointed_iteration.txt")
+    folder = str(tmp_path / "runs/run2")
+    assert load_problem(CheckpointConfig(save=folder, load=folder)) is None
+    assert "did you mean" in load_problem(CheckpointConfig(load=folder))
