@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fp8lm.faults import describe_fault
-from fp8lm.output import EXIT_UNREAD, finish_output, nobody_reads
+from fp8lm.runtime.faults import describe_fault
+from fp8lm.runtime.output import EXIT_UNREAD, finish_output, nobody_reads
 from fp8lm.runtime.streams import complain, open_missing_streams
 
 EXIT_FAILED = 1

@@ -6,9 +6,9 @@ import os
 from datetime import timedelta
 from typing import NoReturn
 
-from fp8lm.ending import exit_with
 from fp8lm.errors import EXIT_RESTART
 from fp8lm.launch.tether import tie_to_parent
+from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.launchers import adopt_launcher
 from fp8lm.runtime.signals import exit_at_second_signal
 

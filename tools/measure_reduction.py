@@ -22,12 +22,12 @@ from torch import Tensor
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.ending import exit_with
 from fp8lm.errors import CommandParser
 from fp8lm.gradient.accumulator import GradientAccumulator
 from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3
+from fp8lm.runtime.ending import exit_with
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches

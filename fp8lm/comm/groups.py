@@ -77,7 +77,7 @@ def process_groups(
     the sizes do not divide the number of processes.
 
     The groups of several processes outlive an exception: to destroy them is to wait for the other
-    ranks, see `fp8lm.ending`.
+    ranks, see `fp8lm.runtime.ending`.
     """
     adopt_launcher(os.environ)
     launch = Launch.from_environment(os.environ)

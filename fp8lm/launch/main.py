@@ -17,8 +17,8 @@ from fp8lm.launch.command import (
 )
 from fp8lm.launch.options import Options, parse_options
 from fp8lm.launch.progress import progress_line
-from fp8lm.output import show
 from fp8lm.runtime.launchers import find_tasks
+from fp8lm.runtime.output import show
 from fp8lm.runtime.streams import say
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.ending import exit_with
 from fp8lm.errors import InputError
+from fp8lm.runtime.ending import exit_with
 from tests.bad_input.cases import ROOT
 
 LONG = 60.0
