@@ -158,6 +158,7 @@ def network(bench: Bench, runs: int) -> Results:
         job = bench.job("network", 0, prefix, timeout)
         with running(job):
             after_save(job)
+            time.sleep(0.5)  # a save waits longer for a network than a step does
             set_link(job, "down")
             if for_good:
                 # A launcher waits longer for a network than its workers do; a cluster would not.
