@@ -108,8 +108,8 @@ def test_frozen():
         ("precision", "preset", "o4", "bf16 | te | o1 | o2 | o3"),
         ("logging", "dir", 3, "text or null"),
         ("logging", "dir", "", "text or null"),
-        ("data", "data_path", {"a": 1}, "list of (number > 0 or text) or text"),
-        ("data", "data_path", [[1]], "list of (number > 0 or text) or text"),
+        ("data", "data_path", {"a": 1}, "list of (number >= 0 or text) or text or null"),
+        ("data", "data_path", [[1]], "list of (number >= 0 or text) or text or null"),
     ],
 )
 def test_wrong_type_names_key_value_and_expectation(content, section, key, value, expected):
