@@ -6,8 +6,10 @@
     MPICH, Intel MPI (Hydra)        PMI_{RANK,SIZE}             MPI_LOCAL{RANKID,NRANKS}
     SLURM's srun                    SLURM_PROCID, _STEP_NUM_TASKS   _LOCALID, _STEP_TASKS_PER_NODE
 
-mpirun starts its daemons with srun inside a SLURM job, so its variables count first. A batch script
-and an interactive shell of SLURM have most of srun's variables, too, but are no tasks of a step.
+mpirun starts its daemons with srun inside a SLURM job, so its variables count first. But a step's
+PMI_{RANK,SIZE} without Hydra's others are srun's own: `--mpi=pmi2` sets them, on many clusters by
+default. A batch script and an interactive shell of SLURM have most of srun's variables, too, but
+are no tasks of a step.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ def find_tasks(environment: Mapping[str, str]) -> Tasks | None:
     """The launcher that has started this process, None if there is none that is known."""
     for name, rank, size, local_rank, local_size in _MPI:
         if environment.get(rank) and environment.get(size):
+            if not environment.get(local_rank) and _is_task_of_step(environment):
+                continue
             return Tasks(
                 name,
                 _number(rank, environment),

@@ -65,6 +65,17 @@ def adopted(environment):
             "localhost",
             "29500",
         ),
+        # srun --mpi=pmi2 sets these itself.
+        (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "3"}, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
+        # Hydra's daemons are srun's tasks, one on each machine.
+        (
+            SRUN
+            | WHERE
+            | {"PMI_RANK": "5", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Launch(5, 6, 1, 2, True, 3),
+            "node1",
+            "29500",
+        ),
         (OPEN_MPI | WHERE, Launch(5, 8, 1, 4, True, 2), "node1", "29500"),
         # mpirun starts its daemons with srun, one on each machine.
         (OPEN_MPI | SRUN | WHERE, Launch(5, 8, 1, 4, True, 2), "node1", "29500"),
