@@ -97,7 +97,15 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
         raise InputError(f"{checkpoint.folder} holds {len(stored)} tensors, not {layers} layers")
     recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))
     model = GPTModel(config.model, rows, recipe)
-    check_fits(checkpoint, model_shards(named_weights(model)))
+    wanted = model_shards(named_weights(model))
+    check_fits(checkpoint, wanted)
+    # Fewer layers than are stored would load, and answer something.
+    unused = sorted(n for n in stored if n.startswith("model.") and n not in wanted)
+    if unused:
+        raise InputError(
+            f"{checkpoint.folder} is a checkpoint from another model than its config says: "
+            f"{unused[0]} has no place in it (and {len(unused) - 1} more)"
+        )
 
 
 def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:

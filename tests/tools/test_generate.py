@@ -118,6 +118,7 @@ def test_logits_that_are_not_finite(value, temperature, tool):
     [
         {"num_layers": 10**9},
         {"num_layers": 3},
+        {"num_layers": 1},
         {"hidden_size": 2**30, "ffn_hidden_size": 2**32},
         {"ffn_hidden_size": 2**40},
         {"num_layers": -1},
