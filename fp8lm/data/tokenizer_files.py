@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_folder(folder: Path, required: Iterable[str], optional: Iterable[str]) 
             raise InputError(f"tokenizer_model {folder} holds no {name}{other_type(folder)}")
         contents[name] = read_file(folder / name)
     for name in optional:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):  # a link to nowhere, too: it stands for something
             contents[name] = read_file(folder / name)
     return TokenizerFiles(str(folder), contents)
 

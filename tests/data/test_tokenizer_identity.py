@@ -172,3 +172,12 @@ def test_a_file_that_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match="not a regular file"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_a_file_whose_link_leads_nowhere_is_not_left_out(hub_folder, name):
+    """As in a copy of a download's snapshot without its blobs."""
+    (hub_folder / name).unlink(missing_ok=True)
+    (hub_folder / name).symlink_to("../blobs/0123")
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
+        load(hub_folder)
