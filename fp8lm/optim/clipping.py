@@ -78,23 +78,14 @@ def gradient_norm(
     (default: 1). `maxima` (fp32 [m], not negative) are max-reduced over the ranks, and `values`
     (fp32 [k]) are all-gathered, [ranks, k]: one that is not finite, on any rank, skips the step.
     """
-    nothing = torch.zeros(0, device=device)
-    maxima = nothing if maxima is None else maxima
-    values = nothing if values is None else values
-    squares, amaxes = [], []
-    for index, gradient in enumerate(gradients):
-        square, amax = _square_and_amax(gradient, kernels, device)
+    maxima = torch.zeros(0, device=device) if maxima is None else maxima
+    values = torch.zeros(0, device=device) if values is None else values
+    squares, amaxes = zip(*(_square_and_amax(g, kernels, device) for g in gradients), strict=True)
+    if counted is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        squares.append(square if counted is None or counted[index] else square * 0.0)
-        amaxes.append(amax)
-    # In double precision, and sent as two floats: whatever rank and order they are summed in, the
-    # norm is the same float, and so is every byte that depends on the clip factor. The root is
-    # sent, because the square of a norm that is a float may be none.
-    own = torch.stack(squares).sum().sqrt()
-    high = own.float()
-    low = (own - high.double()).float()
-    share = torch.ones_like(high) if share is None else share
-    leading = torch.stack((high, low, share))
+        squares = [s if counts else s * 0.0 for s, counts in zip(squares, counted, strict=True)]
+    high, low = _root_in_two_floats(squares)
+    leading = torch.stack((high, low, torch.ones_like(high) if share is None else share))
     ranks = exchange(torch.cat((leading, values, torch.stack(amaxes), maxima)))
     # In double precision the mean of equal shares is that share, however many ranks there are.
     share = ranks[:, 2].double().mean()
@@ -114,6 +105,18 @@ def gradient_norm(
         largest[len(amaxes) :],
         told,
     )
+
+
+def _root_in_two_floats(squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The root of the sum, in double precision, as two floats whose sum it is.
+
+    Whatever rank and order they are summed in, the norm is the same float then, and so is every
+    byte that depends on the clip factor. The root is sent, because the square of a norm that is a
+    float may be none.
+    """
+    root = torch.stack(tuple(squares)).sum().sqrt()
+    high = root.float()
+    return high, (root - high.double()).float()
 
 
 def per_counted_token(share: Tensor) -> Tensor:
