@@ -84,8 +84,9 @@ def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[Inde
         return []
     prefixes, weights = blend_of(config.data.data_path)
     files = [inspect_indexed(prefix) for prefix in prefixes]
+    tokens = sum(file.num_tokens for file in files)
     for file in files:
-        check_tokenizer(file, tokenizer)
+        check_tokenizer(file, tokenizer, tokens - file.num_tokens)
     split = _plain_split(config.data.split)
     _check_split(split, files, sizes)
     if weights is None and len(files) > 1:

@@ -1,9 +1,10 @@
 """Do token files belong to a tokenizer? What is checked before a run starts.
 
 The identity that `P.json` records must be the tokenizer's; data written by Megatron has none. Every
-id must lie inside the vocabulary. Of files with at most SCANNED_TOKENS tokens all ids are read, and
-the digest in `P.json` is compared; of larger ones the range that `P.json` records counts, or, where
-it records none, a sample. What this misses is found in the batch that holds it (batches.py).
+id must lie inside the vocabulary. Of a run's files with at most SCANNED_TOKENS tokens together all
+ids are read, and the digest in `P.json` is compared; of larger ones the range that `P.json` records
+counts, or, where it records none, a sample. What this misses is found in the batch that holds it
+(checked_dataset.py).
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ SCANNED_TOKENS = 1 << 27
 CURE = "use the tokenizer that made the data, or preprocess again"
 
 
-def check_tokenizer(data: IndexedFile, tokenizer: Tokenizer) -> None:
-    """Raise `InputError` when the data was not made with this tokenizer."""
+def check_tokenizer(data: IndexedFile, tokenizer: Tokenizer, other_tokens: int = 0) -> None:
+    """Raise `InputError` when the data was not made with this tokenizer.
+
+    `other_tokens` are those of the run's other files: every process reads all of them.
+    """
     if data.sidecar is not None:
         _check_identity(data, data.sidecar, tokenizer)
-    if data.num_tokens <= SCANNED_TOKENS:
+    if data.num_tokens + other_tokens <= SCANNED_TOKENS:
         _scan(data, tokenizer.vocab_size)
     elif any(_outside(ids, tokenizer.vocab_size) is not None for ids in _evidence(data)):
         _refuse_first_outside(data, tokenizer.vocab_size)

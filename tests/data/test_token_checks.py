@@ -51,6 +51,15 @@ def test_of_a_large_file_the_recorded_range_counts(make_config, tokenizer, outli
     check_files(make_config(data_path=[outlier(50, sidecar=True)]), tokenizer, (1, 0, 0))
 
 
+def test_files_are_small_or_large_together(make_config, tokenizer, outlier, monkeypatch):
+    prefix, other = outlier(300), outlier(50, name="other")
+    monkeypatch.setattr(token_checks, "SCANNED_TOKENS", 6004 + 6003)
+    check_files(make_config(data_path=[1.0, prefix, 1.0, other]), tokenizer, (1, 0, 0))
+    monkeypatch.setattr(token_checks, "SCANNED_TOKENS", 6004 + 6004)
+    with pytest.raises(InputError, match="token id 300"):
+        check_files(make_config(data_path=[1.0, prefix, 1.0, other]), tokenizer, (1, 0, 0))
+
+
 @pytest.mark.usefixtures("process_group", "large_files")
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("blended", [False, True])
