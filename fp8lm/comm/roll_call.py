@@ -71,18 +71,29 @@ def call_roll(
 
 
 def exchange(store: dist.Store, launch: Launch, name: str, value: object) -> list:
-    """`value` of every process in rank order, through the store: no groups are needed."""
+    """`value` of every process in rank order, through the store: no groups are needed.
+
+    `RunFailed` where some do not come in time.
+    """
     keys = [f"{name}/{rank}" for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], json.dumps(value))
-    if launch.rank == 0:
-        try:
-            values = [json.loads(text) for text in store.multi_get(keys)]
-        except dist.DistStoreError as error:
-            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-            named = ", ".join(missing[:_MOST_NAMED]) + ", ..." * (len(missing) > _MOST_NAMED)
-            raise RunFailed(f"{len(missing)} processes have not come: rank {named}") from error
-        store.set(name, json.dumps(values))
-    return json.loads(store.get(name))
+    try:
+        store.set(keys[launch.rank], json.dumps(value))
+        if launch.rank == 0:
+            values = [json.loads(text) for text in _all_of(store, keys)]
+            store.set(name, json.dumps(values))
+        return json.loads(store.get(name))
+    except dist.DistError as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunFailed(f"rank {launch.rank} has no answer of rank 0 ({cause})") from error
+
+
+def _all_of(store: dist.Store, keys: Sequence[str]) -> list[bytes]:
+    try:
+        return store.multi_get(keys)
+    except dist.DistStoreError as error:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        named = ", ".join(missing[:_MOST_NAMED]) + ", ..." * (len(missing) > _MOST_NAMED)
+        raise RunFailed(f"{len(missing)} processes have not come: rank {named}") from error
 
 
 def find_presence(environment: MutableMapping[str, str], gpu: str | None) -> Presence:

@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from fp8lm.comm.roll_call import (
     find_problem,
     found_by,
 )
+from fp8lm.errors import RunFailed
 from tests.bad_input.cases import ROOT
 
 HERE = Presence("node0", "net0", "10.0.0.1", "eth0")
@@ -83,6 +85,15 @@ def test_everyone_learns_of_everyone():
     for thread in threads:
         thread.join(20)
     assert learned == {rank: [{"rank": r} for r in range(3)] for rank in range(3)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_does_not_come_is_missed(rank):
+    """By rank 0, and by those that wait for its answer."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(RunFailed, match=r"rank 1$" if rank == 0 else "rank 0"):
+        exchange(store, Launch(rank, 2), "values", None)
 
 
 JOIN = """
