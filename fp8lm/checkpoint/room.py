@@ -23,7 +23,7 @@ from fp8lm.checkpoint.files import (
 )
 from fp8lm.checkpoint.loading import find_checkpoint
 from fp8lm.checkpoint.together import Group, on_main
-from fp8lm.errors import InputError
+from fp8lm.errors import InputError, LockLost
 
 
 def make_room(
@@ -46,6 +46,8 @@ def make_room(
         going = on_main(group, lambda: _may_go(root, iteration, retention, valid.iteration))
         on_main(group, verify_owner)
         on_main(group, lambda: remove(root, going))
+    except LockLost:
+        raise
     except (InputError, OSError):  # none is known to be valid, or nothing can be deleted
         return False
     return bool(going)

@@ -18,6 +18,8 @@ from fp8lm.checkpoint import (
     save_checkpoint,
 )
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.checkpoint.room import make_room
+from fp8lm.errors import LockLost
 from tests.checkpoint.disks import failing_call, small_disk
 from tests.checkpoint.tensors import LATEST, META, make_tensors, shards_of
 from tools.hostile import flip_bit
@@ -124,3 +126,14 @@ def test_any_call_may_fail(tmp_path, monkeypatch, name):
         assert find_checkpoint(tmp_path).iteration == before + 2
         names = [entry for entry in os.listdir(tmp_path) if not entry.startswith("iter_")]
         assert names == [LATEST], names
+
+
+def test_no_room_is_made_in_a_folder_that_was_taken_over(tmp_path):
+    def taken():
+        raise LockLost("taken over")
+
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    with pytest.raises(LockLost):
+        make_room(tmp_path, 30, Retention(1), None, taken)
+    assert saved_iterations(tmp_path) == [20, 10]
