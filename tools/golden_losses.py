@@ -35,6 +35,7 @@ from forked_jobs import JobServer
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.contents import read_tensor, stored_tensors
+from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> int:
     if options.command == "write":
         found = run_all(ROOT, names)
         text = json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n"
-        Path(options.output).write_text(text)
+        write_aside(options.output, text)
         print(f"{options.output}: {len(found)} runs")
         return 0
     wanted = read_golden(options.file) if options.against is None else None

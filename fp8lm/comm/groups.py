@@ -23,6 +23,7 @@ from fp8lm.comm.store import job_store
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
 from fp8lm.runtime.launchers import adopt_launcher
+from fp8lm.runtime.streams import say
 
 TIMEOUT = timedelta(minutes=10)
 # A checkpoint's slowest file may take long; a rank that dies ends the wait for it all the same.
@@ -91,7 +92,7 @@ def process_groups(
     if launch.world_size > 1:
         present = call_roll(store, launch, os.environ, _gpu(device, backend))
         if launch.rank == 0 and (line := addresses_line(present)):
-            print(line, flush=True)
+            say(line)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -95,7 +96,9 @@ def _watch_link(arguments: Sequence[str], ends: Path) -> None:
         os._exit(1)  # torchrun does not listen: it waits for an answer
 
     def is_idle() -> bool:
-        return any(ends.iterdir()) and not any(map(is_running, psutil.Process().children()))
+        with suppress(FileNotFoundError):  # at the end of `run_agent`
+            return any(ends.iterdir()) and not any(map(is_running, psutil.Process().children()))
+        return False
 
     watch_meeting(parsed.rdzv_endpoint, is_idle, leave)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+from fp8lm.runtime.streams import complain
 
 PATIENCE = 3.0  # seconds
 
@@ -16,7 +18,7 @@ def progress_line(text: str, after: float = PATIENCE) -> Iterator[None]:
 
     Only to a terminal: a log gains nothing from it.
     """
-    timer = threading.Timer(after, _print, [text])
+    timer = threading.Timer(after, complain, [text])
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
@@ -24,8 +26,3 @@ def progress_line(text: str, after: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _print(text: str) -> None:
-    with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)

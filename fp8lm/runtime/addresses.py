@@ -12,6 +12,7 @@ from contextlib import suppress
 import psutil
 
 from fp8lm.errors import InputError
+from fp8lm.runtime.streams import say
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # where gloo and NCCL listen
 NAME_PATIENCE = 60.0  # seconds
@@ -33,7 +34,7 @@ def wait_for_name(host: str, given: str, patience: float = NAME_PATIENCE) -> Non
             raise InputError(f"{given}: {host} is no name of a machine: {error}") from error
         except OSError as error:
             if not told:
-                print(f" waiting for a machine named {host}", flush=True)
+                say(f" waiting for a machine named {host}")
                 told = True
             if time.monotonic() >= deadline:
                 raise InputError(f"{given}: no machine of that name: {error.strerror}") from error

@@ -37,6 +37,7 @@ from fp8lm.runtime.lock_file import (
     remove_lock,
     write_heartbeat,
 )
+from fp8lm.runtime.streams import say
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class RunLocks:
         here: Holder | None = None,
         timing: Timing = Timing(),
         clock: Any = Clock,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say,
     ) -> None:
         self._here, self._timing, self._clock, self._say = here, timing, clock, say
         self._locks: list[RunLock] = []

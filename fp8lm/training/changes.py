@@ -9,8 +9,8 @@ from typing import Any
 
 from fp8lm.errors import InputError
 
-# What else the sections hold, and the other sections, does not decide what is learned.
 LONGEST = 1000  # characters of a value that a checkpoint names
+# What else the sections hold, and the other sections, does not decide what is learned.
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
 _KEYS = {
     "train": ("seed", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples"),

@@ -109,7 +109,7 @@ class RunCheckpoints:
             self._take_over(0 if found is None else found.iteration)
 
     def _find(self, folder: str) -> Checkpoint | None:
-        root, iteration = locate(folder)
+        root, iteration = on_main(self._group, lambda: locate(folder))
         if iteration is not None:
             return open_checkpoint(root, iteration, self._group, needed=NEEDED)
         return find_checkpoint(root, self._group, needed=NEEDED)

@@ -36,7 +36,7 @@ def locked_folders(config: Config, groups: ProcessGroups) -> Iterator[RunLocks]:
     `FolderInUse` on all ranks where another run holds one. The locks are released at the end of
     what is being written then.
     """
-    locks = RunLocks(say=lambda line: print(line, flush=True))
+    locks = RunLocks()
     on_main(groups.saving, lambda: locks.take(run_folders(config)))
     try:
         yield locks
