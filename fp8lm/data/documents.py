@@ -104,6 +104,11 @@ def read_records(
             is_json = input_format == "jsonl" or (
                 automatic and (_named_json(file) or _begins_like_json(stream.peek()))
             )
+            if is_json and _is_list(stream.peek()):
+                raise InputError(
+                    f"{file} is one JSON list, not one JSON object a line: convert it, with "
+                    "jq -c '.[]' for instance (if this is no JSON: --input-format text)"
+                )
             if is_json or split_lines:
                 yield from _lines(stream, is_json)
                 continue
@@ -123,6 +128,16 @@ def _named_json(file: Path) -> bool:
 
 def _begins_like_json(content: bytes) -> bool:
     return JSON_START.match(content) is not None
+
+
+def _is_list(content: bytes) -> bool:
+    """Whether a JSON list of several lines begins here.
+
+    Its last item may be a line that can be read: left to skip bad lines, all others would go.
+    """
+    first, end, _ = content.lstrip().partition(b"\n")
+    first = first.rstrip()
+    return bool(end) and (first == b"[" or (first.startswith(b"[{") and first[-1:] != b"]"))
 
 
 def _lines(stream: CorpusStream, is_json: bool) -> Iterator[Record]:

@@ -59,6 +59,7 @@ IMPOSSIBLE = [
     (["data.mock_data=false"], "no data: set data.data_path"),
     (["data.mock_data=false", "data.data_path=[]"], "no data: set data.data_path"),
     (["data.mock_data=false", "data.data_path=[0,a,0,b]"], "all are left out"),
+    (["data.mock_data=false", "data.data_path=[1e308,a,1e308,b]"], "the sum of the weights"),
     (["data.mock_data=false", "data.data_path=[1,a,b]"], "expected [prefix], [weight1"),
     (["data.mock_data=false", "data.data_path=[0.5]"], "expected [prefix], [weight1"),
     (["data.split=a,b"], 'data.split = "a,b"'),

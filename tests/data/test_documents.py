@@ -121,6 +121,17 @@ def test_what_begins_like_json_is_never_text_by_itself(texts_of, content):
     assert texts_of(content.encode(), input_format="text") == [content]
 
 
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c"])
+@pytest.mark.parametrize(
+    "content", ['[\n{"text": "a"},\n{"text": "b"}\n]\n', '[{"text": "a"},\n{}]']
+)
+def test_a_json_list_is_no_bad_line(texts_of, content, name):
+    """Without its last item's comma, that would be the only line to read."""
+    with pytest.raises(InputError, match="one JSON list") as error:
+        texts_of(content.encode(), name)
+    assert not isinstance(error.value, BadDocument)
+
+
 def test_the_format_can_be_said(texts_of):
     assert texts_of(LINES, "c.jsonl", input_format="text") == [LINES.decode()]
     assert texts_of(LINES, "c.jsonl", True, "text") == LINES.decode().splitlines()

@@ -44,6 +44,8 @@ def _blend(data_path: tuple[float | str, ...]) -> Iterator[str]:
         )
     elif not any(weights):
         yield f"{given}: a weight of 0 leaves a prefix out, and all are left out"
+    elif not math.isfinite(sum(weights)):
+        yield f"{given}: the sum of the weights is no finite number: make them smaller"
 
 
 def _is_number(text: str) -> bool:
