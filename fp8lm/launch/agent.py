@@ -86,7 +86,7 @@ def _run(arguments: Sequence[str], ends: Path) -> int:
 
 def _watch_link(arguments: Sequence[str], ends: Path) -> None:
     parsed = parse_args(list(arguments))
-    if parsed.nnodes == "1":
+    if parsed.nnodes in ("1", "1:1"):
         return
 
     def leave() -> None:
