@@ -13,7 +13,14 @@ LONGEST = 1000  # characters of a value that a checkpoint names
 # What else the sections hold, and the other sections, does not decide what is learned.
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
 _KEYS = {
-    "train": ("seed", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples"),
+    "train": (
+        "seed",
+        "global_batch_size",
+        "rampup_batch_size",
+        "train_iters",
+        "train_samples",
+        "calculate_per_token_loss",
+    ),
     "data": ("data_path", "split", "mock_data", "eod_mask_loss"),
 }
 # Tensors of the same names and shapes would be read as something else.

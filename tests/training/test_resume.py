@@ -145,15 +145,18 @@ def test_a_checkpoint_of_another_model_is_refused(change, named, tiny_config, tr
 def test_what_the_config_changes_is_told(tiny_config, train_run, tmp_path, capsys):
     folders = {"checkpoint": {key: str(tmp_path) for key in ("save", "load")}}
     train_run(tiny_config(folders, {"train": {"exit_interval": 4}}))
-    changes = {"train": {"exit_interval": 6, "seed": 7}, "optimizer": {"lr": 5e-3}}
+    train = {"exit_interval": 6, "seed": 7, "calculate_per_token_loss": False}
+    changes = {"train": train, "optimizer": {"lr": 5e-3}}
     capsys.readouterr()
     train_run(tiny_config(folders, changes))
     # min_lr is a tenth of lr unless given. How long this start trains is not what it trains.
     assert [line for line in capsys.readouterr().out.splitlines() if "note:" in line] == [
         " note: changed since that checkpoint: optimizer.lr = 0.005 (was 0.01), "
-        "optimizer.min_lr = 0.0005 (was 0.001), train.seed = 7 (was 1234)"
+        "optimizer.min_lr = 0.0005 (was 0.001), train.seed = 7 (was 1234), "
+        "train.calculate_per_token_loss = false (was true)"
     ]
-    train_run(tiny_config(folders, {**changes, "train": {"seed": 7}}))
+    del train["exit_interval"]
+    train_run(tiny_config(folders, changes))
     assert "note:" not in capsys.readouterr().out
 
 
