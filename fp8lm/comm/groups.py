@@ -22,6 +22,7 @@ from fp8lm.comm.roll_call import addresses_line, call_roll
 from fp8lm.comm.store import job_store
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
+from fp8lm.runtime.addresses import INTERFACES
 from fp8lm.runtime.launchers import adopt_launcher
 from fp8lm.runtime.streams import say
 
@@ -89,7 +90,7 @@ def process_groups(
             raise InputError(NO_NCCL)
         torch.cuda.set_device(device)
     store = job_store(launch, timeout)
-    if launch.world_size > 1:
+    if launch.world_size > 1 or os.environ.get(INTERFACES[0]):  # gloo listens there in any case
         present = call_roll(store, launch, os.environ, _gpu(device, backend))
         if launch.rank == 0 and (line := addresses_line(present)):
             say(line)

@@ -121,6 +121,11 @@ def find_problem(present: Sequence[Presence]) -> str | None:
     for rank, each in enumerate(present):
         if several and not each.is_reachable:
             return _describe_unreachable(rank, each)
+        if each.address is None and each.interface is not None:  # the user's choice
+            return (
+                f"{each.machine} (rank {rank}) has no network interface {each.interface} with an "
+                f"address: correct {INTERFACES[0]}, or unset it"
+            )
     owners: dict[str, int] = {}
     for rank, each in enumerate(present):
         if each.gpu is not None and owners.setdefault(each.gpu, rank) != rank:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from fp8lm.comm.groups import process_groups
 from fp8lm.comm.launch import Launch
 from fp8lm.comm.roll_call import (
     Presence,
@@ -22,7 +24,7 @@ from fp8lm.comm.roll_call import (
     find_problem,
     found_by,
 )
-from fp8lm.errors import RunFailed
+from fp8lm.errors import InputError, RunFailed
 from tests.bad_input.cases import ROOT
 
 HERE = Presence("node0", "net0", "10.0.0.1", "eth0")
@@ -49,6 +51,8 @@ def test_who_can_train_together(present):
         ([LOST, HERE], ("node1 (rank 0)", "127.0.1.1")),
         ([HERE, replace(THERE, address=None, interface="ib0")], ("no network interface ib0",)),
         ([HERE, replace(THERE, address=None, interface=None)], ("knows no address",)),
+        # On one machine, too: gloo listens there.
+        ([HERE, replace(HERE, address=None, interface="ib0")], ("ib0", "GLOO_SOCKET_IFNAME")),
         (
             [replace(HERE, gpu="a"), replace(HERE, gpu="b"), replace(HERE, gpu="b")],
             ("ranks 1 and 2 on node0", "CUDA_VISIBLE_DEVICES"),
@@ -71,6 +75,15 @@ def test_the_choice_of_the_user_stays():
     assert (me.address, me.interface) == ("127.0.0.1", "lo")
     assert find_presence({"GLOO_SOCKET_IFNAME": "no0", "MASTER_ADDR": "::1"}, None).address is None
     assert found_by(THERE, [me, THERE]) == THERE
+
+
+def test_one_process_with_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no0")
+    with (
+        pytest.raises(InputError, match=r"no network interface no0 .* GLOO_SOCKET_IFNAME"),
+        process_groups(torch.device("cpu")),
+    ):
+        pass
 
 
 def test_everyone_learns_of_everyone():
