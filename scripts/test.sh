@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and test: scripts/test.sh [fast|full|lint] [pytest arguments]
-#   fast  ruff and the tests not marked slow or gpu: a first look in under three minutes
+#   fast  ruff and the tests not marked slow or gpu: a first look
 #   full  ruff and every test (the default); those marked gpu are skipped without CUDA
 #   lint  ruff only
 set -euo pipefail
