@@ -180,9 +180,9 @@ def failure(fail, capsys, **more):
         with iterate(dataset=Failing(fail), num_workers=2, **more) as batches:
             batches.next(20)
 
-    before = multiprocessing.active_children()  # other tests' pools stay
+    before = set(multiprocessing.active_children())  # other tests' pools stay
     code = run_command(main, [])
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) == before
     return capsys.readouterr().err, code
 
 
@@ -215,10 +215,10 @@ def test_what_a_worker_refuses_is_said_as_by_this_process(capsys):
 
 def test_a_worker_that_hangs_does_not_outlive_its_iterator(monkeypatch):
     monkeypatch.setattr(data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    before = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
     with iterate(dataset=Failing(hang), num_workers=2) as batches:
         batches.next(1)
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_limit_that_is_not_reached_changes_nothing():
