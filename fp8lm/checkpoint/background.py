@@ -4,7 +4,9 @@
     collect    what has come of the writing since, without waiting for the rest
 
 One checkpoint is written at a time: a `save` waits for the one before it. The writing ranks talk to
-each other over a group of their own, since another thread of theirs is training.
+each other over a group of their own, since another thread of theirs is training. A slow file may
+keep them waiting for hours there, so it is not that group which tells that a rank is gone: the
+threads that wait for the writing meet over the training's own group, whose timeout is short.
 """
 
 from __future__ import annotations
@@ -13,18 +15,23 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch.distributed as dist
+
 from fp8lm.checkpoint.files import Retention
 from fp8lm.checkpoint.host_copy import HostCopies
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
-from fp8lm.checkpoint.together import Group
+from fp8lm.checkpoint.together import Group, from_all
 from fp8lm.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two meetings of waiting ranks
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class CheckpointSaver:
 
     `asynchronous`: `save` returns once the tensors are copied to host memory, as many bytes as this
     rank writes; else once they are on disk. `locks`: of the run, on the main rank; they are kept
-    while a checkpoint is being written. `files` are kept in each checkpoint.
+    while a checkpoint is being written. `files` are kept in each checkpoint. `training_group` has
+    the same ranks and the timeout after which a waiting rank fails if another is gone.
     """
 
     def __init__(
@@ -63,20 +71,29 @@ class CheckpointSaver:
         retention: Retention = Retention(),  # noqa: B008 (frozen)
         locks: RunLocks | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
+        training_group: Group = None,
     ) -> None:
         self.root = Path(root)
         self._group, self._retention, self._files = group, retention, files
         self._locks = RunLocks() if locks is None else locks
         self._copies = HostCopies() if asynchronous else None
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._training_group = training_group
+        self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        beside = asynchronous or not self._alone
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if beside else None
         self._writing: Future[Outcome] | None = None
         self._outcomes: list[Outcome] = []
 
     def save(self, iteration: int, shards: Shards, meta: Mapping[str, Any]) -> None:
         """Begin a checkpoint; `collect` tells what came of it."""
         self.wait()
-        if self._copies is None or self._writer is None:
+        if self._writer is None:
             self._outcomes.append(self._write(iteration, ShardSavePlanner(shards), meta))
+            return
+        if self._copies is None:
+            planner = ShardSavePlanner(shards)
+            self._writing = self._writer.submit(self._write, iteration, planner, meta)
+            self.wait()
             return
         planner = self._copies.copy(shards)
 
@@ -93,12 +110,23 @@ class CheckpointSaver:
     def collect(self) -> list[Outcome]:
         """Saves that have come to their end since the last call."""
         if self._writing is not None and self._writing.done():
-            self.wait()
+            self._take_outcome()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Return when no rank is writing; fails if one cannot be reached."""
+        pause = SHORTEST_PAUSE
+        while not self._all_done():
+            wait_for([self._writing] if self._writing is not None else [], pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        self._take_outcome()
+
+    def _all_done(self) -> bool:
+        done = self._writing is None or self._writing.done()
+        return done if self._alone else all(from_all(self._training_group, done))
+
+    def _take_outcome(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self._outcomes.append(writing.result())

@@ -90,6 +90,7 @@ class RunCheckpoints:
                 retention=Retention(config.keep_last, config.save_retain_interval),
                 locks=self._locks,
                 files=run.tokenizer.files,
+                training_group=run.groups.world,
             )
 
     def load(self) -> None:

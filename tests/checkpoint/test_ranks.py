@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fp8lm.checkpoint import (
+    CheckpointSaver,
     SaveError,
     Shard,
     check_save_folder,
@@ -18,6 +23,7 @@ from fp8lm.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from fp8lm.checkpoint import background as background_module
 from fp8lm.checkpoint.validity import read_metadata
 from fp8lm.errors import InputError
 from tests.checkpoint.tensors import file_size_limit
@@ -169,3 +175,58 @@ def one_folder(root):
 
 def test_a_folder_that_all_ranks_see(run_distributed, tmp_path):
     assert run_distributed(one_folder, 2, tmp_path / "ck") == [[], []]
+
+
+def make_saver(root, asynchronous, seconds_of_rank_1):
+    """A saver whose training group has a timeout of one second, and a rank that writes slowly."""
+    save_checkpoint = background_module.save_checkpoint
+
+    def save_slowly(*args):
+        if dist.get_rank() == 1:
+            time.sleep(seconds_of_rank_1)
+        return save_checkpoint(*args)
+
+    saver = CheckpointSaver(
+        root,
+        dist.new_group(timeout=timedelta(seconds=30)),
+        asynchronous=asynchronous,
+        training_group=dist.new_group(timeout=timedelta(seconds=1)),
+    )
+    return saver, mock.patch.object(background_module, "save_checkpoint", save_slowly)
+
+
+def save_slowly(root, asynchronous):
+    rank = dist.get_rank()
+    with ExitStack() as stack:
+        saver, slow = make_saver(root, asynchronous, 2.5)
+        stack.enter_context(mock.patch.object(background_module, "LONGEST_PAUSE", 0.2))
+        stack.enter_context(slow)
+        for iteration in (1, 2):
+            saver.save(iteration, by_rows(full_tensors(), rank), {})
+        saver.close()
+    return [(outcome.iteration, outcome.error) for outcome in saver.collect()]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_slow_file_is_waited_for(run_distributed, tmp_path, asynchronous):
+    results = run_distributed(save_slowly, 2, tmp_path, asynchronous)
+    assert results == [[(1, None), (2, None)]] * 2
+
+
+def wait_for_a_rank_that_is_gone(root, asynchronous):
+    """Seconds until the ranks that save know that the last one does not."""
+    rank = dist.get_rank()
+    saver, _ = make_saver(root, asynchronous, 0)
+    if rank == 1:
+        return 0.0
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+        saver.save(1, by_rows(full_tensors(), rank), {})
+        saver.wait()
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_that_is_gone_is_not_waited_for(run_distributed, tmp_path, asynchronous):
+    seconds, _ = run_distributed(wait_for_a_rank_that_is_gone, 2, tmp_path, asynchronous)
+    assert seconds < 15  # of the 30 that a slow file may take
