@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import NoReturn
 
 from fp8lm.errors import EXIT_RESTART
-from fp8lm.launch.tether import tie_to_parent
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.launchers import adopt_launcher
+from fp8lm.runtime.parent_death import tie_to_parent
 from fp8lm.runtime.signals import exit_at_second_signal
 
 
@@ -19,8 +19,8 @@ def main(argv: list[str]) -> int:
 
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
+    from fp8lm.comm.env import DistEnv
     from fp8lm.comm.groups import process_groups, rank_device
-    from fp8lm.comm.launch import Launch
     from fp8lm.training.build import build, resolve_device
     from fp8lm.training.run_folders import locked_folders
     from fp8lm.training.stopping import is_over
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     adopt_launcher(os.environ)
     resumes = config.checkpoint.resumes
-    if resumes and is_over(config.train, Launch.from_environment(os.environ)):
+    if resumes and is_over(config.train, DistEnv.from_environment(os.environ)):
         return EXIT_RESTART  # torchrun has started again what had saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel

@@ -88,7 +88,7 @@ class ScaledTensor:
 
     def dequantize(self, kernels: ReferenceKernels, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values in `dtype` (bf16 or fp32)."""
-        return kernels.decode(self.payload, self.scale, self.format, dtype)
+        return kernels.dequantize(self.payload, self.scale, self.format, dtype)
 
     def _with(self, payload: Tensor) -> ScaledTensor:
         return ScaledTensor(payload, self.scale, self.format)

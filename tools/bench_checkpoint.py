@@ -94,12 +94,12 @@ def one_round(
     began = time.perf_counter()
     for step in range(steps):
         result = train_step(
-            run.model, run.optimizer, microbatches, 1e-6, run.replicas, run.pipeline
+            run.model, run.optimizer, microbatches, 1e-6, run.data_parallel, run.pipeline
         )
         result.loss.item()
         if step == 0 and saver is not None:
             asked = time.perf_counter()
-            run.replicas.wait_for_weights()
+            run.data_parallel.finish_param_sync()
             shards = model_shards(run.weights) | optimizer_shards(run.optimizer)
             saver.save(iteration, shards, {})
             held_up = time.perf_counter() - asked
@@ -125,7 +125,7 @@ def summary(run: Run, rounds: dict[str, list[list[float]]], options: argparse.Na
         "steps": options.steps,
         "step milliseconds": 1e3 * step,
         "state bytes of the main process": sum(
-            state_bytes(run.optimizer, padding=run.replicas.padding).values()
+            state_bytes(run.optimizer, padding=run.data_parallel.padding).values()
         ),
         "checkpoint bytes": sum(path.stat().st_size for path in files) // (options.rounds + 1),
         "milliseconds": {

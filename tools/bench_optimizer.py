@@ -80,7 +80,9 @@ def measure(runs: dict[str, Run], groups: ProcessGroups, steps: int) -> dict[str
             "parameters": sum(weight.spec.numel for weight in run.weights.values()),
             "milliseconds": {k: 1e3 * statistics.median(v) for k, v in times[preset].items()},
             "bytes sent": {wire: sent[preset][wire] for wire in ("grads", "params")},
-            "bytes held": sum(state_bytes(run.optimizer, padding=run.replicas.padding).values()),
+            "bytes held": sum(
+                state_bytes(run.optimizer, padding=run.data_parallel.padding).values()
+            ),
         }
         for preset, run in runs.items()
     }
@@ -90,9 +92,9 @@ def one_step(run: Run, groups: ProcessGroups, seed: int) -> dict[str, float]:
     """Seconds of each phase; all ranks start each together."""
     generator = torch.Generator(device=run.device).manual_seed(seed)
     for weight in run.weights.values():
-        weight.grad.zero()
+        weight.main_grad.zero()
         shape = weight.spec.local_shape
-        weight.grad.add(torch.randn(shape, generator=generator, device=run.device))
+        weight.main_grad.add(torch.randn(shape, generator=generator, device=run.device))
     seconds = {}
 
     def timed(phase: str, call: Callable):  # noqa: ANN202
@@ -104,10 +106,10 @@ def one_step(run: Run, groups: ProcessGroups, seed: int) -> dict[str, float]:
         seconds[phase] = time.perf_counter() - began
         return result
 
-    run.replicas.before_last_microbatch()
-    gradients = timed("reduce", run.replicas.reduce)
+    run.data_parallel.enable_grad_sync()
+    gradients = timed("reduce", run.data_parallel.reduce)
     norm = timed("step", lambda: run.optimizer.step(1e-4, gradients))
-    timed("gather", lambda: run.replicas.finish_step(norm.skip))
+    timed("gather", lambda: run.data_parallel.start_param_sync(norm.skip))
     return seconds
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import psutil
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.checkpoint.reader import differences
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, running_here

@@ -24,7 +24,9 @@ from typing import Any
 import yaml
 
 from fp8lm.checkpoint import Checkpoint, SaveError, open_checkpoint
-from fp8lm.checkpoint.contents import (
+from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.location import locate, what_is_there
+from fp8lm.checkpoint.reader import (
     CIRCUMSTANCES,
     StoredTensor,
     copy_checkpoint,
@@ -32,8 +34,6 @@ from fp8lm.checkpoint.contents import (
     read_tensor,
     stored_tensors,
 )
-from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
-from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from forked_jobs import JobServer, Kill
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences
+from fp8lm.checkpoint.reader import differences
 from fp8lm.errors import CommandParser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from forked_jobs import JobServer
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import read_tensor, stored_tensors
+from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 

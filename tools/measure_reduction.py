@@ -23,8 +23,8 @@ from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser
-from fp8lm.gradient.accumulator import GradientAccumulator
-from fp8lm.gradient.fp8_sum import Scaling, ring_sum, saturated_share
+from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum, saturated_share
+from fp8lm.gradient.main_grad import MainGrad
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.runtime.ending import exit_with
@@ -92,7 +92,7 @@ def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
         zero_gradients(run.weights)
         batch_loss(run.model, batch).backward()
         for name in names:
-            gradients[name].append(run.weights[name].grad.value.payload.clone())
+            gradients[name].append(run.weights[name].main_grad.value.payload.clone())
     return gradients
 
 
@@ -119,7 +119,7 @@ def measure_accumulation(gradients: Gradients) -> dict[str, dict[int, float]]:
     results: dict[str, dict[int, float]] = {}
     for fmt in (E4M3, BF16):
         sums = {
-            name: GradientAccumulator(values[0].shape, fmt, KERNELS, values[0].device)
+            name: MainGrad(values[0].shape, fmt, KERNELS, values[0].device)
             for name, values in gradients.items()
         }
         results[fmt.name] = {}
@@ -172,7 +172,7 @@ def fp8_ring(policy: str) -> Callable[[list[ScaledTensor]], Tensor]:
 
     def reduce(stored: list[ScaledTensor]) -> Tensor:
         size = len(stored)
-        scaling = Scaling(["w"], size, policy, torch.device("cpu"))
+        scaling = AutoScaler(["w"], size, policy, torch.device("cpu"))
         shared = torch.stack([tensor.scale for tensor in stored]).min()
         for _ in range(20):
             scale = shared * scaling.factors(["w"])[0]

@@ -23,45 +23,45 @@ from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.errors import CommandParser
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.edge import Edge, Partition
+from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.numerics import E4M3, E5M2, Format
 from fp8lm.optim.schedule import LearningRate
 from fp8lm.runtime.ending import exit_with
 from fp8lm.scaled_tensor import ScaledTensor, quantize
-from fp8lm.training.build import build_model, table_rows
+from fp8lm.training.build import build_model, model_vocab_size
 from fp8lm.training.step import train_step
 
 KERNELS = ReferenceKernels()
 Traffic = dict[str, list[Tensor]]
 
 
-class RecordingEdge(Edge):
+class RecordingEdge(TPComm):
     """The edge of one rank, which keeps what it would send while `traffic` is not None."""
 
-    def __init__(self, partition: RecordingPartition) -> None:
-        self._partition = partition
+    def __init__(self, tp: RecordingContext) -> None:
+        self._partition = tp
 
     def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
-        """See `Edge`."""
+        """See `TPComm`."""
         self._partition.record("gather, gradient" if fmt == E5M2 else "gather, activation", x)
         return super().cast(x, fmt, kernels)
 
     def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
-        """See `Edge`."""
+        """See `TPComm`."""
         backward = not torch.is_grad_enabled() and self._partition.in_backward
         self._partition.record("reduce, gradient" if backward else "reduce, output", y)
         return super().reduce(y, kernels)
 
 
-class RecordingPartition(Partition):
+class RecordingContext(TPContext):
     """One rank whose boundaries are recorded."""
 
     def __init__(self) -> None:
         self.traffic: Traffic | None = None
         self.in_backward = False
 
-    def boundary(self) -> Edge:
-        """See `Partition`."""
+    def replicated_side(self) -> TPComm:
+        """See `TPContext`."""
         return RecordingEdge(self)
 
     def record(self, kind: str, x: Tensor) -> None:
@@ -88,31 +88,29 @@ def main(argv: list[str]) -> None:
         world_size=1,
         consumed_samples=0,
     )
-    partition = RecordingPartition()
+    tp = RecordingContext()
     model, optimizer, _ = build_model(
         config,
-        table_rows(config, tokenizer.vocab_size),
+        model_vocab_size(config, tokenizer.vocab_size),
         KERNELS,
         torch.device("cpu"),
         num_ids=tokenizer.vocab_size,
-        partition=partition,
+        tp=tp,
     )
     rates = LearningRate(config.optimizer, config.scheduler, config.train)
     for step in range(options.steps):
         rate = rates.rate(step, batches.consumed_samples)
         train_step(model, optimizer, batches.next(1), rate)
-    report(record_step(model, partition, batches.next(1)[0]))
+    report(record_step(model, tp, batches.next(1)[0]))
 
 
-def record_step(
-    model: torch.nn.Module, partition: RecordingPartition, batch: dict[str, Tensor]
-) -> Traffic:
+def record_step(model: torch.nn.Module, tp: RecordingContext, batch: dict[str, Tensor]) -> Traffic:
     """Traffic of one forward and backward."""
-    partition.traffic = defaultdict(list)
+    tp.traffic = defaultdict(list)
     loss = model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
-    partition.in_backward = True
+    tp.in_backward = True
     loss.backward()
-    return partition.traffic
+    return tp.traffic
 
 
 def report(traffic: Traffic) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fp8lm.config import load_config
 from fp8lm.errors import run_command
-from fp8lm.inspect.layout import plan_stage
-from fp8lm.parallel.ownership import Ownership, Tensor2D, row_blocks, whole_tensors
-from fp8lm.parallel.replicas import tensors_of
+from fp8lm.parallel.data_parallel import tensors_of
+from fp8lm.parallel.param_layout import BufferEntry, ParamLayout, assign_whole_tensors, shard_rows
+from fp8lm.planner.layout import plan_stage
 
 MODELS = ("7b", "13b", "175b")
 REPLICAS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -29,23 +29,23 @@ def main(argv: list[str]) -> None:
     print(f"{'max/mean':16}" + "".join(f"{size:>7}" for size in REPLICAS))
     for model in MODELS:
         tensors = local_tensors(model)
-        for name, place in (("tensor", whole_tensors), ("even", row_blocks)):
+        for name, place in (("tensor", assign_whole_tensors), ("even", shard_rows)):
             ratios = [balance(place([tensors], size)[0], tensors) for size in REPLICAS]
             print(f"{model:8}{name:8}" + "".join(f"{ratio:7.3f}" for ratio in ratios))
 
 
-def local_tensors(model: str) -> list[Tensor2D]:
+def local_tensors(model: str) -> list[BufferEntry]:
     """What a rank of the first stage holds in preset o3."""
     config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"])
     return tensors_of(plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights)
 
 
-def balance(ownership: Ownership, tensors: list[Tensor2D]) -> float:
+def balance(layout: ParamLayout, tensors: list[BufferEntry]) -> float:
     """Elements of the fullest rank over the mean."""
     columns = {tensor.name: tensor.columns for tensor in tensors}
     loads = [
         sum((stop - start) * columns[name] for name, (start, stop) in own.items())
-        for own in ownership.rows
+        for own in layout.rows
     ]
     return max(loads) * len(loads) / sum(loads)
 

@@ -9,7 +9,7 @@ from fp8lm.checkpoint.loading import (
     load_checkpoint,
     open_checkpoint,
 )
-from fp8lm.checkpoint.save_folder import check_save_folder, take_over
+from fp8lm.checkpoint.save_folder import check_save_folder, claim_save_dir
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 
@@ -23,10 +23,10 @@ __all__ = [
     "SaveError",
     "Shard",
     "check_save_folder",
+    "claim_save_dir",
     "find_checkpoint",
     "latest_iteration",
     "load_checkpoint",
     "open_checkpoint",
     "save_checkpoint",
-    "take_over",
 ]

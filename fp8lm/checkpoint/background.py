@@ -23,11 +23,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fp8lm.checkpoint.collectives import Group, from_all
 from fp8lm.checkpoint.files import Retention
 from fp8lm.checkpoint.host_copy import HostCopies
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
-from fp8lm.checkpoint.together import Group, from_all
 from fp8lm.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
 

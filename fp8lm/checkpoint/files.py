@@ -110,7 +110,7 @@ def make_save_folder(root: Path) -> None:
     effective = os.access in os.supports_effective_ids
     if not os.access(root, os.W_OK | os.X_OK, effective_ids=effective):
         raise PermissionError(errno.EACCES, "no permission to write in it", str(root))
-    settle(root)
+    remove_unfinished_saves(root)
 
 
 def start_writing(root: Path, iteration: int) -> Path:
@@ -152,7 +152,7 @@ def publish(
     written.rename(folder)
     sync_folder(root)
     write_latest(root, iteration)
-    settle(root)
+    remove_unfinished_saves(root)
     return folder
 
 
@@ -176,7 +176,7 @@ def remove(root: Path, iterations: list[int]) -> None:
                 _delete(folder)
 
 
-def forget_after(root: Path, iteration: int) -> None:
+def delete_after(root: Path, iteration: int) -> None:
     """Make checkpoint `iteration` the latest, and delete newer ones; 0: none is left."""
     if iteration:
         write_latest(root, iteration)
@@ -185,7 +185,7 @@ def forget_after(root: Path, iteration: int) -> None:
     remove(root, [newer for newer in saved_iterations(root) if newer > iteration])
 
 
-def set_aside(root: Path, after: int) -> list[int]:
+def quarantine_newer(root: Path, after: int) -> list[int]:
     """Move checkpoints newer than `after` to SET_ASIDE, where nothing reads them; which ones.
 
     A run that goes on from an older one makes others of the same names, and no rule of its own may
@@ -203,7 +203,7 @@ def set_aside(root: Path, after: int) -> list[int]:
     return iterations
 
 
-def settle(root: Path) -> None:
+def remove_unfinished_saves(root: Path) -> None:
     """Undo what was begun and not finished; a no-op in a folder where all is well.
 
     What cannot be deleted stays: its name is none of a checkpoint.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fp8lm.checkpoint.planners import Place, Shards, ShardSavePlanner
+from fp8lm.checkpoint.planners import ShardKey, Shards, ShardSavePlanner
 from fp8lm.checkpoint.shard import Shard
 
 
@@ -20,7 +20,7 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._written: Collection[Place] | None = None
+        self._written: Collection[ShardKey] | None = None
 
     def copy(self, shards: Shards) -> CopiedPlanner:
         """A planner over copies of `shards` in host memory; wait for it before reading them.
@@ -44,7 +44,7 @@ class HostCopies:
         """Remember what this rank wrote."""
         self._written = planner.written
 
-    def _copy(self, place: Place, tensor: Tensor) -> Tensor:
+    def _copy(self, place: ShardKey, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         if self._written is not None and place not in self._written:
             return torch.empty_like(tensor, device="meta")

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from fp8lm.checkpoint.collectives import Group, all_or_error, from_all, my_share, on_main
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
+from fp8lm.checkpoint.integrity import LARGEST_OTHER, Contents, check_files, inspect_folder
 from fp8lm.checkpoint.location import locate, what_is_there
 from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.storage import read_shards
-from fp8lm.checkpoint.together import Group, all_or_error, from_all, my_share, on_main
-from fp8lm.checkpoint.validity import LARGEST_OTHER, Contents, check_files, inspect_folder
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import read_regular
 
@@ -118,17 +118,17 @@ def load_checkpoint(
     shards: Shards,
     group: Group = None,
     *,
-    passing_over: str | None = None,
+    ignore_prefix: str | None = None,
     known: Collection[str] = (),
 ) -> None:
     """Fill the tensors of `shards` in place, bit for bit.
 
     The checkpoint may hold more tensors than `shards` names if their names begin with
-    `passing_over` ("optimizer." for a model alone, "" for any) or are in `known` of some rank.
+    `ignore_prefix` ("optimizer." for a model alone, "" for any) or are in `known` of some rank.
     Raises `InputError` for a checkpoint of another model, naming the first tensor that differs;
     then nothing is filled.
     """
-    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, passing_over, known)
+    read_shards(checkpoint.folder, checkpoint.metadata, shards, group, ignore_prefix, known)
 
 
 def _candidates(root: Path) -> tuple[list[int], list[str]]:

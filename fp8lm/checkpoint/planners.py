@@ -39,7 +39,7 @@ from fp8lm.checkpoint.shard import Shard
 from fp8lm.errors import InputError
 
 Shards = Mapping[str, Sequence[Shard]]
-Place = tuple[str, tuple[int, ...]]
+ShardKey = tuple[str, tuple[int, ...]]
 
 
 class ShardSavePlanner(SavePlanner):
@@ -50,7 +50,7 @@ class ShardSavePlanner(SavePlanner):
 
     def __init__(self, offered: Shards) -> None:
         self.offered = offered
-        self.written: frozenset[Place] = frozenset()
+        self.written: frozenset[ShardKey] = frozenset()
 
     def set_up_planner(
         self,
@@ -59,7 +59,7 @@ class ShardSavePlanner(SavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Take this rank's shards."""
-        self._shards = _by_place(state_dict)
+        self._shards = _by_key(state_dict)
 
     def create_local_plan(self) -> SavePlan:
         """Offer every block of this rank that is not empty."""
@@ -77,12 +77,12 @@ class ShardSavePlanner(SavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Write what the coordinator chose."""
-        self.written = frozenset(_place(item.index) for item in new_plan.items)
+        self.written = frozenset(_key(item.index) for item in new_plan.items)
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The block as it is; the storage copies it to the host."""
-        tensor = self._shards[_place(write_item.index)].tensor
+        tensor = self._shards[_key(write_item.index)].tensor
         if tensor.is_meta:
             raise RuntimeError(f"{write_item.index} was not copied: the ranks' shards have changed")
         return tensor.detach()
@@ -91,12 +91,12 @@ class ShardSavePlanner(SavePlanner):
 class ShardLoadPlanner(LoadPlanner):
     """Plans the filling of a dict of `Shard`s; `InputError` if the checkpoint holds other ones.
 
-    Tensors that no rank asks for are ignored if their names begin with `passing_over` or are in
+    Tensors that no rank asks for are ignored if their names begin with `ignore_prefix` or are in
     `known` of some rank.
     """
 
-    def __init__(self, passing_over: str | None = None, known: Collection[str] = ()) -> None:
-        self._passing_over, self._known = passing_over, known
+    def __init__(self, ignore_prefix: str | None = None, known: Collection[str] = ()) -> None:
+        self._passing_over, self._known = ignore_prefix, known
 
     def set_up_planner(
         self,
@@ -105,7 +105,7 @@ class ShardLoadPlanner(LoadPlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Take this rank's shards and the checkpoint's tensors."""
-        self._shards = _by_place(state_dict)
+        self._shards = _by_key(state_dict)
         self._stored = metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:
@@ -146,19 +146,19 @@ class ShardLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The view of this rank's block that one read fills."""
-        target = self._shards[_place(read_item.dest_index)].tensor.detach()
+        target = self._shards[_key(read_item.dest_index)].tensor.detach()
         return select(target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the view was filled in place."""
 
 
-def _by_place(shards: Shards) -> dict[Place, Shard]:
+def _by_key(shards: Shards) -> dict[ShardKey, Shard]:
     """Every block by its tensor's name and its offset."""
     return {(name, tuple(shard.offset)): shard for name, held in shards.items() for shard in held}
 
 
-def _place(index: MetadataIndex) -> Place:
+def _key(index: MetadataIndex) -> ShardKey:
     return index.fqn, tuple(index.offset)
 
 

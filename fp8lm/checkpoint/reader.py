@@ -64,7 +64,7 @@ def read_tensor(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     whole = tuple(checkpoint.metadata.state_dict_metadata[stored.name].size)
     block = Shard(tensor, whole, (0,) * len(whole))
-    load_checkpoint(checkpoint, {stored.name: [block]}, passing_over="")
+    load_checkpoint(checkpoint, {stored.name: [block]}, ignore_prefix="")
     return tensor
 
 

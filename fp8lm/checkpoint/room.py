@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from fp8lm.checkpoint.collectives import Group, on_main
 from fp8lm.checkpoint.files import (
     NO_ROOM,
     Retention,
@@ -22,7 +23,6 @@ from fp8lm.checkpoint.files import (
     saved_iterations,
 )
 from fp8lm.checkpoint.loading import find_checkpoint
-from fp8lm.checkpoint.together import Group, on_main
 from fp8lm.errors import InputError, LockLost
 
 

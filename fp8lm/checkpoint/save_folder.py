@@ -6,9 +6,9 @@ import os
 import secrets
 from pathlib import Path
 
-from fp8lm.checkpoint.files import make_save_folder, saved_iterations, set_aside
+from fp8lm.checkpoint.collectives import Group, from_all, on_main
+from fp8lm.checkpoint.files import make_save_folder, quarantine_newer, saved_iterations
 from fp8lm.checkpoint.location import is_checkpoint
-from fp8lm.checkpoint.together import Group, from_all, on_main
 from fp8lm.errors import InputError
 
 
@@ -32,7 +32,7 @@ def check_save_folder(root: str | os.PathLike[str], group: Group = None) -> None
         )
 
 
-def take_over(
+def claim_save_dir(
     root: str | os.PathLike[str], after: int, own: bool, group: Group = None
 ) -> list[int]:
     """Leave checkpoints only of the past that a run goes on from, at iteration `after`.
@@ -44,15 +44,15 @@ def take_over(
     root = Path(root)
     if own:
         try:
-            return on_main(group, lambda: set_aside(root, after))
+            return on_main(group, lambda: quarantine_newer(root, after))
         except OSError as error:
             raise InputError(f"cannot move newer checkpoints in {root} aside: {error}") from error
-    if problem := on_main(group, lambda: held_by_another(root)):
+    if problem := on_main(group, lambda: foreign_checkpoints(root)):
         raise InputError(problem)
     return []
 
 
-def held_by_another(root: Path) -> str | None:
+def foreign_checkpoints(root: Path) -> str | None:
     """Why a run that does not load from `root` may not save there; None if it may."""
     if not (found := saved_iterations(root)):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fp8lm
+from fp8lm.checkpoint.collectives import Group, from_all, is_main, on_main
 from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import (
     COMMON,
@@ -22,14 +23,13 @@ from fp8lm.checkpoint.files import (
     latest_iteration,
     publish,
     remove,
+    remove_unfinished_saves,
     saved_iterations,
-    settle,
     start_writing,
 )
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.room import describe_room, make_room
 from fp8lm.checkpoint.storage import write_shards
-from fp8lm.checkpoint.together import Group, from_all, is_main, on_main
 from fp8lm.errors import InputError, LockLost, RunFailed
 
 
@@ -105,7 +105,7 @@ def _write(
         if is_main(group):
             with suppress(OSError, LockLost):
                 verify_owner()
-                settle(root)
+                remove_unfinished_saves(root)
         raise
 
 

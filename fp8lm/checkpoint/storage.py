@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from fp8lm.checkpoint.collectives import Group
 from fp8lm.checkpoint.planners import (
     ShardLoadPlanner,
     Shards,
     ShardSavePlanner,
     select,
 )
-from fp8lm.checkpoint.together import Group
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import create, open_regular
 
@@ -66,19 +66,19 @@ def read_shards(
     metadata: Metadata,
     shards: Shards,
     group: Group,
-    passing_over: str | None = None,
+    ignore_prefix: str | None = None,
     known: Collection[str] = (),
 ) -> None:
     """Fill all ranks' shards in place; an error of one rank is raised on all of them.
 
     Nothing is filled if some tensor does not fit (`InputError`); tensors whose names begin with
-    `passing_over` or are in `known` of some rank need not be asked for.
+    `ignore_prefix` or are in `known` of some rank need not be asked for.
     """
     with _plain_errors():
         dcp.load(
             dict(shards),
             storage_reader=_Reader(folder, metadata),
-            planner=ShardLoadPlanner(passing_over, known),
+            planner=ShardLoadPlanner(ignore_prefix, known),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )

@@ -14,7 +14,7 @@ from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.reduce import all_reduce, reduce_scatter
 from fp8lm.comm.transport import (
     all_gather_bytes,
-    all_gather_slabs,
+    all_gather_uneven,
     all_to_all_bytes,
     reduce_scatter_fp8,
     shift_bytes,
@@ -29,7 +29,7 @@ __all__ = [
     "all_gather",
     "all_gather_bytes",
     "all_gather_scalars",
-    "all_gather_slabs",
+    "all_gather_uneven",
     "all_gather_values",
     "all_reduce",
     "all_to_all_bytes",

@@ -16,7 +16,7 @@ _CURE = "start with torchrun, or unset them to run one process"
 
 
 @dataclass(frozen=True)
-class Launch:
+class DistEnv:
     """Number of this process in the job and on its machine, and how many there are in each.
 
     `restart` counts how often torchrun has started the processes of this machine anew; of several
@@ -32,7 +32,7 @@ class Launch:
     restart: int = 0
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+    def from_environment(cls, environment: Mapping[str, str]) -> DistEnv:
         """What torchrun (or any launcher that sets the same variables) says; else one process.
 
         InputError if variables are missing or make no sense.

@@ -17,8 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm.launch import Launch
-from fp8lm.comm.roll_call import addresses_line, call_roll
+from fp8lm.comm.env import DistEnv
+from fp8lm.comm.rank_check import addresses_line, call_roll
 from fp8lm.comm.store import job_store
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
@@ -82,7 +82,7 @@ def process_groups(
     ranks, see `fp8lm.runtime.ending`.
     """
     adopt_launcher(os.environ)
-    launch = Launch.from_environment(os.environ)
+    launch = DistEnv.from_environment(os.environ)
     check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -200,7 +200,7 @@ def processes_per_node() -> int | None:
 
     None where machines have different numbers of them.
     """
-    local = Launch.from_environment(os.environ).local_world_size
+    local = DistEnv.from_environment(os.environ).local_world_size
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, local)
     return local if len(set(sizes)) == 1 else None
@@ -228,33 +228,31 @@ def replicas_per_node(ranks: int, shards: int, node_size: int, *, given: bool) -
 
 
 @dataclass(frozen=True)
-class StageGroups:
-    """The stages of a pipeline, once for messages up and once for those down, and its ends.
+class PipelineGroups:
+    """The pipeline-parallel groups of this rank, as Megatron names them.
 
-    Up is to a stage of a higher number. With NCCL two ranks of a group do what they send each other
-    in one order, so that a message up would wait for one down that waits for it.
+    Messages to a later stage use `pp_forward`, those to an earlier one `pp_backward`: NCCL runs the
+    sends and receives of two ranks of one group in order, so that in a single group an activation
+    would wait for a gradient that waits for it. `embd` holds the first and the last
+    stage (None on the stages between), `same_stage` all ranks of this stage.
     """
 
-    up: dist.ProcessGroup
-    down: dist.ProcessGroup
-    ends: dist.ProcessGroup | None
-    alike: dist.ProcessGroup
+    pp_forward: dist.ProcessGroup
+    pp_backward: dist.ProcessGroup
+    embd: dist.ProcessGroup | None
+    same_stage: dist.ProcessGroup
 
 
-def stage_groups(groups: ProcessGroups) -> StageGroups:
-    """Groups that pipelines need beyond `groups`; a collective of all processes.
-
-    `ends` are the first and the last stage, None on the stages between; `alike` all ranks of the
-    same stage.
-    """
+def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
+    """Groups that pipelines need beyond `groups`; a collective of all processes."""
     pipelines = _all_like(groups.pipeline_parallel)
     kinds = (
         [list(ranks) for ranks in pipelines],
         [[ranks[0], ranks[-1]] for ranks in pipelines],
         [list(ranks) for ranks in zip(*pipelines, strict=True)],
     )
-    down, ends, alike = map(groups.divide, kinds)
-    return StageGroups(groups.pipeline_parallel, down, ends, alike)
+    pp_backward, embd, same_stage = map(groups.divide, kinds)
+    return PipelineGroups(groups.pipeline_parallel, pp_backward, embd, same_stage)
 
 
 def _all_like(group: dist.ProcessGroup) -> list[tuple[int, ...]]:
@@ -269,7 +267,7 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
     if device.type != "cuda":
         return device
     num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
-    return torch.device("cuda", Launch.from_environment(os.environ).local_rank % num_gpus)
+    return torch.device("cuda", DistEnv.from_environment(os.environ).local_rank % num_gpus)
 
 
 def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:

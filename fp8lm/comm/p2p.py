@@ -23,7 +23,7 @@ from fp8lm.numerics import BF16, E4M3, FP32, Format, scale_from_amax
 _SCALE_BYTES = 4
 
 
-class StageWire:
+class PipelineP2P:
     """Sends tensors of one shape [..., H] in `dtype` between the ranks of `group`."""
 
     def __init__(
@@ -83,7 +83,7 @@ class StageWire:
         payload = message[:numel].view(self.rows, self.shape[-1])
         scales = message[numel:].view(torch.float32)
         one = torch.ones((), device=message.device)
-        codes = self.kernels.decode(payload, one, self.format, torch.float32)
+        codes = self.kernels.dequantize(payload, one, self.format, torch.float32)
         return (codes / scales[:, None]).to(self.dtype).view(self.shape)
 
 

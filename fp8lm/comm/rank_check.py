@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.errors import InputError, RunFailed
 from fp8lm.runtime.addresses import (
     INTERFACES,
@@ -49,7 +49,7 @@ class Presence:
 
 
 def call_roll(
-    store: dist.Store, launch: Launch, environment: MutableMapping[str, str], gpu: str | None
+    store: dist.Store, launch: DistEnv, environment: MutableMapping[str, str], gpu: str | None
 ) -> list[Presence]:
     """All processes in rank order; sets `INTERFACES` in a job of several networks.
 
@@ -70,7 +70,7 @@ def call_roll(
     return present
 
 
-def exchange(store: dist.Store, launch: Launch, name: str, value: object) -> list:
+def exchange(store: dist.Store, launch: DistEnv, name: str, value: object) -> list:
     """`value` of every process in rank order, through the store: no groups are needed.
 
     `RunFailed` where some do not come in time.

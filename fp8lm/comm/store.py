@@ -9,12 +9,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.errors import InputError, RunFailed
 from fp8lm.runtime.addresses import port_problem, wait_for_name
 
 
-def job_store(launch: Launch, timeout: timedelta) -> dist.Store:
+def job_store(launch: DistEnv, timeout: timedelta) -> dist.Store:
     """The store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun holds.
 
     InputError where that place cannot be used, RunFailed if nobody is there within `timeout`.

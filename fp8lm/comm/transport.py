@@ -44,7 +44,7 @@ def all_gather_bytes(
     return _handle([work], own, out)
 
 
-def all_gather_slabs(
+def all_gather_uneven(
     buffer: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, wire: Wire
 ) -> Handle[Tensor]:
     """`buffer` has `sizes[r]` bytes for every rank r, this rank's filled; brings the others'.

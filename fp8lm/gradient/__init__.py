@@ -1,5 +1,5 @@
 """Gradients in low precision: accumulation over micro-batches, and their reduction."""
 
-from fp8lm.gradient.accumulator import GradientAccumulator
+from fp8lm.gradient.main_grad import MainGrad
 
-__all__ = ["GradientAccumulator"]
+__all__ = ["MainGrad"]

@@ -8,15 +8,17 @@ at all when backward is over. Buckets leave in a fixed order, so ranks never dis
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fp8lm.comm import Handle, MessageLayout, all_gather_slabs
+from fp8lm.comm import Handle, MessageLayout, all_gather_uneven
 from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
-from fp8lm.layers.weight import Weight
+from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
@@ -32,7 +34,7 @@ class GradientBuckets:
 
     def __init__(
         self,
-        weights: dict[str, Weight],
+        weights: dict[str, Param],
         rows: Sequence[Rows],
         reduction: GradientReduction,
         bucket_size: int,
@@ -47,10 +49,13 @@ class GradientBuckets:
         self._under_way: deque[Handle[dict[str, Tensor]]] = deque()
         self._arrived: dict[str, Tensor] = {}
         if overlap:
+            # Autograd's hooks are out of sight of Python's collector, so they hold no reference
+            # to this object: with one, no model and no process group of a run would ever be freed.
+            complete = weakref.WeakMethod(self._complete)
             for name, weight in weights.items():
-                weight.when_gradient_complete(self._completion(name))
+                weight.when_gradient_complete(partial(_call_if_alive, complete, name))
 
-    def arm(self) -> None:
+    def enable_grad_sync(self) -> None:
         """The backward that follows is the step's last."""
         self._missing = [set(names) for names in self.buckets]
 
@@ -75,16 +80,16 @@ class GradientBuckets:
             for name, mean in self.finish().items()
         ]
         layouts = [self._layout(rows) for rows in self.rows]
-        device = next(iter(self.weights.values())).compute.device
+        device = next(iter(self.weights.values())).model_param.device
         sizes = [layout.nbytes for layout in layouts]
         buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         if own:
             layouts[group.rank()].pack(own, buffer.split(sizes)[group.rank()])
         gradients = {}
-        slabs = all_gather_slabs(buffer, sizes, group, wire).wait().split(sizes)
-        for rows, layout, slab in zip(self.rows, layouts, slabs, strict=True):
+        messages = all_gather_uneven(buffer, sizes, group, wire).wait().split(sizes)
+        for rows, layout, message in zip(self.rows, layouts, messages, strict=True):
             names = [name for name in self.weights if name in rows]
-            gradients.update(zip(names, layout.views(slab), strict=True))
+            gradients.update(zip(names, layout.views(message), strict=True))
         return {name: gradients[name] for name in self.weights}
 
     def _layout(self, rows: Rows) -> MessageLayout:
@@ -98,16 +103,16 @@ class GradientBuckets:
 
     def _sent_format(self, name: str) -> Format:
         spec = self.weights[name].spec
-        return sent_format(spec.grad_format, self.reduction.wire, dense=spec.dense)
+        return sent_format(
+            spec.grad_format, self.reduction.wire, keep_high_precision=spec.keep_high_precision
+        )
 
-    def _completion(self, name: str) -> Callable[[], None]:
-        def complete() -> None:
-            if self._missing:
-                self._missing[self._bucket_of[name]].discard(name)
-                while self._num_started < len(self.buckets) and not self._next_missing():
-                    self._start()
-
-        return complete
+    def _complete(self, name: str) -> None:
+        """All uses of a weight are behind the backward that runs: start the buckets that can go."""
+        if self._missing:
+            self._missing[self._bucket_of[name]].discard(name)
+            while self._num_started < len(self.buckets) and not self._next_missing():
+                self._start()
 
     def _next_missing(self) -> set[str]:
         return self._missing[self._num_started]
@@ -124,15 +129,20 @@ class GradientBuckets:
 
     def _sent(self, name: str) -> ScaledTensor:
         """The whole gradient in the format it travels in: its scale does not depend on cuts."""
-        accumulator, kernels = self.weights[name].grad, self.reduction.kernels
-        accumulator.settle()  # a weight that no micro-batch used
+        accumulator, kernels = self.weights[name].main_grad, self.reduction.kernels
+        accumulator.zero_if_unused()  # a weight that no micro-batch used
         gradient, fmt = accumulator.value, self._sent_format(name)
         if fmt == gradient.format:
             return gradient
         return quantize(gradient.dequantize(kernels), fmt, kernels)
 
 
-def _fill(weights: dict[str, Weight], bucket_size: int) -> list[list[str]]:
+def _call_if_alive(method: weakref.WeakMethod[Callable[[str], None]], name: str) -> None:
+    if (call := method()) is not None:
+        call(name)
+
+
+def _fill(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:
     """Names in buckets of about `bucket_size` parameters, last weight first."""
     buckets: list[list[str]] = [[]]
     size = 0

@@ -11,8 +11,8 @@ are the same arithmetic with mu fixed.
 
 A gradient of zeros only has a scale of 1 whatever the others are, which would flush theirs to zero.
 
-The sum is NCCL's own where it adds FP8 numbers up, else a ring, requantized at every hop; gradients
-of other formats take the way of `Fp32Accumulate`. A rank sends (N-1)/N bytes per parameter, as in a
+The sum is NCCL's own where it adds FP8 numbers, else a ring, requantized at every hop; gradients of
+other formats are reduced by `Fp32ReduceScatter`. A rank sends (N-1)/N bytes per parameter, as in a
 reduce-scatter.
 """
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, max_over_group, shift_bytes
-from fp8lm.gradient.reduction import Fp32Accumulate, Parts, Rows, cut, parts_of
+from fp8lm.gradient.reduction import Fp32ReduceScatter, Parts, Rows, cut, parts_of
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
@@ -38,7 +38,7 @@ POLICIES = ("automatic", "pre_scaling", "post_scaling")
 _EXPONENT = 0x7F800000
 
 
-class Scaling:
+class AutoScaler:
     """mu of every tensor, and the share of saturated values that moves it.
 
     `mu` and `saturated` are fp32 [tensors], in the order of `names`.
@@ -87,12 +87,12 @@ class Fp8Sum:
         everyone: dist.ProcessGroup,
         wire: Wire,
         kernels: ReferenceKernels,
-        scaling: Scaling,
+        scaling: AutoScaler,
         native: ReduceScatter | None = None,
     ) -> None:
         self.group, self.everyone, self.native = group, everyone, native
         self.wire, self.kernels, self.scaling = wire, kernels, scaling
-        self._others = Fp32Accumulate(group, wire, kernels)
+        self._others = Fp32ReduceScatter(group, wire, kernels)
 
     def start(
         self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, Wire, max_over_group
-from fp8lm.gradient.reduction import Parts, Rows, cut, parts_of, sum_at_owners
+from fp8lm.gradient.reduction import Parts, Rows, cut, parts_of, reduce_scatter_fp32
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 Sums = Sequence[Sequence[tuple[str, Tensor]]]  # by owner's node: names, and what was summed
 
 
-class HierarchicalAccumulate:
-    """As `Fp32Accumulate` over `group`, whose rank r is number r % m of node r // m.
+class HierarchicalReduceScatter:
+    """As `Fp32ReduceScatter` over `group`, whose rank r is number r % m of node r // m.
 
     `node` are the m ranks of this node, `across` those that are this number of their nodes.
     """
@@ -67,7 +67,7 @@ class HierarchicalAccumulate:
             own, size = names[self.group.rank()], self.group.size()
             return {name: value.div_(size) for name, value in zip(own, total, strict=True)}
 
-        summing = sum_at_owners(by_number, self.node, self.wire, self.kernels, device)
+        summing = reduce_scatter_fp32(by_number, self.node, self.wire, self.kernels, device)
         return summing.then(go_across)
 
     def _sum_across(
@@ -85,7 +85,9 @@ class HierarchicalAccumulate:
             for node, (owned, parts) in enumerate(zip(by_node, like, strict=True))
         ]
         uncast = [total for _, total in by_node[here]]
-        return sum_at_owners(sent, self.across, self.wire, self.kernels, device, uncast=uncast)
+        return reduce_scatter_fp32(
+            sent, self.across, self.wire, self.kernels, device, uncast=uncast
+        )
 
     def _amaxes(
         self, by_node: Sums, scaled: Sequence[str], shared: Sequence[str], device: torch.device

@@ -18,7 +18,7 @@ from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
-class GradientAccumulator:
+class MainGrad:
     """Accumulates weight gradients of `shape` into `value` (`ScaledTensor` in `fmt`)."""
 
     def __init__(
@@ -54,10 +54,10 @@ class GradientAccumulator:
         """
         if self.value.format != FP32:
             raise TypeError(f"rows are accumulated in fp32, not in {self.value.format}")
-        self.settle()
+        self.zero_if_unused()
         self.value.payload.index_add_(0, rows, dw.float())
 
-    def settle(self) -> None:
+    def zero_if_unused(self) -> None:
         """Make `value` right when no gradient arrived since `zero` (an unused weight)."""
         if self._is_zero:
             self.value.payload.zero_()

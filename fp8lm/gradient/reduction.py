@@ -49,7 +49,7 @@ class GradientReduction(Protocol):
         """What is remembered from step to step, for a checkpoint; the same on all ranks."""
 
 
-class Fp32Accumulate:
+class Fp32ReduceScatter:
     """Straight to the owner, sums in fp32."""
 
     def __init__(self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels) -> None:
@@ -63,7 +63,7 @@ class Fp32Accumulate:
         """See `GradientReduction`."""
         names, parts = cut(gradients, rows), parts_of(gradients, rows)
         device = next(iter(gradients.values())).device
-        summing = sum_at_owners(parts, self.group, self.wire, self.kernels, device)
+        summing = reduce_scatter_fp32(parts, self.group, self.wire, self.kernels, device)
 
         def mean(sums: list[Tensor]) -> dict[str, Tensor]:
             own = names[self.group.rank()]
@@ -80,7 +80,7 @@ class Fp32Accumulate:
         return {}
 
 
-def sum_at_owners(
+def reduce_scatter_fp32(
     parts: Parts,
     group: dist.ProcessGroup,
     wire: Wire,
@@ -139,12 +139,12 @@ def parts_of(
     ]
 
 
-def sent_format(stored: Format, wire: Wire, *, dense: bool) -> Format:
+def sent_format(stored: Format, wire: Wire, *, keep_high_precision: bool) -> Format:
     """What a gradient in format `stored` travels in; never in more bytes than it has.
 
-    Gradients of embeddings, norms and biases (`dense`) travel in BF16 on an FP8 wire.
+    Gradients of embeddings, norms and biases (`high_precision`) travel in BF16 on an FP8 wire.
     """
     wanted = FP32 if wire.precision == "fp32" else BF16
-    if wire.precision == "fp8" and not dense:
+    if wire.precision == "fp8" and not keep_high_precision:
         wanted = E4M3
     return stored if stored.bytes <= wanted.bytes else wanted

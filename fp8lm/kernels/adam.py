@@ -80,7 +80,7 @@ def adam_step(
         block = slice(start, start + kernels.step_elements)
         w, m, v = (_read(kernels, state, block, coefficients.skip) for state in states)
         g_payload, g_scale, g_format = gradient
-        g = kernels.decode(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
+        g = kernels.dequantize(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
         g = g.clone() if g_format.dtype == torch.float32 else g
         adam_(w, g, m, v, coefficients)
         for kind, value in enumerate((w, m, v)):
@@ -98,7 +98,7 @@ def _read(
     kernels: ReferenceKernels, stored: StoredTensor, block: slice, skip: Tensor | None
 ) -> Tensor:
     payload = stored.payload.view(-1)[block]
-    values = kernels.decode(payload, stored.scale, stored.format, torch.float32)
+    values = kernels.dequantize(payload, stored.scale, stored.format, torch.float32)
     # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.
     in_place = stored.format.dtype == torch.float32 and skip is not None
     return values.clone() if in_place else values

@@ -71,7 +71,7 @@ class ReferenceKernels:
             target[block].copy_(scaled)
         return payload
 
-    def decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
         """Values of `payload` (dtype `fmt.storage`) in `dtype` (bf16 or fp32), `payload / scale`.
 
         FP8 codes are decoded through integer shifts (8 times faster than torch's cast on CPU).
@@ -107,7 +107,7 @@ class ReferenceKernels:
         """
         check_gemm_operands(a, b)
         compute_dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
-        return torch.mm(self.decode(*a, compute_dtype), self.decode(*b, compute_dtype).t())
+        return torch.mm(self.dequantize(*a, compute_dtype), self.dequantize(*b, compute_dtype).t())
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`.

@@ -23,7 +23,7 @@ from fp8lm.runtime.streams import say
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
-    from fp8lm.inspect.plan import Plan
+    from fp8lm.planner.plan import Plan
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(problem)
     preflight.check_devices(config, processes)
     if options.nnodes > 1 and not options.simulate:
-        preflight.check_meeting(options.rdzv_endpoint, is_host=options.node_rank == 0)
+        preflight.check_rendezvous(options.rdzv_endpoint, is_host=options.node_rank == 0)
         if options.local_addr is None:
             options = replace(options, local_addr=preflight.local_address(options.rdzv_endpoint))
     preflight.make_log_folder(options.log_dir)

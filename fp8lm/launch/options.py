@@ -63,14 +63,14 @@ def parse_options(argv: Sequence[str]) -> Options:
         raise InputError("--all-ranks is for --dry-run, which shows the layout: add --dry-run")
     nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
-    meeting = given.rdzv_endpoint
+    rendezvous = given.rdzv_endpoint
     return Options(
         config=config,
         overrides=tuple(overrides),
         nnodes=nnodes,
         nproc_per_node=given.nproc_per_node,
         node_rank=given.node_rank,
-        rdzv_endpoint=None if meeting is None else endpoint(meeting),
+        rdzv_endpoint=None if rendezvous is None else endpoint(rendezvous),
         rdzv_id=job_name(given.rdzv_id),
         local_addr=given.local_addr,
         max_restarts=(3 if nnodes > 1 else 0) if given.max_restarts is None else given.max_restarts,

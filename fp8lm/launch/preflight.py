@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.checkpoint.location import load_problem
-from fp8lm.checkpoint.save_folder import held_by_another
+from fp8lm.checkpoint.save_folder import foreign_checkpoints
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
 from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.devices import NO_NCCL
 from fp8lm.errors import InputError
-from fp8lm.inspect.layout import Layout
-from fp8lm.inspect.plan import Plan, plan_run
 from fp8lm.kernels import select_kernels
+from fp8lm.planner.layout import Layout
+from fp8lm.planner.plan import Plan, plan_run
 from fp8lm.runtime.addresses import (
     NAME_PATIENCE,
     is_loopback,
@@ -35,8 +35,8 @@ from fp8lm.runtime.addresses import (
 )
 from fp8lm.runtime.run_lock import running_here
 from fp8lm.training.build import resolve_device
-from fp8lm.training.length import dataset_sizes
 from fp8lm.training.run_folders import run_folders
+from fp8lm.training.run_length import dataset_sizes
 
 UNEVEN = 1.2
 
@@ -96,7 +96,7 @@ def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[
             found.append(user)
     found += filter(None, [load_problem(config.checkpoint)])
     if save is not None and not config.checkpoint.resumes:
-        found += filter(None, [held_by_another(Path(save))])
+        found += filter(None, [foreign_checkpoints(Path(save))])
     return found
 
 
@@ -121,7 +121,7 @@ def make_log_folder(folder: str | None) -> None:
         raise InputError(f"--log-dir={folder} cannot be made: {error.strerror}") from error
 
 
-def check_meeting(endpoint: str, is_host: bool, patience: float = NAME_PATIENCE) -> None:
+def check_rendezvous(endpoint: str, is_host: bool, patience: float = NAME_PATIENCE) -> None:
     """InputError if the host of `endpoint` has no address, or cannot listen there if this is it."""
     host, _, port = endpoint.rpartition(":")
     host = host.strip("[]")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from fp8lm.launch.command import torchrun_arguments, torchrun_environment
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
 from fp8lm.launch.options import Options
-from fp8lm.launch.tether import tie_children
+from fp8lm.runtime.parent_death import tie_children
 
 HOST = "127.0.0.1"
 POLL = 0.1
@@ -37,10 +37,10 @@ RENDEZVOUS = {"is_host": 0, "keep_alive_interval": 1, "keep_alive_max_attempt": 
 def simulate(options: Options, nproc_per_node: int, say: Callable[[str], None]) -> int:
     """Run the job on `options.nnodes` simulated machines; its exit code."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    meeting = replace(options, rdzv_endpoint=f"{HOST}:{store.port}", local_addr=HOST)
+    rendezvous = replace(options, rdzv_endpoint=f"{HOST}:{store.port}", local_addr=HOST)
     nodes = []
     for number in range(options.nnodes):
-        node = replace(meeting, node_rank=number)
+        node = replace(rendezvous, node_rank=number)
         arguments = torchrun_arguments(node, nproc_per_node, RENDEZVOUS)
         nodes.append(Node(number, arguments, torchrun_environment(node)))
     return Cluster(nodes, options.max_restarts, say).run()

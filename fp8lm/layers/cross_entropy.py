@@ -18,28 +18,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fp8lm.layers.edge import Partition
+from fp8lm.layers.tp_context import TPContext
 
 
-def cross_entropy(
-    logits_TV: Tensor, labels_T: Tensor, vocab_size: int, partition: Partition
-) -> Tensor:
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor, vocab_size: int, tp: TPContext) -> Tensor:
     """Loss of every token, fp32 [T], the same bits on every rank.
 
     `logits_TV` (bf16 or fp32) are this rank's; labels are below `vocab_size`, the unpadded one.
     """
-    if partition.size == 1:
+    if tp.size == 1:
         logits = logits_TV[:, :vocab_size].float()
         return functional.cross_entropy(logits, labels_T, reduction="none")
-    return _SplitCrossEntropy.apply(logits_TV, labels_T, vocab_size, partition)
+    return _SplitCrossEntropy.apply(logits_TV, labels_T, vocab_size, tp)
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, labels_T: Tensor, vocab_size: int, partition: Partition
+        ctx: Any, logits_TV: Tensor, labels_T: Tensor, vocab_size: int, tp: TPContext
     ) -> Tensor:
-        first, count = partition.rank * logits_TV.shape[1], logits_TV.shape[1]
+        first, count = tp.rank * logits_TV.shape[1], logits_TV.shape[1]
         columns = labels_T - first
         elsewhere = (columns < 0) | (columns >= count)
         columns = columns.masked_fill(elsewhere, 0)
@@ -47,7 +45,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         logits = logits_TV.float()
         own_lse = torch.logsumexp(logits[:, :used], dim=1)  # of nothing: -inf
         own_target = logits.gather(1, columns[:, None])[:, 0].masked_fill(elsewhere, 0.0)
-        lse, target = partition.gather(torch.stack((own_lse, own_target))).unbind(dim=1)
+        lse, target = tp.gather(torch.stack((own_lse, own_target))).unbind(dim=1)
         lse_T = torch.logsumexp(lse, dim=0)
         ctx.save_for_backward(logits_TV, lse_T, columns, elsewhere)
         ctx.used = used

@@ -17,48 +17,50 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fp8lm.layers.edge import Edge
-from fp8lm.layers.weight import GemmWeight
+from fp8lm.layers.param import QuantizedParam
+from fp8lm.layers.tp_context import TPComm
 
 
-def embed(ids: Tensor, weight: GemmWeight, edge: Edge | None = None) -> Tensor:
+def embed(ids: Tensor, weight: QuantizedParam, comm: TPComm | None = None) -> Tensor:
     """Rows `ids` (int64, any shape) of the logical `weight` [V,H]; shape [*ids.shape, H].
 
-    `edge` sums over the ranks that hold other rows; it may leave a rank with a part of the first
+    `comm` sums over the ranks that hold other rows; it may leave a rank with a part of the first
     dimension of the result, the sequence.
     """
-    return _EmbeddingFunction.apply(weight.anchor, ids, weight, edge or Edge())
+    return _EmbeddingFunction.apply(weight.autograd_proxy, ids, weight, comm or TPComm())
 
 
 class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, ids: Tensor, weight: GemmWeight, edge: Edge) -> Tensor:
+    def forward(
+        ctx: Any, autograd_proxy: Tensor, ids: Tensor, weight: QuantizedParam, comm: TPComm
+    ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.weight, ctx.edge = weight, edge
+        ctx.weight, ctx.comm = weight, comm
         rows, elsewhere = _own_rows(ids.reshape(-1), weight)
         found = functional.embedding(rows, weight.payload)
         if elsewhere is not None:
             found.masked_fill_(elsewhere[:, None], 0.0)
-        return edge.reduce(found, weight.kernels).wait().view(-1, *ids.shape[1:], found.shape[-1])
+        return comm.reduce(found, weight.kernels).wait().view(-1, *ids.shape[1:], found.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None]:
         (ids,) = ctx.saved_tensors
-        weight, edge, kernels = ctx.weight, ctx.edge, ctx.weight.kernels
+        weight, comm, kernels = ctx.weight, ctx.comm, ctx.weight.kernels
         fmt = weight.spec.format
-        sent = edge.cast(dy.reshape(-1, dy.shape[-1]), fmt, kernels)
-        dy_TH = edge.gather(sent, fmt, kernels).wait().payload
+        sent = comm.cast(dy.reshape(-1, dy.shape[-1]), fmt, kernels)
+        dy_TH = comm.gather(sent, fmt, kernels).wait().payload
         rows, elsewhere = _own_rows(ids.reshape(-1), weight)
         if elsewhere is not None:
             dy_TH = dy_TH.masked_fill(elsewhere[:, None], 0.0)
-        weight.grad.add_rows(rows, dy_TH)
+        weight.main_grad.add_rows(rows, dy_TH)
         return None, None, None, None
 
 
-def _own_rows(ids: Tensor, weight: GemmWeight) -> tuple[Tensor, Tensor | None]:
+def _own_rows(ids: Tensor, weight: QuantizedParam) -> tuple[Tensor, Tensor | None]:
     """Rows of this rank's part for `ids`, and a mask of those that lie on another rank."""
-    split = weight.spec.split
+    split = weight.spec.shard_spec
     if split.is_whole:
         return ids, None
     count = weight.payload.shape[0]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.edge import NO_EXCHANGE, Edge
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec
+from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam
+from fp8lm.layers.tp_context import NO_COMM, TPComm
 from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -46,47 +46,47 @@ class Linear(nn.Module):
     """`y = x W^T + b` for x of shape [..., in_features]; weight stored [out_features, in_features].
 
     Input and output are of `precision.output` dtype. In FP8 the sizes and the number of tokens
-    must be divisible by 16 (ValueError otherwise), as the tensor cores demand. `input_edge` and
-    `output_edge` say what is exchanged with other ranks (see `fp8lm.layers.edge`).
+    must be divisible by 16 (ValueError otherwise), as the tensor cores demand. `input_comm` and
+    `output_comm` say what is exchanged with other ranks (see `fp8lm.layers.tp_context`).
     """
 
     def __init__(
         self,
-        weight: WeightSpec,
+        weight: ParamSpec,
         *,
         precision: GemmPrecision,
         kernels: ReferenceKernels,
         device: torch.device,
-        bias: WeightSpec | None = None,
-        input_edge: Edge | None = None,
-        output_edge: Edge | None = None,
+        bias: ParamSpec | None = None,
+        input_comm: TPComm | None = None,
+        output_comm: TPComm | None = None,
     ) -> None:
         super().__init__()
         self.precision = precision
-        self.input_edge = input_edge or Edge()
-        self.output_edge = output_edge or Edge()
-        self.weight = GemmWeight(weight, kernels, device, precision.weight)
-        self.bias = None if bias is None else VectorWeight(bias, kernels, device)
+        self.input_comm = input_comm or TPComm()
+        self.output_comm = output_comm or TPComm()
+        self.weight = QuantizedParam(weight, kernels, device, precision.weight)
+        self.bias = None if bias is None else VectorParam(bias, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] of this rank's tokens and features."""
-        bias = None if self.bias is None else self.bias.data
-        edges = self.input_edge, self.output_edge
-        return linear(x, self.weight, self.precision, bias, edges)
+        bias = None if self.bias is None else self.bias.param
+        comms = self.input_comm, self.output_comm
+        return linear(x, self.weight, self.precision, bias, comms)
 
 
 def linear(
     x: Tensor,
-    weight: GemmWeight,
+    weight: QuantizedParam,
     precision: GemmPrecision,
     bias: Tensor | None = None,
-    edges: tuple[Edge, Edge] = NO_EXCHANGE,
+    comms: tuple[TPComm, TPComm] = NO_COMM,
 ) -> Tensor:
-    """`x W^T + b` with `weight`'s gradient going to `weight.grad`; see the module's arithmetic.
+    """`x W^T + b`; the gradient of `weight` is added to its `main_grad`. See the module.
 
-    The first dimension of `x` is the one that the edges (input, output) gather and scatter.
+    `comms` (input, output) gather and scatter the first dimension of `x`.
     """
-    return _LinearFunction.apply(x, weight.anchor, bias, weight, precision, edges)
+    return _LinearFunction.apply(x, weight.autograd_proxy, bias, weight, precision, comms)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -94,25 +94,25 @@ class _LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        anchor: Tensor,
+        autograd_proxy: Tensor,
         bias: Tensor | None,
-        weight: GemmWeight,
+        weight: QuantizedParam,
         precision: GemmPrecision,
-        edges: tuple[Edge, Edge],
+        comms: tuple[TPComm, TPComm],
     ) -> Tensor:
-        kernels, (input_edge, output_edge) = weight.kernels, edges
-        x_saved = input_edge.cast(x.reshape(-1, x.shape[-1]), precision.input, kernels)
-        gathering = input_edge.gather(x_saved, precision.input, kernels)
-        w_OI = weight.operand(input_edge.share_amax)
+        kernels, (input_comm, output_comm) = weight.kernels, comms
+        x_saved = input_comm.cast(x.reshape(-1, x.shape[-1]), precision.input, kernels)
+        gathering = input_comm.gather(x_saved, precision.input, kernels)
+        w_OI = weight.operand(input_comm.share_amax)
         x_TI = gathering.wait()
         y_TO = kernels.gemm(
             x_TI.operand, w_OI.operand, out_dtype=precision.output, fast_accumulation=True
         )
-        y_TO = output_edge.reduce(y_TO, kernels).wait()
+        y_TO = output_comm.reduce(y_TO, kernels).wait()
         if bias is not None:
             y_TO.add_(bias)
         ctx.save_for_backward(x_saved.payload, x_saved.scale)
-        ctx.weight, ctx.precision, ctx.edges = weight, precision, edges
+        ctx.weight, ctx.precision, ctx.comms = weight, precision, comms
         ctx.saved_format, ctx.input_shape = x_saved.format, x.shape
         # Of the leading dimensions only the first can have changed.
         return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1])
@@ -120,30 +120,30 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, precision, (input_edge, output_edge) = ctx.weight, ctx.precision, ctx.edges
+        weight, precision, (input_comm, output_comm) = ctx.weight, ctx.precision, ctx.comms
         kernels, dtype = weight.kernels, precision.output
         dy = dy.reshape(-1, dy.shape[-1])
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        sent = output_edge.cast(dy, precision.grad_output, kernels)
-        dy_TO = output_edge.gather(sent, precision.grad_output, kernels).wait()
+        sent = output_comm.cast(dy, precision.grad_output, kernels)
+        dy_TO = output_comm.gather(sent, precision.grad_output, kernels).wait()
         # The inputs travel while dgrad runs, its result while wgrad runs.
         x_saved = ScaledTensor(*ctx.saved_tensors, ctx.saved_format)
         # Those of a gradient that is computed later travel then: until then a rank holds its own.
         gathering = None
-        if not weight.deferred.is_collecting:
-            gathering = input_edge.gather(x_saved, precision.input, kernels)
+        if not weight.wgrad_store.is_deferring:
+            gathering = input_comm.gather(x_saved, precision.input, kernels)
         reducing = None
         if ctx.needs_input_grad[0]:
-            w_OI = weight.operand(input_edge.share_amax)
+            w_OI = weight.operand(input_comm.share_amax)
             dx_TI = kernels.gemm(dy_TO.operand, w_OI.t().operand, out_dtype=dtype)
-            reducing = input_edge.reduce(dx_TI, kernels)
+            reducing = input_comm.reduce(dx_TI, kernels)
 
         def compute_weight_gradient() -> None:
-            arriving = gathering or input_edge.gather(x_saved, precision.input, kernels)
+            arriving = gathering or input_comm.gather(x_saved, precision.input, kernels)
             x_TI = arriving.wait()
             dw_OI = kernels.gemm(dy_TO.t().operand, x_TI.t().operand, out_dtype=dtype)
-            weight.grad.add(dw_OI)
+            weight.main_grad.add(dw_OI)
 
-        weight.deferred.add(compute_weight_gradient)
+        weight.wgrad_store.add(compute_weight_gradient)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
         return dx, None, db, None, None, None

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.weight import VectorWeight, vector_spec
+from fp8lm.layers.param import VectorParam, vector_spec
 from fp8lm.numerics import Format
 
 
 class LayerNorm(nn.Module):
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
-    `partial_grad`: see `WeightSpec`.
+    `sequence_parallel`: see `ParamSpec`.
     """
 
     def __init__(
@@ -25,24 +25,24 @@ class LayerNorm(nn.Module):
         kernels: ReferenceKernels,
         device: torch.device,
         *,
-        partial_grad: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
-        weight = vector_spec(size, 1.0, fmt, partial_grad=partial_grad)
-        self.weight = VectorWeight(weight, kernels, device)
-        bias = vector_spec(size, 0.0, fmt, partial_grad=partial_grad)
-        self.bias = VectorWeight(bias, kernels, device)
+        weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
+        self.weight = VectorParam(weight, kernels, device)
+        bias = vector_spec(size, 0.0, fmt, sequence_parallel=sequence_parallel)
+        self.bias = VectorParam(bias, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        return functional.layer_norm(x, x.shape[-1:], self.weight.data, self.bias.data, self.eps)
+        return functional.layer_norm(x, x.shape[-1:], self.weight.param, self.bias.param, self.eps)
 
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
-    `partial_grad`: see `WeightSpec`.
+    `sequence_parallel`: see `ParamSpec`.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class RMSNorm(nn.Module):
         kernels: ReferenceKernels,
         device: torch.device,
         *,
-        partial_grad: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
-        weight = vector_spec(size, 1.0, fmt, partial_grad=partial_grad)
-        self.weight = VectorWeight(weight, kernels, device)
+        weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
+        self.weight = VectorParam(weight, kernels, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        return functional.rms_norm(x, x.shape[-1:], self.weight.data, self.eps)
+        return functional.rms_norm(x, x.shape[-1:], self.weight.param, self.eps)
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

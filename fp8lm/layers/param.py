@@ -1,11 +1,11 @@
 """The trainable tensors of a model, whatever their format.
 
-A `Weight` is the unit that optimizer, data parallelism and checkpoint work on: a compute copy
+A `Param` is the unit that optimizer, data parallelism and checkpoint work on: a compute copy
 (what forward and backward read), a description of the logical tensor, and the accumulator its
 gradient goes to. Two kinds:
 
-    GemmWeight     a matrix; layers read it through `operand()` and add its gradient themselves
-    VectorWeight   a norm's or bias's vector; an ordinary autograd parameter
+    QuantizedParam     a matrix; layers read it through `operand()` and add its gradient themselves
+    VectorParam   a norm's or bias's vector; an ordinary autograd parameter
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8lm.gradient.accumulator import GradientAccumulator
+from fp8lm.gradient.main_grad import MainGrad
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.deferred import DeferredGradients
-from fp8lm.layers.split import WHOLE, Split
+from fp8lm.layers.shard_spec import REPLICATED, ShardSpec
+from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.numerics import BF16, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
@@ -28,12 +28,12 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class WeightSpec:
+class ParamSpec:
     """What a weight is: its logical `shape`, and the part of it that this rank holds.
 
-    `partial_grad`: each tensor-parallel rank computes this replicated weight's gradient from its
-    own part of the sequence, so the ranks' gradients have to be summed.
-    `dense`: not a matrix of a linear layer, but a table, norm or bias.
+    `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only, so
+    that gradients have to be summed over the tensor-parallel group.
+    `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
     """
 
     shape: tuple[int, ...]
@@ -41,14 +41,14 @@ class WeightSpec:
     format: Format
     grad_format: Format
     decay: bool = True
-    split: Split = WHOLE
-    partial_grad: bool = False
-    dense: bool = False
+    shard_spec: ShardSpec = REPLICATED
+    sequence_parallel: bool = False
+    keep_high_precision: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of what this rank holds."""
-        return self.split.local_shape(self.shape)
+        return self.shard_spec.local_shape(self.shape)
 
     @property
     def numel(self) -> int:
@@ -56,21 +56,21 @@ class WeightSpec:
         return math.prod(self.local_shape)
 
 
-class Weight(nn.Module):
+class Param(nn.Module):
     """Common part: `spec`, `grad`, and `compute`, the compute copy as a ScaledTensor."""
 
-    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
         self.kernels = kernels
-        self.grad = GradientAccumulator(spec.local_shape, spec.grad_format, kernels, device)
+        self.main_grad = MainGrad(spec.local_shape, spec.grad_format, kernels, device)
 
     @property
-    def compute(self) -> ScaledTensor:
+    def model_param(self) -> ScaledTensor:
         """Views of payload and scale: writing to them changes the weight."""
         raise NotImplementedError
 
-    def rebind(self, payload: Tensor) -> None:
+    def bind_storage(self, payload: Tensor) -> None:
         """Keep the payload in other memory (same dtype and shape)."""
         raise NotImplementedError
 
@@ -85,11 +85,11 @@ class Weight(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        part = "" if spec.split.is_whole else f" of {spec.shape}"
+        part = "" if spec.shard_spec.is_whole else f" of {spec.shape}"
         return f"{spec.local_shape}{part}, {spec.format}, grad={spec.grad_format}"
 
 
-class GemmWeight(Weight):
+class QuantizedParam(Param):
     """A matrix held as payload and scale.
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
@@ -99,41 +99,41 @@ class GemmWeight(Weight):
 
     def __init__(
         self,
-        spec: WeightSpec,
+        spec: ParamSpec,
         kernels: ReferenceKernels,
         device: torch.device,
         operand_format: Format | None = None,
     ) -> None:
         super().__init__(spec, kernels, device)
         self.operand_format = operand_format or spec.format
-        self.known_amax: Tensor | None = None  # see `operand_amax.known_amaxes`
-        self.deferred = DeferredGradients()
+        self.cached_amax: Tensor | None = None  # see `operand_amax.cached_weight_operands`
+        self.wgrad_store = WeightGradStore()
         initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
         self.register_buffer("payload", initial.payload)
         self.register_buffer("scale", initial.scale)
         # Something for autograd to differentiate, so that a layer's backward runs even when its
         # input needs no gradient; it is empty and its gradient is always None.
-        self.anchor = nn.Parameter(torch.empty(0, device=device))
+        self.autograd_proxy = nn.Parameter(torch.empty(0, device=device))
 
     @property
-    def compute(self) -> ScaledTensor:
+    def model_param(self) -> ScaledTensor:
         """The stored payload and scale."""
         return ScaledTensor(self.payload, self.scale, self.spec.format)
 
-    def rebind(self, payload: Tensor) -> None:
-        """See `Weight`."""
+    def bind_storage(self, payload: Tensor) -> None:
+        """See `Param`."""
         self.payload = payload
 
-    def defer_gradient(self, deferred: DeferredGradients) -> None:
-        """Let `deferred` say when the wgrad GEMM runs."""
-        self.deferred = deferred
+    def use_wgrad_store(self, wgrad_store: WeightGradStore) -> None:
+        """Let `wgrad_store` say when the wgrad GEMM runs."""
+        self.wgrad_store = wgrad_store
 
     @property
     def _differentiated(self) -> nn.Parameter:
-        return self.anchor
+        return self.autograd_proxy
 
     @property
-    def is_recast(self) -> bool:
+    def needs_cast(self) -> bool:
         """Whether every use casts the weight with a scale."""
         return self.operand_format.scaled and self.operand_format != self.spec.format
 
@@ -147,57 +147,57 @@ class GemmWeight(Weight):
         `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other parts.
         """
         if self.operand_format == self.spec.format:
-            return self.compute
-        values, amax = self._values(), self.known_amax
-        if self.is_recast and amax is None:
+            return self.model_param
+        values, amax = self._values(), self.cached_amax
+        if self.needs_cast and amax is None:
             amax = share_amax(self.kernels.amax(values))
         return quantize(values, self.operand_format, self.kernels, amax=amax)
 
     def _values(self) -> Tensor:
         exact = torch.bfloat16 if self.spec.format == BF16 else torch.float32
-        return self.compute.dequantize(self.kernels, exact)
+        return self.model_param.dequantize(self.kernels, exact)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> GemmWeight:
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantizedParam:
         # Follow changes of device, never changes of dtype: a payload without the scale it was
         # cast with is a different number.
         device = _device_after(fn, self.payload.device)
         self.payload = self.payload.to(device)
         self.scale = self.scale.to(device)
-        self.anchor.data = self.anchor.data.to(device)
+        self.autograd_proxy.data = self.autograd_proxy.data.to(device)
         return self
 
 
-class VectorWeight(Weight):
+class VectorParam(Param):
     """A small tensor used through autograd; its gradient moves to the accumulator at once."""
 
-    def __init__(self, spec: WeightSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
         initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
-        self.data = nn.Parameter(initial)
+        self.param = nn.Parameter(initial)
         # Autograd would sum micro-batches in the parameter's bf16.
-        self.data.register_post_accumulate_grad_hook(self._collect)
+        self.param.register_post_accumulate_grad_hook(self._collect)
 
     @property
-    def compute(self) -> ScaledTensor:
+    def model_param(self) -> ScaledTensor:
         """The parameter's data, with scale 1."""
-        data = self.data.data
+        data = self.param.data
         return ScaledTensor(data, torch.ones((), device=data.device), self.spec.format)
 
-    def rebind(self, payload: Tensor) -> None:
-        """See `Weight`."""
-        self.data.data = payload
+    def bind_storage(self, payload: Tensor) -> None:
+        """See `Param`."""
+        self.param.data = payload
 
     @property
     def _differentiated(self) -> nn.Parameter:
-        return self.data
+        return self.param
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> VectorWeight:
-        # As a GemmWeight: another dtype would promote activations and not be what `spec` says.
-        self.data.data = self.data.data.to(_device_after(fn, self.data.device))
+    def _apply(self, fn: Callable, recurse: bool = True) -> VectorParam:
+        # As a QuantizedParam: another dtype would promote activations and not be what `spec` says.
+        self.param.data = self.param.data.to(_device_after(fn, self.param.device))
         return self
 
     def _collect(self, parameter: Tensor) -> None:
-        self.grad.add(parameter.grad)
+        self.main_grad.add(parameter.grad)
         parameter.grad = None
 
 
@@ -206,18 +206,30 @@ def _device_after(fn: Callable, device: torch.device) -> torch.device:
 
 
 def vector_spec(
-    size: int, value: float, fmt: Format, *, split: Split = WHOLE, partial_grad: bool = False
-) -> WeightSpec:
+    size: int,
+    value: float,
+    fmt: Format,
+    *,
+    shard_spec: ShardSpec = REPLICATED,
+    sequence_parallel: bool = False,
+) -> ParamSpec:
     """Spec of a norm's or bias's vector: constant start, fp32 gradient, no weight decay."""
 
     def init(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.fill_(value)
 
-    return WeightSpec(
-        (size,), init, fmt, FP32, decay=False, split=split, partial_grad=partial_grad, dense=True
+    return ParamSpec(
+        (size,),
+        init,
+        fmt,
+        FP32,
+        decay=False,
+        shard_spec=shard_spec,
+        sequence_parallel=sequence_parallel,
+        keep_high_precision=True,
     )
 
 
-def named_weights(module: nn.Module) -> dict[str, Weight]:
+def named_params(module: nn.Module) -> dict[str, Param]:
     """All weights of `module` by their path, which is the Megatron parameter name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, Weight)}
+    return {name: child for name, child in module.named_modules() if isinstance(child, Param)}

@@ -1,7 +1,7 @@
 """Which part of a logical tensor a rank holds.
 
-A tensor is cut along `dim` into `parts` equal sections (the gate and up halves of a gated MLP),
-and every section into `size` equal blocks, of which rank `rank` holds one:
+A tensor has `num_sections` equal sections along `dim` (the gate and up halves of a gated MLP), each
+sharded separately over `size` ranks:
 
     [gate | up], size 2:    rank 0: [gate_0 | up_0]     rank 1: [gate_1 | up_1]
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rank `rank` of `size` along `dim`, each of `parts` sections cut separately."""
+class ShardSpec:
+    """Rank `rank` of `size` along `dim`, each of `num_sections` sections cut separately."""
 
     dim: int = 0
-    parts: int = 1
+    num_sections: int = 1
     rank: int = 0
     size: int = 1
 
@@ -32,7 +32,7 @@ class Split:
         """Shape of this rank's part of a tensor of `shape`; ValueError if it does not divide."""
         if self.is_whole:
             return tuple(shape)
-        if shape[self.dim] % (self.parts * self.size):
+        if shape[self.dim] % (self.num_sections * self.size):
             raise ValueError(f"dimension {self.dim} of {shape} does not divide as {self}")
         return tuple(n // self.size if d == self.dim else n for d, n in enumerate(shape))
 
@@ -40,7 +40,7 @@ class Split:
         """This rank's part of the logical tensor `full`, contiguous."""
         if self.is_whole:
             return full
-        sections = full.chunk(self.parts, self.dim)
+        sections = full.chunk(self.num_sections, self.dim)
         blocks = [section.chunk(self.size, self.dim)[self.rank] for section in sections]
         return torch.cat(blocks, self.dim)
 
@@ -54,8 +54,11 @@ class Split:
         inner = 1
         for n in shape[self.dim + 1 :]:
             inner *= n
-        block = shape[self.dim] // (self.parts * self.size)
-        outer, rest = local // (block * self.parts * inner), local % (block * self.parts * inner)
+        block = shape[self.dim] // (self.num_sections * self.size)
+        outer, rest = (
+            local // (block * self.num_sections * inner),
+            local % (block * self.num_sections * inner),
+        )
         position, offset = rest // inner, rest % inner
         section, row = position // block, position % block
         position = (section * self.size + self.rank) * block + row
@@ -77,10 +80,10 @@ class Split:
         return local.view(self._with_parts(tuple(local.shape)))
 
     def _with_parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if self.parts == 1:
+        if self.num_sections == 1:
             return tuple(shape)
-        rows = shape[self.dim] // self.parts
-        return (*shape[: self.dim], self.parts, rows, *shape[self.dim + 1 :])
+        rows = shape[self.dim] // self.num_sections
+        return (*shape[: self.dim], self.num_sections, rows, *shape[self.dim + 1 :])
 
 
-WHOLE = Split()
+REPLICATED = ShardSpec()

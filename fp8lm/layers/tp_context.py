@@ -1,14 +1,13 @@
-"""What a linear layer exchanges with other ranks at its input and at its output.
+"""The tensor-parallel communication of a linear layer, at its input and at its output.
 
-An edge is a pair of conjugates: what it does to activations in forward on one side of the layer,
-its conjugate does to gradients in backward:
+A `TPComm` is one of Megatron's conjugate mappings, with the cast that goes before it:
 
-    gather   parts of the sequence -> the whole sequence      (bytes and one shared scale)
+    gather   this rank's part of the sequence -> the whole sequence   (bytes, one shared scale)
     reduce   partial sums -> their sum, or this rank's part of it
 
-A layer gathers at its input edge in forward and reduces there in backward; at its output edge it
-reduces in forward and gathers in backward. The plain `Edge` exchanges nothing: a layer on one
-rank, and the side of a parallel layer whose features are already split.
+At its input a layer gathers in forward and reduces in backward; at its output it reduces in
+forward and gathers in backward. The base class communicates nothing: a layer on one rank, and the
+side of a parallel layer whose features are sharded.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from torch import Tensor
 
 from fp8lm.comm.handles import Handle
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.split import Split
+from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
-class Edge:
-    """Exchanges nothing."""
+class TPComm:
+    """No communication."""
 
     def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
-        """`x` [T, F] as this edge sends and saves it; `fmt` is what the GEMM will want."""
+        """`x` [T, F] as it is sent and saved for backward; `fmt` is the GEMM's format."""
         return quantize(x, fmt, kernels)
 
     def gather(
         self, x: ScaledTensor, fmt: Format, kernels: ReferenceKernels
     ) -> Handle[ScaledTensor]:
-        """What `cast` returned, of all ranks, as the GEMM's operand in `fmt`."""
+        """The outputs of `cast` of all ranks as the GEMM's operand in `fmt`."""
         return Handle.done(x)
 
     def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
@@ -46,27 +45,27 @@ class Edge:
         return amax
 
 
-NO_EXCHANGE = (Edge(), Edge())
+NO_COMM = (TPComm(), TPComm())
 
 
-class Partition:
-    """How a model is divided within a layer. This one: not at all, one rank holds it."""
+class TPContext:
+    """The tensor-parallel group of a layer. The base class: one rank, nothing is sharded."""
 
     rank = 0
     size = 1
     sequence_parallel = False
 
-    def split(self, dim: int, parts: int = 1) -> Split:
-        """This rank's part of a weight along `dim` (see `Split`)."""
-        return Split(dim, parts)
+    def shard(self, dim: int, num_sections: int = 1) -> ShardSpec:
+        """This rank's part of a weight along `dim` (see `ShardSpec`)."""
+        return ShardSpec(dim, num_sections)
 
-    def boundary(self) -> Edge:
-        """The edge of a layer towards replicated or sequence-split activations."""
-        return Edge()
+    def replicated_side(self) -> TPComm:
+        """The communication on the side of replicated or sequence-parallel activations."""
+        return TPComm()
 
-    def inside(self) -> Edge:
-        """The edge of a layer on the side where features are split."""
-        return Edge()
+    def sharded_side(self) -> TPComm:
+        """The communication on the side where features are sharded."""
+        return TPComm()
 
     def gather_query_group(self, x_SBF: Tensor) -> Tensor:
         """Features of all ranks that share this one's query group, in rank order, [S,B,rF]."""
@@ -84,4 +83,4 @@ class Partition:
         """Replace every fp32 tensor by its sum over the ranks, in one exchange."""
 
 
-ALONE = Partition()
+NO_TP = TPContext()

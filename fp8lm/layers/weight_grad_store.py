@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 
-class DeferredGradients:
+class WeightGradStore:
     """Collects the weight gradients of one micro-batch's backward, and computes them when told."""
 
     def __init__(self) -> None:
@@ -21,19 +21,19 @@ class DeferredGradients:
         self._collecting: int | None = None
 
     @property
-    def is_collecting(self) -> bool:
+    def is_deferring(self) -> bool:
         """Whether gradients wait."""
         return self._collecting is not None
 
     def add(self, compute: Callable[[], None]) -> None:
         """Run `compute` now, or with the others of its micro-batch."""
-        if self.is_collecting:
+        if self.is_deferring:
             self._waiting.setdefault(self._collecting, []).append(compute)
         else:
             compute()
 
     @contextmanager
-    def collecting(self, microbatch: int | None) -> Iterator[None]:
+    def deferring(self, microbatch: int | None) -> Iterator[None]:
         """Within, gradients wait for `compute(microbatch)`; with None nothing waits."""
         self._collecting = microbatch
         try:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8lm.config import ModelConfig
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
-from fp8lm.model.projections import column_linear, row_linear
+from fp8lm.model.parallel_linear import column_linear, row_linear
 from fp8lm.model.rope import apply_rope
 
 
@@ -27,9 +27,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
-        self.partition = recipe.partition
-        self.num_groups = max(1, config.num_query_groups // self.partition.size)
-        self.ranks_per_group = max(1, self.partition.size // config.num_query_groups)
+        self.tp = recipe.tp
+        self.num_groups = max(1, config.num_query_groups // self.tp.size)
+        self.ranks_per_group = max(1, self.tp.size // config.num_query_groups)
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.head_size = config.kv_channels
         self.dropout = config.attention_dropout
@@ -59,10 +59,10 @@ class SelfAttention(nn.Module):
         per_group = (self.heads_per_group + 2, self.head_size)
         qkv = self.linear_qkv(x_SBH)
         if self.ranks_per_group > 1:
-            qkv = self.partition.gather_query_group(qkv)
+            qkv = self.tp.gather_query_group(qkv)
         qkv = qkv.unflatten(2, (self.num_groups, *per_group))
         q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
-        q = q.chunk(self.ranks_per_group, dim=3)[self.partition.rank % self.ranks_per_group]
+        q = q.chunk(self.ranks_per_group, dim=3)[self.tp.rank % self.ranks_per_group]
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _core(self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
         norm = NORMS[config.normalization]
-        arguments = (config.hidden_size, config.norm_epsilon, recipe.dense)
+        arguments = (config.hidden_size, config.norm_epsilon, recipe.high_precision)
         arguments += (recipe.kernels, recipe.device)
-        partial_grad = recipe.partition.sequence_parallel
+        sequence_parallel = recipe.tp.sequence_parallel
         self.dropout = config.hidden_dropout
-        self.input_layernorm = norm(*arguments, partial_grad=partial_grad)
+        self.input_layernorm = norm(*arguments, sequence_parallel=sequence_parallel)
         self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
-        self.pre_mlp_layernorm = norm(*arguments, partial_grad=partial_grad)
+        self.pre_mlp_layernorm = norm(*arguments, sequence_parallel=sequence_parallel)
         self.mlp = MLP(config, recipe)
 
     def forward(

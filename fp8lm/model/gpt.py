@@ -16,40 +16,40 @@ from torch.utils.checkpoint import checkpoint
 from fp8lm.config import ModelConfig
 from fp8lm.layers.cross_entropy import cross_entropy
 from fp8lm.layers.dropout import DropoutNoise, dropout
-from fp8lm.layers.edge import ALONE, Partition
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
 from fp8lm.layers.norm import NORMS
+from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import GemmWeight, WeightSpec
+from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model.block import TransformerLayer
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
 from fp8lm.numerics import FP32
 
 
-class Table(nn.Module):
+class EmbeddingMatrix(nn.Module):
     """Holder of one embedding or output matrix, so that its name ends in `.weight`."""
 
-    def __init__(self, spec: WeightSpec, recipe: Recipe) -> None:
+    def __init__(self, spec: ParamSpec, recipe: Recipe) -> None:
         super().__init__()
-        self.weight = GemmWeight(spec, recipe.kernels, recipe.device)
+        self.weight = QuantizedParam(spec, recipe.kernels, recipe.device)
 
     @classmethod
-    def of_vocabulary(cls, vocab_size: int, config: ModelConfig, recipe: Recipe) -> Table:
+    def of_vocabulary(cls, vocab_size: int, config: ModelConfig, recipe: Recipe) -> EmbeddingMatrix:
         """[V,H], rows split over the ranks."""
-        init, split = normal_init(config.init_method_std), recipe.partition.split(0)
-        return cls(table_spec(vocab_size, config.hidden_size, init, recipe, split), recipe)
+        init, shard_spec = normal_init(config.init_method_std), recipe.tp.shard(0)
+        return cls(table_spec(vocab_size, config.hidden_size, init, recipe, shard_spec), recipe)
 
     @classmethod
-    def of_positions(cls, config: ModelConfig, recipe: Recipe) -> Table:
+    def of_positions(cls, config: ModelConfig, recipe: Recipe) -> EmbeddingMatrix:
         """[max_position_embeddings, H], whole on every rank."""
         shape = (config.max_position_embeddings, config.hidden_size)
-        init, partial_grad = (
+        init, sequence_parallel = (
             normal_init(config.init_method_std),
-            recipe.partition.sequence_parallel,
+            recipe.tp.sequence_parallel,
         )
-        return cls(table_spec(*shape, init, recipe, partial_grad=partial_grad), recipe)
+        return cls(table_spec(*shape, init, recipe, sequence_parallel=sequence_parallel), recipe)
 
 
 class Embedding(nn.Module):
@@ -58,25 +58,25 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, recipe: Recipe) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.partition = recipe.partition
-        self.word_embeddings = Table.of_vocabulary(vocab_size, config, recipe)
+        self.tp = recipe.tp
+        self.word_embeddings = EmbeddingMatrix.of_vocabulary(vocab_size, config, recipe)
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":
-            self.position_embeddings = Table.of_positions(config, recipe)
+            self.position_embeddings = EmbeddingMatrix.of_positions(config, recipe)
 
     def forward(self, tokens_BS: Tensor, noise: DropoutNoise | None = None) -> Tensor:
         """[B,S] int64 -> [S,B,H]."""
         tokens_SB = tokens_BS.t().contiguous()
-        h_SBH = embed(tokens_SB, self.word_embeddings.weight, self.partition.boundary())
+        h_SBH = embed(tokens_SB, self.word_embeddings.weight, self.tp.replicated_side())
         if self.position_embeddings is not None:
-            first = self.partition.rank * len(h_SBH) if self.partition.sequence_parallel else 0
+            first = self.tp.rank * len(h_SBH) if self.tp.sequence_parallel else 0
             positions = torch.arange(first, first + len(h_SBH), device=h_SBH.device)
             h_SBH = h_SBH + embed(positions, self.position_embeddings.weight)[:, None]
         return dropout(h_SBH, self.dropout, noise)
 
 
 @dataclass(frozen=True)
-class ModelPart:
+class StageSpec:
     """What a pipeline stage holds of the model: which layers, and its ends."""
 
     layers: range
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     """The transformer layers `part` names, by their number in the model, and the final norm."""
 
     def __init__(
-        self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: ModelPart
+        self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: StageSpec
     ) -> None:
         super().__init__()
         self.recompute_layers = recompute == "full"
@@ -109,10 +109,10 @@ class Decoder(nn.Module):
         self.final_layernorm = norm(
             config.hidden_size,
             config.norm_epsilon,
-            recipe.dense,
+            recipe.high_precision,
             recipe.kernels,
             recipe.device,
-            partial_grad=recipe.partition.sequence_parallel,
+            sequence_parallel=recipe.tp.sequence_parallel,
         )
 
     def forward(
@@ -131,12 +131,12 @@ class Decoder(nn.Module):
         return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)
 
 
-class TiedTable(nn.Module):
+class TiedEmbedding(nn.Module):
     """The word embeddings where they are only the head's matrix, under their own name."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, recipe: Recipe) -> None:
         super().__init__()
-        self.word_embeddings = Table.of_vocabulary(vocab_size, config, recipe)
+        self.word_embeddings = EmbeddingMatrix.of_vocabulary(vocab_size, config, recipe)
 
 
 class GPTModel(nn.Module):
@@ -155,26 +155,26 @@ class GPTModel(nn.Module):
         recompute_granularity: str | None = None,
         num_ids: int | None = None,
         seed: int = 0,
-        part: ModelPart | None = None,
+        part: StageSpec | None = None,
     ) -> None:
         super().__init__()
-        self.part = part = part or ModelPart(range(config.num_layers))
+        self.part = part = part or StageSpec(range(config.num_layers))
         self.seed = seed
         self.drops_hidden = config.hidden_dropout > 0
-        self.partition = recipe.partition
+        self.tp = recipe.tp
         self.num_ids = vocab_size if num_ids is None else num_ids
-        self.head_precision = FP32_GEMM if recipe.dense == FP32 else BF16_GEMM
+        self.head_precision = FP32_GEMM if recipe.high_precision == FP32 else BF16_GEMM
         tied = not config.untie_embeddings_and_output_weights
         self.embedding = None
         if part.has_embedding:
             self.embedding = Embedding(config, vocab_size, recipe)
         elif part.has_head and tied:
-            self.embedding = TiedTable(config, vocab_size, recipe)
+            self.embedding = TiedEmbedding(config, vocab_size, recipe)
         self.decoder = Decoder(config, recipe, recompute_granularity, part)
         self.output_layer = None
         if part.has_head and not tied:
-            self.output_layer = Table.of_vocabulary(vocab_size, config, recipe)
-        self.rope_dtype = recipe.dense.dtype
+            self.output_layer = EmbeddingMatrix.of_vocabulary(vocab_size, config, recipe)
+        self.rope_dtype = recipe.high_precision.dtype
         self.rope = None
         if config.position_embedding_type == "rope":
             self.rope = rope_tables(
@@ -203,8 +203,8 @@ class GPTModel(nn.Module):
         if not self.part.has_head:
             return h_SBH
         table = self.output_layer or self.embedding.word_embeddings
-        edges = self.partition.boundary(), self.partition.inside()
-        return linear(h_SBH, table.weight, self.head_precision, edges=edges)
+        comms = self.tp.replicated_side(), self.tp.sharded_side()
+        return linear(h_SBH, table.weight, self.head_precision, comms=comms)
 
     def loss(
         self,
@@ -216,7 +216,7 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """`language_model_loss` of a micro-batch, the same on all ranks of the partition."""
         logits_SBV = self(tokens_BS, samples_B, h_SBH)
-        return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.partition)
+        return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.tp)
 
     def _noise(self, samples_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
         if not (self.training and self.drops_hidden):
@@ -224,8 +224,8 @@ class GPTModel(nn.Module):
         if samples_B is None:
             raise ValueError("hidden dropout needs the numbers of the micro-batch's samples")
         first = 0
-        if self.partition.sequence_parallel:
-            first = self.partition.rank * seq_length // self.partition.size
+        if self.tp.sequence_parallel:
+            first = self.tp.rank * seq_length // self.tp.size
         return DropoutNoise.of_samples(samples_B, self.seed, first)
 
     @property
@@ -245,7 +245,7 @@ def language_model_loss(
     labels_BS: Tensor,
     mask_BS: Tensor,
     num_ids: int | None = None,
-    partition: Partition = ALONE,
+    tp: TPContext = NO_TP,
 ) -> Tensor:
     """Cross-entropy summed over the unmasked tokens, over the number of all (0-d fp32).
 
@@ -255,6 +255,6 @@ def language_model_loss(
     """
     logits_TV = logits_SBV.flatten(0, 1)
     if num_ids is None:
-        num_ids = logits_TV.shape[1] * partition.size
-    losses = cross_entropy(logits_TV, labels_BS.t().reshape(-1), num_ids, partition)
+        num_ids = logits_TV.shape[1] * tp.size
+    losses = cross_entropy(logits_TV, labels_BS.t().reshape(-1), num_ids, tp)
     return torch.dot(losses, mask_BS.t().reshape(-1)) / mask_BS.numel()

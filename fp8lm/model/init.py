@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from fp8lm.layers.param import Initializer, ParamSpec
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.split import WHOLE, Split
-from fp8lm.layers.weight import Initializer, WeightSpec
+from fp8lm.layers.shard_spec import REPLICATED, ShardSpec
 from fp8lm.numerics import FP32
 
 
@@ -29,11 +29,15 @@ def output_init(std: float, num_layers: int) -> Initializer:
 
 
 def matrix_spec(
-    out_features: int, in_features: int, init: Initializer, recipe: Recipe, split: Split = WHOLE
-) -> WeightSpec:
+    out_features: int,
+    in_features: int,
+    init: Initializer,
+    recipe: Recipe,
+    shard_spec: ShardSpec = REPLICATED,
+) -> ParamSpec:
     """Spec of a linear layer's weight [out, in] in the recipe's formats."""
     shape = (out_features, in_features)
-    return WeightSpec(shape, init, recipe.weight, recipe.weight_grad, split=split)
+    return ParamSpec(shape, init, recipe.weight, recipe.weight_grad, shard_spec=shard_spec)
 
 
 def table_spec(
@@ -41,18 +45,24 @@ def table_spec(
     size: int,
     init: Initializer,
     recipe: Recipe,
-    split: Split = WHOLE,
+    shard_spec: ShardSpec = REPLICATED,
     *,
-    partial_grad: bool = False,
-) -> WeightSpec:
+    sequence_parallel: bool = False,
+) -> ParamSpec:
     """Spec of an embedding or output table [rows, size]: dense format, fp32 gradient."""
     shape = (rows, size)
-    return WeightSpec(
-        shape, init, recipe.dense, FP32, split=split, partial_grad=partial_grad, dense=True
+    return ParamSpec(
+        shape,
+        init,
+        recipe.high_precision,
+        FP32,
+        shard_spec=shard_spec,
+        sequence_parallel=sequence_parallel,
+        keep_high_precision=True,
     )
 
 
-def initial_value(name: str, spec: WeightSpec, seed: int) -> Tensor:
+def initial_value(name: str, spec: ParamSpec, seed: int) -> Tensor:
     """The fp32 value of the whole logical weight `name` before the first step, on the CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fp8lm.config import ModelConfig
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
-from fp8lm.model.projections import column_linear, row_linear
+from fp8lm.model.parallel_linear import column_linear, row_linear
 
 
 class MLP(nn.Module):
@@ -22,9 +22,14 @@ class MLP(nn.Module):
         self.swiglu = config.swiglu
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         std, layers = config.init_method_std, config.num_layers
-        bias, parts = not config.disable_bias_linear, 2 if config.swiglu else 1
+        bias, num_sections = not config.disable_bias_linear, 2 if config.swiglu else 1
         self.linear_fc1 = column_linear(
-            parts * ffn, hidden, normal_init(std), recipe, bias=bias, parts=parts
+            num_sections * ffn,
+            hidden,
+            normal_init(std),
+            recipe,
+            bias=bias,
+            num_sections=num_sections,
         )
         self.linear_fc2 = row_linear(hidden, ffn, output_init(std, layers), recipe, bias=bias)
 

@@ -1,7 +1,7 @@
 """The two kinds of linear layers in a transformer block, by where their features are split.
 
-    column   splits its output: activations come in through the boundary edge
-    row      splits its input: partial sums leave through the boundary edge
+    column   shards its output features: gathers its input
+    row      shards its input features: reduces its output
 
 On one rank both are the plain layer.
 """
@@ -9,8 +9,8 @@ On one rank both are the plain layer.
 from __future__ import annotations
 
 from fp8lm.layers.linear import Linear
+from fp8lm.layers.param import Initializer, vector_spec
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import Initializer, vector_spec
 from fp8lm.model.init import matrix_spec
 
 
@@ -21,19 +21,21 @@ def column_linear(
     recipe: Recipe,
     *,
     bias: bool,
-    parts: int = 1,
+    num_sections: int = 1,
 ) -> Linear:
-    """[S/t,B,I] or [S,B,I] -> [S,B,O/t]; `parts` sections of the output are split separately."""
-    partition = recipe.partition
-    split = partition.split(0, parts)
+    """[S/t,B,I] or [S,B,I] -> [S,B,O/t]; `num_sections`: see `ShardSpec`."""
+    tp = recipe.tp
+    shard_spec = tp.shard(0, num_sections)
     return Linear(
-        matrix_spec(out_features, in_features, init, recipe, split),
+        matrix_spec(out_features, in_features, init, recipe, shard_spec),
         precision=recipe.gemm,
         kernels=recipe.kernels,
         device=recipe.device,
-        bias=vector_spec(out_features, 0.0, recipe.dense, split=split) if bias else None,
-        input_edge=partition.boundary(),
-        output_edge=partition.inside(),
+        bias=vector_spec(out_features, 0.0, recipe.high_precision, shard_spec=shard_spec)
+        if bias
+        else None,
+        input_comm=tp.replicated_side(),
+        output_comm=tp.sharded_side(),
     )
 
 
@@ -41,16 +43,18 @@ def row_linear(
     out_features: int, in_features: int, init: Initializer, recipe: Recipe, *, bias: bool
 ) -> Linear:
     """[S,B,I/t] -> [S/t,B,O] or [S,B,O]; the bias is added once, after the sum over ranks."""
-    partition = recipe.partition
-    partial_grad = partition.sequence_parallel
+    tp = recipe.tp
+    sequence_parallel = tp.sequence_parallel
     return Linear(
-        matrix_spec(out_features, in_features, init, recipe, partition.split(1)),
+        matrix_spec(out_features, in_features, init, recipe, tp.shard(1)),
         precision=recipe.gemm,
         kernels=recipe.kernels,
         device=recipe.device,
-        bias=vector_spec(out_features, 0.0, recipe.dense, partial_grad=partial_grad)
+        bias=vector_spec(
+            out_features, 0.0, recipe.high_precision, sequence_parallel=sequence_parallel
+        )
         if bias
         else None,
-        input_edge=partition.inside(),
-        output_edge=partition.boundary(),
+        input_comm=tp.sharded_side(),
+        output_comm=tp.replicated_side(),
     )

@@ -62,8 +62,8 @@ def gradient_norm(
     *,
     device: torch.device = CPU,
     exchange: Exchange = alone,
-    peers: Sequence[int] | None = None,
-    counted: Sequence[bool] | None = None,
+    same_shard_ranks: Sequence[int] | None = None,
+    norm_owner: Sequence[bool] | None = None,
     share: Tensor | None = None,
     maxima: Tensor | None = None,
     values: Tensor | None = None,
@@ -72,18 +72,19 @@ def gradient_norm(
 
     All are on `device`, and so is what comes of them, even where this rank has no gradient at all.
     `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once;
-    `peers` are the ranks that hold parts of the same weights (default: all). A gradient that is
-    None lies elsewhere; one that is not `counted` lies on another rank as well, where it counts
-    (default: all count). `share` (0-d fp32) is the share of this rank's tokens that the loss counts
-    (default: 1). `maxima` (fp32 [m], not negative) are max-reduced over the ranks, and `values`
-    (fp32 [k]) are all-gathered, [ranks, k]: one that is not finite, on any rank, skips the step.
+    `same_shard_ranks` are the ranks that hold parts of the same weights (default: all). A gradient
+    that is None lies elsewhere; one that is not `norm_owner` lies on another rank as well, where it
+    counts (default: all count). `share` (0-d fp32) is the share of this rank's tokens that count in
+    the loss (default: 1). `maxima` (fp32 [m], not negative) are max-reduced over the ranks, and
+    `values` (fp32 [k]) are all-gathered, [ranks, k]: one that is not finite, on any rank, skips the
+    step.
     """
     maxima = torch.zeros(0, device=device) if maxima is None else maxima
     values = torch.zeros(0, device=device) if values is None else values
     squares, amaxes = zip(*(_square_and_amax(g, kernels, device) for g in gradients), strict=True)
-    if counted is not None:
+    if norm_owner is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        squares = [s if counts else s * 0.0 for s, counts in zip(squares, counted, strict=True)]
+        squares = [s if counts else s * 0.0 for s, counts in zip(squares, norm_owner, strict=True)]
     high, low = _root_in_two_floats(squares)
     leading = torch.stack((high, low, torch.ones_like(high) if share is None else share))
     ranks = exchange(torch.cat((leading, values, torch.stack(amaxes), maxima)))
@@ -92,9 +93,13 @@ def gradient_norm(
     per_token = per_counted_token(share).float()
     norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float() * per_token
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    alike = ranks if peers is None else torch.stack([ranks[rank] for rank in peers])
+    same_shard = (
+        ranks
+        if same_shard_ranks is None
+        else torch.stack([ranks[rank] for rank in same_shard_ranks])
+    )
     end = NUM_LEADING + len(values)
-    told, largest = ranks[:, NUM_LEADING:end], alike[:, end:].amax(dim=0)
+    told, largest = ranks[:, NUM_LEADING:end], same_shard[:, end:].amax(dim=0)
     return GradientNorm(
         norm,
         factor * per_token,

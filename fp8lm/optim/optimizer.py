@@ -16,8 +16,8 @@ from torch import Tensor
 from fp8lm.config import OptimizerConfig
 from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.edge import ALONE, Partition
-from fp8lm.layers.weight import Weight
+from fp8lm.layers.param import Param
+from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.numerics import Format, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
 from fp8lm.optim.clipping import Exchange, GradientNorm, gradient_norm
@@ -32,52 +32,54 @@ class AdamW:
     """Steps all `weights` (by name); see `AdamCoefficients` for the arithmetic.
 
     `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
-    The ranks of `partition` hold parts of the weights and step together: norm, skip decision and
+    The ranks of `tp` hold parts of the weights and step together: norm, skip decision and
     scales are those of the logical tensors, so the bytes of a state do not depend on its layout.
 
     With several replicas of the model a rank may hold the states of only some rows (the first
-    dimension) of some weights: `owned`, by name; default all. It steps these rows, and sets the
-    new scales of all weights; the other rows' payloads are for their owners to send. `exchange`
-    gathers scalars of all ranks that step the model, replicas included (default: those of
-    `partition`), `peers` are those of them that hold parts of the same weights (default: all).
-    `counts_in_norm` is false where another replica counts the same gradients, and
-    `counted_elsewhere` names weights that another stage counts.
+    dimension) of some weights: `local_shards`, by name; default all. It steps these rows, and
+    sets the new scales of all weights; the other rows' payloads are for their owners to send.
+    `exchange` gathers scalars of all ranks that step the model, replicas included (default: those
+    of `tp`), `same_shard_ranks` are those of them that hold parts of the same weights (default:
+    all). `is_norm_owner` is false where another replica counts the same gradients, and
+    `shared_params` names weights that another stage counts.
     """
 
     def __init__(
         self,
-        weights: dict[str, Weight],
+        weights: dict[str, Param],
         config: OptimizerConfig,
         precision: StatePrecision,
         kernels: ReferenceKernels,
         *,
         seed: int,
-        partition: Partition = ALONE,
-        owned: dict[str, Rows] | None = None,
+        tp: TPContext = NO_TP,
+        local_shards: dict[str, Rows] | None = None,
         exchange: Exchange | None = None,
-        peers: Sequence[int] | None = None,
-        counts_in_norm: bool = True,
-        counted_elsewhere: Container[str] = (),
+        same_shard_ranks: Sequence[int] | None = None,
+        is_norm_owner: bool = True,
+        shared_params: Container[str] = (),
     ) -> None:
         self.weights = weights
-        self.owned = owned
-        if owned is None:
-            self.owned = {n: (0, weight.spec.local_shape[0]) for n, weight in weights.items()}
-        self._exchange = exchange or partition.gather
-        self._peers = peers
-        self._counted = [
-            counts_in_norm
-            and name not in counted_elsewhere
-            and (partition.rank == 0 or not weight.spec.split.is_whole)
+        self.local_shards = local_shards
+        if local_shards is None:
+            self.local_shards = {
+                n: (0, weight.spec.local_shape[0]) for n, weight in weights.items()
+            }
+        self._exchange = exchange or tp.gather
+        self._same_shard_ranks = same_shard_ranks
+        self._norm_owner = [
+            is_norm_owner
+            and name not in shared_params
+            and (tp.rank == 0 or not weight.spec.shard_spec.is_whole)
             for name, weight in weights.items()
         ]
         self.config = config
         self.precision = precision
         self.kernels = kernels
         self.seed = seed
-        self.partition = partition
+        self.tp = tp
         self.states: dict[str, AdamState] = {}
-        device = next(iter(weights.values())).compute.device
+        device = next(iter(weights.values())).model_param.device
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Row i: the true amax of master, m and v of the i-th weight.
         self.amax = torch.zeros(len(weights), 3, device=device)
@@ -87,15 +89,15 @@ class AdamW:
     def initialize(self, name: str, value: Tensor) -> None:
         """Set weight `name` to its part of the whole fp32 `value` and start its states."""
         weight, p = self.weights[name], self.precision
-        compute = weight.compute
+        compute = weight.model_param
         value = value.to(compute.device)
         amax = self.kernels.amax(value)  # of the whole, so that every part has its scale
-        value = weight.spec.split.take(value)
+        value = weight.spec.shard_spec.take(value)
         compute.copy_(quantize(value, compute.format, self.kernels, amax=amax))
         self.amax[list(self.weights).index(name), 0] = amax
-        if name not in self.owned:
+        if name not in self.local_shards:
             return
-        start, stop = self.owned[name]
+        start, stop = self.local_shards[name]
         value, compute = value[start:stop], compute.rows(start, stop)
         fmt, master = p.own_master(compute.format), compute
         if fmt is not None:
@@ -123,7 +125,8 @@ class AdamW:
         """
         if gradients is None:
             gradients = {
-                n: self.weights[n].grad.value.rows(*rows) for n, rows in self.owned.items()
+                n: self.weights[n].main_grad.value.rows(*rows)
+                for n, rows in self.local_shards.items()
             }
         norm = self._norm(
             gradients,
@@ -191,8 +194,8 @@ class AdamW:
             self.kernels,
             device=self.amax.device,
             exchange=self._exchange,
-            peers=self._peers,
-            counted=self._counted,
+            same_shard_ranks=self._same_shard_ranks,
+            norm_owner=self._norm_owner,
             share=share,
             maxima=maxima,
             values=values,
@@ -216,7 +219,7 @@ class AdamW:
         p, weight = self.precision, next(iter(self.weights.values()))
         return self._master_format(weight), p.exp_avg, p.exp_avg_sq
 
-    def _master_format(self, weight: Weight) -> Format:
+    def _master_format(self, weight: Param) -> Format:
         return self.precision.own_master(weight.spec.format) or weight.spec.format
 
     def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
@@ -269,7 +272,7 @@ class AdamW:
         weight = self.weights[name]
         if gradient is None:
             if weight.spec.format.scaled:
-                _replace(weight.compute.scale, scales[weight.spec.format], c.skip)
+                _replace(weight.model_param.scale, scales[weight.spec.format], c.skip)
             return torch.zeros(3, device=self.amax.device)
         state = self.states[name]
         kinds = ("master", "exp_avg", "exp_avg_sq")
@@ -279,7 +282,7 @@ class AdamW:
         )
         compute = None
         if state.owns_master:
-            copy = weight.compute.rows(*self.owned[name])
+            copy = weight.model_param.rows(*self.local_shards[name])
             compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
         amax = adam_step(self.kernels, gradient.operand, states, compute, c, self._casts(name))
         for tensor in states if compute is None else (*states, compute):
@@ -292,7 +295,7 @@ class AdamW:
         base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
         key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
         spec = self.weights[name].spec
-        first = self.owned[name][0] * (spec.numel // spec.local_shape[0])
+        first = self.local_shards[name][0] * (spec.numel // spec.local_shape[0])
         rounding = StateRounding(self.kernels, key, spec, first)
         master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
         return master, rounding.stochastic_subnormals, rounding.nearest

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8lm.kernels.adam import StoredTensor
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.kernels.rounding import cast_stochastic, noise_bits
-from fp8lm.layers.weight import WeightSpec
+from fp8lm.layers.param import ParamSpec
 
 
 class StateRounding:
@@ -29,7 +29,7 @@ class StateRounding:
     """
 
     def __init__(
-        self, kernels: ReferenceKernels, key: Tensor, spec: WeightSpec, first: int = 0
+        self, kernels: ReferenceKernels, key: Tensor, spec: ParamSpec, first: int = 0
     ) -> None:
         self._first = first
         self._kernels = kernels
@@ -55,8 +55,8 @@ class StateRounding:
 
     def _bits(self, start: int, values: Tensor) -> Tensor:
         if self._noise is None or self._noise[0] != start:
-            split, shape = self._spec.split, self._spec.shape
+            shard_spec, shape = self._spec.shard_spec, self._spec.shape
             first = self._first + start
-            index = split.element_index(shape, first, values.numel(), values.device)
+            index = shard_spec.element_index(shape, first, values.numel(), values.device)
             self._noise = start, noise_bits(index, self._key)
         return self._noise[1]

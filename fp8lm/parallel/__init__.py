@@ -1,5 +1,5 @@
 """Tensor and sequence parallelism: what layers exchange, in FP8 bytes with their scales."""
 
-from fp8lm.parallel.tensor import TensorParallel
+from fp8lm.parallel.tensor_parallel import TensorParallel
 
 __all__ = ["TensorParallel"]

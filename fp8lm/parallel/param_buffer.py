@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8lm.comm import Handle, Wire, all_gather_slabs
+from fp8lm.comm import Handle, Wire, all_gather_uneven
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.weight import Weight
-from fp8lm.parallel.ownership import Ownership
+from fp8lm.layers.param import Param
+from fp8lm.parallel.param_layout import ParamLayout
 from fp8lm.scaled_tensor import ScaledTensor
 
 Rows = tuple[int, int]
 
 
-class WeightSlabs:
-    """The compute copies of `weights`, moved into one buffer as `ownership` says.
+class ParamBuffer:
+    """The compute copies of `weights`, moved into one buffer as `layout` says.
 
     On a BF16 `wire` values travel in two bytes, exact for FP8 and BF16, and are cast again on
     arrival, to the same bytes; on an FP8 one what is stored travels.
@@ -30,29 +30,31 @@ class WeightSlabs:
 
     def __init__(
         self,
-        weights: dict[str, Weight],
-        ownership: Ownership,
+        weights: dict[str, Param],
+        layout: ParamLayout,
         group: dist.ProcessGroup,
         wire: Wire,
         kernels: ReferenceKernels,
     ) -> None:
         self.names = list(weights)
-        self.owned = dict(ownership.rows[group.rank()])
-        self._weights, self._rows, self._sizes = weights, ownership.rows, ownership.slabs
+        self.local_shards = dict(layout.rows[group.rank()])
+        self._weights, self._rows, self._sizes = weights, layout.rows, layout.shard_bytes
         self._group, self._wire, self._kernels = group, wire, kernels
         self._arriving: Handle[Tensor] | None = None
-        device = next(iter(weights.values())).compute.device
+        device = next(iter(weights.values())).model_param.device
         self._buffer = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
         for name, weight in weights.items():
-            start, payload = ownership.start[name], weight.compute.payload
+            start, payload = layout.start[name], weight.model_param.payload
             view = self._buffer[start : start + payload.nbytes]
             view = view.view(payload.dtype).view(payload.shape)
-            weight.rebind(view.copy_(payload))
+            weight.bind_storage(view.copy_(payload))
 
     @property
     def padding(self) -> int:
         """Bytes of the buffer that no weight fills."""
-        return self._buffer.nbytes - sum(w.compute.payload.nbytes for w in self._weights.values())
+        return self._buffer.nbytes - sum(
+            w.model_param.payload.nbytes for w in self._weights.values()
+        )
 
     def start_gather(self) -> None:
         """Send this rank's rows; `wait` before anything reads a weight."""
@@ -60,10 +62,10 @@ class WeightSlabs:
         if self._wire.precision == "bf16":
             counts = [self._count(own) for own in self._rows]
             message, sizes = self._values(counts), [2 * count for count in counts]
-            arriving = all_gather_slabs(message.view(torch.uint8), sizes, self._group, self._wire)
+            arriving = all_gather_uneven(message.view(torch.uint8), sizes, self._group, self._wire)
             self._arriving = arriving.then(lambda received: self._take(received, sizes))
         else:
-            self._arriving = all_gather_slabs(self._buffer, self._sizes, self._group, self._wire)
+            self._arriving = all_gather_uneven(self._buffer, self._sizes, self._group, self._wire)
 
     def wait(self) -> None:
         """Return when all weights are there; at once if nothing is under way."""
@@ -74,7 +76,7 @@ class WeightSlabs:
     def _values(self, counts: list[int]) -> Tensor:
         message = torch.empty(sum(counts), dtype=torch.bfloat16, device=self._buffer.device)
         start = sum(counts[: self._group.rank()])
-        for name, rows in self.owned.items():
+        for name, rows in self.local_shards.items():
             values = self._part(name, rows).dequantize(self._kernels, torch.bfloat16)
             message[start : start + values.numel()].copy_(values.view(-1))
             start += values.numel()
@@ -94,7 +96,7 @@ class WeightSlabs:
         return received
 
     def _part(self, name: str, rows: Rows) -> ScaledTensor:
-        return self._weights[name].compute.rows(*rows)
+        return self._weights[name].model_param.rows(*rows)
 
     def _count(self, rows: dict[str, Rows]) -> int:
         return sum(self._part(name, span).payload.numel() for name, span in rows.items())

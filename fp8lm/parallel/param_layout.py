@@ -24,7 +24,7 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Tensor2D:
+class BufferEntry:
     """What is placed: `rows` rows (the first dimension) of `columns` elements of `itemsize` bytes.
 
     The bytes are those of the copy that travels; all states of an element take the same.
@@ -52,13 +52,14 @@ class Tensor2D:
 
 
 @dataclass(frozen=True)
-class Ownership:
-    """`slabs[rank]`: bytes; `start[name]`: byte in the buffer; `rows[rank][name]`: first and last.
+class ParamLayout:
+    """Where each tensor starts in the buffer (`start`, bytes), and which `rows` a rank owns.
 
-    The last row is exclusive, and a rank without rows of a tensor does not name it.
+    `shard_bytes[rank]` is the size of its shard. `rows[rank][name]` is a half-open interval; names
+    of which a rank owns no row are missing.
     """
 
-    slabs: Sequence[int]
+    shard_bytes: Sequence[int]
     start: Mapping[str, int]
     rows: Sequence[Mapping[str, tuple[int, int]]]
 
@@ -68,7 +69,9 @@ class Ownership:
         return len(self.rows)
 
 
-def whole_tensors(parts: Sequence[Sequence[Tensor2D]], num_ranks: int) -> list[Ownership]:
+def assign_whole_tensors(
+    parts: Sequence[Sequence[BufferEntry]], num_ranks: int
+) -> list[ParamLayout]:
     """Algorithm 1 of the paper over all `parts` together; within a slab tensors keep their order.
 
     Sizes are elements: a rank that owns one holds the same bytes of states for it, whatever the
@@ -84,25 +87,25 @@ def whole_tensors(parts: Sequence[Sequence[Tensor2D]], num_ranks: int) -> list[O
     return [_whole(part, owner, num_ranks) for part in parts]
 
 
-def _whole(tensors: Sequence[Tensor2D], owner: Mapping[str, int], num_ranks: int) -> Ownership:
-    slabs = [0] * num_ranks
+def _whole(tensors: Sequence[BufferEntry], owner: Mapping[str, int], num_ranks: int) -> ParamLayout:
+    shard_bytes = [0] * num_ranks
     within, rows = {}, [{} for _ in range(num_ranks)]
     for tensor in tensors:
         rank = owner[tensor.name]
-        within[tensor.name] = slabs[rank]
+        within[tensor.name] = shard_bytes[rank]
         rows[rank][tensor.name] = (0, tensor.rows)
-        slabs[rank] += _padded(tensor.nbytes, ALIGNMENT)
-    first = [0, *accumulate(slabs)]
+        shard_bytes[rank] += _padded(tensor.nbytes, ALIGNMENT)
+    first = [0, *accumulate(shard_bytes)]
     start = {name: first[owner[name]] + offset for name, offset in within.items()}
-    return Ownership(slabs, start, rows)
+    return ParamLayout(shard_bytes, start, rows)
 
 
-def row_blocks(parts: Sequence[Sequence[Tensor2D]], num_ranks: int) -> list[Ownership]:
+def shard_rows(parts: Sequence[Sequence[BufferEntry]], num_ranks: int) -> list[ParamLayout]:
     """Equal slabs of every part, so that one all-gather brings it."""
     return [_cut(part, num_ranks) for part in parts]
 
 
-def _cut(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
+def _cut(tensors: Sequence[BufferEntry], num_ranks: int) -> ParamLayout:
     # A slab is a multiple of every row's bytes, so that no boundary cuts a row.
     ordered = sorted(tensors, key=lambda tensor: -tensor.row_bytes)
     unit = math.lcm(ALIGNMENT, *(tensor.row_bytes for tensor in ordered))
@@ -110,16 +113,16 @@ def _cut(tensors: Sequence[Tensor2D], num_ranks: int) -> Ownership:
     for tensor in ordered:
         start[tensor.name] = _padded(end, math.lcm(ALIGNMENT, tensor.row_bytes))
         end = start[tensor.name] + tensor.nbytes
-    slab = _padded(-(-end // num_ranks), unit)
+    shard_size = _padded(-(-end // num_ranks), unit)
     rows: list[dict[str, tuple[int, int]]] = [{} for _ in range(num_ranks)]
     for tensor in ordered:
         first, end = start[tensor.name], start[tensor.name] + tensor.nbytes
-        for rank in range(first // slab, -(-end // slab)):
-            low, high = max(rank * slab, first), min((rank + 1) * slab, end)
+        for rank in range(first // shard_size, -(-end // shard_size)):
+            low, high = max(rank * shard_size, first), min((rank + 1) * shard_size, end)
             rows[rank][tensor.name] = tuple(
                 (byte - first) // tensor.row_bytes for byte in (low, high)
             )
-    return Ownership([slab] * num_ranks, start, rows)
+    return ParamLayout([shard_size] * num_ranks, start, rows)
 
 
 def _padded(size: int, multiple: int) -> int:

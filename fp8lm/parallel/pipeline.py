@@ -3,7 +3,7 @@
 A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
 first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
 executor never looks inside. What a stage sends to another travels in the order of the schedule and
-apart from what comes back (see `StageGroups`).
+apart from what comes back (see `PipelineGroups`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fp8lm.comm.groups import StageGroups
+from fp8lm.comm.groups import PipelineGroups
 from fp8lm.comm.handles import Handle
-from fp8lm.comm.stages import StageWire
-from fp8lm.layers.deferred import DeferredGradients
+from fp8lm.comm.p2p import PipelineP2P
+from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.parallel.schedule import Action, Schedule, forwards
-from fp8lm.parallel.stages import TiedEnds
+from fp8lm.parallel.stages import TiedEmbeddingSync
 
 Batch = dict[str, Tensor]
 Chunk = Callable[[Tensor | None, Batch], Tensor]
@@ -30,7 +30,7 @@ Chunk = Callable[[Tensor | None, Batch], Tensor]
 class Pipeline:
     """This rank's `chunks` of the model and how they are run.
 
-    `schedule(m)` gives the order for m micro-batches. `deferred` collects weight gradients where
+    `schedule(m)` gives the order for m micro-batches. `wgrad_store` collects weight gradients where
     the schedule computes them apart. `tied` is there on the ends of a model whose word table is
     its head as well.
     """
@@ -39,15 +39,15 @@ class Pipeline:
         self,
         chunks: Sequence[Chunk],
         schedule: Callable[[int], Schedule],
-        groups: StageGroups,
-        wire: StageWire,
+        groups: PipelineGroups,
+        wire: PipelineP2P,
         device: torch.device,
-        deferred: DeferredGradients,
-        tied: TiedEnds | None = None,
+        wgrad_store: WeightGradStore,
+        tied: TiedEmbeddingSync | None = None,
     ) -> None:
         self.chunks, self.schedule, self.groups = chunks, schedule, groups
-        self.wire, self.device, self.deferred = wire, device, deferred
-        self.stage, self.num_stages = groups.up.rank(), groups.up.size()
+        self.wire, self.device, self.wgrad_store = wire, device, wgrad_store
+        self.stage, self.num_stages = groups.pp_forward.rank(), groups.pp_forward.size()
         self.tied = tied
         self.most_in_flight = 0
         self._most_messages = self.num_stages
@@ -92,12 +92,12 @@ class Pipeline:
     def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
         if action.kind == "F":
             self._forward(action, microbatches)
-            held = len(self._held) + len(self.deferred)
+            held = len(self._held) + len(self.wgrad_store)
             self.most_in_flight = max(self.most_in_flight, held)
         elif action.kind == "W":
-            self.deferred.compute(action.microbatch)
+            self.wgrad_store.compute(action.microbatch)
         else:
-            with self.deferred.collecting(action.microbatch if splits else None):
+            with self.wgrad_store.deferring(action.microbatch if splits else None):
                 self._backward(action)
 
     def _forward(self, action: Action, microbatches: list[Batch]) -> None:
@@ -147,7 +147,7 @@ class Pipeline:
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def _channel(self, source: int, to: int) -> dist.ProcessGroup:
-        return self.groups.up if source < to else self.groups.down
+        return self.groups.pp_forward if source < to else self.groups.pp_backward
 
     def _virtual(self, action: Action) -> int:
         return action.chunk * self.num_stages + self.stage

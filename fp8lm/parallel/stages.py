@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp8lm.comm import Wire, all_gather_scalars, all_reduce
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.weight import Weight
+from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32
 from fp8lm.parallel.schedule import Schedule, interleaved, one_forward_one_backward, zero_bubble
 
@@ -58,12 +58,12 @@ def schedule_maker(kind: str, num_stages: int, num_chunks: int) -> Callable[[int
 class StepExchange:
     """One exchange of a step's scalars between all ranks, whatever stage they belong to.
 
-    Stages have different weights, so vectors of different lengths; `peers` are the ranks whose
-    vectors mean the same as this one's.
+    Stages have different weights, so vectors of different lengths; `same_shard_ranks` are the
+    ranks whose vectors mean the same as this one's.
     """
 
     world: dist.ProcessGroup
-    peers: tuple[int, ...]
+    same_shard_ranks: tuple[int, ...]
     longest: int
     wire: Wire
 
@@ -74,18 +74,18 @@ class StepExchange:
         return all_gather_scalars(padded, self.world, self.wire)[:, : len(values)]
 
 
-class TiedEnds:
+class TiedEmbeddingSync:
     """The first and the last stage's copies of one word table."""
 
     def __init__(
-        self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels, weight: Weight
+        self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels, weight: Param
     ) -> None:
         self._group, self._wire, self._kernels, self._weight = group, wire, kernels, weight
 
     def sum_gradients(self) -> None:
         """Both get the sum of their fp32 gradients, the same bits."""
-        accumulator = self._weight.grad
-        accumulator.settle()
+        accumulator = self._weight.main_grad
+        accumulator.zero_if_unused()
         gradient = accumulator.value.payload
         total = all_reduce(gradient, FP32, self._group, self._wire, self._kernels).wait()
         gradient.copy_(total)

@@ -1,10 +1,10 @@
 """The tensor-parallel group, and what its linear layers exchange (FP8-LM, section 2.3).
 
-    layer    sequence parallel   input edge                     output edge
-    column   yes                 SequenceEdge                   Edge
-             no                  ReplicaEdge                    Edge
-    row      yes                 Edge                           SequenceEdge
-             no                  Edge                           ReplicaEdge
+    layer    sequence parallel   input                          output
+    column   yes                 SequenceParallelComm                   Edge
+             no                  TPAllReduceComm                    Edge
+    row      yes                 Edge                           SequenceParallelComm
+             no                  Edge                           TPAllReduceComm
 
 With sequence parallelism a rank holds T/t of T tokens between the layers: forward gathers their
 E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel
@@ -34,15 +34,15 @@ from fp8lm.comm import (
 )
 from fp8lm.comm.handles import Handle
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.edge import Edge, Partition
-from fp8lm.layers.split import Split
+from fp8lm.layers.shard_spec import ShardSpec
+from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.parallel.query_groups import SharedQueryGroup
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorParallel(Partition):
+class TensorParallel(TPContext):
     """The group, whether the sequence is split between layers, and its two wires.
 
     `query_group` is there where a query group is on several ranks.
@@ -65,32 +65,32 @@ class TensorParallel(Partition):
         """Number of ranks."""
         return self.group.size()
 
-    def split(self, dim: int, parts: int = 1) -> Split:
+    def shard(self, dim: int, num_sections: int = 1) -> ShardSpec:
         """This rank's part along `dim`."""
-        return Split(dim, parts, self.rank, self.size)
+        return ShardSpec(dim, num_sections, self.rank, self.size)
 
-    def boundary(self) -> Edge:
-        """The edge between the layers' replicated or sequence-split side and their inside."""
-        return SequenceEdge(self) if self.sequence_parallel else ReplicaEdge(self)
+    def replicated_side(self) -> TPComm:
+        """See `TPContext`."""
+        return SequenceParallelComm(self) if self.sequence_parallel else TPAllReduceComm(self)
 
-    def inside(self) -> Edge:
-        """The edge on the side where features are split."""
-        return InnerEdge(self)
+    def sharded_side(self) -> TPComm:
+        """See `TPContext`."""
+        return TPShardedComm(self)
 
     def gather_query_group(self, x_SBF: Tensor) -> Tensor:
-        """See `Partition`."""
+        """See `TPContext`."""
         return x_SBF if self.query_group is None else self.query_group.gather(x_SBF)
 
     def max(self, values: Tensor) -> Tensor:
-        """See `Partition`."""
+        """See `TPContext`."""
         return max_over_group(values, self.group, self.gather_wire).wait()
 
     def gather(self, values: Tensor) -> Tensor:
-        """See `Partition`."""
+        """See `TPContext`."""
         return all_gather_scalars(values, self.group, self.gather_wire)
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
-        """See `Partition`."""
+        """See `TPContext`."""
         tensors = list(tensors)
         if self.size == 1 or not tensors:
             return
@@ -100,7 +100,7 @@ class TensorParallel(Partition):
             tensor.copy_(part.view(tensor.shape))
 
 
-class InnerEdge(Edge):
+class TPShardedComm(TPComm):
     """Nothing to exchange but the amax of a weight that lies on several ranks."""
 
     def __init__(self, tp: TensorParallel) -> None:
@@ -111,7 +111,7 @@ class InnerEdge(Edge):
         return self.tp.max(amax)
 
 
-class ReplicaEdge(InnerEdge):
+class TPAllReduceComm(TPShardedComm):
     """Activations are the same on all ranks; partial sums are all-reduced."""
 
     def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
@@ -120,7 +120,7 @@ class ReplicaEdge(InnerEdge):
         return all_reduce(y, fmt, self.tp.group, wire, kernels, dtype=y.dtype)
 
 
-class SequenceEdge(InnerEdge):
+class SequenceParallelComm(TPShardedComm):
     """Each rank holds a part of the tokens; partial sums are reduce-scattered."""
 
     def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:

@@ -8,7 +8,7 @@ from fp8lm.config import Config
 from fp8lm.optim.schedule import BatchSize
 from fp8lm.parallel.schedule import simulate
 from fp8lm.parallel.stages import schedule_maker
-from fp8lm.training.length import check_batches, end_of_run
+from fp8lm.training.run_length import check_batches, end_of_run
 
 
 @dataclass(frozen=True)

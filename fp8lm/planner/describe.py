@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fp8lm.config import Config
-from fp8lm.inspect.batches import Batches
-from fp8lm.inspect.layout import KINDS, Layout, Place, Stage
+from fp8lm.planner.batches import Batches
+from fp8lm.planner.layout import KINDS, Layout, RankPlacement, Stage
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -43,7 +43,7 @@ def _division(config: Config, layout: Layout) -> str:
     tensor += " with SP" * parallel.sequence_parallel
     stages = f"PP {parallel.pipeline_model_parallel_size}"
     if parallel.pipeline_model_parallel_size > 1:
-        chunks = len(layout.stages[0].parts)
+        chunks = len(layout.stages[0].chunks)
         kind = f"interleaved, {chunks} chunks" if chunks > 1 else parallel.pipeline_schedule
         stages += f" ({kind})"
     replicas = f"DP {layout.num_replicas}"
@@ -99,7 +99,7 @@ def rank_table(layout: Layout) -> list[str]:
     return aligned(rows, left={6, 7})
 
 
-def _numbers(place: Place) -> tuple[int, ...]:
+def _numbers(place: RankPlacement) -> tuple[int, ...]:
     return (
         place.rank,
         place.node,
@@ -112,16 +112,16 @@ def _numbers(place: Place) -> tuple[int, ...]:
 
 def layers(stage: Stage) -> str:
     """The layers of a stage, a range per chunk."""
-    return ", ".join(ranges(part.layers) for part in stage.parts)
+    return ", ".join(ranges(part.layers) for part in stage.chunks)
 
 
 def ends(layout: Layout, number: int) -> str:
     """What a stage holds beside its layers."""
-    parts = layout.stages[number].parts
+    chunks = layout.stages[number].chunks
     held = []
-    if any(part.has_embedding for part in parts):
+    if any(part.has_embedding for part in chunks):
         held.append("embeddings")
-    if any(part.has_head for part in parts):
+    if any(part.has_head for part in chunks):
         untied = layout.config.model.untie_embeddings_and_output_weights
         held += ["final norm", "head" if untied else "tied head"]
     return ", ".join(held)

@@ -20,22 +20,22 @@ import torch
 from fp8lm.comm.groups import check_sizes, rank_lists
 from fp8lm.config import Config
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.edge import Partition
+from fp8lm.layers.param import Param, named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.split import Split
-from fp8lm.layers.weight import Weight, named_weights
-from fp8lm.model.gpt import ModelPart
+from fp8lm.layers.shard_spec import ShardSpec
+from fp8lm.layers.tp_context import TPContext
+from fp8lm.model.gpt import StageSpec
 from fp8lm.optim import StatePrecision
-from fp8lm.training.build import gpt, table_rows
-from fp8lm.training.layout import owned_parts, rows_by_rank
-from fp8lm.training.pipelining import model_parts
+from fp8lm.training.build import gpt, model_vocab_size
+from fp8lm.training.layout import param_layouts, rows_by_rank
+from fp8lm.training.pipelining import stage_specs
 
 KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
 Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlacement:
     """Where a rank runs, and its numbers in the tensor-, data- and pipeline-parallel groups."""
 
     rank: int
@@ -50,8 +50,8 @@ class Place:
 class Stage:
     """What every rank of a pipeline stage holds: parts of the model, and bytes by replica."""
 
-    parts: tuple[ModelPart, ...]
-    weights: Mapping[str, Weight]
+    chunks: tuple[StageSpec, ...]
+    weights: Mapping[str, Param]
     state: tuple[Mapping[str, int], ...]
 
     @cached_property
@@ -66,7 +66,7 @@ class Layout:
 
     config: Config
     node_size: int
-    ranks: tuple[Place, ...]
+    ranks: tuple[RankPlacement, ...]
     stages: tuple[Stage, ...]
 
     @property
@@ -87,7 +87,7 @@ class Layout:
         }
         return sum(math.prod(spec.shape) for spec in specs.values())
 
-    def state(self, place: Place) -> Mapping[str, int]:
+    def state(self, place: RankPlacement) -> Mapping[str, int]:
         """Bytes that the rank at `place` holds, by kind."""
         return self.stages[place.stage].state[place.data]
 
@@ -113,32 +113,34 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_sizes(world_size, tensor, stages)
     replicas = world_size // (tensor * stages)
-    rows = table_rows(config, num_ids)
+    rows = model_vocab_size(config, num_ids)
     made = tuple(plan_stage(config, rows, stage, replicas) for stage in range(stages))
-    return Layout(config, node_size, _places(world_size, tensor, stages, node_size), made)
+    return Layout(config, node_size, _placements(world_size, tensor, stages, node_size), made)
 
 
-def _places(world_size: int, tensor: int, stages: int, node_size: int) -> tuple[Place, ...]:
+def _placements(
+    world_size: int, tensor: int, stages: int, node_size: int
+) -> tuple[RankPlacement, ...]:
     groups = rank_lists(tensor, world_size // (tensor * stages), stages)
     numbers = [
         {rank: number for group in groups[kind] for number, rank in enumerate(group)}
         for kind in ("tp", "dp", "pp")
     ]
     return tuple(
-        Place(rank, *divmod(rank, node_size), *(number[rank] for number in numbers))
+        RankPlacement(rank, *divmod(rank, node_size), *(number[rank] for number in numbers))
         for rank in range(world_size)
     )
 
 
-class ShapesOnly(Partition):
+class ShapesOnly(TPContext):
     """The first of `size` tensor-parallel ranks, without a group to talk to."""
 
     def __init__(self, size: int, sequence_parallel: bool = False) -> None:
         self.size, self.sequence_parallel = size, sequence_parallel
 
-    def split(self, dim: int, parts: int = 1) -> Split:
-        """See `Partition`."""
-        return Split(dim, parts, 0, self.size)
+    def shard(self, dim: int, num_sections: int = 1) -> ShardSpec:
+        """See `TPContext`."""
+        return ShardSpec(dim, num_sections, 0, self.size)
 
 
 def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stage:
@@ -147,41 +149,41 @@ def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stag
     `rows` are those of the word table, padding included.
     """
     parallel = config.parallel
-    partition = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
-    recipe = Recipe.from_config(
-        config.precision, ReferenceKernels(), torch.device("meta"), partition
-    )
-    parts = model_parts(config, stage)
-    chunks = [gpt(config, rows, None, recipe, part) for part in parts]
-    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    tp = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
+    recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"), tp)
+    specs = stage_specs(config, stage)
+    chunks = [gpt(config, rows, None, recipe, part) for part in specs]
+    weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owned, padding = owned_rows(config, weights, num_replicas)
+    owned, padding = local_shards_of(config, weights, num_replicas)
     held = _held_bytes(weights, padding)
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
-    return Stage(tuple(parts), weights, state)
+    return Stage(tuple(specs), weights, state)
 
 
-def owned_rows(
-    config: Config, weights: dict[str, Weight], num_replicas: int
+def local_shards_of(
+    config: Config, weights: dict[str, Param], num_replicas: int
 ) -> tuple[list[dict[str, Rows]], int]:
     """The rows of each weight whose states each replica holds; bytes that pad the weights."""
     if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
         everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
         return [everything] * num_replicas, 0
-    owners = owned_parts(config, weights, num_replicas)[1]
-    padded = sum(sum(ownership.slabs) for ownership in owners)
-    return rows_by_rank(owners), padded - sum(w.compute.payload.nbytes for w in weights.values())
+    owners = param_layouts(config, weights, num_replicas)[1]
+    padded = sum(sum(layout.shard_bytes) for layout in owners)
+    return rows_by_rank(owners), padded - sum(
+        w.model_param.payload.nbytes for w in weights.values()
+    )
 
 
-def _held_bytes(weights: Mapping[str, Weight], padding: int) -> dict[str, int]:
+def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:
     return {
-        "weights": sum(weight.compute.nbytes for weight in weights.values()) + padding,
-        "grads": sum(weight.grad.value.nbytes for weight in weights.values()),
+        "weights": sum(weight.model_param.nbytes for weight in weights.values()) + padding,
+        "grads": sum(weight.main_grad.value.nbytes for weight in weights.values()),
     }
 
 
 def _states_bytes(
-    weights: Mapping[str, Weight], rows: Mapping[str, Rows], formats: StatePrecision
+    weights: Mapping[str, Param], rows: Mapping[str, Rows], formats: StatePrecision
 ) -> dict[str, int]:
     sizes = dict.fromkeys(KINDS[2:], 0)
     for name, (first, last) in rows.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fp8lm.config import Config, PrecisionConfig
-from fp8lm.inspect.batches import Batches, plan_batches
-from fp8lm.inspect.describe import rank_table, stage_table, summary
-from fp8lm.inspect.layout import Layout, plan_layout
+from fp8lm.planner.batches import Batches, plan_batches
+from fp8lm.planner.describe import rank_table, stage_table, summary
+from fp8lm.planner.layout import Layout, plan_layout
 
 BASELINE = "bf16"  # what a run's bytes are compared with
 

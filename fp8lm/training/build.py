@@ -18,19 +18,19 @@ from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
 from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
-from fp8lm.layers.edge import ALONE, Partition
+from fp8lm.layers.param import Param, named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model import GPTModel
-from fp8lm.model.gpt import ModelPart
+from fp8lm.model.gpt import StageSpec
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.schedule import BatchSize, LearningRate
+from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.pipeline import Pipeline
-from fp8lm.parallel.replicas import OneReplica
-from fp8lm.training.layout import build_partition, link
-from fp8lm.training.length import check_batches, dataset_sizes
-from fp8lm.training.pipelining import model_parts
+from fp8lm.training.layout import build_tp_context, parallelize
+from fp8lm.training.pipelining import stage_specs
+from fp8lm.training.run_length import check_batches, dataset_sizes
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Run:
     tokenizer: Tokenizer
     vocab_size: int
     model: nn.Module
-    weights: dict[str, Weight]
+    weights: dict[str, Param]
     optimizer: AdamW
     learning_rate: LearningRate
     batch_size: BatchSize
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
     dataset_sizes: tuple[int, int, int]
-    replicas: OneReplica
+    data_parallel: NoDataParallel
     pipeline: Pipeline | None
-    counted_elsewhere: frozenset[str]
+    shared_params: frozenset[str]
     sent: WireCounter
 
 
@@ -72,7 +72,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def table_rows(config: Config, num_ids: int) -> int:
+def model_vocab_size(config: Config, num_ids: int) -> int:
     """Rows of the embedding for `num_ids` tokens: padded so that every rank has as many.
 
     Where the tensor-parallel size divides `make_vocab_size_divisible_by`, padding does not depend
@@ -91,16 +91,16 @@ def build_model(
     device: torch.device,
     *,
     num_ids: int | None = None,
-    partition: Partition = ALONE,
-) -> tuple[GPTModel, AdamW, OneReplica]:
+    tp: TPContext = NO_TP,
+) -> tuple[GPTModel, AdamW, NoDataParallel]:
     """The whole model with initial weights, the optimizer of its states, and its one replica.
 
     `vocab_size` is the padded one, `num_ids` how many of them are tokens (default: all).
     """
-    recipe = Recipe.from_config(config.precision, kernels, device, partition)
+    recipe = Recipe.from_config(config.precision, kernels, device, tp)
     model = gpt(config, vocab_size, num_ids, recipe)
-    replicas = OneReplica(named_weights(model))
-    return model, build_optimizer(config, replicas, kernels, partition), replicas
+    data_parallel = NoDataParallel(named_params(model))
+    return model, build_optimizer(config, data_parallel, kernels, tp), data_parallel
 
 
 def gpt(
@@ -108,7 +108,7 @@ def gpt(
     vocab_size: int,
     num_ids: int | None,
     recipe: Recipe,
-    part: ModelPart | None = None,
+    part: StageSpec | None = None,
 ) -> GPTModel:
     """`part` of the model (default: all), its weights zero."""
     train = config.train
@@ -118,25 +118,25 @@ def gpt(
 
 def build_optimizer(
     config: Config,
-    replicas: OneReplica,
+    data_parallel: NoDataParallel,
     kernels: ReferenceKernels,
-    partition: Partition,
+    tp: TPContext,
     **ranks: Any,
 ) -> AdamW:
     """The optimizer of the weights of `replicas`, which get their initial values.
 
-    `ranks`: `exchange`, `peers` and `counted_elsewhere` of `AdamW`.
+    `ranks`: `exchange`, `same_shard_ranks` and `shared_params` of `AdamW`.
     """
-    weights, seed = replicas.weights, config.train.seed
+    weights, seed = data_parallel.weights, config.train.seed
     optimizer = AdamW(
         weights,
         config.optimizer,
         StatePrecision.from_config(config.precision),
         kernels,
         seed=seed,
-        partition=partition,
-        owned=replicas.owned,
-        counts_in_norm=replicas.counts_in_norm,
+        tp=tp,
+        local_shards=data_parallel.local_shards,
+        is_norm_owner=data_parallel.is_norm_owner,
         **ranks,
     )
     for name, weight in weights.items():
@@ -150,25 +150,25 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         torch.set_num_threads(config.train.num_threads)
     check_batches(config, groups.data_parallel.size())
     tokenizer = build_tokenizer(config.tokenizer)
-    vocab_size = table_rows(config, tokenizer.vocab_size)
+    vocab_size = model_vocab_size(config, tokenizer.vocab_size)
     sizes = dataset_sizes(config)
     datasets = build_datasets(config, tokenizer, sizes)
     kernels, counter = select_kernels(device), WireCounter()
-    partition = build_partition(config, groups, kernels, counter)
-    recipe = Recipe.from_config(config.precision, kernels, device, partition)
+    tp = build_tp_context(config, groups, kernels, counter)
+    recipe = Recipe.from_config(config.precision, kernels, device, tp)
     chunks = [
         gpt(config, vocab_size, tokenizer.vocab_size, recipe, part)
-        for part in model_parts(config, groups.pipeline_parallel.rank())
+        for part in stage_specs(config, groups.pipeline_parallel.rank())
     ]
-    links = link(config, groups, chunks, kernels, counter, device)
+    parallel = parallelize(config, groups, chunks, kernels, counter, device)
     optimizer = build_optimizer(
         config,
-        links.replicas,
+        parallel.data_parallel,
         kernels,
-        partition,
-        exchange=links.exchange,
-        peers=links.peers,
-        counted_elsewhere=links.counted_elsewhere,
+        tp,
+        exchange=parallel.exchange,
+        same_shard_ranks=parallel.same_shard_ranks,
+        shared_params=parallel.shared_params,
     )
     return Run(
         config=config,
@@ -177,15 +177,15 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         model=chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
-        weights=links.weights,
+        weights=parallel.weights,
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.data_parallel.size()),
         datasets=datasets,
         dataset_sizes=sizes,
-        replicas=links.replicas,
-        pipeline=links.pipeline,
-        counted_elsewhere=links.counted_elsewhere,
+        data_parallel=parallel.data_parallel,
+        pipeline=parallel.pipeline,
+        shared_params=parallel.shared_params,
         sent=counter,
     )
 

@@ -19,22 +19,22 @@ from fp8lm.checkpoint import (
     Retention,
     Shard,
     check_save_folder,
+    claim_save_dir,
     find_checkpoint,
     open_checkpoint,
-    take_over,
 )
-from fp8lm.checkpoint.files import SET_ASIDE, forget_after
+from fp8lm.checkpoint.collectives import all_or_error, on_main
+from fp8lm.checkpoint.files import SET_ASIDE, delete_after
 from fp8lm.checkpoint.location import load_problem, locate
-from fp8lm.checkpoint.together import all_or_error, on_main
 from fp8lm.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
-from fp8lm.training.changes import changed_keys, changed_layout, check_same_model
+from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model
 from fp8lm.training.console import saved_line
-from fp8lm.training.made_with import check_same_tokenizer, made_with, replaced_data
-from fp8lm.training.progress import Progress, Window
+from fp8lm.training.progress import MetricAccumulator, Progress
+from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.resizing import Vocabulary
-from fp8lm.training.spikes import LossWatch
+from fp8lm.training.spikes import LossSpikeDetector
 from fp8lm.training.state import model_shards, optimizer_shards, without
 from fp8lm.training.state_reader import StateReader
 
@@ -59,9 +59,9 @@ class RunCheckpoints:
     def __init__(
         self,
         run: Run,
-        window: Window,
+        window: MetricAccumulator,
         progress: Progress,
-        losses: LossWatch,
+        losses: LossSpikeDetector,
         report: Callable[[str], None],
         locks: RunLocks | None = None,
     ) -> None:
@@ -107,7 +107,7 @@ class RunCheckpoints:
         elif folder is not None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
         if self._saver is not None:
-            self._take_over(0 if found is None else found.iteration)
+            self._claim_save_dir(0 if found is None else found.iteration)
 
     def _find(self, folder: str) -> Checkpoint | None:
         root, iteration = on_main(self._group, lambda: locate(folder))
@@ -143,9 +143,9 @@ class RunCheckpoints:
         if changed:
             self._report(f" note: changed since that checkpoint: {', '.join(changed)}")
 
-    def _take_over(self, iteration: int) -> None:
+    def _claim_save_dir(self, iteration: int) -> None:
         root = self._saver.root
-        moved = take_over(root, iteration, self._config.resumes, self._group)
+        moved = claim_save_dir(root, iteration, self._config.resumes, self._group)
         if moved:
             iterations = ", ".join(map(str, reversed(moved)))
             self._report(
@@ -158,8 +158,8 @@ class RunCheckpoints:
         if self._saver is None or self._saved_iteration == self._progress.iteration:
             return
         self._run.optimizer.share_amax()
-        self._run.replicas.wait_for_weights()
-        remembered = self._run.replicas.named_tensors()
+        self._run.data_parallel.finish_param_sync()
+        remembered = self._run.data_parallel.named_tensors()
         meta: dict[str, Any] = {
             **asdict(self._progress),
             "losses": self._losses.state,
@@ -167,7 +167,7 @@ class RunCheckpoints:
             **self._made_with,
         }
         # A table that two stages have is cut into rows by each in its own way: one writes it.
-        shards = without(self._shards(remembered), self._run.counted_elsewhere)
+        shards = without(self._shards(remembered), self._run.shared_params)
         self._saver.save(self._progress.iteration, shards, meta)
         self._saved_iteration = self._progress.iteration
 
@@ -219,20 +219,20 @@ class RunCheckpoints:
                 return found
         return None
 
-    def go_back(self, checkpoint: Checkpoint) -> None:
+    def rewind(self, checkpoint: Checkpoint) -> None:
         """Return to `checkpoint`, and delete newer ones of this run."""
         root, iteration = self._saver.root, checkpoint.iteration
         own = checkpoint.folder.parent == root
         try:
             on_main(self._group, self._locks.verify)
-            on_main(self._group, lambda: forget_after(root, iteration if own else 0))
+            on_main(self._group, lambda: delete_after(root, iteration if own else 0))
         except OSError as error:  # one that stays is replaced when its iteration comes again
             self._report(f" warning: newer checkpoints than {iteration} cannot be deleted: {error}")
         self._fill(checkpoint)
         self._saved_iteration = iteration if own else None
 
     def _fill(self, checkpoint: Checkpoint) -> StateReader:
-        common, remembered = checkpoint.common, self._run.replicas.named_tensors()
+        common, remembered = checkpoint.common, self._run.data_parallel.named_tensors()
         if common.get("released"):
             raise InputError(
                 f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
@@ -242,7 +242,7 @@ class RunCheckpoints:
         # nothing to remember yet starts anew. The whole job's tensors tell: a stage may have none.
         if not any(name.startswith(REMEMBERED) for name in checkpoint.metadata.state_dict_metadata):
             remembered = {}
-        self._run.replicas.wait_for_weights()
+        self._run.data_parallel.finish_param_sync()
         reader = StateReader(
             self._run.optimizer,
             checkpoint,
@@ -250,7 +250,7 @@ class RunCheckpoints:
             self._config.extend_embeddings,
             self._group,
         )
-        reader.read(self._shards(remembered), passing_over=REMEMBERED)
+        reader.read(self._shards(remembered), ignore_prefix=REMEMBERED)
         for name in asdict(self._progress):
             setattr(self._progress, name, common[name])
         self._losses.restore(common["losses"])

@@ -47,7 +47,7 @@ class Console:
         if self._bar is not None:
             self._bar.update()
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """Set the bar to `iteration`."""
         if self._bar is not None:
             self._bar.n = iteration

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fp8lm.checkpoint import Checkpoint, Shard
+from fp8lm.checkpoint.collectives import Group, all_or_error
 from fp8lm.checkpoint.storage import read_blocks
-from fp8lm.checkpoint.together import Group, all_or_error
-from fp8lm.layers.weight import WeightSpec
+from fp8lm.layers.param import ParamSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
 from fp8lm.optim import AdamW
 from fp8lm.scaled_tensor import ScaledTensor, quantize
@@ -117,7 +117,7 @@ class Converter:
         for weight, column in {(c.slot.weight, c.slot.column) for c in self._conversions}:
             amax = self._optimizer.amax[names.index(weight), column]
             amax.zero_()
-            rows = self._optimizer.owned.get(weight)
+            rows = self._optimizer.local_shards.get(weight)
             if rows is not None and rows[0] < rows[1]:
                 kind = _source_kind(self._optimizer, self._stored, weight, KINDS[column])
                 amax.copy_(self._optimizer.kernels.amax(self._values(weight, kind, rows)))
@@ -156,10 +156,10 @@ class Converter:
         """Name, and the shape that is wanted and found; the rows are planned where they differ."""
         spec = self._spec(conversion.slot.weight)
         name = f"{slot_name(conversion.slot.weight, conversion.source_kind)}.payload"
-        expected, found = spec.split.sections(spec.shape)[0], tuple(self._stored[name].size)
+        expected, found = spec.shard_spec.sections(spec.shape)[0], tuple(self._stored[name].size)
         if conversion.slot.weight in self._plans:
             expected, found = expected[1:], found[1:]
         return name, tuple(expected), found
 
-    def _spec(self, weight: str) -> WeightSpec:
+    def _spec(self, weight: str) -> ParamSpec:
         return self._optimizer.weights[weight].spec

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from fp8lm.comm import Wire, all_gather_scalars
 from fp8lm.config import TrainConfig
 from fp8lm.data.batches import BatchIterator
-from fp8lm.layers.operand_amax import known_amaxes
+from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
 from fp8lm.training.loss_weights import Batch, counted_share
@@ -22,10 +22,10 @@ def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
     Of the tokens that count, each counts the same, whatever batch and rank it is on.
     """
     config = run.config.train
-    run.replicas.wait_for_weights()
+    run.data_parallel.finish_param_sync()
     with (
         run_batches(run, dataset, first_sample) as batches,
-        known_amaxes(run.weights.values(), run.optimizer.partition),
+        cached_weight_operands(run.weights.values(), run.optimizer.tp),
     ):
         count = config.eval_iters * config.global_batch_size // batches.stride
         return _mean_over_ranks(run, *_local_loss(run, batches, count)).item()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class StepNumbers:
+class AsyncScalars:
     """A few numbers per step, in order: on a CPU at once, on a GPU one step later.
 
     A GPU's step has not begun when the host has started it, so `push` returns the numbers of the

@@ -13,43 +13,43 @@ from fp8lm.comm import Wire, WireCounter, all_gather_scalars, reduce_scatter_fp8
 from fp8lm.comm.groups import (
     ProcessGroups,
     node_groups,
+    pipeline_groups,
     processes_per_node,
-    stage_groups,
     tensor_parallel_neighbours,
 )
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
-from fp8lm.gradient.reduction import Fp32Accumulate, GradientReduction
+from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
+from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
+from fp8lm.gradient.reduction import Fp32ReduceScatter, GradientReduction
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.edge import ALONE, Partition
-from fp8lm.layers.weight import Weight, named_weights
+from fp8lm.layers.param import Param, named_params
+from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model.gpt import GPTModel
 from fp8lm.numerics import E4M3
 from fp8lm.optim.clipping import Exchange
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.ownership import Ownership, row_blocks, whole_tensors
-from fp8lm.parallel.pipeline import Pipeline
-from fp8lm.parallel.query_groups import SharedQueryGroup
-from fp8lm.parallel.replicas import (
-    OneReplica,
-    PlainReplicas,
-    ZeroReplicas,
+from fp8lm.parallel.data_parallel import (
+    DistributedDataParallel,
+    NoDataParallel,
+    ZeroDataParallel,
     in_parts,
     tensors_of,
 )
-from fp8lm.parallel.weight_slabs import WeightSlabs
-from fp8lm.training.pipelining import build_exchange, build_pipeline, counted_elsewhere
+from fp8lm.parallel.param_buffer import ParamBuffer
+from fp8lm.parallel.param_layout import ParamLayout, assign_whole_tensors, shard_rows
+from fp8lm.parallel.pipeline import Pipeline
+from fp8lm.parallel.query_groups import SharedQueryGroup
+from fp8lm.training.pipelining import build_exchange, build_pipeline, shared_params
 
 
-def build_partition(
+def build_tp_context(
     config: Config, groups: ProcessGroups, kernels: ReferenceKernels, counter: WireCounter
-) -> Partition:
+) -> TPContext:
     """How config section `parallel` divides layers over the ranks of `groups`."""
     parallel, wire = config.parallel, config.precision.wire
     if parallel.tensor_model_parallel_size == 1:
-        return ALONE
+        return NO_TP
     gather_wire = Wire("tp_gather", wire.gather, counter)
     reduce_wire = Wire("tp_reduce", wire.reduce, counter)
     sharing = parallel.tensor_model_parallel_size // config.model.num_query_groups
@@ -68,99 +68,99 @@ def build_partition(
 
 
 @dataclass(frozen=True)
-class Links:
+class ParallelModel:
     """What joins this rank's `weights`, by Megatron name, to the ranks that step with it.
 
-    `exchange`, `peers` and `counted_elsewhere` are those of `AdamW`.
+    `exchange`, `same_shard_ranks` and `shared_params` are those of `AdamW`.
     """
 
-    weights: dict[str, Weight]
-    replicas: OneReplica
+    weights: dict[str, Param]
+    data_parallel: NoDataParallel
     pipeline: Pipeline | None
     exchange: Exchange
-    peers: Sequence[int] | None
-    counted_elsewhere: frozenset[str]
+    same_shard_ranks: Sequence[int] | None
+    shared_params: frozenset[str]
 
 
-def link(
+def parallelize(
     config: Config,
     groups: ProcessGroups,
     chunks: list[GPTModel],
     kernels: ReferenceKernels,
     counter: WireCounter,
     device: torch.device,
-) -> Links:
+) -> ParallelModel:
     """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective."""
-    weights = {name: weight for chunk in chunks for name, weight in named_weights(chunk).items()}
+    weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     scalars = Wire("grads", "fp32", counter)
-    pipeline, peers, alike = None, None, groups.world
+    pipeline, same_shard_ranks, same_stage = None, None, groups.world
     exchange: Exchange = partial(all_gather_scalars, group=groups.world, wire=scalars)
     if groups.pipeline_parallel.size() > 1:
-        stages = stage_groups(groups)
-        alike = stages.alike
+        stages = pipeline_groups(groups)
+        same_stage = stages.same_stage
         exchange = build_exchange(groups, stages, scalars, len(weights))
-        peers = exchange.peers
+        same_shard_ranks = exchange.same_shard_ranks
         pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
-    replicas = build_replicas(config, groups, kernels, counter, alike, weights)
-    if config.parallel.overlap_param_gather and isinstance(replicas, ZeroReplicas):
+    data_parallel = build_data_parallel(config, groups, kernels, counter, same_stage, weights)
+    if config.parallel.overlap_param_gather and isinstance(data_parallel, ZeroDataParallel):
         for chunk in chunks:
-            replicas.overlap_gather(chunk)
-    elsewhere = counted_elsewhere(config, groups.pipeline_parallel.rank())
-    return Links(weights, replicas, pipeline, exchange, peers, elsewhere)
+            data_parallel.overlap_gather(chunk)
+    elsewhere = shared_params(config, groups.pipeline_parallel.rank())
+    return ParallelModel(weights, data_parallel, pipeline, exchange, same_shard_ranks, elsewhere)
 
 
-def build_replicas(
+def build_data_parallel(
     config: Config,
     groups: ProcessGroups,
     kernels: ReferenceKernels,
     counter: WireCounter,
-    alike: dist.ProcessGroup,
-    weights: dict[str, Weight],
-) -> OneReplica:
+    same_stage: dist.ProcessGroup,
+    weights: dict[str, Param],
+) -> NoDataParallel:
     """How config section `parallel` divides gradients and states over `groups.data_parallel`."""
     parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
     if group.size() == 1:
-        return OneReplica(weights)
-    parts, owners = owned_parts(config, weights, group.size())
-    rows = rows_by_rank(owners)
+        return NoDataParallel(weights)
+    parts, layouts = param_layouts(config, weights, group.size())
+    rows = rows_by_rank(layouts)
     buckets = GradientBuckets(
         weights,
         rows,
         build_reduction(
-            config, groups, kernels, Wire("grads", wire.grads, counter), alike, weights
+            config, groups, kernels, Wire("grads", wire.grads, counter), same_stage, weights
         ),
         parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
     )
     if not parallel.use_distributed_optimizer:
-        return PlainReplicas(weights, buckets, group.rank())
+        return DistributedDataParallel(weights, buckets, group.rank())
     # Weights that are not FP8 travel as they are stored.
     sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
-    slabs = [
-        WeightSlabs(part, ownership, group, params, kernels)
-        for part, ownership in zip(parts, owners, strict=True)
+    buffers = [
+        ParamBuffer(part, layout, group, params, kernels)
+        for part, layout in zip(parts, layouts, strict=True)
     ]
-    return ZeroReplicas(weights, slabs, buckets)
+    return ZeroDataParallel(weights, buffers, buckets)
 
 
-def owned_parts(
-    config: Config, weights: dict[str, Weight], replicas: int
-) -> tuple[list[dict[str, Weight]], list[Ownership]]:
-    """`weights` in the parts that travel apart, and who of `replicas` ranks owns what of each."""
+def param_layouts(
+    config: Config, weights: dict[str, Param], num_replicas: int
+) -> tuple[list[dict[str, Param]], list[ParamLayout]]:
+    """`weights` in the parts that are gathered separately, and the layout of each."""
     parallel = config.parallel
-    place = {"tensor": whole_tensors, "even": row_blocks}[parallel.partition]
+    place = {"tensor": assign_whole_tensors, "even": shard_rows}[parallel.partition]
     # Forward can only begin with the first weights if these travel apart from the last.
     size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
     parts = in_parts(weights, size)
-    return parts, place([tensors_of(part) for part in parts], replicas)
+    return parts, place([tensors_of(part) for part in parts], num_replicas)
 
 
-def rows_by_rank(parts: list[Ownership]) -> list[dict[str, tuple[int, int]]]:
+def rows_by_rank(layouts: list[ParamLayout]) -> list[dict[str, tuple[int, int]]]:
     """The rows of every weight that each rank owns."""
     return [
-        {name: span for ownership in parts for name, span in ownership.rows[rank].items()}
-        for rank in range(parts[0].num_ranks)
+        {name: span for layout in layouts for name, span in layout.rows[rank].items()}
+        for rank in range(layouts[0].num_ranks)
     ]
 
 
@@ -169,12 +169,12 @@ def build_reduction(
     groups: ProcessGroups,
     kernels: ReferenceKernels,
     wire: Wire,
-    alike: dist.ProcessGroup,
-    weights: dict[str, Weight],
+    same_stage: dist.ProcessGroup,
+    weights: dict[str, Param],
 ) -> GradientReduction:
     """How `precision.grad_reduce` adds gradients over `groups.data_parallel`.
 
-    `alike` are all ranks that hold parts of the same weights.
+    `same_stage` are all ranks that hold parts of the same weights.
     """
     kind, group = config.precision.grad_reduce, groups.data_parallel
     if kind == "fp32_accumulate":
@@ -183,11 +183,11 @@ def build_reduction(
         size = given or processes_per_node()
         nodes = None if size is None else node_groups(groups, size, given=given is not None)
         if nodes is None:
-            return Fp32Accumulate(group, wire, kernels)
-        return HierarchicalAccumulate(group, nodes.node, nodes.across, wire, kernels)
+            return Fp32ReduceScatter(group, wire, kernels)
+        return HierarchicalReduceScatter(group, nodes.node, nodes.across, wire, kernels)
     names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
     policy = {"fp8_sum": "automatic"}.get(kind, kind.removeprefix("fp8_"))
-    device = next(iter(weights.values())).compute.device
-    scaling = Scaling(names, group.size(), policy, device)
+    device = next(iter(weights.values())).model_param.device
+    scaling = AutoScaler(names, group.size(), policy, device)
     native = reduce_scatter_fp8 if sums_fp8(group, device) else None
-    return Fp8Sum(group, alike, wire, kernels, scaling, native)
+    return Fp8Sum(group, same_stage, wire, kernels, scaling, native)

@@ -59,16 +59,16 @@ class TrainLogger:
         aside = None if config.dir is None else Path(config.dir, UNWRITTEN)
         self._console = Console(run.total_iterations, run.first_iteration, stream, aside)
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """What was reported of later iterations is not valid any more."""
         if self._console is not None:
-            self._console.go_back(iteration)
+            self._console.rewind(iteration)
         if not self._run.may_write():
             return
         if self._file is not None:
-            self._file.go_back(iteration)
+            self._file.rewind(iteration)
         for tracker in self._trackers:
-            tracker.go_back(iteration)
+            tracker.rewind(iteration)
 
     def __enter__(self) -> TrainLogger:
         return self

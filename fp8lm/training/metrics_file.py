@@ -36,7 +36,7 @@ class MetricsFile:
         except OSError as error:
             raise InputError(f"cannot write to logging.dir = {folder}: {error.strerror}") from error
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """Cut the lines of later iterations off."""
         try:
             reopened = self._open(iteration)

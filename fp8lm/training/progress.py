@@ -35,7 +35,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Lap:
+class Interval:
     """What passed between two reports."""
 
     iterations: int
@@ -49,15 +49,15 @@ class Stopwatch:
     def __init__(self, progress: Progress) -> None:
         self._start(progress)
 
-    def lap(self, progress: Progress) -> Lap:
+    def interval(self, progress: Progress) -> Interval:
         """What passed since the last lap; starts the next."""
-        lap = Lap(
+        interval = Interval(
             progress.iteration - self._iteration,
             progress.consumed_samples - self._samples,
             time.perf_counter() - self._started,
         )
         self._start(progress)
-        return lap
+        return interval
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -71,7 +71,7 @@ class Stopwatch:
         self._started = time.perf_counter()
 
 
-class Window:
+class MetricAccumulator:
     """Sums since the last report, kept on the device.
 
     They are part of a checkpoint, so that a resumed run reports the same averages.

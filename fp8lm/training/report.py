@@ -14,11 +14,11 @@ from fp8lm.errors import InputError
 from fp8lm.training.banner import banner
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
-from fp8lm.training.length import end_of_run
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.memory import memory_bytes
-from fp8lm.training.progress import Lap, Progress
-from fp8lm.training.starts import record_start, start_facts
+from fp8lm.training.progress import Interval, Progress
+from fp8lm.training.run_history import record_start, start_facts
+from fp8lm.training.run_length import end_of_run
 from fp8lm.training.state import bytes_per_parameter, describe_state, linear_weights, state_bytes
 
 
@@ -56,7 +56,7 @@ class Reporter:
         self._logger.log_text(describe_state(run.optimizer, linear))
         if self._peak is not None:
             self._logger.log_text(f" MFU is the share of {self._peak}")
-        padding = run.replicas.padding
+        padding = run.data_parallel.padding
         held = state_bytes(run.optimizer, padding=padding)
         per_parameter = bytes_per_parameter(run.optimizer, list(run.weights), padding)
         self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
@@ -78,18 +78,18 @@ class Reporter:
     def log_training(
         self,
         progress: Progress,
-        lap: Lap,
+        interval: Interval,
         window: dict[str, float],
         grad_norm: float,
         lr: float,
         sent: dict[str, int],
     ) -> None:
-        """Report the iterations since the last report; `window` is what `Window.read` gave.
+        """Report the iterations since the last report; `window` is from `MetricAccumulator`.
 
         `sent`: bytes that this rank sent in the last iteration, by wire.
         """
         world_size = self._run.groups.world.size()
-        tflops = throughput(self._flops_per_sample * lap.samples, lap.seconds, world_size)
+        tflops = throughput(self._flops_per_sample * interval.samples, interval.seconds, world_size)
         values = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -101,8 +101,10 @@ class Reporter:
             "skipped iterations": int(window["skipped"]),
             "nan iterations": int(window["nan"]),
             "rollbacks": progress.rollbacks,
-            "iteration-time": lap.seconds / lap.iterations,
-            "tokens-per-second": lap.samples * self._run.config.model.seq_length / lap.seconds,
+            "iteration-time": interval.seconds / interval.iterations,
+            "tokens-per-second": interval.samples
+            * self._run.config.model.seq_length
+            / interval.seconds,
             "throughput": tflops,
             **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
@@ -112,9 +114,9 @@ class Reporter:
             values["mfu"] = self._peak.utilization(tflops * TERA)
         self._logger.log_step(values | self._constants | memory_bytes(self._run.device))
 
-    def go_back(self, progress: Progress) -> None:
+    def rewind(self, progress: Progress) -> None:
         """Forget the reports of iterations after that of `progress`."""
-        self._logger.go_back(progress.iteration)
+        self._logger.rewind(progress.iteration)
 
     def log_text(self, line: str) -> None:
         """Print a line."""
@@ -151,7 +153,7 @@ def _mean_loss(window: dict[str, float]) -> float:
 
 def _count_parameters(run: Run) -> int:
     """Of the whole model; a collective of the pipeline's stages."""
-    elsewhere = run.counted_elsewhere
+    elsewhere = run.shared_params
     own = sum(math.prod(w.spec.shape) for n, w in run.weights.items() if n not in elsewhere)
     total = torch.tensor(own, device=run.device)
     if run.pipeline is not None:
@@ -162,7 +164,7 @@ def _count_parameters(run: Run) -> int:
 def _range_of_mu(run: Run) -> dict[str, float]:
     """Smallest and largest of the whole model, if it has any; a collective of the stages."""
     # A stage whose layers are all in BF16 has none, and takes part all the same.
-    mus = run.replicas.named_tensors().values()
+    mus = run.data_parallel.named_tensors().values()
     none = torch.full((2,), -math.inf, device=run.device)
     ends = torch.stack([none, *(torch.stack((-mu, mu)) for mu in mus)]).amax(dim=0)
     if run.pipeline is not None:

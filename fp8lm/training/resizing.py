@@ -21,10 +21,10 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fp8lm.checkpoint import Shard
-from fp8lm.checkpoint.contents import WORD_TABLES
+from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.data.tokenizer import padded_vocab_size
 from fp8lm.errors import InputError
-from fp8lm.layers.weight import WeightSpec
+from fp8lm.layers.param import ParamSpec
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW
 from fp8lm.training.slots import StateSlot, slots
@@ -105,7 +105,7 @@ def row_multiple(config: Mapping[str, Any]) -> int:
 
 
 def plan_rows(
-    specs: Mapping[str, WeightSpec],
+    specs: Mapping[str, ParamSpec],
     stored: Mapping[str, TensorStorageMetadata],
     vocabulary: Vocabulary,
     extend: bool,
@@ -161,7 +161,7 @@ def start_rows(optimizer: AdamW, plans: Mapping[str, RowPlan]) -> None:
 
 def _start(slot: StateSlot, plan: RowPlan, initial: torch.Tensor | None, optimizer: AdamW) -> None:
     spec, tensor = optimizer.weights[slot.weight].spec, slot.tensor
-    first = spec.split.sections(spec.shape)[1][0] + slot.rows[0]
+    first = spec.shard_spec.sections(spec.shape)[1][0] + slot.rows[0]
     count = len(tensor.payload)
     tensor.payload[plan.kept_of(first, count) :].zero_()
     begin, end = max(plan.new.start, first), min(plan.new.stop, first + count)

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from fp8lm.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
-from fp8lm.checkpoint.contents import WORD_TABLES
 from fp8lm.checkpoint.loading import check_fits
+from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.config import Config, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
-from fp8lm.training.made_with import tokenizer_of
+from fp8lm.training.provenance import tokenizer_of
 from fp8lm.training.state import model_shards
 
 
@@ -59,7 +59,7 @@ def restore_model(
     _check_is_stored(checkpoint, config, rows)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, rows, recipe, num_ids=tokenizer.vocab_size)
-    load_checkpoint(checkpoint, model_shards(named_weights(model)), passing_over="")
+    load_checkpoint(checkpoint, model_shards(named_params(model)), ignore_prefix="")
     return Restored(model.eval(), tokenizer, config, _warnings(checkpoint, tokenizer))
 
 
@@ -97,7 +97,7 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
         raise InputError(f"{checkpoint.folder} holds {len(stored)} tensors, not {layers} layers")
     recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))
     model = GPTModel(config.model, rows, recipe)
-    wanted = model_shards(named_weights(model))
+    wanted = model_shards(named_params(model))
     check_fits(checkpoint, wanted)
     # Fewer layers than are stored would load, and answer something.
     unused = sorted(n for n in stored if n.startswith("model.") and n not in wanted)

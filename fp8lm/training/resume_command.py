@@ -6,12 +6,12 @@ import shlex
 import sys
 
 from fp8lm.checkpoint import latest_iteration
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.config import CheckpointConfig
 from fp8lm.errors import InputError
 
 
-def describe_interruption(config: CheckpointConfig, launch: Launch, iteration: int) -> str:
+def describe_interruption(config: CheckpointConfig, launch: DistEnv, iteration: int) -> str:
     """For a run that ends after `iteration` without saving."""
     if config.save is None:
         return f"after iteration {iteration}; nothing is saved without checkpoint.save"
@@ -29,7 +29,7 @@ def describe_interruption(config: CheckpointConfig, launch: Launch, iteration: i
     )
 
 
-def command_to_go_on(config: CheckpointConfig, launch: Launch) -> str:
+def command_to_go_on(config: CheckpointConfig, launch: DistEnv) -> str:
     """The command that starts from what this one has saved in `config.save`."""
     more = [] if config.resumes else [f"checkpoint.load={config.save}"]
     if launch.by_launcher:  # which was given its own command line

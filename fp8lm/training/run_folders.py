@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fp8lm.checkpoint.together import on_main
+from fp8lm.checkpoint.collectives import on_main
 from fp8lm.config import Config
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 

@@ -43,11 +43,11 @@ def slot_name(weight: str, kind: str) -> str:
 def slots(optimizer: AdamW) -> Iterator[StateSlot]:
     """All that this rank holds."""
     for name, weight in optimizer.weights.items():
-        yield StateSlot(name, "weight", weight.compute, (0, weight.spec.local_shape[0]))
+        yield StateSlot(name, "weight", weight.model_param, (0, weight.spec.local_shape[0]))
     for name, state in optimizer.states.items():
         for kind, tensor in zip(KINDS, state.stored, strict=True):
             if kind != "master" or state.owns_master:
-                yield StateSlot(name, kind, tensor, optimizer.owned[name])
+                yield StateSlot(name, kind, tensor, optimizer.local_shards[name])
 
 
 def stored_names(optimizer: AdamW) -> set[str]:

@@ -28,7 +28,7 @@ class RollBack(Exception):
 
 
 @dataclass
-class LossWatch:
+class LossSpikeDetector:
     """Tells a spike: `patience` losses in a row more than `threshold` nats above the mean.
 
     `mean` of `steps`, `high` losses in a row and the `first` iteration of them are its state, part

@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fp8lm.checkpoint import Shard
-from fp8lm.layers.weight import GemmWeight, Weight, WeightSpec
+from fp8lm.layers.param import Param, ParamSpec, QuantizedParam
 from fp8lm.optim import AdamW
 
 
-def model_tensors(weights: dict[str, Weight]) -> dict[str, Tensor]:
+def model_tensors(weights: dict[str, Param]) -> dict[str, Tensor]:
     """Payloads, and scales where the format has one, of all compute copies, by name."""
     tensors = {}
     for name, weight in weights.items():
-        tensors[f"model.{name}.payload"] = weight.compute.payload
-        if weight.compute.format.scaled:
-            tensors[f"model.{name}.scale"] = weight.compute.scale
+        tensors[f"model.{name}.payload"] = weight.model_param.payload
+        if weight.model_param.format.scaled:
+            tensors[f"model.{name}.scale"] = weight.model_param.scale
     return tensors
 
 
@@ -26,7 +26,7 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     return {f"optimizer.{name}": tensor for name, tensor in optimizer.named_tensors()}
 
 
-def model_shards(weights: dict[str, Weight]) -> dict[str, list[Shard]]:
+def model_shards(weights: dict[str, Param]) -> dict[str, list[Shard]]:
     """What `model_tensors` names, each as this rank's part of the logical tensor.
 
     Payloads are views in their format's dtype, so that a checkpoint says what its bytes mean.
@@ -51,7 +51,7 @@ def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
         if field == "payload":  # optimizer.KIND.PATH.payload
             _, kind, path = path.split(".", 2)
             codes = tensor.view(getattr(optimizer.states[path], kind).format.dtype)
-            shards[name] = blocks(optimizer.weights[path].spec, codes, optimizer.owned[path])
+            shards[name] = blocks(optimizer.weights[path].spec, codes, optimizer.local_shards[path])
         else:
             shards[name] = [Shard.whole(tensor)]
     return shards
@@ -65,18 +65,18 @@ def without(shards: dict[str, list[Shard]], names: Iterable[str]) -> dict[str, l
     }
 
 
-def blocks(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard]:
+def blocks(spec: ParamSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard]:
     """`tensor`, rows `rows` of this rank's part of the weight `spec`, as rectangular blocks.
 
     Of a gated matrix the rows of each section are blocks of their own.
     """
-    split, (first, last) = spec.split, rows
+    split, (first, last) = spec.shard_spec, rows
     shape, offset = split.sections(spec.shape)
-    if split.parts == 1:
+    if split.num_sections == 1:
         return [Shard(tensor, shape, (offset[0] + first, *offset[1:]))]
-    per_section = spec.local_shape[0] // split.parts
+    per_section = spec.local_shape[0] // split.num_sections
     found = []
-    for section in range(split.parts):
+    for section in range(split.num_sections):
         start = max(first, section * per_section)
         stop = min(last, (section + 1) * per_section)
         if start < stop:
@@ -92,26 +92,26 @@ def state_bytes(
     """Bytes this process holds for its weights (all, or those in `names`), by kind.
 
     Counted from the buffers themselves, scales included. `padding`: what the buffers of weights
-    have beyond these (see `OneReplica.padding`).
+    have beyond these (see `NoDataParallel.padding`).
     """
     names = list(optimizer.weights) if names is None else names
     weights = [optimizer.weights[name] for name in names]
     states = [optimizer.states[name] for name in names if name in optimizer.states]
     return {
-        "weights": sum(weight.compute.nbytes for weight in weights) + padding,
-        "grads": sum(weight.grad.value.nbytes for weight in weights),
+        "weights": sum(weight.model_param.nbytes for weight in weights) + padding,
+        "grads": sum(weight.main_grad.value.nbytes for weight in weights),
         "master": sum(state.master.nbytes for state in states if state.owns_master),
         "exp_avg": sum(state.exp_avg.nbytes for state in states),
         "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in states),
     }
 
 
-def linear_weights(weights: dict[str, Weight]) -> list[str]:
+def linear_weights(weights: dict[str, Param]) -> list[str]:
     """Names of the matrices of linear layers, which the low-precision formats are for."""
     return [
         name
         for name, weight in weights.items()
-        if isinstance(weight, GemmWeight) and not weight.spec.dense
+        if isinstance(weight, QuantizedParam) and not weight.spec.keep_high_precision
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fp8lm.checkpoint import Checkpoint, Shard, load_checkpoint
-from fp8lm.checkpoint.together import Group, all_or_error, from_all
+from fp8lm.checkpoint.collectives import Group, all_or_error, from_all
 from fp8lm.errors import InputError
 from fp8lm.optim import AdamW
 from fp8lm.training.conversion import Conversion, Converter, find_conversions
@@ -43,16 +43,16 @@ class StateReader:
         tables = {f"{name} by {len(p.new)} rows" for name, p in self._rows.items() if p.new}
         self.extended = sorted(set().union(*from_all(group, tables)))
 
-    def read(self, shards: Mapping[str, list[Shard]], passing_over: str) -> None:
+    def read(self, shards: Mapping[str, list[Shard]], ignore_prefix: str) -> None:
         """Fill the state, and whatever else `shards` names, which are all that a run keeps.
 
-        Stored tensors whose names begin with `passing_over` need not be among them.
+        Stored tensors whose names begin with `ignore_prefix` need not be among them.
         """
         load_checkpoint(
             self._checkpoint,
             self._as_stored(shards),
             self._group,
-            passing_over=passing_over,
+            ignore_prefix=ignore_prefix,
             known=stored_names(self._optimizer),
         )
         if self.converted:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8lm.layers.edge import Partition
-from fp8lm.layers.operand_amax import known_amaxes
-from fp8lm.layers.weight import GemmWeight, Weight
+from fp8lm.layers.param import Param, QuantizedParam
+from fp8lm.layers.tp_context import TPContext
+from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.optim import AdamW
+from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.pipeline import Pipeline
-from fp8lm.parallel.replicas import OneReplica
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.loss_weights import Batch, counted_share, weigh_alike
 
@@ -42,7 +42,7 @@ def train_step(
     optimizer: AdamW,
     microbatches: list[Batch],
     lr: float,
-    replicas: OneReplica | None = None,
+    data_parallel: NoDataParallel | None = None,
     pipeline: Pipeline | None = None,
     stop: float = 0.0,
     per_token: bool = True,
@@ -55,24 +55,24 @@ def train_step(
     scalars. Where no token counts the gradient is zero: moments and weights decay.
     """
     model.train()
-    weights, partition = optimizer.weights, optimizer.partition
-    replicas = replicas or OneReplica(weights)
+    weights, tp = optimizer.weights, optimizer.tp
+    data_parallel = data_parallel or NoDataParallel(weights)
     zero_gradients(weights)
     share = counted_share(microbatches) if per_token else None
     if not per_token:
         microbatches = weigh_alike(microbatches)
-    if any(isinstance(w, GemmWeight) and w.is_recast for w in weights.values()):
-        replicas.wait_for_weights()
-    with known_amaxes(weights.values(), partition):
+    if any(isinstance(w, QuantizedParam) and w.needs_cast for w in weights.values()):
+        data_parallel.finish_param_sync()
+    with cached_weight_operands(weights.values(), tp):
         if pipeline is None:
-            loss = accumulate_gradients(model, microbatches, replicas.before_last_microbatch)
+            loss = accumulate_gradients(model, microbatches, data_parallel.enable_grad_sync)
         else:
-            loss = pipeline.train(microbatches, replicas.before_last_microbatch)
-    gradients = replicas.reduce()
-    complete_gradients(weights, gradients, partition)
+            loss = pipeline.train(microbatches, data_parallel.enable_grad_sync)
+    gradients = data_parallel.reduce()
+    complete_gradients(weights, gradients, tp)
     told = torch.stack((loss, torch.full_like(loss, stop)))
     norm = optimizer.step(lr, gradients, told, share)
-    replicas.finish_step(norm.skip)
+    data_parallel.finish_step(norm.skip)
     losses, stops = norm.values.unbind(dim=1)
     # Only the last stage of a pipeline has a loss, the others zero.
     stages = 1 if pipeline is None else pipeline.num_stages
@@ -120,16 +120,18 @@ def evaluate(model: nn.Module, microbatches: list[Batch]) -> Tensor:
     return torch.stack([batch_loss(model, batch) for batch in microbatches]).mean()
 
 
-def zero_gradients(weights: dict[str, Weight]) -> None:
+def zero_gradients(weights: dict[str, Param]) -> None:
     """Start new sums."""
     for weight in weights.values():
-        weight.grad.zero()
+        weight.main_grad.zero()
 
 
 def complete_gradients(
-    weights: dict[str, Weight], gradients: dict[str, ScaledTensor], partition: Partition
+    weights: dict[str, Param], gradients: dict[str, ScaledTensor], tp: TPContext
 ) -> None:
     """Sum over the ranks of `partition` what each computed from its part of the sequence."""
-    partition.sum_in_place(
-        gradient.payload for name, gradient in gradients.items() if weights[name].spec.partial_grad
+    tp.sum_in_place(
+        gradient.payload
+        for name, gradient in gradients.items()
+        if weights[name].spec.sequence_parallel
     )

@@ -13,7 +13,7 @@ from types import FrameType
 
 import psutil
 
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.config import TrainConfig
 from fp8lm.errors import EXIT_RESTART
 from fp8lm.runtime.run_lock import RunLocks
@@ -32,7 +32,7 @@ class StopRequests:
     terminal is gone, stays ignored under `nohup`.
     """
 
-    def __init__(self, config: TrainConfig, launch: Launch, locks: RunLocks | None = None) -> None:
+    def __init__(self, config: TrainConfig, launch: DistEnv, locks: RunLocks | None = None) -> None:
         self._locks = locks
         self._signals = SIGNALS if config.exit_signal_handler else ()
         self._deadline = deadline(config, launch)
@@ -79,19 +79,19 @@ def exit_code(reason: float, resumes: bool) -> int:
     return 0 if reason == TIME_IS_OVER else 128 + int(reason)
 
 
-def is_over(config: TrainConfig, launch: Launch) -> bool:
+def is_over(config: TrainConfig, launch: DistEnv) -> bool:
     """Whether torchrun has started this process again after the job's time was over."""
     return launch.restart > 0 and time.time() >= deadline(config, launch)
 
 
-def deadline(config: TrainConfig, launch: Launch) -> float:
+def deadline(config: TrainConfig, launch: DistEnv) -> float:
     """Unix time at which the job's time is over, of the config section `train`; or never."""
     if config.exit_duration_in_mins is None:
         return math.inf
     return job_started(launch) + _SECONDS * config.exit_duration_in_mins
 
 
-def job_started(launch: Launch) -> float:
+def job_started(launch: DistEnv) -> float:
     """Unix time at which the job started: that of the launcher, which may have restarted this."""
     process = psutil.Process()
     parent = process.parent() if launch.by_launcher else None

@@ -45,7 +45,7 @@ class TensorBoard:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._write_summary(Summary(value=scalars), iteration)
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """Hide what was reported after `iteration`."""
         self._hide_from(iteration + 1)
 

@@ -14,7 +14,7 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         """Keep the values of one iteration."""
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """What was kept of later iterations is not valid any more."""
 
     def close(self, failed: bool) -> None:
@@ -39,11 +39,11 @@ class BestEffortTracker:
             except Exception as error:
                 self._let_go("go on", error)
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """What was kept of later iterations is not valid any more."""
         if self._tracker is not None:
             try:
-                self._tracker.go_back(iteration)
+                self._tracker.rewind(iteration)
             except Exception as error:
                 self._let_go("go back", error)
 

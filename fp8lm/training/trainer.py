@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import torch
 
-from fp8lm.checkpoint.together import on_main
-from fp8lm.comm.launch import Launch
+from fp8lm.checkpoint.collectives import on_main
+from fp8lm.comm.env import DistEnv
 from fp8lm.data.batches import BatchIterator
 from fp8lm.errors import LockLost, RunFailed
 from fp8lm.runtime.run_lock import RunLocks
@@ -21,12 +21,12 @@ from fp8lm.training.evaluation import (
     on_device,
     run_batches,
 )
-from fp8lm.training.events import StepNumbers
-from fp8lm.training.going_on import command_to_go_on, describe_interruption
-from fp8lm.training.length import is_over
-from fp8lm.training.progress import Progress, Stopwatch, Window
+from fp8lm.training.events import AsyncScalars
+from fp8lm.training.progress import MetricAccumulator, Progress, Stopwatch
 from fp8lm.training.report import Reporter
-from fp8lm.training.spikes import LossSpike, LossWatch, RollBack
+from fp8lm.training.resume_command import command_to_go_on, describe_interruption
+from fp8lm.training.run_length import is_over
+from fp8lm.training.spikes import LossSpike, LossSpikeDetector, RollBack
 from fp8lm.training.step import StepResult, seed_generators, train_step
 from fp8lm.training.stopping import LOCK_LOST, StopRequests, describe, exit_code
 from fp8lm.training.watchdog import Watchdog
@@ -39,9 +39,9 @@ class Trainer:
         train = run.config.train
         self._locks = RunLocks() if locks is None else locks
         self.run = run
-        self.window = Window(run.device)
+        self.window = MetricAccumulator(run.device)
         self.progress = Progress()
-        self.losses = LossWatch(train.loss_spike_threshold, train.loss_spike_patience)
+        self.losses = LossSpikeDetector(train.loss_spike_threshold, train.loss_spike_patience)
         self._reporter: Reporter | None = None
         state = self.window, self.progress, self.losses
         self.checkpoints = RunCheckpoints(run, *state, self._say, self._locks)
@@ -49,7 +49,7 @@ class Trainer:
         self._note_other_batches()
         self._fit_datasets()
         self._stopwatch = Stopwatch(self.progress)
-        self._numbers = StepNumbers()
+        self._numbers = AsyncScalars()
         self._stop, self._exits = 0.0, False
 
     def train(self) -> int:
@@ -62,13 +62,13 @@ class Trainer:
             return self._train()
         except KeyboardInterrupt as interrupt:
             config, iteration = self.run.config.checkpoint, self.progress.iteration
-            launch = Launch.from_environment(os.environ)
+            launch = DistEnv.from_environment(os.environ)
             interrupt.args = (describe_interruption(config, launch, iteration),)
             raise
 
     def _train(self) -> int:
         run, config = self.run, self.run.config.train
-        launch = Launch.from_environment(os.environ)
+        launch = DistEnv.from_environment(os.environ)
         with ExitStack() as stack:
             on_main(run.groups.saving, self._locks.verify)
             self._reporter = stack.enter_context(Reporter(run, self.progress, self._locks.held))
@@ -86,7 +86,7 @@ class Trainer:
                 raise LockLost("another run has taken the folders of this one over")
             if self._finished:
                 self._evaluate("test")
-            run.replicas.wait_for_weights()  # what is under way ends before its groups do
+            run.data_parallel.finish_param_sync()  # what is under way ends before its groups do
             self._save_last()
             if self._finished or not self._stop:
                 return 0
@@ -99,7 +99,7 @@ class Trainer:
         if checkpoint.save is None:
             where += "; nothing is saved without checkpoint.save"
         elif not checkpoint.resumes:
-            launch = Launch.from_environment(os.environ)
+            launch = DistEnv.from_environment(os.environ)
             where += f"; to go on: {command_to_go_on(checkpoint, launch)}"
         self._say(f" {describe(self._stop)}: {where}")
         return exit_code(self._stop, checkpoint.resumes)
@@ -153,7 +153,7 @@ class Trainer:
                 run.optimizer,
                 on_device(microbatches, run.device),
                 run.learning_rate.rate(progress.iteration, consumed),
-                run.replicas,
+                run.data_parallel,
                 run.pipeline,
                 self._requests.reason,
                 run.config.train.calculate_per_token_loss,
@@ -192,8 +192,10 @@ class Trainer:
         progress, window = self.progress, self.window.read()
         before = progress.iteration - 1, progress.consumed_samples - progress.batch_size
         lr = self.run.learning_rate.rate(*before)
-        lap = self._stopwatch.lap(progress)
-        self._reporter.log_training(progress, lap, window, result.grad_norm.item(), lr, self._sent)
+        interval = self._stopwatch.interval(progress)
+        self._reporter.log_training(
+            progress, interval, window, result.grad_norm.item(), lr, self._sent
+        )
 
     def _stop_if_stuck(self, skipped_in_a_row: int) -> None:
         limit = self.run.config.train.max_consecutive_skips
@@ -243,12 +245,12 @@ class Trainer:
         progress = self.progress
         position = progress.consumed_samples + progress.skipped_samples
         rollbacks = progress.rollbacks + 1
-        self.checkpoints.go_back(answer.checkpoint)
-        self._numbers = StepNumbers()  # a number still under way is of the past that is left
+        self.checkpoints.rewind(answer.checkpoint)
+        self._numbers = AsyncScalars()  # a number still under way is of the past that is left
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
         self._fit_datasets()
-        self._reporter.go_back(progress)
+        self._reporter.rewind(progress)
         skipped = f"{progress.skipped_samples} samples are skipped"
         self._say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
 

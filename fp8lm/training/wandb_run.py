@@ -75,7 +75,7 @@ class WandB:
         """Hand the values of one iteration to wandb's own process."""
         self._run.log({"iteration": iteration, **values})
 
-    def go_back(self, iteration: int) -> None:
+    def rewind(self, iteration: int) -> None:
         """Nothing: wandb forgets nothing, and shows both attempts at an iteration."""
 
     def close(self, failed: bool) -> None:

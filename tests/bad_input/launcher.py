@@ -66,7 +66,7 @@ MEETINGS = [
     meets("fe80::1:29400", says="an IPv6 address is written in brackets, [::1]:29400"),
 ]
 
-ALONE = [
+NO_TP = [
     launch("--rdzv-endpoint=host:1", says="--rdzv-endpoint=host:1 belongs to a run on several"),
     launch("--local-addr=me", says="--local-addr=me belongs to a run on several machines: say"),
     launch("--node-rank=0", says="--node-rank=0 belongs to a run on several machines"),
@@ -106,4 +106,4 @@ STARTED_BY_OTHERS = [
     ),
 ]
 
-CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *ALONE, *SIMULATIONS, *FOLDERS, *STARTED_BY_OTHERS]
+CASES = [*NO_CONFIG, *OPTIONS, *MEETINGS, *NO_TP, *SIMULATIONS, *FOLDERS, *STARTED_BY_OTHERS]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import read_tensor, stored_tensors
+from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
 from fp8lm.training.build import build

@@ -68,10 +68,10 @@ def test_checkpoint_of_another_model(saved, changes, problem):
 def test_a_part_of_a_checkpoint(saved):
     root, tensors = saved
     part = {"half": torch.zeros_like(tensors["half"])}
-    load(root, part, passing_over="")
+    load(root, part, ignore_prefix="")
     assert_same_bytes(part, {"half": tensors["half"]})
     with pytest.raises(InputError, match="new: expected"):
-        load(root, {**part, "new": torch.zeros(1)}, passing_over="")
+        load(root, {**part, "new": torch.zeros(1)}, ignore_prefix="")
 
 
 FILES = ("__0_0.distcp", ".metadata", "common.json", CHECKSUMS)
@@ -209,9 +209,9 @@ def test_a_renamed_folder_is_passed_over(saved):
 def test_only_what_is_named_is_passed_over(saved):
     root, tensors = saved
     part = {name: torch.zeros_like(t) for name, t in tensors.items() if name != "half"}
-    load(root, part, passing_over="hal")
+    load(root, part, ignore_prefix="hal")
     with pytest.raises(InputError, match="half: expected no such tensor"):
-        load(root, part, passing_over="other.")
+        load(root, part, ignore_prefix="other.")
 
 
 def test_a_latest_file_and_no_checkpoint(tmp_path):

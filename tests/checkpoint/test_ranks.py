@@ -24,7 +24,7 @@ from fp8lm.checkpoint import (
     save_checkpoint,
 )
 from fp8lm.checkpoint import background as background_module
-from fp8lm.checkpoint.validity import read_metadata
+from fp8lm.checkpoint.integrity import read_metadata
 from fp8lm.errors import InputError
 from tests.checkpoint.tensors import file_size_limit
 

@@ -11,11 +11,11 @@ from fp8lm.checkpoint import (
     Retention,
     RetentionError,
     check_save_folder,
+    claim_save_dir,
     find_checkpoint,
     save_checkpoint,
-    take_over,
 )
-from fp8lm.checkpoint.files import forget_after, saved_iterations
+from fp8lm.checkpoint.files import delete_after, saved_iterations
 from fp8lm.errors import InputError
 from tests.checkpoint.tensors import META, make_tensors, shards_of
 
@@ -78,7 +78,7 @@ def test_checkpoints_of_another_past_are_set_aside(tmp_path):
     for _ in range(2):
         for iteration in SAVED:
             save_checkpoint(tmp_path, iteration, shards_of(make_tensors()), META)
-        assert take_over(tmp_path, 20, own=True) == [50, 40, 30]
+        assert claim_save_dir(tmp_path, 20, own=True) == [50, 40, 30]
     assert saved_iterations(tmp_path) == [20, 10]
     names = [f"iter_00000{number}" for number in (30, 40, 50)]
     assert sorted(os.listdir(tmp_path / "set_aside")) == sorted(
@@ -92,24 +92,24 @@ def test_newer_ones_that_cannot_be_moved(tmp_path):
         save_checkpoint(tmp_path, iteration, shards_of(make_tensors()), META)
     (tmp_path / "set_aside").write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"cannot move newer checkpoints in .* aside: "):
-        take_over(tmp_path, 10, own=True)
+        claim_save_dir(tmp_path, 10, own=True)
     assert saved_iterations(tmp_path) == [20, 10]
 
 
 def test_a_folder_of_another_run_is_not_taken_over(tmp_path):
-    assert take_over(tmp_path, 0, own=False) == []
+    assert claim_save_dir(tmp_path, 0, own=False) == []
     save_checkpoint(tmp_path, 10, shards_of(make_tensors()), META)
     with pytest.raises(InputError, match=r"up to iteration 10, .*: set checkpoint.load=.* as well"):
-        take_over(tmp_path, 0, own=False)
+        claim_save_dir(tmp_path, 0, own=False)
 
 
 def test_forgetting_what_came_later(tmp_path):
     for iteration in SAVED:
         save_checkpoint(tmp_path, iteration, shards_of(make_tensors()), META)
-    forget_after(tmp_path, 30)
+    delete_after(tmp_path, 30)
     assert saved_iterations(tmp_path) == [30, 20, 10]
     assert find_checkpoint(tmp_path).iteration == 30
-    forget_after(tmp_path, 0)
+    delete_after(tmp_path, 0)
     assert find_checkpoint(tmp_path) is None and os.listdir(tmp_path) == []
 
 

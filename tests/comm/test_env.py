@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8lm.comm.env import DistEnv
 from fp8lm.comm.groups import rank_device
-from fp8lm.comm.launch import Launch
 from fp8lm.errors import InputError
 
 TORCHRUN = {
@@ -20,27 +20,27 @@ TORCHRUN = {
 
 @pytest.mark.parametrize("environment", [{}, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}])
 def test_one_process_without_a_launcher(environment):
-    assert Launch.from_environment(environment) == Launch(0, 1, 0, 1, by_launcher=False)
+    assert DistEnv.from_environment(environment) == DistEnv(0, 1, 0, 1, by_launcher=False)
 
 
 def test_torchrun():
-    assert Launch.from_environment(TORCHRUN) == Launch(5, 8, 1, 8, by_launcher=True)
+    assert DistEnv.from_environment(TORCHRUN) == DistEnv(5, 8, 1, 8, by_launcher=True)
     several = TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}
-    assert Launch.from_environment(several) == Launch(5, 8, 1, 4, by_launcher=True)
+    assert DistEnv.from_environment(several) == DistEnv(5, 8, 1, 4, by_launcher=True)
 
 
 def test_restarts_and_machines():
     restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "3", "GROUP_WORLD_SIZE": "2"}
-    launch = Launch.from_environment(restarted)
+    launch = DistEnv.from_environment(restarted)
     assert (launch.restart, launch.machines) == (3, 2)
-    assert Launch.from_environment(TORCHRUN).restart == 0
+    assert DistEnv.from_environment(TORCHRUN).restart == 0
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)
 def test_incomplete_environment(missing):
     environment = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(InputError, match=f"set but not {missing}: start with torchrun"):
-        Launch.from_environment(environment)
+        DistEnv.from_environment(environment)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_incomplete_environment(missing):
 )
 def test_nonsense(change, complaint):
     with pytest.raises(InputError, match=complaint):
-        Launch.from_environment({**TORCHRUN, **change})
+        DistEnv.from_environment({**TORCHRUN, **change})
 
 
 @pytest.mark.parametrize(

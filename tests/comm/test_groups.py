@@ -16,11 +16,11 @@ import torch.distributed as dist
 from fp8lm.comm.groups import (
     model_parallel_groups,
     node_groups,
+    pipeline_groups,
     process_groups,
     rank_device,
     rank_lists,
     replicas_per_node,
-    stage_groups,
 )
 from fp8lm.errors import InputError, RunFailed
 
@@ -106,7 +106,7 @@ def threads_after(repeats):
     for _ in range(repeats):
         divide(2, 1)
         with model_parallel_groups(pipeline_parallel=2) as groups:
-            assert stage_groups(groups).ends is not None
+            assert pipeline_groups(groups).embd is not None
         with model_parallel_groups() as groups:
             assert node_groups(groups, 2).node.size() == 2
     return threading.active_count(), len(os.listdir("/proc/self/task"))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
-from fp8lm.comm.stages import StageWire, cast_rows
+from fp8lm.comm.p2p import PipelineP2P, cast_rows
 from fp8lm.numerics import E4M3
 from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, random
@@ -18,7 +18,7 @@ SHAPE = (6, 2, 32)
 
 
 def wire(precision, dtype=torch.bfloat16, shape=SHAPE):
-    return StageWire(shape, dtype, Wire("pipeline", precision, WireCounter()), KERNELS)
+    return PipelineP2P(shape, dtype, Wire("pipeline", precision, WireCounter()), KERNELS)
 
 
 def outliers():

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.env import DistEnv
 from fp8lm.comm.groups import process_groups
-from fp8lm.comm.launch import Launch
-from fp8lm.comm.roll_call import (
+from fp8lm.comm.rank_check import (
     Presence,
     addresses_line,
     exchange,
@@ -90,7 +90,7 @@ def test_everyone_learns_of_everyone():
     store, learned = dist.HashStore(), {}
 
     def tell(rank):
-        learned[rank] = exchange(store, Launch(rank, 3), "values", {"rank": rank})
+        learned[rank] = exchange(store, DistEnv(rank, 3), "values", {"rank": rank})
 
     threads = [threading.Thread(target=tell, args=[rank]) for rank in range(3)]
     for thread in threads:
@@ -106,7 +106,7 @@ def test_who_does_not_come_is_missed(rank):
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RunFailed, match=r"rank 1$" if rank == 0 else "rank 0"):
-        exchange(store, Launch(rank, 2), "values", None)
+        exchange(store, DistEnv(rank, 2), "values", None)
 
 
 JOIN = """

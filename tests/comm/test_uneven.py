@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm import all_gather_bytes, all_gather_slabs, reduce_scatter_fp8
+from fp8lm.comm import all_gather_bytes, all_gather_uneven, reduce_scatter_fp8
 from fp8lm.numerics import E4M3
 from tests.comm.ranks import sent, wire
 
@@ -27,7 +27,7 @@ def gather(sizes):
     rank, used = dist.get_rank(), wire()
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8)
     buffer.split(sizes)[rank].copy_(slab(rank, sizes[rank]))
-    result = all_gather_slabs(buffer, sizes, dist.group.WORLD, used).wait()
+    result = all_gather_uneven(buffer, sizes, dist.group.WORLD, used).wait()
     return result.data_ptr() == buffer.data_ptr(), buffer, sent(used)
 
 

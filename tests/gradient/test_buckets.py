@@ -8,17 +8,17 @@ import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import FP8_GEMM, linear
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.numerics import BF16, E4M3, FP32
-from fp8lm.parallel.ownership import row_blocks, whole_tensors
-from fp8lm.parallel.replicas import tensors_of
+from fp8lm.parallel.data_parallel import tensors_of
+from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
 from tests.parallel.ranks import CPU, KERNELS, random
 
 
-class RecordingReduction(Fp32Accumulate):
+class RecordingReduction(Fp32ReduceScatter):
     """Remembers what had happened when each bucket was sent."""
 
     def start(self, gradients, rows):
@@ -34,27 +34,27 @@ def weights():
     def init(tensor, generator):
         return tensor
 
-    table = WeightSpec((64, 32), init, BF16, FP32, dense=True)
+    table = ParamSpec((64, 32), init, BF16, FP32, keep_high_precision=True)
     return {
-        "table": GemmWeight(table, KERNELS, CPU),
-        "first": GemmWeight(WeightSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
-        "unused": GemmWeight(WeightSpec((48, 32), init, E4M3, E4M3), KERNELS, CPU),
-        "second": GemmWeight(WeightSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
-        "bias": VectorWeight(vector_spec(32, 0.5, BF16), KERNELS, CPU),
+        "table": QuantizedParam(table, KERNELS, CPU),
+        "first": QuantizedParam(ParamSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "unused": QuantizedParam(ParamSpec((48, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "second": QuantizedParam(ParamSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "bias": VectorParam(vector_spec(32, 0.5, BF16), KERNELS, CPU),
     }
 
 
 def backward(made, seed, events):
     """Table, two layers, the table again as a head; random gradients of this rank's own."""
     for index, weight in enumerate(made.values()):
-        weight.compute.payload.copy_(
-            random(*weight.spec.shape, seed=index).mul(8).to(weight.compute.payload.dtype)
+        weight.model_param.payload.copy_(
+            random(*weight.spec.shape, seed=index).mul(8).to(weight.model_param.payload.dtype)
         )
     ids = torch.arange(16) * 3
     h = embed(ids, made["table"])
     h = linear(h, made["first"], FP8_GEMM)
     h.register_hook(lambda dy: events.append("first"))
-    h = linear(h, made["second"], FP8_GEMM, made["bias"].data)
+    h = linear(h, made["second"], FP8_GEMM, made["bias"].param)
     h.register_hook(lambda dy: events.append("second"))
     y = linear(h, made["table"], FP8_GEMM)
     y.backward(random(*y.shape, seed=100 + seed, dtype=y.dtype))
@@ -68,19 +68,19 @@ def reduce(place, wire, overlap, bucket_size, microbatches=2):
     reduction.events = events
     buckets = GradientBuckets(made, rows, reduction, bucket_size, overlap=overlap)
     for weight in made.values():
-        weight.grad.add(torch.ones(weight.spec.shape))  # of the step before
-        weight.grad.zero()
+        weight.main_grad.add(torch.ones(weight.spec.shape))  # of the step before
+        weight.main_grad.zero()
     for number in range(microbatches):
         if number == microbatches - 1:
-            buckets.arm()
+            buckets.enable_grad_sync()
         backward(made, 10 * group.rank() + number, events)
     reduced = buckets.finish()
-    own = {name: weight.grad.value.dequantize(KERNELS) for name, weight in made.items()}
+    own = {name: weight.main_grad.value.dequantize(KERNELS) for name, weight in made.items()}
     return own, {name: (rows[group.rank()][name], g.payload) for name, g in reduced.items()}, events
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("place", [whole_tensors, row_blocks])
+@pytest.mark.parametrize("place", [assign_whole_tensors, shard_rows])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("bucket_size", [1, 1500, 10**6])
 def test_owners_get_the_mean_of_what_every_rank_accumulated(
@@ -102,7 +102,7 @@ def test_owners_get_the_mean_of_what_every_rank_accumulated(
 
 
 def test_dense_gradients_travel_in_bf16_on_an_fp8_wire(run_distributed):
-    results = run_distributed(reduce, 2, whole_tensors, "fp8", True, 10**6)
+    results = run_distributed(reduce, 2, assign_whole_tensors, "fp8", True, 10**6)
     for _, reduced, _ in results:
         for name, (rows, mean) in reduced.items():
             terms = [own[name][slice(*rows)] for own, _, _ in results]
@@ -112,7 +112,7 @@ def test_dense_gradients_travel_in_bf16_on_an_fp8_wire(run_distributed):
 
 
 def test_buckets_leave_while_backward_goes_on(run_distributed):
-    for _, _, events in run_distributed(reduce, 2, whole_tensors, "fp8", True, 1):
+    for _, _, events in run_distributed(reduce, 2, assign_whole_tensors, "fp8", True, 1):
         last = [event for event in events if event != "arrived"]
         last = last[last.index("first") + 1 :]  # the last micro-batch's
         # The bias and the second layer leave before the first layer's backward; the unused weight
@@ -121,7 +121,7 @@ def test_buckets_leave_while_backward_goes_on(run_distributed):
 
 
 def test_nothing_leaves_early_without_overlap(run_distributed):
-    for _, _, events in run_distributed(reduce, 2, whole_tensors, "fp8", False, 1):
+    for _, _, events in run_distributed(reduce, 2, assign_whole_tensors, "fp8", False, 1):
         backward = ["second", "first"] * 2
         assert events[:4] == backward
         # Two buckets are under way at a time: the messages of the others take no memory yet.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_bytes, sums_fp8
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.gradient.fp8_sum import GROWTH, Fp8Sum, Scaling, ring_sum, saturated_share
+from fp8lm.gradient.fp8_sum import GROWTH, AutoScaler, Fp8Sum, ring_sum, saturated_share
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from tests.parallel.ranks import CPU, KERNELS, random
@@ -25,7 +25,7 @@ def gradient(rank, amplitude=1.0):
 
 
 def reducer(group, policy, world=None, native=None):
-    scaling = Scaling(["w"], group.size(), policy, CPU)
+    scaling = AutoScaler(["w"], group.size(), policy, CPU)
     wire = Wire("grads", "fp8", WireCounter(("grads",)))
     return Fp8Sum(group, world or group, wire, KERNELS, scaling, native)
 
@@ -172,7 +172,7 @@ def test_a_fault_on_one_rank_reaches_every_owner(run_distributed):
 
 
 def moved(saturated, mu=1.0, steps=1, ranks=8, skipped=NO, policy="automatic"):
-    scaling = Scaling(["w"], ranks, policy, CPU)
+    scaling = AutoScaler(["w"], ranks, policy, CPU)
     scaling.mu.fill_(mu)
     for _ in range(steps):
         scaling.saturated.fill_(saturated)
@@ -192,13 +192,13 @@ def test_rule_of_mu():
 
 
 def test_mu_is_applied_as_a_power_of_two():
-    scaling = Scaling(["a", "b", "c"], 8, "automatic", CPU)
+    scaling = AutoScaler(["a", "b", "c"], 8, "automatic", CPU)
     scaling.mu.copy_(torch.tensor([1.9, 1.0, 0.26]))
     assert scaling.factors(["c", "a", "b"]).tolist() == [0.25, 1.0, 1.0]
 
 
 def test_mu_of_a_larger_run_is_not_below_what_this_one_needs():
-    scaling = Scaling(["w"], 4, "automatic", CPU)
+    scaling = AutoScaler(["w"], 4, "automatic", CPU)
     scaling.mu.fill_(2.0**-6)  # from a checkpoint of 64 ranks
     assert scaling.factors(["w"]) == 0.25
 
@@ -218,7 +218,7 @@ def test_mu_finds_the_middle():
         value[0, 8] *= (-1) ** rank
     stored = [quantize(value, E4M3, KERNELS) for value in true]
     mean = torch.stack(true).mean(0)
-    scaling = Scaling(["w"], size, "automatic", CPU)
+    scaling = AutoScaler(["w"], size, "automatic", CPU)
 
     def reduced(mu):
         """(mean, share of the small terms that vanish); counts what saturates."""

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.groups import model_parallel_groups, node_groups
 from fp8lm.errors import InputError
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
-from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
+from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, random
@@ -32,8 +32,10 @@ def reduce(fmt, names="wbv"):
         gradients = {name: gradients[name] for name in names}
         sent = []
         for reduction in (
-            Fp32Accumulate(groups.data_parallel, wire, KERNELS),
-            HierarchicalAccumulate(groups.data_parallel, nodes.node, nodes.across, wire, KERNELS),
+            Fp32ReduceScatter(groups.data_parallel, wire, KERNELS),
+            HierarchicalReduceScatter(
+                groups.data_parallel, nodes.node, nodes.across, wire, KERNELS
+            ),
         ):
             means = reduction.start(gradients, ROWS).wait()
             sent.append((means, wire.counter.take()["grads"]))
@@ -62,7 +64,7 @@ def means_at_owners(fmt, owners):
     with model_parallel_groups() as groups:
         nodes, wire = node_groups(groups, 2), Wire("grads", "fp8", WireCounter(("grads",)))
         gradients, group = {"w": stored(dist.get_rank(), fmt)}, groups.data_parallel
-        reduction = HierarchicalAccumulate(group, nodes.node, nodes.across, wire, KERNELS)
+        reduction = HierarchicalReduceScatter(group, nodes.node, nodes.across, wire, KERNELS)
         return [reduction.start(gradients, rows).wait().get("w") for rows in owners]
 
 
@@ -78,12 +80,12 @@ BLOCKS = [{"w": (16 * rank, 16 * rank + 16)} for rank in range(4)]
 STRIPES = [{}, {"w": (0, 8)}, {"w": (24, 64)}, {"w": (8, 24)}]
 WITHIN_A_NODE = [{"w": (0, 40)}, {"w": (40, 64)}, {}, {}]
 SAME_NUMBER = [{"w": (0, 40)}, {}, {"w": (40, 64)}, {}]
-WHOLE = [[{"w": (0, 64)} if rank == owner else {} for rank in range(4)] for owner in range(4)]
+REPLICATED = [[{"w": (0, 64)} if rank == owner else {} for rank in range(4)] for owner in range(4)]
 
 
 @pytest.mark.parametrize("fmt", [FP32, BF16, E4M3], ids=repr)
 def test_only_what_crosses_is_cast_again(fmt, run_distributed):
-    results = run_distributed(means_at_owners, 4, fmt, WHOLE)
+    results = run_distributed(means_at_owners, 4, fmt, REPLICATED)
     for owner, means in enumerate(results):
         assert torch.equal(means[owner], emulated(fmt, owner // 2))
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fp8lm.gradient import GradientAccumulator
+from fp8lm.gradient import MainGrad
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.scaled_tensor import quantize
@@ -20,7 +20,7 @@ SHAPE = (12, 20)
 
 
 def accumulator(fmt, shape=SHAPE):
-    return GradientAccumulator(shape, fmt, KERNELS, CPU)
+    return MainGrad(shape, fmt, KERNELS, CPU)
 
 
 def gradients(count, dtype=torch.bfloat16, seed=0):
@@ -119,7 +119,7 @@ def test_stale_content_does_not_leak(fmt, how):
         g.add(dw)
         assert torch.equal(value(g), value(summed(fmt, [dw])))
     else:
-        g.settle()
+        g.zero_if_unused()
         assert (value(g) == 0).all()
         assert g.value.scale == 1.0
 
@@ -128,7 +128,7 @@ def test_stale_content_does_not_leak(fmt, how):
 def test_settle_keeps_a_sum_and_may_be_followed_by_more(fmt):
     first, second = gradients(2)
     g = summed(fmt, [first])
-    g.settle()
+    g.zero_if_unused()
     g.add(second)
     assert torch.equal(value(g), value(summed(fmt, [first, second])))
 
@@ -137,7 +137,7 @@ def test_settle_keeps_a_sum_and_may_be_followed_by_more(fmt):
 def test_adding_to_a_settled_zero(fmt):
     (dw,) = gradients(1)
     g = accumulator(fmt)
-    g.settle()
+    g.zero_if_unused()
     g.add(dw)
     assert torch.equal(value(g), quantize(dw, fmt, KERNELS).dequantize(KERNELS))
 

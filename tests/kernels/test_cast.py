@@ -22,7 +22,7 @@ def cast(x, fmt, scale=1.0, **options):
 
 
 def decode(payload, fmt, dtype=torch.float32, scale=1.0):
-    return KERNELS.decode(payload, torch.tensor(scale), fmt, dtype)
+    return KERNELS.dequantize(payload, torch.tensor(scale), fmt, dtype)
 
 
 def positive_steps(fmt):
@@ -100,8 +100,8 @@ def test_blocks_do_not_show(fmt, dtype, count):
     scale = torch.tensor(2.0**5)
     payload = KERNELS.cast(x, scale, fmt)
     assert torch.equal(SmallBlocks().cast(x, scale, fmt), payload)
-    values = KERNELS.decode(payload, scale, fmt, dtype)
-    assert torch.equal(SmallBlocks().decode(payload, scale, fmt, dtype), values)
+    values = KERNELS.dequantize(payload, scale, fmt, dtype)
+    assert torch.equal(SmallBlocks().dequantize(payload, scale, fmt, dtype), values)
 
 
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)

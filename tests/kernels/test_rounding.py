@@ -27,7 +27,7 @@ def noise(count, key, start=0):
 def rounded(x, fmt, key, scale=1.0):
     scale = torch.tensor(scale)
     payload = cast_stochastic(x, scale, fmt, noise(x.numel(), key).view(x.shape))
-    return KERNELS.decode(payload, scale, fmt, torch.float32)
+    return KERNELS.dequantize(payload, scale, fmt, torch.float32)
 
 
 def normal_numbers(fmt, count=2000):
@@ -94,7 +94,7 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
     total = torch.zeros_like(x)
     for key in range(keys):
         payload = cast_stochastic(x, ONE, fmt, noise(len(x), key), subnormals_only=subnormals_only)
-        values = KERNELS.decode(payload, ONE, fmt, torch.float32)
+        values = KERNELS.dequantize(payload, ONE, fmt, torch.float32)
         assert ((values - x).abs() < step).all()
         total += values
     # A Bernoulli step has a standard deviation of at most half a step; 5 sigma over all means.
@@ -106,7 +106,7 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
 def test_zeros_stay_zero(fmt, subnormals_only):
     zeros = torch.tensor([0.0, -0.0] * 50)
     payload = cast_stochastic(zeros, ONE, fmt, noise(100, 3), subnormals_only=subnormals_only)
-    assert not KERNELS.decode(payload, ONE, fmt, torch.float32).any()
+    assert not KERNELS.dequantize(payload, ONE, fmt, torch.float32).any()
 
 
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)

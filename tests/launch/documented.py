@@ -8,8 +8,8 @@ import textwrap
 
 from fp8lm.config import load_config
 from fp8lm.data.tokenizer import build_tokenizer
-from fp8lm.inspect.plan import plan_run
 from fp8lm.launch.options import parse_options
+from fp8lm.planner.plan import plan_run
 
 WIDTH = 100
 LAUNCH = re.compile(r"#   scripts/train(?:_multinode)?\.sh (.*)")

@@ -134,8 +134,12 @@ def test_what_was_saved_before_a_restart_does_not_count(launch):
 @pytest.mark.slow
 def test_nodes_that_do_not_meet(launch):
     """Nobody listens at that port; torchrun's own text is a page of traceback."""
-    meeting = ["--nnodes=2", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=1"]
-    job = launch([*AGENT, *meeting, WORKER, "0:0"])
+    rendezvous = [
+        "--nnodes=2",
+        "--rdzv-endpoint=127.0.0.1:1",
+        "--rdzv-conf=is_host=0,read_timeout=1",
+    ]
+    job = launch([*AGENT, *rendezvous, WORKER, "0:0"])
     assert job.finish() == 1
     assert "error: the nodes did not meet at 127.0.0.1:1" in job.output
     assert "Traceback" not in job.output
@@ -156,10 +160,10 @@ def test_a_node_that_another_one_leaves(launch, host, restarts, told):
     one that stays has a failure of its own here, when the other is gone.
     """
     port = free_port()
-    meeting = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    rendezvous = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
 
     def node(name, is_host, *more):
-        return launch([*AGENT, *meeting, f"--rdzv-conf=is_host={int(is_host)}", *more], name)
+        return launch([*AGENT, *rendezvous, f"--rdzv-conf=is_host={int(is_host)}", *more], name)
 
     ended = node("ended", host, WORKER, "waits", "2", "2")
     stays = node("stays", not host, f"--max-restarts={restarts}", WORKER, "waits")

@@ -16,12 +16,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError, run_command
-from fp8lm.inspect.layout import plan_layout
 from fp8lm.launch import preflight
 from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
     check_devices,
-    check_meeting,
+    check_rendezvous,
     check_run,
     default_processes,
     folder_problems,
@@ -29,6 +28,7 @@ from fp8lm.launch.preflight import (
     notes,
 )
 from fp8lm.launch.progress import progress_line
+from fp8lm.planner.layout import plan_layout
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
@@ -196,17 +196,17 @@ def test_row_blocks_that_are_uneven():
 
 def test_where_machines_meet():
     for endpoint in ("localhost:29400", "127.0.0.1:1", "[::1]:1"):
-        check_meeting(endpoint, is_host=False)
+        check_rendezvous(endpoint, is_host=False)
     with pytest.raises(InputError, match=r"nohost.invalid:1: no machine of that name"):
-        check_meeting("nohost.invalid:1", is_host=False, patience=0.0)
+        check_rendezvous("nohost.invalid:1", is_host=False, patience=0.0)
 
 
 def test_the_port_of_the_meeting_is_free_on_its_host():
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"localhost:{server.getsockname()[1]}"
-        check_meeting(endpoint, is_host=False)
+        check_rendezvous(endpoint, is_host=False)
         with pytest.raises(InputError, match=f"{endpoint}: port .* in use: choose another one"):
-            check_meeting(endpoint, is_host=True)
+            check_rendezvous(endpoint, is_host=True)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_machine_without_a_clear_address(monkeypatch):
 def test_what_cannot_be_a_name_is_not_waited_for(host, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(InputError, match=f"--rdzv-endpoint={host}:1: {host} is no name of a"):
-        check_meeting(f"{host}:1", is_host=False)
+        check_rendezvous(f"{host}:1", is_host=False)
     assert capsys.readouterr().out == ""
 
 

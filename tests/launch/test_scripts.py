@@ -175,8 +175,8 @@ def test_kubernetes_job():
     pod = worker["template"]["spec"]
     (container,) = pod["containers"]
     assert container["command"] == ["scripts/train_multinode.sh"] and container["name"] == "pytorch"
-    meeting = [f"--nnodes={replicas}:{replicas}", "--rdzv-endpoint=fp8lm-worker-0:23456"]
-    options = parse_options([*meeting, *container["args"]])
+    rendezvous = [f"--nnodes={replicas}:{replicas}", "--rdzv-endpoint=fp8lm-worker-0:23456"]
+    options = parse_options([*rendezvous, *container["args"]])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == options.nproc_per_node
     assert pod["terminationGracePeriodSeconds"] > (options.shutdown_timeout or GRACE)
     user = f"USER {pod['securityContext']['fsGroup']}"

@@ -120,9 +120,9 @@ def test_a_job_can_be_looked_at_before(argv, processes, tmp_path):
     assert lines[0].startswith(processes)
     assert any(line.startswith("command on node 0 of ") for line in lines)
     (command,) = [shlex.split(line) for line in lines if "fp8lm.launch.agent" in line]
-    meeting = {"--rdzv-endpoint=NODE0:20000", "--rdzv-id=JOB-0", "--rdzv-conf=is_host=1"}
+    rendezvous = {"--rdzv-endpoint=NODE0:20000", "--rdzv-id=JOB-0", "--rdzv-conf=is_host=1"}
     logs = {"--log-dir=runs/slurm-JOB/start-0/node_0", "--redirects=3", "--tee=3"}
-    assert meeting | logs <= set(command)
+    assert rendezvous | logs <= set(command)
     assert list(tmp_path.iterdir()) == [link]
     start = ["srun", "--ntasks-per-node=1", "--wait=300", "scripts/train_multinode.sh"]
     assert lines[-1].split() == [*start, *argv, *config, "train.micro_batch_size=1"]

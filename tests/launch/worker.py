@@ -17,7 +17,7 @@ import sys
 import time
 
 from fp8lm.errors import leave_exit_code
-from fp8lm.launch.tether import tie_to_parent
+from fp8lm.runtime.parent_death import tie_to_parent
 
 rank = os.environ["RANK"]
 leave_exit_code(None)

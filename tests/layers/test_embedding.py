@@ -8,7 +8,7 @@ import torch
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
-from fp8lm.layers.weight import GemmWeight, WeightSpec
+from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.numerics import BF16, FP32
 from fp8lm.scaled_tensor import quantize
 
@@ -18,10 +18,10 @@ VOCABULARY, HIDDEN = 32, 16
 
 
 def table(fmt):
-    spec = WeightSpec((VOCABULARY, HIDDEN), lambda tensor, generator: tensor, fmt, FP32)
-    weight = GemmWeight(spec, KERNELS, torch.device("cpu"))
+    spec = ParamSpec((VOCABULARY, HIDDEN), lambda tensor, generator: tensor, fmt, FP32)
+    weight = QuantizedParam(spec, KERNELS, torch.device("cpu"))
     values = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
-    weight.compute.copy_(quantize(values, fmt, KERNELS))
+    weight.model_param.copy_(quantize(values, fmt, KERNELS))
     return weight
 
 
@@ -42,7 +42,7 @@ def test_rows_and_their_gradients(fmt, shape):
     expected = torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64)
     for token, row in zip(ids.flatten().tolist(), dy.view(-1, HIDDEN).double(), strict=True):
         expected[token] += row
-    gradient = weight.grad.value.payload
+    gradient = weight.main_grad.value.payload
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=2e-6)
     assert (gradient[10:] == 0).all()
 
@@ -56,13 +56,13 @@ def test_gradient_of_lookup_and_tied_head_meet(fmt):
     gradients = []
     for uses in (("lookup",), ("head",), ("lookup", "head"), ("head", "lookup")):
         weight = table(fmt)
-        weight.grad.value.payload.fill_(torch.nan)  # what an earlier step left
+        weight.main_grad.value.payload.fill_(torch.nan)  # what an earlier step left
         for use in uses:
             if use == "lookup":
                 embed(ids, weight).backward(dy)
             else:
                 linear(x, weight, precision).backward(dlogits)
-        gradients.append(weight.grad.value.payload.double())
+        gradients.append(weight.main_grad.value.payload.double())
     lookup, head, *both = gradients
     for gradient in both:
         torch.testing.assert_close(gradient, lookup + head, rtol=1e-6, atol=1e-5)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, Linear
-from fp8lm.layers.weight import WeightSpec, vector_spec
+from fp8lm.layers.param import ParamSpec, vector_spec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 from fp8lm.scaled_tensor import quantize
 from tests.layers.recording import RecordingKernels
@@ -34,11 +34,11 @@ def random(*shape, seed):
 
 
 def layer(precision, storage, *, kernels=KERNELS, bias=False, grad=FP32, shape=(OUT, IN)):
-    spec = WeightSpec(shape, lambda tensor, generator: tensor, storage, grad)
+    spec = ParamSpec(shape, lambda tensor, generator: tensor, storage, grad)
     dense = FP32 if precision.output == torch.float32 else BF16
     bias = vector_spec(shape[0], 0.0, dense) if bias else None
     linear = Linear(spec, precision=precision, kernels=kernels, device=CPU, bias=bias)
-    linear.weight.compute.copy_(quantize(random(*shape, seed=1) * 0.02, storage, kernels))
+    linear.weight.model_param.copy_(quantize(random(*shape, seed=1) * 0.02, storage, kernels))
     return linear
 
 
@@ -51,11 +51,11 @@ def batch(precision, *, seed=2, amplitude=1.0):
 
 def run(linear, x, dy):
     """Output, input gradient, weight gradient."""
-    linear.weight.grad.zero()
+    linear.weight.main_grad.zero()
     y = linear(x)
     y.backward(dy)
     dx, x.grad = x.grad, None
-    return y.detach(), dx, linear.weight.grad.value.dequantize(KERNELS).clone()
+    return y.detach(), dx, linear.weight.main_grad.value.dequantize(KERNELS).clone()
 
 
 def products(x, w, dy):
@@ -74,7 +74,7 @@ def dequantized(x, fmt):
 def test_gemms_of_the_dequantized_operands(precision, storage):
     linear = layer(precision, storage)
     x, dy = batch(precision)
-    w = linear.weight.compute.dequantize(KERNELS)
+    w = linear.weight.model_param.dequantize(KERNELS)
     operands = zip(
         (x, w, dy), (precision.input, precision.weight, precision.grad_output), strict=True
     )
@@ -125,11 +125,11 @@ def test_gradient_accumulates_over_micro_batches(precision, storage):
     for seed in (10, 20, 30):
         x, dy = batch(precision, seed=seed)
         total = total + run(linear, x, dy)[2]
-    linear.weight.grad.zero()
+    linear.weight.main_grad.zero()
     for seed in (10, 20, 30):
         x, dy = batch(precision, seed=seed)
         linear(x).backward(dy)
-    assert torch.equal(linear.weight.grad.value.payload, total)
+    assert torch.equal(linear.weight.main_grad.value.payload, total)
 
 
 def test_fp8_gradient_buffer_gets_the_quantized_gradient():
@@ -137,8 +137,8 @@ def test_fp8_gradient_buffer_gets_the_quantized_gradient():
     expected = quantize(run(layer(FP8_GEMM, E4M3), x, dy)[2], E4M3, KERNELS)
     linear = layer(FP8_GEMM, E4M3, grad=E4M3)
     run(linear, x, dy)
-    assert torch.equal(linear.weight.grad.value.payload, expected.payload)
-    assert linear.weight.grad.value.scale == expected.scale
+    assert torch.equal(linear.weight.main_grad.value.payload, expected.payload)
+    assert linear.weight.main_grad.value.scale == expected.scale
 
 
 @pytest.mark.parametrize("storage", [E4M3, FP16, BF16], ids=repr)
@@ -190,11 +190,11 @@ def test_recomputation_is_identical_and_in_the_same_formats(precision, storage):
         x, _ = batch(precision)
         dy = random(T, IN, seed=4).to(precision.output)
         for linear in (first, second):
-            linear.weight.grad.zero()
+            linear.weight.main_grad.zero()
         kernels.gemms.clear()
         y = checkpoint(network, x, use_reentrant=False) if recompute else network(x)
         y.backward(dy)
-        grads = (linear.weight.grad.value.payload.clone() for linear in (first, second))
+        grads = (linear.weight.main_grad.value.payload.clone() for linear in (first, second))
         results.append((y.detach(), x.grad, *grads))
         formats.append([*kernels.gemms])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -207,7 +207,7 @@ def test_recomputation_is_identical_and_in_the_same_formats(precision, storage):
 @pytest.mark.parametrize(("precision", "storage"), CASES)
 def test_conversion_of_a_module_changes_no_weight_and_no_output(precision, storage, convert):
     linear = layer(precision, storage, bias=True)
-    linear.bias.compute.payload.copy_(random(OUT, seed=6))
+    linear.bias.model_param.payload.copy_(random(OUT, seed=6))
     x, dy = batch(precision)
     before = run(linear, x, dy)
     payload, scale = (tensor.clone() for tensor in (linear.weight.payload, linear.weight.scale))
@@ -226,17 +226,17 @@ def test_bias(precision, storage):
     x, dy = batch(precision)
     without = run(layer(precision, storage), x, dy)
     bias = random(OUT, seed=6).to(precision.output)
-    linear.bias.compute.payload.copy_(bias)
+    linear.bias.model_param.payload.copy_(bias)
     y, dx, dw = run(linear, x, dy)
     assert torch.equal(y, without[0] + bias)
     assert torch.equal(dx, without[1])
     assert torch.equal(dw, without[2])
     # Summed over tokens in fp32, rounded once to the dtype of activations.
-    db, exact = linear.bias.grad.value.payload, dy.double().sum(dim=0)
+    db, exact = linear.bias.main_grad.value.payload, dy.double().sum(dim=0)
     bound = torch.finfo(precision.output).eps / 2 * exact.abs() + 32 * 2.0**-24 * dy.abs().sum(0)
     assert db.dtype == torch.float32
     assert ((db.double() - exact).abs() <= bound).all()
-    assert linear.bias.data.grad is None
+    assert linear.bias.param.grad is None
 
 
 @pytest.mark.parametrize("shape", [(2, 16, IN), (4, 2, 4, IN)])

@@ -27,18 +27,18 @@ def test_formula(kind, fmt):
     norm = NORMS[kind](SIZE, EPS, fmt, KERNELS, torch.device("cpu"))
     vectors = [norm.weight, norm.bias] if kind == "LayerNorm" else [norm.weight]
     for vector in vectors:
-        vector.compute.payload.copy_(torch.randn(SIZE, generator=generator))
+        vector.model_param.payload.copy_(torch.randn(SIZE, generator=generator))
     x = (torch.randn(3, 5, SIZE, generator=generator) * 0.1 + 0.05).to(fmt.dtype).requires_grad_()
     dy = torch.randn(3, 5, SIZE, generator=generator).to(fmt.dtype)
     y = norm(x)
     y.backward(dy)
 
-    doubles = [t.detach().double().requires_grad_() for t in (x, *(v.data for v in vectors))]
+    doubles = [t.detach().double().requires_grad_() for t in (x, *(v.param for v in vectors))]
     expected = formula(kind, *doubles, *([None] if len(vectors) == 1 else []))
     expected.backward(dy.double())
     # RMSNorm in bf16 rounds x / rms before it multiplies by the weight, and so on back: 3 units.
     unit = torch.finfo(fmt.dtype).eps
-    results = [y, x.grad, *(vector.grad.value.payload for vector in vectors)]
+    results = [y, x.grad, *(vector.main_grad.value.payload for vector in vectors)]
     references = [expected, *(t.grad for t in doubles)]
     for result, reference in zip(results, references, strict=True):
         atol = 3 * unit * reference.abs().max().item()

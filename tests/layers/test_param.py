@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, named_weights, vector_spec
+from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, named_params, vector_spec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 from fp8lm.scaled_tensor import quantize
 
@@ -16,22 +16,22 @@ CPU = torch.device("cpu")
 
 
 def matrix(fmt, shape=(6, 10), operand_format=None):
-    spec = WeightSpec(shape, lambda t, generator: t, fmt, FP32)
-    weight = GemmWeight(spec, KERNELS, CPU, operand_format)
+    spec = ParamSpec(shape, lambda t, generator: t, fmt, FP32)
+    weight = QuantizedParam(spec, KERNELS, CPU, operand_format)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight.compute.copy_(quantize(values, fmt, KERNELS))
+    weight.model_param.copy_(quantize(values, fmt, KERNELS))
     return weight
 
 
 def vector(fmt=BF16, size=5):
-    return VectorWeight(vector_spec(size, 1.0, fmt), KERNELS, CPU)
+    return VectorParam(vector_spec(size, 1.0, fmt), KERNELS, CPU)
 
 
 @pytest.mark.parametrize("fmt", [E4M3, FP16, BF16, FP32], ids=repr)
 def test_compute_is_a_view_of_the_weight(fmt):
     weight = matrix(fmt)
-    weight.compute.payload.zero_()
-    weight.compute.scale.fill_(8.0)
+    weight.model_param.payload.zero_()
+    weight.model_param.scale.fill_(8.0)
     assert (weight.payload == 0).all()
     assert weight.scale == 8.0
 
@@ -39,9 +39,9 @@ def test_compute_is_a_view_of_the_weight(fmt):
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)
 def test_compute_of_a_vector_is_a_view_of_the_parameter(fmt):
     weight = vector(fmt)
-    weight.compute.payload.fill_(3.0)
-    assert weight.data.tolist() == [3.0] * 5
-    assert weight.compute.scale == 1.0
+    weight.model_param.payload.fill_(3.0)
+    assert weight.param.tolist() == [3.0] * 5
+    assert weight.model_param.scale == 1.0
 
 
 @pytest.mark.parametrize("fmt", [E4M3, BF16, FP32], ids=repr)
@@ -55,9 +55,9 @@ def test_operand_in_the_stored_format_is_the_weight_itself(fmt):
 @pytest.mark.parametrize("wanted", [E4M3, E5M2, BF16], ids=repr)
 def test_operand_in_another_format_is_requantized(stored, wanted):
     weight = matrix(stored, operand_format=wanted)
-    before = weight.compute.clone()
+    before = weight.model_param.clone()
     operand = weight.operand()
-    expected = quantize(weight.compute.dequantize(KERNELS), wanted, KERNELS)
+    expected = quantize(weight.model_param.dequantize(KERNELS), wanted, KERNELS)
     assert torch.equal(operand.payload, expected.payload)
     assert (operand.scale, operand.format) == (expected.scale, wanted)
     assert torch.equal(weight.payload, before.payload)  # only read
@@ -67,7 +67,7 @@ def test_operand_in_another_format_is_requantized(stored, wanted):
 def test_operand_follows_a_changed_weight():
     weight = matrix(FP16, operand_format=E4M3)
     first = weight.operand()
-    weight.compute.copy_(quantize(torch.full((6, 10), 1000.0), FP16, KERNELS))
+    weight.model_param.copy_(quantize(torch.full((6, 10), 1000.0), FP16, KERNELS))
     second = weight.operand()
     assert second.scale != first.scale
     assert second.dequantize(KERNELS).unique().tolist() == [1024.0]  # E4M3 has 960 and 1024
@@ -75,22 +75,22 @@ def test_operand_follows_a_changed_weight():
 
 def test_vector_gradient_moves_to_the_accumulator():
     weight = vector()
-    (weight.data * torch.arange(5.0).bfloat16()).sum().backward()
-    assert weight.data.grad is None
-    assert weight.grad.value.payload.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    (weight.param * torch.arange(5.0).bfloat16()).sum().backward()
+    assert weight.param.grad is None
+    assert weight.main_grad.value.payload.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_vector_gradients_of_micro_batches_are_summed_in_fp32():
     weight = vector()
     for _ in range(300):
-        weight.data.sum().backward()
-    assert weight.grad.value.payload.tolist() == [300.0] * 5  # bf16 would stop at 256
+        weight.param.sum().backward()
+    assert weight.main_grad.value.payload.tolist() == [300.0] * 5  # bf16 would stop at 256
 
 
 def test_vector_uses_within_one_backward_are_summed():
     weight = vector(FP32)
-    (weight.data * 2.0 + weight.data * 3.0).sum().backward()
-    assert weight.grad.value.payload.tolist() == [5.0] * 5
+    (weight.param * 2.0 + weight.param * 3.0).sum().backward()
+    assert weight.main_grad.value.payload.tolist() == [5.0] * 5
 
 
 @pytest.mark.parametrize("convert", ["float", "half", "bfloat16", "double"])
@@ -99,10 +99,10 @@ def test_vector_uses_within_one_backward_are_summed():
 def test_dtype_conversion_is_ignored(convert, make, fmt):
     weight = make(fmt)
     module = nn.ModuleList([weight])
-    before = weight.compute.clone()
+    before = weight.model_param.clone()
     getattr(module, convert)()
-    assert weight.compute.payload.dtype == fmt.dtype
-    assert torch.equal(weight.compute.payload, before.payload)
+    assert weight.model_param.payload.dtype == fmt.dtype
+    assert torch.equal(weight.model_param.payload, before.payload)
 
 
 def test_named_weights_counts_a_shared_weight_once():
@@ -110,7 +110,7 @@ def test_named_weights_counts_a_shared_weight_once():
     module.first, module.norm = matrix(E4M3), vector()
     module.inner = nn.Module()
     module.inner.second, module.inner.shared = matrix(BF16), module.first
-    weights = named_weights(module)
+    weights = named_params(module)
     assert list(weights) == ["first", "norm", "inner.second"]
     assert weights["first"] is module.first
 

@@ -20,7 +20,7 @@ def recipe(**precision):
 
 
 def formats(r):
-    return r.gemm, r.weight, r.weight_grad, r.dense
+    return r.gemm, r.weight, r.weight_grad, r.high_precision
 
 
 @pytest.mark.parametrize(

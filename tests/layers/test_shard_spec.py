@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8lm.checkpoint import Shard
-from fp8lm.layers.split import WHOLE, Split
+from fp8lm.layers.shard_spec import REPLICATED, ShardSpec
 
 CASES = [((8, 3), 0, 1), ((8, 3), 0, 2), ((3, 8), 1, 1), ((2, 8, 3), 1, 2), ((16,), 0, 2)]
 SIZES = [1, 2, 4]
@@ -19,17 +19,17 @@ def logical(shape):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("shape", "dim", "parts"), CASES)
-def test_element_index_is_where_the_values_come_from(shape, dim, parts, size):
+@pytest.mark.parametrize(("shape", "dim", "num_sections"), CASES)
+def test_element_index_is_where_the_values_come_from(shape, dim, num_sections, size):
     for rank in range(size):
-        split = Split(dim, parts, rank, size)
-        local = split.take(logical(shape))
-        assert local.shape == split.local_shape(shape)
+        shard_spec = ShardSpec(dim, num_sections, rank, size)
+        local = shard_spec.take(logical(shape))
+        assert local.shape == shard_spec.local_shape(shape)
         assert local.is_contiguous()
         # In pieces, as the optimizer asks for them.
         middle, count = local.numel() // 3, local.numel()
         index = [
-            split.element_index(shape, start, stop - start, torch.device("cpu"))
+            shard_spec.element_index(shape, start, stop - start, torch.device("cpu"))
             for start, stop in ((0, middle), (middle, count))
         ]
         assert torch.equal(torch.cat(index), local.flatten())
@@ -37,15 +37,15 @@ def test_element_index_is_where_the_values_come_from(shape, dim, parts, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("shape", "dim", "parts"), CASES)
-def test_blocks_put_the_tensor_together_again(shape, dim, parts, size):
-    global_shape = Split(dim, parts).sections(shape)[0]
+@pytest.mark.parametrize(("shape", "dim", "num_sections"), CASES)
+def test_blocks_put_the_tensor_together_again(shape, dim, num_sections, size):
+    global_shape = ShardSpec(dim, num_sections).sections(shape)[0]
     whole = torch.full(global_shape, -1, dtype=torch.int32)
     for rank in range(size):
-        split = Split(dim, parts, rank, size)
-        assert split.sections(shape)[0] == global_shape  # whatever the number of ranks
-        local = split.take(logical(shape)).clone()
-        shard = Shard(split.as_block(local), *split.sections(shape))
+        shard_spec = ShardSpec(dim, num_sections, rank, size)
+        assert shard_spec.sections(shape)[0] == global_shape  # whatever the number of ranks
+        local = shard_spec.take(logical(shape)).clone()
+        shard = Shard(shard_spec.as_block(local), *shard_spec.sections(shape))
         assert shard.tensor.data_ptr() == local.data_ptr()  # loading fills the weight
         place = tuple(
             slice(start, start + n)
@@ -57,17 +57,17 @@ def test_blocks_put_the_tensor_together_again(shape, dim, parts, size):
 
 def test_gate_and_up_are_cut_separately():
     rows = torch.arange(8)
-    assert Split(0, 2, 0, 2).take(rows).tolist() == [0, 1, 4, 5]
-    assert Split(0, 2, 1, 2).take(rows).tolist() == [2, 3, 6, 7]
+    assert ShardSpec(0, 2, 0, 2).take(rows).tolist() == [0, 1, 4, 5]
+    assert ShardSpec(0, 2, 1, 2).take(rows).tolist() == [2, 3, 6, 7]
 
 
 def test_whole():
     x = logical((3, 5))
-    assert WHOLE.is_whole
-    assert WHOLE.take(x) is x
-    assert WHOLE.sections((3, 5)) == ((3, 5), (0, 0))
+    assert REPLICATED.is_whole
+    assert REPLICATED.take(x) is x
+    assert REPLICATED.sections((3, 5)) == ((3, 5), (0, 0))
 
 
 def test_what_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="does not divide"):
-        Split(0, 2, 0, 2).local_shape((6, 4))
+        ShardSpec(0, 2, 0, 2).local_shape((6, 4))

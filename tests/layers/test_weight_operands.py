@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fp8lm.config import PrecisionConfig
-from fp8lm.layers.edge import Partition
-from fp8lm.layers.operand_amax import known_amaxes
-from fp8lm.layers.weight import GemmWeight, WeightSpec, named_weights
+from fp8lm.layers.param import ParamSpec, QuantizedParam, named_params
+from fp8lm.layers.tp_context import TPContext
+from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
 from fp8lm.optim import StatePrecision
 from fp8lm.scaled_tensor import quantize
@@ -17,7 +17,7 @@ from tests.model.tiny import CPU, KERNELS, batch, build
 from tests.optim.bench import optimizer
 
 
-class CountingPartition(Partition):
+class CountingContext(TPContext):
     """Another rank whose amaxes are twice as large."""
 
     def __init__(self):
@@ -29,52 +29,52 @@ class CountingPartition(Partition):
 
 
 def weight(stored, wanted=E4M3, largest=3.0):
-    made = GemmWeight(WeightSpec((16, 16), None, stored, FP32), KERNELS, CPU, wanted)
+    made = QuantizedParam(ParamSpec((16, 16), None, stored, FP32), KERNELS, CPU, wanted)
     value = torch.rand(16, 16)
     value[0, 0] = largest
-    made.compute.copy_(quantize(value, stored, KERNELS))
+    made.model_param.copy_(quantize(value, stored, KERNELS))
     return made
 
 
 def test_one_exchange_for_all():
     weights = [weight(BF16), weight(FP16, largest=5.0), weight(E4M3), weight(BF16, BF16)]
-    partition = CountingPartition()
-    with known_amaxes(weights, partition):
+    tp = CountingContext()
+    with cached_weight_operands(weights, tp):
         scales = [w.operand(pytest.fail).scale.item() for w in weights[:2]]
         assert scales == [64.0, 32.0]  # 448/6, 448/10
         assert weights[2].operand(pytest.fail).payload is weights[2].payload
         assert weights[3].operand(pytest.fail).payload is weights[3].payload
-    assert partition.exchanged == [2]
+    assert tp.exchanged == [2]
 
 
 def test_nothing_is_known_afterwards():
     made = weight(BF16)
-    with pytest.raises(KeyError), known_amaxes([made], Partition()):
+    with pytest.raises(KeyError), cached_weight_operands([made], TPContext()):
         assert made.operand(pytest.fail).scale == 128.0
         raise KeyError
-    made.compute.copy_(quantize(torch.full((16, 16), 100.0), BF16, KERNELS))
+    made.model_param.copy_(quantize(torch.full((16, 16), 100.0), BF16, KERNELS))
     assert made.operand().scale == 4.0
 
 
 def test_nothing_to_exchange():
-    partition = CountingPartition()
-    with known_amaxes([weight(E4M3)], partition):
+    tp = CountingContext()
+    with cached_weight_operands([weight(E4M3)], tp):
         pass
-    assert partition.exchanged == []
+    assert tp.exchanged == []
 
 
 @pytest.mark.parametrize("preset", ["te", "o1", "o2"])
 def test_a_step_uses_the_scales_of_its_own_weights(preset):
     gpt = build({}, dict(preset=preset))
-    weights = named_weights(gpt)
+    weights = named_params(gpt)
     adam = optimizer(weights, StatePrecision.from_config(PrecisionConfig(preset=preset)))
     recast = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
     scales = []
     for _ in range(3):
         train_step(gpt, adam, [batch()], 0.5)
-        values = recast.compute.dequantize(KERNELS, torch.float32)
+        values = recast.model_param.dequantize(KERNELS, torch.float32)
         scales.append(quantize(values, E4M3, KERNELS).scale.item())
         assert recast.operand().scale == scales[-1]
-        with known_amaxes([recast], Partition()):
+        with cached_weight_operands([recast], TPContext()):
             assert recast.operand(pytest.fail).scale == scales[-1]
     assert len(set(scales)) > 1  # or a stale scale would not show

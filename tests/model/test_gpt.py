@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.param import named_params
 from fp8lm.model.gpt import language_model_loss
 from tests.model import plain
 from tests.model.tiny import (
@@ -25,8 +25,8 @@ from tests.model.tiny import (
 def reference(gpt, config, data):
     """Logits, loss and gradients in float64, from the dequantized weights of `gpt`."""
     weights = {
-        name: weight.compute.dequantize(KERNELS).double().requires_grad_()
-        for name, weight in named_weights(gpt).items()
+        name: weight.model_param.dequantize(KERNELS).double().requires_grad_()
+        for name, weight in named_params(gpt).items()
     }
     logits = plain.logits(data["tokens"], weights, config)
     mask = data["loss_mask"].double()
@@ -78,11 +78,11 @@ def test_shorter_sequences_are_a_prefix(shape):
 def test_tied_gradient_is_the_sum_of_both_uses():
     tied = build(dict(untie_embeddings_and_output_weights=False))
     untied = build(dict(untie_embeddings_and_output_weights=True))
-    weights = named_weights(untied)
-    for name, weight in named_weights(tied).items():
-        weights[name].compute.copy_(weight.compute)
-    table = weights["embedding.word_embeddings.weight"].compute
-    weights["output_layer.weight"].compute.copy_(table)
+    weights = named_params(untied)
+    for name, weight in named_params(tied).items():
+        weights[name].model_param.copy_(weight.model_param)
+    table = weights["embedding.word_embeddings.weight"].model_param
+    weights["output_layer.weight"].model_param.copy_(table)
     (_, one), (_, two) = (loss_and_gradients(gpt, batch()) for gpt in (tied, untied))
     total = sum(
         two[f"{name}.weight"].payload for name in ("embedding.word_embeddings", "output_layer")
@@ -118,7 +118,7 @@ def test_weights_have_megatrons_names(shape):
     if keys.get("untie_embeddings_and_output_weights"):
         tables.add("output_layer.weight")
     expected = matrices | biases | {f"{n}.{part}" for n in norms for part in parts} | tables
-    weights = named_weights(build(keys))
+    weights = named_params(build(keys))
     assert set(weights) == expected
     assert {name for name, weight in weights.items() if weight.spec.decay} == matrices | tables
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.param import named_params
 from fp8lm.model.init import initial_value
 from fp8lm.model.rope import apply_rope, rope_tables
 from tests.model import plain
@@ -50,8 +50,8 @@ def test_rope_keeps_dtype_position_zero_and_what_is_not_rotated(dtype):
 
 def weights_of(module, prefix):
     return {
-        f"{prefix}.{name}": weight.compute.dequantize(KERNELS).double()
-        for name, weight in named_weights(module).items()
+        f"{prefix}.{name}": weight.model_param.dequantize(KERNELS).double()
+        for name, weight in named_params(module).items()
     }
 
 
@@ -86,7 +86,7 @@ def test_gate_comes_first():
 @pytest.fixture(scope="module")
 def specs():
     gpt = build(dict(hidden_size=128, num_layers=3, init_method_std=0.03))
-    return {name: weight.spec for name, weight in named_weights(gpt).items()}
+    return {name: weight.spec for name, weight in named_params(gpt).items()}
 
 
 def test_initial_values_are_a_function_of_seed_and_name(specs):

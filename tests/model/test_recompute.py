@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.param import named_params
 from fp8lm.numerics import BF16, E4M3, E5M2
 from tests.layers.recording import RecordingKernels
 from tests.model.tiny import SHAPES, batch, build, loss_and_gradients
@@ -97,7 +97,7 @@ def test_first_and_last_layers_in_bf16():
     gpt = build(dict(num_layers=4), precision, kernels=kernels)
     formats = {
         int(name.split(".")[2]): weight.spec.format
-        for name, weight in named_weights(gpt).items()
+        for name, weight in named_params(gpt).items()
         if name.endswith("linear_fc1.weight")
     }
     assert formats == {0: BF16, 1: E4M3, 2: E4M3, 3: BF16}

@@ -6,8 +6,8 @@ import torch
 
 from fp8lm.config import ModelConfig, PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import named_weights
 from fp8lm.model import GPTModel
 from fp8lm.model.gpt import language_model_loss
 from fp8lm.model.init import initial_value
@@ -52,11 +52,11 @@ def build(model=None, precision=None, *, recompute=None, kernels=KERNELS, seed=0
     recipe = Recipe.from_config(PrecisionConfig(**(precision or FP32_KEYS)), kernels, CPU)
     gpt = GPTModel(model_config(**(model or {})), VOCABULARY, recipe, recompute)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in named_weights(gpt).items():
+    for name, weight in named_params(gpt).items():
         value = initial_value(name, weight.spec, seed)
         value = value * 5 if value.ndim == 2 else value  # so that attention is not uniform
         value = value + 0.1 * torch.randn(value.shape, generator=generator) * (value.ndim == 1)
-        weight.compute.copy_(quantize(value, weight.compute.format, KERNELS))
+        weight.model_param.copy_(quantize(value, weight.model_param.format, KERNELS))
     return gpt
 
 
@@ -73,13 +73,13 @@ def batch(seed=0):
 
 def loss_and_gradients(gpt, data):
     """Loss, and every weight's accumulated gradient as a ScaledTensor."""
-    weights = named_weights(gpt)
+    weights = named_params(gpt)
     for weight in weights.values():
-        weight.grad.zero()
+        weight.main_grad.zero()
     loss = language_model_loss(
         gpt(data["tokens"], data["samples"]), data["labels"], data["loss_mask"]
     )
     loss.backward()
     for weight in weights.values():
-        weight.grad.settle()
-    return loss.detach(), {name: weight.grad.value.clone() for name, weight in weights.items()}
+        weight.main_grad.zero_if_unused()
+    return loss.detach(), {name: weight.main_grad.value.clone() for name, weight in weights.items()}

@@ -6,7 +6,7 @@ import torch
 
 from fp8lm.config import OptimizerConfig
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.numerics import BF16, E4M3, FP32, format_by_name
 from fp8lm.optim import AdamW, StatePrecision
 
@@ -28,12 +28,12 @@ FP32_STATES = state_precision("fp32", "fp32", "fp32")
 
 
 def matrix(fmt=E4M3, grad=E4M3, shape=(24, 40), device=CPU):
-    spec = WeightSpec(shape, lambda tensor, generator: tensor, fmt, grad)
-    return GemmWeight(spec, KERNELS, device)
+    spec = ParamSpec(shape, lambda tensor, generator: tensor, fmt, grad)
+    return QuantizedParam(spec, KERNELS, device)
 
 
 def vector(fmt=BF16, size=40, device=CPU):
-    return VectorWeight(vector_spec(size, 0.0, fmt), KERNELS, device)
+    return VectorParam(vector_spec(size, 0.0, fmt), KERNELS, device)
 
 
 def weights(fmt=E4M3, grad=E4M3, dense=BF16, device=CPU):
@@ -72,7 +72,7 @@ def random_gradients(weight_dict, seed, amplitude=1e-2):
 
 def set_gradients(weight_dict, gradients):
     for name, gradient in gradients.items():
-        grad = weight_dict[name].grad
+        grad = weight_dict[name].main_grad
         grad.zero()
         grad.add(gradient.to(grad.value.device))
 
@@ -86,8 +86,8 @@ def all_bytes(adam):
     """A copy of everything a step may change, as bytes by name."""
     tensors = dict(adam.named_tensors())
     for name, weight in adam.weights.items():
-        tensors[f"{name}.payload"] = weight.compute.payload
-        tensors[f"{name}.scale"] = weight.compute.scale
+        tensors[f"{name}.payload"] = weight.model_param.payload
+        tensors[f"{name}.scale"] = weight.model_param.scale
     return {
         name: tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
         for name, tensor in tensors.items()

@@ -63,9 +63,12 @@ def test_fp32_is_torchs_adamw(clip, betas):
         for name, parameter in parameters.items():
             # fp32 roundings of 20 updates, relative to the update's size where they cancel.
             torch.testing.assert_close(
-                w[name].compute.payload.detach(), parameter.detach(), rtol=1e-6, atol=20 * lr * 1e-6
+                w[name].model_param.payload.detach(),
+                parameter.detach(),
+                rtol=1e-6,
+                atol=20 * lr * 1e-6,
             )
-            assert torch.equal(adam.states[name].master.payload, w[name].compute.payload)
+            assert torch.equal(adam.states[name].master.payload, w[name].model_param.payload)
 
 
 MASTERS = ["fp32", "fp16", "bf16", "fp8_e4m3"]
@@ -81,7 +84,7 @@ def test_first_step_of_every_combination(master, exp_avg, exp_avg_sq):
     adam = optimizer(w, state_precision(master, exp_avg, exp_avg_sq))
     state, start = adam.states["linear"], adam.states["linear"].master.dequantize(KERNELS).clone()
     step(adam, 0)
-    g = w["linear"].grad.value.dequantize(KERNELS)
+    g = w["linear"].main_grad.value.dequantize(KERNELS)
     new = start * (1 - LR * 0.1) - LR * g / (g.abs() + 1e-8)
     assert [t.format.name for t in state.stored] == [master, exp_avg, exp_avg_sq]
     for tensor, value in zip(state.stored, (new, 0.1 * g, 0.05 * g * g), strict=True):
@@ -99,7 +102,7 @@ def test_presets_follow_fp32(preset):
     low = weights(formats[preset], FP32 if preset in ("bf16", "te") else E4M3)
     high = weights(FP32, FP32, FP32)
     adam, exact = optimizer(low, StatePrecision.from_config(keys)), optimizer(high, FP32_STATES)
-    start = {name: weight.compute.payload.detach().clone() for name, weight in high.items()}
+    start = {name: weight.model_param.payload.detach().clone() for name, weight in high.items()}
     for seed in range(30):
         # A steady gradient and noise of its size, so that weights go somewhere.
         steady, noise = random_gradients(low, 1000), random_gradients(low, seed)
@@ -109,8 +112,8 @@ def test_presets_follow_fp32(preset):
         adam.step(LR)
         exact.step(LR)
     for name in low:
-        moved = high[name].compute.payload.detach() - start[name]
-        error = adam.states[name].master.dequantize(KERNELS) - high[name].compute.payload
+        moved = high[name].model_param.payload.detach() - start[name]
+        error = adam.states[name].master.dequantize(KERNELS) - high[name].model_param.payload
         # Gradient and m in E4M3 are 2.6 % off each, per step; 10 % of the way is generous.
         assert error.norm() < 0.1 * moved.norm(), name
 
@@ -126,7 +129,7 @@ def test_only_matrices_decay(dense):
         factor = 1.0 if name == "norm" else (1 - 0.1 * 0.5) ** 3
         torch.testing.assert_close(adam.states[name].master.payload, value * factor)
     torch.testing.assert_close(
-        w["norm"].compute.payload, initial(w)["norm"].to(dense.dtype), rtol=0, atol=0
+        w["norm"].model_param.payload, initial(w)["norm"].to(dense.dtype), rtol=0, atol=0
     )
 
 
@@ -147,7 +150,7 @@ def test_a_weight_of_zeros_starts_to_move():
     w = {"bias": vector(BF16)}
     adam = optimizer(w, values={"bias": torch.zeros(40)})
     step(adam, 0)
-    assert w["bias"].compute.payload.abs().min() >= 0.99 * LR
+    assert w["bias"].model_param.payload.abs().min() >= 0.99 * LR
 
 
 @pytest.mark.parametrize("fmt", [E4M3, FP16, BF16], ids=repr)
@@ -156,7 +159,7 @@ def test_initialize(fmt, master):
     w = weights(fmt)
     adam = optimizer(w, state_precision(master))
     for row, (name, value) in zip(adam.amax, initial(w).items(), strict=True):
-        state, compute = adam.states[name], w[name].compute
+        state, compute = adam.states[name], w[name].model_param
         assert row.tolist() == [value.abs().max().item(), 0.0, 0.0]
         expected = quantize(value, compute.format, KERNELS)
         assert torch.equal(compute.payload, expected.payload)
@@ -185,7 +188,7 @@ def test_initialize(fmt, master):
 def test_bytes_per_parameter(fmt, grad, states, nbytes):
     w = {"linear": matrix(fmt, grad, (128, 128))}
     state = optimizer(w, state_precision(*states)).states["linear"]
-    held = [w["linear"].compute, w["linear"].grad.value, state.exp_avg, state.exp_avg_sq]
+    held = [w["linear"].model_param, w["linear"].main_grad.value, state.exp_avg, state.exp_avg_sq]
     held += [state.master] if state.owns_master else []
     scales = sum(4 for tensor in held if tensor.format.scaled)
     assert sum(tensor.nbytes for tensor in held) == nbytes * 128 * 128 + scales
@@ -204,7 +207,7 @@ def test_named_tensors_are_all_that_a_step_depends_on(master):
     for name, tensor in dict(trained.named_tensors()).items():
         dict(resumed.named_tensors())[name].copy_(tensor)
     for name, weight in trained.weights.items():
-        resumed.weights[name].compute.copy_(weight.compute)
+        resumed.weights[name].model_param.copy_(weight.model_param)
     for adam in (trained, resumed):
         for seed in range(5, 10):
             step(adam, seed)
@@ -236,7 +239,7 @@ def test_a_weight_larger_than_a_block():
     adam = optimizer(w, clip_grad=0.0)
     start = adam.states["large"].master.dequantize(KERNELS)
     step(adam, 0)
-    g = w["large"].grad.value.dequantize(KERNELS)
+    g = w["large"].main_grad.value.dequantize(KERNELS)
     exact = start * (1 - LR * 0.1) - LR * g / (g.abs() + 1e-8)
     master = adam.states["large"].master.dequantize(KERNELS)
     torch.testing.assert_close(master, exact, rtol=2.0**-11, atol=1e-7)
@@ -250,4 +253,4 @@ def test_a_step_reads_gradients_only():
     set_gradients(w, gradients)
     adam.step(LR)
     for name, gradient in gradients.items():
-        assert torch.equal(w[name].grad.value.payload, gradient)
+        assert torch.equal(w[name].main_grad.value.payload, gradient)

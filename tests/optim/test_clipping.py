@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.param import named_params
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.optim.clipping import gradient_norm
 from fp8lm.scaled_tensor import quantize
@@ -28,7 +28,7 @@ from tests.optim.bench import (
 
 def gradients_of(w, seed=0, amplitude=1e-2):
     set_gradients(w, random_gradients(w, seed, amplitude))
-    return [weight.grad.value for weight in w.values()]
+    return [weight.main_grad.value for weight in w.values()]
 
 
 def exact_norm(gradients):
@@ -80,11 +80,11 @@ def test_factor_is_torchs(clip):
 
 def test_a_gradient_that_counts_elsewhere_has_no_part_in_the_norm_but_its_faults_do():
     first, *others = gradients_of(weights())
-    counted = [False] + [True] * len(others)
-    norm = gradient_norm([first, *others], 1.0, KERNELS, counted=counted)
+    norm_owner = [False] + [True] * len(others)
+    norm = gradient_norm([first, *others], 1.0, KERNELS, norm_owner=norm_owner)
     assert norm.norm.item() == pytest.approx(exact_norm(others), rel=1e-6) and not norm.skip
     first.scale.fill_(float("nan"))
-    assert gradient_norm([first, *others], 1.0, KERNELS, counted=counted).skip
+    assert gradient_norm([first, *others], 1.0, KERNELS, norm_owner=norm_owner).skip
 
 
 def test_zero_clip_means_none():
@@ -136,8 +136,8 @@ def test_norm_of_a_model_counts_every_weight_once(untied):
     _, gradients = loss_and_gradients(gpt, batch())
     expected = exact_norm(gradients.values())
     adam = optimizer(
-        named_weights(gpt),
-        values={n: w.compute.dequantize(KERNELS) for n, w in named_weights(gpt).items()},
+        named_params(gpt),
+        values={n: w.model_param.dequantize(KERNELS) for n, w in named_params(gpt).items()},
     )
     assert len(gradients) == len(adam.weights)
     assert adam.step(LR).norm.item() == pytest.approx(expected, rel=1e-5)

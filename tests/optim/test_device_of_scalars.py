@@ -35,9 +35,9 @@ def make(setting, owned):
         state_precision(*states, stochastic=True),
         HopperKernels(),
         seed=1,
-        owned=rows,
+        local_shards=rows,
         exchange=exchange,
-        peers=[0, 1],
+        same_shard_ranks=[0, 1],
     )
     for name, value in initial(made).items():
         adam.initialize(name, value)
@@ -49,8 +49,8 @@ def make(setting, owned):
 def test_steps_norms_and_amaxes_stay_on_the_device(setting, owned):
     adam, sent = make(setting, owned)
     for weight in adam.weights.values():
-        weight.grad.add(torch.zeros(weight.spec.shape, device=META))
-    gradients = {name: adam.weights[name].grad.value for name in owned}
+        weight.main_grad.add(torch.zeros(weight.spec.shape, device=META))
+    gradients = {name: adam.weights[name].main_grad.value for name in owned}
     results = [adam.step(LR, gradients, torch.ones(2, device=META)).skip, adam.params_norm()]
     adam.share_amax()
     assert [result.device for result in results] == [META] * 2

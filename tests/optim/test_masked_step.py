@@ -14,7 +14,7 @@ from tests.optim.test_skip import SETTINGS, make
 
 def update(adam, skip):
     """One update of `adam` whose coefficients carry the mask `skip`."""
-    gradients = {name: weight.grad.value for name, weight in adam.weights.items()}
+    gradients = {name: weight.main_grad.value for name, weight in adam.weights.items()}
     norm = gradient_norm(list(gradients.values()), 1.0, adam.kernels)
     coefficients = replace(adam._coefficients(LR, norm, None), skip=skip)
     adam._update(coefficients, adam.amax.clone(), norm.amax, gradients)

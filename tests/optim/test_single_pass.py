@@ -48,7 +48,7 @@ def two_pass(adam, name, lr, clip_factor=1.0):
     """The exact new master, m and v of one weight, in float64, from its stored states."""
     weight, config = adam.weights[name], adam.config
     w, m, v = (t.dequantize(KERNELS).double() for t in adam.states[name].stored)
-    g = weight.grad.value.dequantize(KERNELS).double() * clip_factor
+    g = weight.main_grad.value.dequantize(KERNELS).double() * clip_factor
     n = adam.num_steps.item() + 1
     m = config.adam_beta1 * m + (1 - config.adam_beta1) * g
     v = config.adam_beta2 * v + (1 - config.adam_beta2) * g * g
@@ -102,11 +102,13 @@ def check_every_step(setting, *, stochastic, clip, steps):
             assert_stored(state.exp_avg, moments[0], 0.5)
             assert_stored(state.exp_avg_sq, moments[1], 0.5)
             if state.owns_master:  # the compute copy is always rounded to the nearest
-                assert_stored(w[name].compute, master, 0.5)
+                assert_stored(w[name].model_param, master, 0.5)
 
 
 def clip_factor(w, clip):
-    squares = (v.grad.value.dequantize(KERNELS).double().square().sum().item() for v in w.values())
+    squares = (
+        v.main_grad.value.dequantize(KERNELS).double().square().sum().item() for v in w.values()
+    )
     return min(1.0, clip / (math.sqrt(sum(squares)) + 1e-6)) if clip else 1.0
 
 
@@ -134,7 +136,7 @@ def test_bytes_are_those_of_two_passes(setting):
         set_signed_gradients(w, seed, amplitude)
         state = adam.states["linear"]
         exact = [stored.dequantize(KERNELS) for stored in state.stored]
-        gradient = w["linear"].grad.value.dequantize(KERNELS)
+        gradient = w["linear"].main_grad.value.dequantize(KERNELS)
         adam_(exact[0], gradient, *exact[1:], coefficients(0.9, 0.95, seed + 1))
         adam.step(LR)
         for stored, value in zip(state.stored, exact, strict=True):
@@ -154,7 +156,7 @@ def test_collected_amax_is_that_of_the_new_values(setting):
         adam.step(LR)
         for row, exact, name in zip(adam.amax.tolist(), expected, w, strict=True):
             needed = [tensor.format.scaled for tensor in adam.states[name].stored]
-            needed[0] |= w[name].compute.format.scaled
+            needed[0] |= w[name].model_param.format.scaled
             for kind in range(3):
                 true = exact[kind].abs().max().item() if needed[kind] else 0.0
                 assert row[kind] == pytest.approx(true, rel=1e-5)
@@ -170,9 +172,9 @@ def test_updates_without_a_bound_saturate_instead_of_overflowing(setting):
         set_signed_gradients(w, seed, amplitude)
         exact = two_pass(adam, "linear", LR)[0]
         adam.step(LR)
-        saturated += bool(exact.abs().max() * w["linear"].compute.scale > fmt.max)
+        saturated += bool(exact.abs().max() * w["linear"].model_param.scale > fmt.max)
         for name, weight in w.items():
-            for tensor in (*adam.states[name].stored, weight.compute):
+            for tensor in (*adam.states[name].stored, weight.model_param):
                 assert tensor.dequantize(KERNELS).isfinite().all()
         assert_amax_of_what_is_stored(adam)
     assert saturated or setting != "#4"  # otherwise this test shows nothing
@@ -202,7 +204,7 @@ def test_a_master_without_a_scale_does_not_saturate_and_its_copy_follows(master)
     assert adam.amax[0, 0] == pytest.approx(exact.abs().max().item(), rel=1e-5)
     step(adam, 3)
     master_value = adam.states["linear"].master.dequantize(KERNELS).double()
-    assert_stored(w["linear"].compute, master_value, 0.75)  # the master was rounded itself
+    assert_stored(w["linear"].model_param, master_value, 0.75)  # the master was rounded itself
 
 
 def largest_update(beta1, beta2, steps):
@@ -241,7 +243,7 @@ def test_unusual_betas_keep_weights_finite_and_their_size(betas):
     for seed in range(100):
         step(adam, seed)
     for weight in w.values():
-        assert weight.compute.dequantize(KERNELS).isfinite().all()
-    values = w["linear"].compute.dequantize(KERNELS)
+        assert weight.model_param.dequantize(KERNELS).isfinite().all()
+    values = w["linear"].model_param.dequantize(KERNELS)
     master = adam.states["linear"].master.dequantize(KERNELS)
     assert (values - master).norm() < 0.05 * master.norm()

@@ -45,9 +45,9 @@ def sent(tp):
     return counted["tp_gather"], counted["tp_reduce"]
 
 
-def recipe(partition, **precision):
+def recipe(tp, **precision):
     """The recipe of config keys `precision`."""
-    return Recipe.from_config(PrecisionConfig(**precision), KERNELS, CPU, partition)
+    return Recipe.from_config(PrecisionConfig(**precision), KERNELS, CPU, tp)
 
 
 def random(*shape, seed, dtype=torch.float32):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fp8lm.comm import Handle
-from fp8lm.comm.groups import StageGroups
-from fp8lm.layers.deferred import DeferredGradients
+from fp8lm.comm.groups import PipelineGroups
+from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.stages import schedule_maker
 
@@ -55,14 +55,14 @@ class Recorder:
 
 
 def operations(kind, stages, microbatches, stage, names=("up", "down"), training=True):
-    groups = StageGroups(*(Stage(name, stage, stages) for name in names), None, None)
+    groups = PipelineGroups(*(Stage(name, stage, stages) for name in names), None, None)
     chunk = [lambda h, batch: (torch.ones(1, 1, 1, requires_grad=True) if h is None else h) * 1]
     last = [lambda h, batch: h.sum()] if stage == stages - 1 else chunk
     name, chunks = kind
     run = schedule_maker(name, stages, chunks)
     wire = Recorder(stage)
     pipeline = Pipeline(
-        chunk * (chunks - 1) + last, run, groups, wire, CPU, DeferredGradients(), None
+        chunk * (chunks - 1) + last, run, groups, wire, CPU, WeightGradStore(), None
     )
     if training:
         pipeline.train([{}] * microbatches, lambda: None)

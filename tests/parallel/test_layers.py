@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from fp8lm.layers.cross_entropy import cross_entropy
-from fp8lm.layers.deferred import DeferredGradients
-from fp8lm.layers.edge import ALONE
 from fp8lm.layers.embedding import embed
-from fp8lm.layers.weight import GemmWeight, WeightSpec
+from fp8lm.layers.param import ParamSpec, QuantizedParam
+from fp8lm.layers.tp_context import NO_TP
+from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.init import normal_init
-from fp8lm.model.projections import column_linear, row_linear
+from fp8lm.model.parallel_linear import column_linear, row_linear
 from fp8lm.numerics import BF16, FP32
 from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import (
@@ -40,21 +40,21 @@ PRECISIONS = [
 ]
 
 
-def layer(kind, partition, precision):
+def layer(kind, tp, precision):
     """A layer of fixed weights, and how its input and output are split over features."""
-    r = recipe(partition, **precision)
+    r = recipe(tp, **precision)
     init = normal_init(0.02)
     if kind == "row":
         linear = row_linear(OUT, IN, init, r, bias=True)
     else:
-        parts = 2 if kind == "gated" else 1
-        linear = column_linear(OUT, IN, init, r, bias=True, parts=parts)
+        num_sections = 2 if kind == "gated" else 1
+        linear = column_linear(OUT, IN, init, r, bias=True, num_sections=num_sections)
     for seed, weight in ((1, linear.weight), (2, linear.bias)):
         spec = weight.spec
         full = random(*spec.shape, seed=seed) * 0.02
-        part = spec.split.take(full)
+        part = spec.shard_spec.take(full)
         amax = KERNELS.amax(full)
-        weight.compute.copy_(quantize(part, spec.format, KERNELS, amax=amax))
+        weight.model_param.copy_(quantize(part, spec.format, KERNELS, amax=amax))
     return linear
 
 
@@ -62,33 +62,35 @@ def forward_backward(linear, x, dy):
     x = x.clone().requires_grad_()
     y = linear(x)
     y.backward(dy)
-    grads = (w.grad.value.dequantize(KERNELS) for w in (linear.weight, linear.bias))
+    grads = (w.main_grad.value.dequantize(KERNELS) for w in (linear.weight, linear.bias))
     return y.detach(), x.grad, *grads
 
 
 def compare_linear(kind, sequence_parallel, precision, wire):
     """Relative errors of y, dx, dw, db, each against this rank's part of one process's."""
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
-    whole, part = layer(kind, ALONE, precision), layer(kind, tp, precision)
+    whole, part = layer(kind, NO_TP, precision), layer(kind, tp, precision)
     dtype = whole.precision.output
     x, dy = random(TOKENS, IN, seed=3, dtype=dtype), random(TOKENS, OUT, seed=4, dtype=dtype)
     expected = forward_backward(whole, x, dy)
 
-    def inside(full):
-        parts = 2 if kind == "gated" else 1
-        return tp.split(1, parts).take(full)
+    def sharded_side(full):
+        num_sections = 2 if kind == "gated" else 1
+        return tp.shard(1, num_sections).take(full)
 
-    def boundary(full):
+    def replicated_side(full):
         return own_rows(full, tp)
 
-    at_input, at_output = (inside, boundary) if kind == "row" else (boundary, inside)
+    at_input, at_output = (sharded_side, replicated_side)
+    if kind != "row":
+        at_input, at_output = replicated_side, sharded_side
     results = forward_backward(part, at_input(x), at_output(dy))
-    tp.sum_in_place([part.bias.grad.value.payload] if part.bias.spec.partial_grad else [])
+    tp.sum_in_place([part.bias.main_grad.value.payload] if part.bias.spec.sequence_parallel else [])
     wanted = (
         at_output(expected[0]),
         at_input(expected[1]),
-        part.weight.spec.split.take(expected[2]),
-        part.bias.spec.split.take(expected[3]),
+        part.weight.spec.shard_spec.take(expected[2]),
+        part.bias.spec.shard_spec.take(expected[3]),
     )
     assert [r.shape for r in results] == [w.shape for w in wanted]
     return [error(*pair) for pair in zip(results, wanted, strict=True)]
@@ -116,20 +118,20 @@ def deferred_bytes(kind):
     else:
         at_output = (TOKENS, OUT // 2)
     for microbatch in (None, 7):
-        linear, deferred = layer(kind, tp, dict(preset="o3")), DeferredGradients()
-        linear.weight.defer_gradient(deferred)
+        linear, wgrad_store = layer(kind, tp, dict(preset="o3")), WeightGradStore()
+        linear.weight.use_wgrad_store(wgrad_store)
         x = random(*at_input, seed=3 + tp.rank, dtype=torch.bfloat16).requires_grad_()
         y = linear(x)
         dy = random(*at_output, seed=5 + tp.rank, dtype=torch.bfloat16)
         counter = tp.gather_wire.counter
         counter.take()
-        with deferred.collecting(microbatch):
+        with wgrad_store.deferring(microbatch):
             y.backward(dy)
         sent.append(counter.take()["tp_gather"])
         if microbatch is not None:
-            deferred.compute(microbatch)
+            wgrad_store.compute(microbatch)
             sent.append(counter.take()["tp_gather"])
-        gradients.append(linear.weight.grad.value.dequantize(KERNELS))
+        gradients.append(linear.weight.main_grad.value.dequantize(KERNELS))
     return sent, torch.equal(*gradients)
 
 
@@ -146,11 +148,11 @@ def test_a_deferred_gradient_gathers_its_input_when_it_is_computed(run_distribut
 VOCABULARY, HIDDEN = 32, 16
 
 
-def table(split, fmt=FP32):
-    spec = WeightSpec((VOCABULARY, HIDDEN), normal_init(1.0), fmt, FP32, split=split)
-    weight = GemmWeight(spec, KERNELS, CPU)
+def table(shard_spec, fmt=FP32):
+    spec = ParamSpec((VOCABULARY, HIDDEN), normal_init(1.0), fmt, FP32, shard_spec=shard_spec)
+    weight = QuantizedParam(spec, KERNELS, CPU)
     full = random(VOCABULARY, HIDDEN, seed=5)
-    weight.compute.copy_(quantize(split.take(full), fmt, KERNELS))
+    weight.model_param.copy_(quantize(shard_spec.take(full), fmt, KERNELS))
     return weight
 
 
@@ -158,16 +160,16 @@ def compare_embedding(sequence_parallel, wire, fmt):
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     ids = torch.randint(0, VOCABULARY, (8, 3), generator=torch.Generator().manual_seed(6))
     dy = random(8, 3, HIDDEN, seed=7, dtype=fmt.dtype)
-    whole, part = table(ALONE.split(0), fmt), table(tp.split(0), fmt)
+    whole, part = table(NO_TP.shard(0), fmt), table(tp.shard(0), fmt)
     expected = embed(ids, whole)
     expected.backward(dy)
-    result = embed(ids, part, tp.boundary())
+    result = embed(ids, part, tp.replicated_side())
     result.backward(own_rows(dy, tp))
-    gradient = part.spec.split.take(whole.grad.value.payload)
+    gradient = part.spec.shard_spec.take(whole.main_grad.value.payload)
     return (
         torch.equal(result, own_rows(expected, tp)),
         error(result, own_rows(expected, tp)),
-        error(part.grad.value.payload, gradient),
+        error(part.main_grad.value.payload, gradient),
     )
 
 
@@ -194,10 +196,10 @@ def compare_cross_entropy(num_ids, dtype, offset):
     whole = full.clone().requires_grad_()
     expected = functional.cross_entropy(whole[:, :num_ids].float(), labels, reduction="none")
     expected.backward(dy)
-    part = tp.split(1).take(full).requires_grad_()
+    part = tp.shard(1).take(full).requires_grad_()
     result = cross_entropy(part, labels, num_ids, tp)
     result.backward(dy)
-    gradient = tp.split(1).take(whole.grad)
+    gradient = tp.shard(1).take(whole.grad)
     difference = (part.grad.float() - gradient.float()).abs().max().item()
     return result.detach(), (result - expected).abs().max().item(), difference
 
@@ -217,7 +219,7 @@ def test_cross_entropy(run_distributed, size, num_ids, dtype, offset):
 
 def test_padding_takes_no_part_on_one_rank_either():
     logits, labels = random(4, VOCABULARY, seed=11), torch.tensor([0, 1, 2, 3])
-    full = cross_entropy(logits, labels, VOCABULARY, ALONE)
+    full = cross_entropy(logits, labels, VOCABULARY, NO_TP)
     assert torch.equal(full, functional.cross_entropy(logits, labels, reduction="none"))
-    padded = cross_entropy(logits, labels, 8, ALONE)
-    assert torch.equal(padded, cross_entropy(logits[:, :8], labels, 8, ALONE))
+    padded = cross_entropy(logits, labels, 8, NO_TP)
+    assert torch.equal(padded, cross_entropy(logits[:, :8], labels, 8, NO_TP))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fp8lm.config import ModelConfig, OptimizerConfig, PrecisionConfig
-from fp8lm.layers.edge import ALONE
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.param import named_params
+from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
@@ -39,16 +39,16 @@ CASES = [(2, True), (2, False), (4, True)]
 SHARED_CASES = [("one group", 2, True), ("one group", 4, False), ("two groups", 4, True)]
 
 
-def build(shape, precision, partition, recompute=None):
+def build(shape, precision, tp, recompute=None):
     """A model and its optimizer, both with initial weights."""
     model = dict(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQUENCE)
     config = ModelConfig(**{**model, **(SHAPES | SHARED | {"wide": WIDE})[shape]})
-    r = recipe(partition, **precision)
+    r = recipe(tp, **precision)
     gpt = GPTModel(config, VOCABULARY, r, recompute, NUM_IDS)
-    weights = named_weights(gpt)
+    weights = named_params(gpt)
     states = StatePrecision.from_config(PrecisionConfig(**precision))
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
-    adam = AdamW(weights, optimizer, states, KERNELS, seed=1, partition=partition)
+    adam = AdamW(weights, optimizer, states, KERNELS, seed=1, tp=tp)
     for name, weight in weights.items():
         adam.initialize(name, initial_value(name, weight.spec, 1))
     return gpt, adam
@@ -74,15 +74,15 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
     """(loss, its relative error, that of the norm, the largest of a gradient's) of one step."""
     tp = parallel(shape, sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     results = []
-    for partition in (ALONE, tp):
-        gpt, adam = build(shape, precision, partition, recompute)
+    for context in (NO_TP, tp):
+        gpt, adam = build(shape, precision, context, recompute)
         step = train_step(gpt, adam, [batch(1), batch(2)], 0.0)
         results.append((step.loss, step.grad_norm, adam.weights))
     (loss, norm, whole), (own_loss, own_norm, part) = results
     gradients = [
         error(
-            weight.grad.value.dequantize(KERNELS),
-            weight.spec.split.take(whole[name].grad.value.dequantize(KERNELS)),
+            weight.main_grad.value.dequantize(KERNELS),
+            weight.spec.shard_spec.take(whole[name].main_grad.value.dequantize(KERNELS)),
         )
         for name, weight in part.items()
     ]
@@ -119,17 +119,17 @@ def test_recomputation(run_distributed, recompute, shape):
 def losses_of_steps(shape, sequence_parallel, precision, wire, steps):
     tp = parallel(shape, sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     curves = []
-    for partition in (ALONE, tp):
-        gpt, adam = build(shape, precision, partition)
+    for context in (NO_TP, tp):
+        gpt, adam = build(shape, precision, context)
         steps_done = [train_step(gpt, adam, [batch(0)], 1e-2) for _ in range(steps)]
         curves.append(torch.stack([step.loss for step in steps_done]))
     adam.share_amax()
     replicated = {
-        name: weight.compute.payload
+        name: weight.model_param.payload
         for name, weight in adam.weights.items()
-        if weight.spec.split.is_whole
+        if weight.spec.shard_spec.is_whole
     }
-    scales = torch.stack([weight.compute.scale for weight in adam.weights.values()])
+    scales = torch.stack([weight.model_param.scale for weight in adam.weights.values()])
     return curves, replicated, scales, adam.amax
 
 
@@ -155,17 +155,17 @@ def test_losses_of_several_steps(run_distributed, size, sequence_parallel, preci
 
 def initial_bytes(shape, precision):
     tp = parallel(shape)
-    (_, whole), (_, part) = (build(shape, precision, partition) for partition in (ALONE, tp))
+    (_, whole), (_, part) = (build(shape, precision, context) for context in (NO_TP, tp))
     assert torch.equal(whole.amax, part.amax)
     for name, weight in part.weights.items():
         tensors = zip(
-            (weight.compute, *part.states[name].stored),
-            (whole.weights[name].compute, *whole.states[name].stored),
+            (weight.model_param, *part.states[name].stored),
+            (whole.weights[name].model_param, *whole.states[name].stored),
             strict=True,
         )
         for mine, full in tensors:
             assert torch.equal(mine.scale, full.scale), name
-            assert torch.equal(mine.payload, weight.spec.split.take(full.payload)), name
+            assert torch.equal(mine.payload, weight.spec.shard_spec.take(full.payload)), name
     return len(part.weights)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fp8lm.config import OptimizerConfig
-from fp8lm.layers.edge import ALONE
-from fp8lm.layers.weight import GemmWeight, VectorWeight, WeightSpec, vector_spec
+from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
+from fp8lm.layers.tp_context import NO_TP
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.optim import AdamW
 from fp8lm.training.step import complete_gradients
@@ -17,34 +17,34 @@ from tests.parallel.ranks import CPU, KERNELS, random, tensor_parallel
 SHAPES = {"fc1": (32, 24), "fc2": (24, 32), "table": (40, 24)}
 
 
-def optimizer(partition, stochastic):
+def optimizer(tp, stochastic):
     def init(tensor, generator):
         return tensor
 
     splits = {
-        "fc1": partition.split(0, 2),
-        "fc2": partition.split(1),
-        "table": partition.split(0),
+        "fc1": tp.shard(0, 2),
+        "fc2": tp.shard(1),
+        "table": tp.shard(0),
     }
     weights = {
-        name: GemmWeight(
-            WeightSpec(
+        name: QuantizedParam(
+            ParamSpec(
                 shape,
                 init,
                 BF16 if name == "table" else E4M3,
                 FP32,
-                split=splits[name],
+                shard_spec=splits[name],
             ),
             KERNELS,
             CPU,
         )
         for name, shape in SHAPES.items()
     }
-    spec = vector_spec(24, 1.0, BF16, partial_grad=partition.sequence_parallel)
-    weights["norm"] = VectorWeight(spec, KERNELS, CPU)
+    spec = vector_spec(24, 1.0, BF16, sequence_parallel=tp.sequence_parallel)
+    weights["norm"] = VectorParam(spec, KERNELS, CPU)
     config = OptimizerConfig(lr=1e-2, clip_grad=0.1)
     precision = state_precision(stochastic=stochastic)
-    adam = AdamW(weights, config, precision, KERNELS, seed=3, partition=partition)
+    adam = AdamW(weights, config, precision, KERNELS, seed=3, tp=tp)
     for seed, (name, weight) in enumerate(weights.items()):
         # The largest value lies on one rank only.
         value = random(*weight.spec.shape, seed=seed) * 0.02
@@ -58,21 +58,21 @@ def set_gradients(adam, step, fault_on=None):
     for seed, weight in enumerate(adam.weights.values()):
         full = random(*weight.spec.shape, seed=100 * step + seed)
         full *= torch.linspace(0.01, 1.0, full.numel()).view_as(full)
-        part = weight.spec.split.take(full)
-        if weight.spec.partial_grad:
-            part = part / adam.partition.size
-        weight.grad.zero()
-        weight.grad.add(part)
-        if fault_on == adam.partition.rank:
-            weight.grad.value.payload.view(-1)[3] = float("nan")
-    gradients = {name: weight.grad.value for name, weight in adam.weights.items()}
-    complete_gradients(adam.weights, gradients, adam.partition)
+        part = weight.spec.shard_spec.take(full)
+        if weight.spec.sequence_parallel:
+            part = part / adam.tp.size
+        weight.main_grad.zero()
+        weight.main_grad.add(part)
+        if fault_on == adam.tp.rank:
+            weight.main_grad.value.payload.view(-1)[3] = float("nan")
+    gradients = {name: weight.main_grad.value for name, weight in adam.weights.items()}
+    complete_gradients(adam.weights, gradients, adam.tp)
 
 
 def step_both(stochastic, sequence_parallel):
     """Steps with one and with several ranks must give the same bytes."""
     tp = tensor_parallel(sequence_parallel=sequence_parallel)
-    whole, part = optimizer(ALONE, stochastic), optimizer(tp, stochastic)
+    whole, part = optimizer(NO_TP, stochastic), optimizer(tp, stochastic)
     norms = []
     for step in range(4):
         for adam in (whole, part):
@@ -80,10 +80,10 @@ def step_both(stochastic, sequence_parallel):
             norms.append(adam.step(1e-2))
     part.share_amax()
     for name, weight in part.weights.items():
-        take = weight.spec.split.take
+        take = weight.spec.shard_spec.take
         pairs = zip(
-            (weight.compute, *part.states[name].stored),
-            (whole.weights[name].compute, *whole.states[name].stored),
+            (weight.model_param, *part.states[name].stored),
+            (whole.weights[name].model_param, *whole.states[name].stored),
             strict=True,
         )
         for kind, (mine, full) in enumerate(pairs):

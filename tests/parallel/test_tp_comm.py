@@ -25,16 +25,16 @@ def inputs(rank, seed):
 def conjugates(sequence_parallel):
     """The two sides of sum_r <gather(x)_r, y_r> = sum_r <x_r, reduce(y)_r>."""
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather="bf16", reduce="bf16")
-    edge, x = tp.boundary(), own_rows(random(TOKENS, FEATURES, seed=1), tp)
+    comm, x = tp.replicated_side(), own_rows(random(TOKENS, FEATURES, seed=1), tp)
     y = inputs(tp.rank, 50)
-    gathered = edge.gather(edge.cast(x, FP32, KERNELS), FP32, KERNELS).wait()
+    gathered = comm.gather(comm.cast(x, FP32, KERNELS), FP32, KERNELS).wait()
     # Without sequence parallelism all ranks hold x whole: it counts once.
     share = 1.0 if sequence_parallel else 1.0 / tp.size
-    x_seen = edge.cast(x, FP32, KERNELS).dequantize(KERNELS)
+    x_seen = comm.cast(x, FP32, KERNELS).dequantize(KERNELS)
     sides = torch.stack(
         (
             (gathered.dequantize(KERNELS).double() * y.double()).sum(),
-            (x_seen.double() * edge.reduce(y, KERNELS).wait().double()).sum() * share,
+            (x_seen.double() * comm.reduce(y, KERNELS).wait().double()).sum() * share,
         )
     )
     dist.all_reduce(sides)
@@ -49,7 +49,7 @@ def test_gather_and_reduce_are_conjugate(run_distributed, size, sequence_paralle
 
 def reduce_over(sequence_parallel, precision):
     tp = tensor_parallel(sequence_parallel=sequence_parallel, reduce=precision)
-    result = tp.boundary().reduce(inputs(tp.rank, 50), KERNELS).wait()
+    result = tp.replicated_side().reduce(inputs(tp.rank, 50), KERNELS).wait()
     expected = own_rows(sum(inputs(rank, 50).double() for rank in range(tp.size)), tp)
     return result, error(result, expected), sent(tp)
 
@@ -70,13 +70,13 @@ def test_reduce_is_the_sum(run_distributed, size, sequence_parallel, precision, 
 
 def gather_over(precision, fmt):
     tp = tensor_parallel(gather=precision)
-    edge = tp.boundary()
+    comm = tp.replicated_side()
     whole = random(TOKENS, FEATURES, seed=2)
     # The largest value lies on the last rank: a scale of its own would differ.
     whole[-1, -1] = 1000.0
     whole = whole.bfloat16()
-    cast = edge.cast(own_rows(whole, tp), fmt, KERNELS)
-    return edge.gather(cast, fmt, KERNELS).wait(), quantize(whole, fmt, KERNELS), sent(tp)
+    cast = comm.cast(own_rows(whole, tp), fmt, KERNELS)
+    return comm.gather(cast, fmt, KERNELS).wait(), quantize(whole, fmt, KERNELS), sent(tp)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -100,8 +100,8 @@ def gather_a_fault(bad_rank):
     x = random(TOKENS // tp.size, FEATURES, seed=3).bfloat16()
     if tp.rank == bad_rank:
         x[0, 0] = float("nan")
-    edge = tp.boundary()
-    return edge.gather(edge.cast(x, E4M3, KERNELS), E4M3, KERNELS).wait().dequantize(KERNELS)
+    comm = tp.replicated_side()
+    return comm.gather(comm.cast(x, E4M3, KERNELS), E4M3, KERNELS).wait().dequantize(KERNELS)
 
 
 def test_a_fault_on_one_rank_is_gathered_by_all(run_distributed):
@@ -131,9 +131,9 @@ def gather_in_each_replica():
         tp = replace(tensor_parallel(), group=groups.tensor_parallel)
         size = 1000.0 if groups.data_parallel.rank() else 1.0
         whole = (random(TOKENS, FEATURES, seed=4) * size).bfloat16()
-        edge = tp.boundary()
-        cast = edge.cast(own_rows(whole, tp), E4M3, KERNELS)
-        gathered = edge.gather(cast, E4M3, KERNELS).wait()
+        comm = tp.replicated_side()
+        cast = comm.cast(own_rows(whole, tp), E4M3, KERNELS)
+        gathered = comm.gather(cast, E4M3, KERNELS).wait()
     return gathered, quantize(whole, E4M3, KERNELS)
 
 
@@ -147,9 +147,9 @@ def test_scales_are_shared_within_the_tensor_parallel_group_only(run_distributed
 
 def bytes_of(precision, sequence_parallel):
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=precision, reduce=precision)
-    edge, y = tp.boundary(), random(64, 64, seed=5).bfloat16()
-    edge.gather(edge.cast(own_rows(y, tp), E4M3, KERNELS), E4M3, KERNELS).wait()
-    edge.reduce(y, KERNELS).wait()
+    comm, y = tp.replicated_side(), random(64, 64, seed=5).bfloat16()
+    comm.gather(comm.cast(own_rows(y, tp), E4M3, KERNELS), E4M3, KERNELS).wait()
+    comm.reduce(y, KERNELS).wait()
     return sum(sent(tp))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fp8lm.errors import InputError
-from fp8lm.inspect.batches import plan_batches
-from tests.inspect.tiny import INTERLEAVED, PP2, tiny
+from fp8lm.planner.batches import plan_batches
+from tests.planner.tiny import INTERLEAVED, PP2, tiny
 
 
 def test_arithmetic():

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from fp8lm.inspect.describe import aligned, count, ranges, short, size
 from fp8lm.launch.main import main
+from fp8lm.planner.describe import aligned, count, ranges, short, size
 from tests.launch.conftest import ROOT
 
 

@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from fp8lm.config import load_config
 from fp8lm.errors import InputError
-from fp8lm.inspect.layout import KINDS, plan_layout
+from fp8lm.planner.layout import KINDS, plan_layout
 from fp8lm.training.state import state_bytes
-from tests.inspect.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, UNEVEN, tiny
 from tests.launch.conftest import ROOT
+from tests.planner.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, UNEVEN, tiny
 from tests.training.runs import LLAMA, trainer_of
 
 POSITIONS = {"position_embedding_type": "learned_absolute"}
@@ -44,7 +44,7 @@ def held(config):
             groups.data_parallel.rank(),
             groups.pipeline_parallel.rank(),
         )
-        state = state_bytes(run.optimizer, padding=run.replicas.padding)
+        state = state_bytes(run.optimizer, padding=run.data_parallel.padding)
         return state, place, sorted(run.weights), dist.get_rank()
 
 
@@ -108,7 +108,7 @@ def test_states_of_the_fullest_rank_over_the_mean(name, vocabulary, world_size, 
 def test_row_blocks_of_every_bucket_are_padded(bucket, ratio):
     keys = (EVEN, OVERLAP, f"parallel.ddp_bucket_size={bucket}")
     stage = planned("gpt_7b", 50304, 1024, *keys).stages[0]
-    weights = sum(weight.compute.nbytes for weight in stage.weights.values())
+    weights = sum(weight.model_param.nbytes for weight in stage.weights.values())
     assert stage.state[0]["weights"] / weights == pytest.approx(ratio, abs=5e-4)
 
 

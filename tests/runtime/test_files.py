@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8lm.checkpoint import Shard, save_checkpoint, take_over
+from fp8lm.checkpoint import Shard, claim_save_dir, save_checkpoint
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import InputError
@@ -24,7 +24,7 @@ from fp8lm.runtime.files import (
     write_whole,
 )
 from fp8lm.training.metrics_file import MetricsFile
-from fp8lm.training.starts import record_start
+from fp8lm.training.run_history import record_start
 
 TINY = Path(__file__).parents[2] / "configs" / "gpt_tiny.yaml"
 SECRET = "what somebody else has written\n"
@@ -148,7 +148,7 @@ def test_metrics_do_not_follow_a_planted_link(place, victim, name, iteration):
         assert "metrics.jsonl is a symbolic link" in str(error)
         return
     metrics.write({"iteration": 6})
-    metrics.go_back(5)
+    metrics.rewind(5)
     metrics.close()
 
 
@@ -182,5 +182,5 @@ def test_checkpoints_are_not_set_aside_through_a_link(place, victim):
     save_checkpoint(place, 7, {"w": [Shard.whole(torch.zeros(2))]}, {})
     (place / "set_aside").symlink_to(victim.parent)
     with pytest.raises(InputError, match="symbolic link"):
-        take_over(place, 0, own=True)
+        claim_save_dir(place, 0, own=True)
     assert (place / "iter_0000007").is_dir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.errors import InputError
 from fp8lm.runtime.launchers import adopt_launcher, find_tasks, first_host
 
@@ -36,59 +36,59 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **WHERE}
 def adopted(environment):
     changed = dict(environment)
     adopt_launcher(changed)
-    return Launch.from_environment(changed), changed.get("MASTER_ADDR"), changed.get("MASTER_PORT")
+    return DistEnv.from_environment(changed), changed.get("MASTER_ADDR"), changed.get("MASTER_PORT")
 
 
 @pytest.mark.parametrize(
     ("environment", "launch", "address", "port"),
     [
-        (SRUN, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
-        (SRUN | WHERE, Launch(2, 3, 0, 1, True, 3), "node1", "29500"),
+        (SRUN, DistEnv(2, 3, 0, 1, True, 3), "gpu07", "20124"),
+        (SRUN | WHERE, DistEnv(2, 3, 0, 1, True, 3), "node1", "29500"),
         # In a shell of salloc, whose own variables srun passes on.
-        (SRUN | {"SLURM_PTY_PORT": "4"}, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
+        (SRUN | {"SLURM_PTY_PORT": "4"}, DistEnv(2, 3, 0, 1, True, 3), "gpu07", "20124"),
         (
             SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
-            Launch(1, 3, 1, 2, True, 2),
+            DistEnv(1, 3, 1, 2, True, 2),
             "gpu07",
             "20124",
         ),
         # Handed on alone, into a container for instance.
         (
             {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"} | WHERE,
-            Launch(1, 2, 1, 2, True),
+            DistEnv(1, 2, 1, 2, True),
             "node1",
             "29500",
         ),
         (
             {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"} | WHERE | {"MASTER_ADDR": "localhost"},
-            Launch(0, 2, 0, 2, True),
+            DistEnv(0, 2, 0, 2, True),
             "localhost",
             "29500",
         ),
         # srun --mpi=pmi2 sets these itself.
-        (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "3"}, Launch(2, 3, 0, 1, True, 3), "gpu07", "20124"),
+        (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "3"}, DistEnv(2, 3, 0, 1, True, 3), "gpu07", "20124"),
         # Hydra's daemons are srun's tasks, one on each machine.
         (
             SRUN
             | WHERE
             | {"PMI_RANK": "5", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-            Launch(5, 6, 1, 2, True, 3),
+            DistEnv(5, 6, 1, 2, True, 3),
             "node1",
             "29500",
         ),
-        (OPEN_MPI | WHERE, Launch(5, 8, 1, 4, True, 2), "node1", "29500"),
+        (OPEN_MPI | WHERE, DistEnv(5, 8, 1, 4, True, 2), "node1", "29500"),
         # mpirun starts its daemons with srun, one on each machine.
-        (OPEN_MPI | SRUN | WHERE, Launch(5, 8, 1, 4, True, 2), "node1", "29500"),
+        (OPEN_MPI | SRUN | WHERE, DistEnv(5, 8, 1, 4, True, 2), "node1", "29500"),
         (
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
             | {"MASTER_PORT": "1"},
-            Launch(1, 2, 1, 2, True, 1),
+            DistEnv(1, 2, 1, 2, True, 1),
             "127.0.0.1",
             "1",
         ),
         (
             {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()} | WHERE,
-            Launch(5, 8, 1, 4, True, 2),
+            DistEnv(5, 8, 1, 4, True, 2),
             "node1",
             "29500",
         ),

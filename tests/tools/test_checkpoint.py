@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8lm.checkpoint import Shard, open_checkpoint, save_checkpoint
-from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
+from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
 from fp8lm.runtime.lock_file import NAME
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.checkpoint.tensors import assert_same_bytes, file_size_limit

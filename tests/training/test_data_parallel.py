@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from unittest import mock
 
@@ -10,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences
+from fp8lm.checkpoint.reader import differences
 from fp8lm.errors import InputError
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.optim.clipping import NUM_LEADING
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
@@ -85,14 +86,34 @@ def test_curve_of_one_process(layout, precision, bound, config, run_distributed,
     assert ((several - one).abs() / one).max() < bound
 
 
+def threads_after(config, runs):
+    """Threads of this process after a number of runs: a group that is not freed keeps three."""
+    for _ in range(runs):
+        train(config)
+    gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize(
+    "layout", [TP2 | OVERLAP, TP2 | PLAIN, {"pipeline_model_parallel_size": 2}]
+)
+def test_a_run_that_is_over_is_freed(layout, config, run_distributed):
+    few, many = (run_distributed(threads_after, 4, config(layout), runs) for runs in (1, 3))
+    assert all(after <= before for before, after in zip(few, many, strict=True))
+
+
 def state(config):
     """This rank's tensors, and which rows of each weight its states are."""
     with trainer_of(config) as trainer:
         trainer.train()
         trainer.run.optimizer.share_amax()
-        trainer.run.replicas.wait_for_weights()
+        trainer.run.data_parallel.finish_param_sync()
     run = trainer.run
-    return model_tensors(run.weights), optimizer_tensors(run.optimizer), run.replicas.owned
+    return (
+        model_tensors(run.weights),
+        optimizer_tensors(run.optimizer),
+        run.data_parallel.local_shards,
+    )
 
 
 def whole_state(results):
@@ -194,7 +215,7 @@ def held(config):
     with trainer_of(config) as trainer:
         run = trainer.run
         linear = linear_weights(run.weights)
-        return state_bytes(run.optimizer, padding=run.replicas.padding), state_bytes(
+        return state_bytes(run.optimizer, padding=run.data_parallel.padding), state_bytes(
             run.optimizer, linear
         )
 
@@ -294,8 +315,8 @@ def on_machines(config, *sizes):
         with trainer_of(config) as trainer:
             trainer.train()
         run = trainer.run
-        reduction = run.replicas._buckets.reduction
-    per_node = reduction.node.size() if isinstance(reduction, HierarchicalAccumulate) else None
+        reduction = run.data_parallel._buckets.reduction
+    per_node = reduction.node.size() if isinstance(reduction, HierarchicalReduceScatter) else None
     return model_tensors(run.weights), per_node
 
 
@@ -333,20 +354,20 @@ def poisoned(config, bad_rank, value):
         run = trainer.run
         trainer.train()
         run.optimizer.share_amax()
-        names = [n for n in run.weights if n not in run.replicas.owned and "qkv" in n]
+        names = [n for n in run.weights if n not in run.data_parallel.local_shards and "qkv" in n]
         tensors = lambda: model_tensors(run.weights) | optimizer_tensors(run.optimizer)  # noqa: E731
         before = {name: tensor.clone() for name, tensor in tensors().items()}
         rank = run.groups.world.rank()
         for name, weight in run.weights.items():
-            weight.grad.zero()
+            weight.main_grad.zero()
             gradient = torch.full(weight.spec.local_shape, 0.01)
             if rank == bad_rank and name in names[:1]:
                 gradient.view(-1)[5] = value
-            weight.grad.add(gradient)
-        run.replicas.before_last_microbatch()
-        gradients = run.replicas.reduce()
+            weight.main_grad.add(gradient)
+        run.data_parallel.enable_grad_sync()
+        gradients = run.data_parallel.reduce()
         skip = run.optimizer.step(1e-2, gradients, torch.ones(1)).skip
-        run.replicas.finish_step(skip)
+        run.data_parallel.start_param_sync(skip)
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
     return len(names), bool(skip), same
@@ -375,7 +396,7 @@ def arrivals(config):
     events = []
     with trainer_of(config) as trainer:
         run = trainer.run
-        model, replicas = run.model, run.replicas
+        model, replicas = run.model, run.data_parallel
         for index, layer in model.decoder.layers.items():
             layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
         trainer.train()

@@ -17,20 +17,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars
 from fp8lm.config import OptimizerConfig, PrecisionConfig
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.fp8_sum import Fp8Sum, Scaling
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
-from fp8lm.gradient.reduction import Fp32Accumulate
+from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
+from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
+from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.layers.edge import ALONE
+from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.weight import named_weights
+from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.ownership import row_blocks, whole_tensors
-from fp8lm.parallel.replicas import ZeroReplicas, in_parts, tensors_of
-from fp8lm.parallel.weight_slabs import WeightSlabs
+from fp8lm.parallel.data_parallel import ZeroDataParallel, in_parts, tensors_of
+from fp8lm.parallel.param_buffer import ParamBuffer
+from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
 from fp8lm.training.layout import rows_by_rank
 from fp8lm.training.step import evaluate, train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
@@ -52,8 +52,8 @@ def batch():
 KERNELS = HopperKernels()
 
 
-def model(shape, precision, partition=ALONE):
-    recipe = Recipe.from_config(precision, KERNELS, META, partition)
+def model(shape, precision, tp=NO_TP):
+    recipe = Recipe.from_config(precision, KERNELS, META, tp)
     config = model_config(**SHAPES[shape], **DROPOUT)
     return GPTModel(config, VOCABULARY, recipe, num_ids=VOCABULARY - 3)
 
@@ -66,11 +66,11 @@ def optimizer(weights, precision, **where):
     return adam
 
 
-def check_two_steps(gpt, adam, replicas=None):
+def check_two_steps(gpt, adam, data_parallel=None):
     for _ in range(2):  # weights of the first may still travel in the second
-        step = train_step(gpt, adam, [batch(), batch()], 1e-3, replicas)
-    if replicas is not None:
-        replicas.wait_for_weights()
+        step = train_step(gpt, adam, [batch(), batch()], 1e-3, data_parallel)
+    if data_parallel is not None:
+        data_parallel.finish_param_sync()
     adam.share_amax()
     told = step.loss, step.grad_norm, step.skipped, step.stop, adam.params_norm()
     assert {x.device for x in told} == {META}
@@ -81,7 +81,7 @@ def check_two_steps(gpt, adam, replicas=None):
 def test_steps_and_an_evaluation(preset, shape):
     precision = PrecisionConfig(preset=preset)
     gpt = model(shape, precision)
-    check_two_steps(gpt, optimizer(named_weights(gpt), precision))
+    check_two_steps(gpt, optimizer(named_params(gpt), precision))
     assert evaluate(gpt, [batch()]).device == META
 
 
@@ -102,16 +102,18 @@ def summed_by_nccl(codes, fmt, group, wire):
 
 def reduction(kind, groups, wire, weights):
     if kind == "two hops":
-        return HierarchicalAccumulate(groups["dp"], groups["node"], groups["across"], wire, KERNELS)
+        return HierarchicalReduceScatter(
+            groups["dp"], groups["node"], groups["across"], wire, KERNELS
+        )
     if kind == "fp8_sum":
         names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
-        scaling = Scaling(names, groups["dp"].size(), "automatic", META)
+        scaling = AutoScaler(names, groups["dp"].size(), "automatic", META)
         return Fp8Sum(groups["dp"], dist.group.WORLD, wire, KERNELS, scaling, summed_by_nccl)
-    return Fp32Accumulate(groups["dp"], wire, KERNELS)
+    return Fp32ReduceScatter(groups["dp"], wire, KERNELS)
 
 
 @pytest.mark.parametrize("preset", ["bf16", "o3"])
-@pytest.mark.parametrize("place", [whole_tensors, row_blocks])
+@pytest.mark.parametrize("place", [assign_whole_tensors, shard_rows])
 @pytest.mark.parametrize("kind", ["fp32_accumulate", "two hops", "fp8_sum"])
 def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
     counter, group = WireCounter(), ranks["dp"]
@@ -124,17 +126,19 @@ def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
     )
     precision = PrecisionConfig(preset=preset)
     gpt = model("gpt", precision, tp)
-    weights, grads = named_weights(gpt), Wire("grads", "fp8", counter)
+    weights, grads = named_params(gpt), Wire("grads", "fp8", counter)
     parts = in_parts(weights, 3000)
     owners = place([tensors_of(part) for part in parts], group.size())
     buckets = GradientBuckets(
         weights, rows_by_rank(owners), reduction(kind, ranks, grads, weights), 2000, overlap=True
     )
     params = Wire("params", "fp8", counter)
-    slabs = [WeightSlabs(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
-    replicas = ZeroReplicas(weights, slabs, buckets)
-    replicas.overlap_gather(gpt)
+    slabs = [ParamBuffer(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
+    data_parallel = ZeroDataParallel(weights, slabs, buckets)
+    data_parallel.overlap_gather(gpt)
     exchange = partial(all_gather_scalars, group=dist.group.WORLD, wire=grads)
-    adam = optimizer(weights, precision, partition=tp, owned=replicas.owned, exchange=exchange)
-    check_two_steps(gpt, adam, replicas)
+    adam = optimizer(
+        weights, precision, tp=tp, local_shards=data_parallel.local_shards, exchange=exchange
+    )
+    check_two_steps(gpt, adam, data_parallel)
     assert all(count for wire, count in counter.sent.items() if wire != "pipeline")

@@ -92,7 +92,7 @@ def test_a_dead_terminal_under_the_progress_bar(tmp_path, capsys):
     console = Console(9, stream=Dead(), aside=tmp_path / "lines")
     console.write("one")
     console.advance()
-    console.go_back(0)
+    console.rewind(0)
     console.write("two")
     console.close()
     warning, *lines = (tmp_path / "lines").read_text().splitlines()

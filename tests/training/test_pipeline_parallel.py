@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8lm.gradient.hierarchical import HierarchicalAccumulate
+from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import (
     LLAMA,
@@ -151,7 +151,7 @@ def state(config):
     with trainer_of(config) as trainer:
         trainer.train()
         trainer.run.optimizer.share_amax()
-        trainer.run.replicas.wait_for_weights()
+        trainer.run.data_parallel.finish_param_sync()
     run = trainer.run
     return model_tensors(run.weights) | optimizer_tensors(run.optimizer)
 
@@ -196,17 +196,17 @@ def followed(config):
     """Stage of this rank, its weights' shards, the weights, and every mu after each step."""
     with trainer_of(config) as trainer:
         run, history = trainer.run, []
-        in_two_hops = isinstance(run.replicas._buckets.reduction, HierarchicalAccumulate)
+        in_two_hops = isinstance(run.data_parallel._buckets.reduction, HierarchicalReduceScatter)
         assert in_two_hops == (config.parallel.node_size is not None)
-        finish = run.replicas.finish_step
+        finish = run.data_parallel.start_param_sync
 
         def finish_step(skipped):
             finish(skipped)
-            history.append({n: mu.item() for n, mu in run.replicas.named_tensors().items()})
+            history.append({n: mu.item() for n, mu in run.data_parallel.named_tensors().items()})
 
-        run.replicas.finish_step = finish_step
+        run.data_parallel.start_param_sync = finish_step
         trainer.train()
-        run.replicas.wait_for_weights()
+        run.data_parallel.finish_param_sync()
     place = run.groups.pipeline_parallel.rank(), run.groups.tensor_parallel.rank()
     return *place, model_tensors(run.weights), history
 
@@ -255,13 +255,13 @@ def poisoned(config, bad_stage):
         tensors = lambda: model_tensors(run.weights) | optimizer_tensors(run.optimizer)  # noqa: E731
         before = {name: tensor.clone() for name, tensor in tensors().items()}
         for weight in run.weights.values():
-            weight.grad.zero()
-            weight.grad.settle()
+            weight.main_grad.zero()
+            weight.main_grad.zero_if_unused()
         if run.pipeline.stage == bad_stage:
-            weight.grad.value.payload.view(-1)[0] = float("nan")  # the last weight's, dense
-        gradients = run.replicas.reduce()
+            weight.main_grad.value.payload.view(-1)[0] = float("nan")  # the last weight's, dense
+        gradients = run.data_parallel.reduce()
         skip = run.optimizer.step(1e-2, gradients, torch.ones(1)).skip
-        run.replicas.finish_step(skip)
+        run.data_parallel.start_param_sync(skip)
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
     return bool(skip), same

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8lm.checkpoint import open_checkpoint
-from fp8lm.checkpoint.contents import differences, read_tensor, stored_tensors
+from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
 from tests.training.runs import LLAMA, read, save_again, train
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBat
 from fp8lm.config import TrainConfig
 from fp8lm.optim.schedule import BatchSize
 from fp8lm.training.evaluation import first_validation_sample
-from fp8lm.training.length import dataset_sizes, end_of_run, is_over
+from fp8lm.training.run_length import dataset_sizes, end_of_run, is_over
 
 
 def megatron_train_iters(train):

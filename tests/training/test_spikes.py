@@ -12,13 +12,13 @@ from fp8lm.checkpoint import find_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.errors import RunFailed
 from fp8lm.training import trainer as trainer_module
-from fp8lm.training.spikes import LossSpike, LossWatch
+from fp8lm.training.spikes import LossSpike, LossSpikeDetector
 from tests.training.runs import curve, read
 
 
 def watch(losses, threshold=0.5, patience=3):
     """The iteration that a spike began with, None without one, and the watch."""
-    watching = LossWatch(threshold, patience)
+    watching = LossSpikeDetector(threshold, patience)
     try:
         for iteration, loss in enumerate(losses, start=1):
             watching.add(iteration, loss)
@@ -47,7 +47,7 @@ def test_the_mean_forgets_and_high_losses_do_not_enter_it():
     _, watching = watch([3.0] * 100 + [2.0] * 400 + [4.0] * 2)
     assert watching.mean == pytest.approx(2.0, abs=0.02)
     assert (watching.high, watching.first) == (2, 501)
-    again = LossWatch(0.5, 3)
+    again = LossSpikeDetector(0.5, 3)
     again.restore(watching.state)
     with pytest.raises(
         LossSpike, match=r"loss spike at iteration 501: 4.0000 after a mean of 2.01"
@@ -217,7 +217,7 @@ class Late:
 
 def test_a_number_under_way_is_left_behind(config, train_run, monkeypatch):
     # The spike of 15 is known in 16: the loss of 16 must not be looked at from 12.
-    monkeypatch.setattr(trainer_module, "StepNumbers", Late)
+    monkeypatch.setattr(trainer_module, "AsyncScalars", Late)
     trainer = train_run(
         config(loss_spike_patience=1, max_rollbacks=1),
         lambda trainer: garble(trainer, range(4 * 14, 4 * 16)),

@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from fp8lm.checkpoint import latest_iteration
-from fp8lm.comm.launch import Launch
+from fp8lm.comm.env import DistEnv
 from fp8lm.config import CheckpointConfig, TrainConfig
 from fp8lm.errors import EXIT_INTERRUPTED, EXIT_RESTART, run_command
-from fp8lm.training.going_on import command_to_go_on
+from fp8lm.training.resume_command import command_to_go_on
 from fp8lm.training.stopping import (
     TIME_IS_OVER,
     StopRequests,
@@ -31,7 +31,7 @@ SIZES = {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1}
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_heard_inside_and_not_after(number):
     former = signal.getsignal(number)
-    with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+    with StopRequests(TrainConfig(**SIZES), DistEnv()) as requests:
         assert requests.reason == 0.0
         os.kill(os.getpid(), number)
         assert requests.reason == float(number)
@@ -41,25 +41,25 @@ def test_a_signal_is_heard_inside_and_not_after(number):
 
 def test_signals_can_be_left_to_others():
     former = signal.getsignal(signal.SIGTERM)
-    with StopRequests(TrainConfig(**SIZES, exit_signal_handler=False), Launch()):
+    with StopRequests(TrainConfig(**SIZES, exit_signal_handler=False), DistEnv()):
         assert signal.getsignal(signal.SIGTERM) is former
 
 
 def test_time_counts_from_the_start_of_the_job():
-    age = (time.time() - job_started(Launch())) / 60.0
-    assert StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=age + 1), Launch()).reason == 0
-    over = StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=max(age / 2, 1e-9)), Launch())
+    age = (time.time() - job_started(DistEnv())) / 60.0
+    assert StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=age + 1), DistEnv()).reason == 0
+    over = StopRequests(TrainConfig(**SIZES, exit_duration_in_mins=max(age / 2, 1e-9)), DistEnv())
     assert over.reason == TIME_IS_OVER
     assert describe(over.reason) == "train.exit_duration_in_mins is over"
     # A launcher may have restarted this process: the job is as old as the launcher.
-    assert job_started(Launch(by_launcher=True)) <= job_started(Launch())
+    assert job_started(DistEnv(by_launcher=True)) <= job_started(DistEnv())
 
 
 def test_a_restart_after_the_end_of_time_does_not_train():
     config = TrainConfig(**SIZES, exit_duration_in_mins=1e-9)
-    assert is_over(config, Launch(by_launcher=True, restart=1))
-    assert not is_over(config, Launch(by_launcher=True))  # the first start gets its first step
-    assert not is_over(TrainConfig(**SIZES), Launch(by_launcher=True, restart=1))
+    assert is_over(config, DistEnv(by_launcher=True, restart=1))
+    assert not is_over(config, DistEnv(by_launcher=True))  # the first start gets its first step
+    assert not is_over(TrainConfig(**SIZES), DistEnv(by_launcher=True, restart=1))
 
 
 @pytest.mark.parametrize(
@@ -169,22 +169,22 @@ def test_ctrl_c_with_nothing_saved(tiny_config, train_run, tmp_path, capsys):
 def test_the_command_that_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a b"])
     resumes = CheckpointConfig(save=str(tmp_path), load=str(tmp_path))
-    assert command_to_go_on(resumes, Launch()) == "python train.py 'a b'"
-    assert command_to_go_on(resumes, Launch(by_launcher=True)) == "the same command"
+    assert command_to_go_on(resumes, DistEnv()) == "python train.py 'a b'"
+    assert command_to_go_on(resumes, DistEnv(by_launcher=True)) == "the same command"
     other = CheckpointConfig(save=str(tmp_path))
     more = f"checkpoint.load={tmp_path}"
-    assert command_to_go_on(other, Launch()) == f"python train.py 'a b' {more}"
-    assert command_to_go_on(other, Launch(by_launcher=True)) == f"the same command with {more}"
+    assert command_to_go_on(other, DistEnv()) == f"python train.py 'a b' {more}"
+    assert command_to_go_on(other, DistEnv(by_launcher=True)) == f"the same command with {more}"
 
 
 def test_a_lost_terminal_stops_a_run_unless_nohup_says_otherwise():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+        with StopRequests(TrainConfig(**SIZES), DistEnv()) as requests:
             os.kill(os.getpid(), signal.SIGHUP)
             assert requests.reason == 0.0
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopRequests(TrainConfig(**SIZES), Launch()) as requests:
+        with StopRequests(TrainConfig(**SIZES), DistEnv()) as requests:
             os.kill(os.getpid(), signal.SIGHUP)
             assert requests.reason == float(signal.SIGHUP)
     finally:

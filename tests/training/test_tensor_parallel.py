@@ -74,7 +74,7 @@ def put_together(parts):
     shape = parts[0][1].shape
     whole = torch.zeros(shape, dtype=parts[0][0].dtype)
     for payload, spec in parts:
-        index = spec.split.element_index(shape, 0, payload.numel(), payload.device)
+        index = spec.shard_spec.element_index(shape, 0, payload.numel(), payload.device)
         whole.view(-1)[index.long()] = payload.flatten()
     return whole
 
@@ -119,7 +119,7 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
     cross_entropy = 2 * 4 * tokens
     gather = microbatches * (gathers * block + amaxes * 4 + cross_entropy)
     # Four layers, head and embedding reduce-scatter once. What norms and biases need is fp32.
-    partial = sum(spec.shape[0] for spec in specs.values() if spec.partial_grad)
+    partial = sum(spec.shape[0] for spec in specs.values() if spec.sequence_parallel)
     assert partial == 32 * (2 * 5 + 2 * 2)  # 5 norms of weight and bias, 2 biases per layer
     reduce = microbatches * (layers * 4 + 2) * (block + 16) + 2 * (partial // 2 * 4)
     for line in read(tmp_path):

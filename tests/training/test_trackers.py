@@ -46,7 +46,7 @@ def test_a_rollback_hides_what_it_does_again(tmp_path):
     with TrainLogger(LoggingConfig(dir=str(tmp_path)), RunInfo(99), io.StringIO()) as logger:
         for iteration in (10, 20, 30):
             logger.log_step({**VALUES, "iteration": iteration, "lm loss": 9.0})
-        logger.go_back(10)
+        logger.rewind(10)
         logger.log_step({**VALUES, "iteration": 20, "lm loss": 2.0})
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("lm loss")] == [
         (10, 9.0),
@@ -127,7 +127,7 @@ class Failing:
     def log(self, values, iteration):
         self._call("log")
 
-    def go_back(self, iteration):
+    def rewind(self, iteration):
         self._call("go back")
 
     def close(self, failed):
@@ -158,7 +158,7 @@ def test_the_first_failure_is_the_last_word(method, calls, capsys):
 
     tracker = BestEffortTracker("x", start)
     tracker.log({}, 1)
-    tracker.go_back(0)
+    tracker.rewind(0)
     tracker.log({}, 2)
     tracker.close(failed=False)
     assert made[0].calls == calls
