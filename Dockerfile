@@ -3,7 +3,7 @@
 #   docker build --tag fp8lm .                     for GPUs with FP8
 #   docker build --tag fp8lm-cpu --target cpu .    to try it out, small, without a GPU
 # --build-arg FP8LM_COMMIT="$(git rev-parse HEAD)" lets runs record the commit, for .git stays out.
-# How to run them: docs/environment.md.
+# How to run them: docs/user-guide/environment.md.
 
 # ---- CPU ----------------------------------------------------------------------------------------
 FROM python:3.12.13-slim-bookworm AS cpu

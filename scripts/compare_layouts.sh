@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The comparison of layouts in docs/parallelism.md: one model, three seeds, the same batches,
-# on one process in BF16 and FP8, and on several processes with FP8 on none, some and all of the wires.
+# The comparison of layouts in docs/concepts/parallelism.md: one model, three seeds, the same
+# batches, on one process in BF16 and FP8, and on several with FP8 on none, some or all wires.
 # 400 steps of 8192 tokens each. Finished runs are kept, so that it can be called again.
 #   scripts/compare_layouts.sh [tensor-data|pipelines] [section.key=value ...]
 # The first argument chooses half of it; overrides are for all runs.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of docs/numerics.md: BF16 and FP8 (preset o3, its master weight rounded
+# The comparison of docs/concepts/numerics.md: BF16 and FP8 (preset o3, its master weight rounded
 # stochastically or to nearest) from the same seeds, 20 M tokens a run, one run per core at a time.
 # An hour and a half on two cores. Finished runs are kept, so that it can be called again.
 set -euo pipefail

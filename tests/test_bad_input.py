@@ -81,7 +81,7 @@ def test_there_are_as_many_as_the_pages_say():
     }
     for page, words in (
         ("CHANGELOG.md", "kinds of bad input"),
-        ("docs/troubleshooting.md", "of them"),
+        ("docs/user-guide/troubleshooting.md", "of them"),
     ):
         (said,) = re.findall(rf"(\d+) {words}", (ROOT / page).read_text())
         assert int(said) <= len(messages) < int(said) + 50

@@ -123,7 +123,7 @@ def _parser() -> CommandParser:
         prog=PROGRAM,
         usage=USAGE,
         description="Check a run, then start it with torchrun.",
-        epilog="Keys of the config: python pretrain_gpt.py --help. More: docs/launching.md",
+        epilog="Config keys: python pretrain_gpt.py --help. More: docs/user-guide/launching.md",
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)

@@ -14,7 +14,7 @@ from fp8lm.config.megatron_keys import NOT_HERE, RENAMED, megatron_advice, megat
 from fp8lm.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/coming_from.md").read_text().split("## Megatron-LM: data")[0]
+PAGE = (ROOT / "docs/user-guide/migration.md").read_text().split("## Megatron-LM: data")[0]
 SECTIONS = "|".join({key.section for key in list_keys().values()})
 KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})\.[a-z_0-9]+(?:\.[a-z_0-9]+)?")
 

@@ -57,7 +57,8 @@ def test_how_many_documents_the_pages_ask_for(documents, make_config, tokenizer,
     else:
         check_files(config, tokenizer, (1, 1, 0))
     assert "11 files or more" in (ROOT / "README.md").read_text()
-    assert f'`"{quickstart.data.split}"` needs 11' in (ROOT / "docs/guide.md").read_text()
+    page = ROOT / "docs/getting-started/first-run.md"
+    assert f'`"{quickstart.data.split}"` needs 11' in page.read_text()
 
 
 def test_labels_are_the_tokens_shifted_by_one(make_config, tokenizer, counting):

@@ -7,7 +7,7 @@ itself it would take ten seconds of CPU.
 import pytest  # noqa: F401
 import torch.distributed  # noqa: F401
 
-import fp8lm.training.trainer
+import fp8lm.training.trainer  # noqa: F401
 from fp8lm.quiet import quiet_megatron
 
 with quiet_megatron():

@@ -58,8 +58,8 @@ SET = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE
 
 
 def shown():
-    """The command that docs/launching.md starts with, and what it says that it prints."""
-    page = (ROOT / "docs/launching.md").read_text()
+    """The first command of docs/user-guide/launching.md, and the output shown below it."""
+    page = (ROOT / "docs/user-guide/launching.md").read_text()
     pattern = r"```bash\n(.* --dry-run .*)\n```\n\n```\n([^`]*)```"
     command, output = re.search(pattern, page).groups()
     return shlex.split(command)[1:], output.splitlines()

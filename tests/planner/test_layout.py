@@ -96,7 +96,7 @@ def planned(name, vocabulary, world_size, *keys):
     ],
 )
 def test_states_of_the_fullest_rank_over_the_mean(name, vocabulary, world_size, ratios):
-    """The table of docs/parallelism.md."""
+    """The table of docs/concepts/parallelism.md."""
     found = [
         planned(name, vocabulary, world_size, *keys).imbalance
         for keys in (("parallel.partition=tensor",), (EVEN,), (EVEN, OVERLAP))
