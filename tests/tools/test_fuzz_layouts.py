@@ -15,9 +15,11 @@ def fuzz(tool):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_short_run(run_tool, capsys):
-    assert run_tool("fuzz_layouts", "--runs", "2", "--seed", "7", "--max-processes", "2") == 0
-    assert "2 of 2 cases passed" in capsys.readouterr().out
+    """A pipeline, then replicas, four steps in all, with two kills."""
+    assert run_tool("fuzz_layouts", "--only", "1", "--seed", "9", "--max-processes", "2") == 0
+    assert "1 of 1 cases passed" in capsys.readouterr().out
 
 
 def test_cases_are_a_function_of_the_seed_and_of_all_kinds(fuzz):

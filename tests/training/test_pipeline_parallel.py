@@ -173,10 +173,11 @@ def test_resumed_equals_uninterrupted(layout, config, run_distributed, folders, 
     dropout = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
 
     def of(run, **keys):
-        return config(parallel, folders(run), dropout, {"train": keys})
+        short = {"train_iters": 4, "eval_interval": 2}
+        return config(parallel, folders(run), dropout, {"train": short | keys})
 
     whole = run_distributed(state, ranks, of("whole"), timeout=120)
-    run_distributed(train, ranks, of("parts", exit_interval=4), timeout=120)
+    run_distributed(train, ranks, of("parts", exit_interval=2), timeout=120)
     parts = run_distributed(state, ranks, of("parts"), timeout=120)
     for first, second in zip(whole, parts, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)

@@ -37,6 +37,13 @@ LAYOUTS = {
     "dp2 tp2 overlapped": (4, layout(2, **SP, overlap_param_gather=True)),
     "back": TP2_PP2_DP2,
 }
+# Every layout is that of a source and of a target; "one" follows the last of each.
+CHAINS = [
+    ("tp4", "tp4 sp", "dp2 tp2 overlapped"),
+    ("pp4", "pp2 interleaved", "dp8"),
+    ("dp4 plain", "pp2 uneven dp2", "dp8 even"),
+    ("pp2 uneven dp4 even", "back"),
+]
 # Every tensor-parallel rank shares the one query group with the others.
 SHARED = {"num_query_groups": 1, "kv_channels": 32}
 MODELS = {"gpt": {"position_embedding_type": "learned_absolute"}, "llama": LLAMA | SHARED}
@@ -54,24 +61,54 @@ def config(tiny_config):
     return make
 
 
-@pytest.mark.parametrize(("shape", "preset"), [("gpt", "o3"), ("llama", "o2")])
-def test_every_byte_survives_every_layout(
-    shape, preset, config, run_distributed, folders, tmp_path
-):
-    def of(parallel, *changes):
-        precision, model = {"preset": preset}, MODELS[shape]
-        return config(parallel, *changes, model=model, precision=precision)
+@pytest.fixture
+def config_of(config):
+    """`config_of(case, parallel, *changes)`: of a model's shape and precision."""
 
-    ranks, parallel = TP2_PP2_DP2
-    run_distributed(train, ranks, of(parallel, folders("first")), timeout=120)
-    first = open_checkpoint(tmp_path / "first")
-    assert_amax_of_the_whole(first)
-    former = "first"
-    for name, (ranks, parallel) in LAYOUTS.items():
-        again = of(parallel, {"checkpoint": {"load": str(tmp_path / former)}})
-        run_distributed(save_again, ranks, again, str(tmp_path / name), timeout=120)
-        assert list(differences(first, open_checkpoint(tmp_path / name))) == [], name
-        former = name
+    def make(case, parallel, *changes):
+        shape, preset = case
+        precision = {"preset": preset}
+        return config(parallel, *changes, model=MODELS[shape], precision=precision)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def first(run_distributed, tmp_path_factory):
+    """`first(case, make)`: the folder of a checkpoint trained under TP2_PP2_DP2, made once."""
+    made = {}
+
+    def folder(case, make):
+        if case not in made:
+            path = tmp_path_factory.mktemp("first")
+            ranks, parallel = TP2_PP2_DP2
+            short = {"checkpoint": {"save": str(path)}, "train": {"train_iters": 2}}
+            run_distributed(train, ranks, make(case, parallel, short), timeout=120)
+            made[case] = path
+        return made[case]
+
+    return folder
+
+
+CASES = [("gpt", "o3"), ("llama", "o2")]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_first_knows_the_amax_of_the_whole(case, config_of, first):
+    assert_amax_of_the_whole(open_checkpoint(first(case, config_of)))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("chain", CHAINS, ids=" > ".join)
+def test_every_byte_survives_every_layout(chain, case, config_of, first, run_distributed, tmp_path):
+    """Each layout of a chain loads what the one before it has saved; the last loads all again."""
+    start = former = first(case, config_of)
+    for number, name in enumerate((*chain, "one")):
+        (ranks, parallel), folder = LAYOUTS[name], tmp_path / str(number)
+        again = config_of(case, parallel, {"checkpoint": {"load": str(former)}})
+        run_distributed(save_again, ranks, again, str(folder), timeout=120)
+        assert list(differences(open_checkpoint(start), open_checkpoint(folder))) == [], name
+        former = folder
 
 
 def assert_amax_of_the_whole(checkpoint):
@@ -90,20 +127,44 @@ def assert_amax_of_the_whole(checkpoint):
             assert amax == pytest.approx(largest.item(), rel=rounding), (name, kind)
 
 
+@pytest.fixture(scope="module")
+def continued(run_distributed, tmp_path_factory):
+    """`continued(make)`: a checkpoint in fp32, and the losses after it under TP2_PP2_DP2."""
+    made = []
+
+    def go_on(make):
+        if not made:
+            path = tmp_path_factory.mktemp("continued")
+            ranks, parallel = TP2_PP2_DP2
+            stop = {"train": {"exit_interval": 2}}
+            run_distributed(train, ranks, make(parallel, run_of(path / "first"), stop), timeout=120)
+            made.extend(
+                (path / "first", next_losses(make, path / "first", path / "on", *TP2_PP2_DP2))
+            )
+        return made
+
+    def next_losses(make, first, folder, ranks, parallel):
+        run_distributed(train, ranks, make(parallel, run_of(folder, load=first)), timeout=120)
+        return [line["lm loss"] for line in read(folder) if line["iteration"] > 2]
+
+    return go_on, next_losses
+
+
+def run_of(folder, load=None):
+    return {
+        "checkpoint": {"save": str(folder), "load": str(load or folder)},
+        "logging": {"dir": str(folder), "log_interval": 1},
+    }
+
+
 # In fp32 the layouts differ in the order of their sums alone, 2^-24 each, some hundred of them.
-def test_the_next_steps_are_those_of_every_layout(config, run_distributed, folders, tmp_path):
-    def of(parallel, *changes):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_next_steps_are_those_of_every_layout(name, config, continued, tmp_path):
+    def make(parallel, *changes):
         return config(parallel, *changes, model=MODELS["llama"], precision=FP32)
 
-    def losses(run):
-        return [line["lm loss"] for line in read(tmp_path / run) if line["iteration"] > 2]
-
-    ranks, parallel = TP2_PP2_DP2
-    first = {"train": {"exit_interval": 2}}
-    run_distributed(train, ranks, of(parallel, folders("first"), first), timeout=120)
-    run_distributed(train, ranks, of(parallel, folders("go on", load="first")), timeout=120)
-    expected = losses("go on")
+    go_on, next_losses = continued
+    first, expected = go_on(make)
     assert len(expected) == 2
-    for name, (ranks, parallel) in LAYOUTS.items():
-        run_distributed(train, ranks, of(parallel, folders(name, load="first")), timeout=120)
-        assert losses(name) == pytest.approx(expected, rel=1e-5), name
+    found = next_losses(make, first, tmp_path / "run", *LAYOUTS[name])
+    assert found == pytest.approx(expected, rel=1e-5)
