@@ -1,10 +1,14 @@
-"""What argparse takes as types: numbers within bounds, told in one line."""
+"""What argparse takes as types: numbers within bounds, and paths; mistakes in one line."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+from fp8lm.errors import InputError
+from fp8lm.runtime.paths import expand
 
 
 def number_type(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:
@@ -29,3 +33,25 @@ def finite(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
     return value
+
+
+def path_text(text: str) -> str:
+    """What names a file or a folder, with `~` and variables expanded as in a config."""
+    try:
+        return expand(text, text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def as_path(text: str) -> Path:
+    """`path_text` as a `Path`."""
+    return Path(path_text(text))
+
+
+def instead(cure: str) -> Callable[[str], str]:
+    """The type of an option that other programs have and this one does not: `cure` says why."""
+
+    def refuse(_: str) -> str:
+        raise argparse.ArgumentTypeError(f"not an option here: {cure}")
+
+    return refuse

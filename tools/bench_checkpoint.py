@@ -18,6 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
+from fp8lm.arguments import as_path
 from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import load_config
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoint"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=as_path, default=Path("runs/bench_checkpoint"))
+    parser.add_argument("--output", type=as_path)
     options, overrides = parser.parse_known_args(argv)
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]
     mock += ["tokenizer.tokenizer_type=NullTokenizer", "tokenizer.vocab_size=511"]

@@ -15,10 +15,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from fp8lm.arguments import as_path
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=as_path)
     options, overrides = parser.parse_known_args(argv)
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]
     mock += ["tokenizer.tokenizer_type=NullTokenizer", "tokenizer.vocab_size=511"]

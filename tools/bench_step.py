@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fp8lm.arguments import path_text
 from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
@@ -63,7 +64,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps after 2 for warm-up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int)
-    parser.add_argument("--output", help="write the numbers to this JSON file")
+    parser.add_argument("--output", type=path_text, help="write the numbers to this JSON file")
     return parser.parse_args(argv)
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fp8lm.arguments import finite
+from fp8lm.arguments import finite, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
@@ -38,7 +38,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="writes DIR/corpus.jsonl")
+    parser.add_argument(
+        "--output", type=path_text, required=True, metavar="DIR", help="writes DIR/corpus.jsonl"
+    )
     parser.add_argument("--max-mb", type=finite, help="stop before so much text (default: all)")
     return parser.parse_args(argv)
 

@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
+from fp8lm.arguments import as_path
 from fp8lm.checkpoint import Checkpoint, SaveError, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
-from fp8lm.checkpoint.location import locate, what_is_there
+from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.reader import (
     CIRCUMSTANCES,
     StoredTensor,
@@ -60,11 +61,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         name = command.__name__.removesuffix("_all")
         sub = commands.add_parser(name, help=command.__doc__.splitlines()[0])
         sub.set_defaults(command=command)
-        sub.add_argument("folder", type=Path)
+        sub.add_argument("folder", type=as_path)
         if command is compare:
-            sub.add_argument("other", type=Path)
+            sub.add_argument("other", type=as_path)
         if command in (release, merge):
-            sub.add_argument("output", type=Path)
+            sub.add_argument("output", type=as_path)
         if command is inspect:
             sub.add_argument("--tensors", metavar="GLOB", help="print these, with their scales")
             sub.add_argument("--config", action="store_true", help="print the config it ran with")
@@ -191,8 +192,7 @@ def which(path: Path) -> tuple[Path, list[int]]:
     if not iterations:
         if iteration is not None:
             raise InputError(f"no checkpoint {path}")
-        hint = what_is_there(root)
-        raise InputError(f"no checkpoint in {path}{f': {hint}' if hint else ''}")
+        raise InputError(f"no checkpoint in {path}: {why_none(root)}")
     return root, iterations
 
 

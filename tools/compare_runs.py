@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+from fp8lm.arguments import as_path, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, InputError, run_command
 
@@ -45,9 +46,11 @@ class Curves:
 def main(argv: list[str]) -> None:
     """Read, print, and write what was asked for."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
-    parser.add_argument("--summary", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="PNG file to write, or one that matplotlib knows")
+    parser.add_argument("runs", type=path_text, nargs="+", metavar="NAME=FOLDER[,FOLDER]")
+    parser.add_argument("--summary", type=as_path, help="JSON file to write")
+    parser.add_argument(
+        "--plot", type=as_path, help="PNG file to write, or one that matplotlib knows"
+    )
     options = parser.parse_args(argv)
     if options.plot:
         check_format(options.plot)

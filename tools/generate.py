@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fp8lm.arguments import finite, number_type
+from fp8lm.arguments import finite, number_type, path_text
 from fp8lm.data.tokenizer import TOKENIZER_TYPES
 from fp8lm.errors import CommandParser, InputError, run_command
 from fp8lm.training.build import resolve_device
@@ -70,8 +70,12 @@ def show(text: str) -> None:
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--load", required=True, help="folder of checkpoints, or one of them")
-    parser.add_argument("--tokenizer-model", help="not the checkpoint's own: a file or folder")
+    parser.add_argument(
+        "--load", type=path_text, required=True, help="folder of checkpoints, or one of them"
+    )
+    parser.add_argument(
+        "--tokenizer-model", type=path_text, help="not the checkpoint's own: a file or folder"
+    )
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="its kind, if another")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=number_type(0), default=100)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fp8lm.arguments import as_path
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--early", type=int, default=20)
     parser.add_argument("--late", type=int, default=400)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--output", type=as_path)
+    parser.add_argument("--plot", type=as_path)
     options, overrides = parser.parse_known_args(argv)
     # Kept in fp32, so that what E4M3 does to them is known.
     overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]

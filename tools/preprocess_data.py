@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from fp8lm.arguments import instead, path_text
 from fp8lm.data.documents import (
     SkippedDocuments,
     add_reading_arguments,
@@ -42,14 +43,34 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="corpus files, in order")
+    add(
+        "--input",
+        type=path_text,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="corpus files, in order",
+    )
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
     add("--split-lines", action="store_true", help="plain text: each line is a document")
     add_reading_arguments(parser)
-    add("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,json}")
+    add(
+        "--output-prefix",
+        type=path_text,
+        required=True,
+        metavar="P",
+        help="writes P_KEY_document.{bin,idx,json}",
+    )
     add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
+    add(
+        "--tokenizer-model",
+        type=path_text,
+        metavar="PATH",
+        help="model file or folder of the tokenizer",
+    )
     add("--vocab-size", type=int, help="NullTokenizer only: ids without the end of document")
+    folder = "--tokenizer-model FOLDER, with vocab.json and merges.txt in it"
+    add("--vocab-file", "--merge-file", type=instead(folder), help=argparse.SUPPRESS)
     add("--workers", type=int, default=1, help="processes that tokenize (default: 1)")
     add("--append-eod", action="store_true", help="end every document with the eod token")
     add("--prepend-bos", action="store_true", help="begin every document with the bos token")

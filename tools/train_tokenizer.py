@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from fp8lm.arguments import finite
+from fp8lm.arguments import finite, path_text
 from fp8lm.data.documents import (
     BadDocument,
     SkippedDocuments,
@@ -40,12 +40,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or plain text")
+    add(
+        "--input",
+        type=path_text,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines or plain text",
+    )
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: text)")
     add("--vocab-size", type=int, required=True, help="pieces, the fixed ones included")
     add_reading_arguments(parser)
     add("--model-type", choices=("bpe", "unigram"), default="bpe")
-    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
+    add(
+        "--output-prefix",
+        type=path_text,
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.model",
+    )
     add("--max-mb", type=finite, default=256, help="read at most so much text (default: 256)")
     return parser.parse_args(argv)
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from fp8lm.checkpoint.collectives import Group, all_or_error, from_all, my_share, on_main
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.checkpoint.integrity import LARGEST_OTHER, Contents, check_files, inspect_folder
-from fp8lm.checkpoint.location import locate, what_is_there
+from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.metadata import DamagedCheckpoint
 from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.storage import read_shards
@@ -101,8 +101,7 @@ def open_checkpoint(
         return _open(Path(root), iteration, group, [], needed)
     found = find_checkpoint(root, group, needed=needed)
     if found is None:
-        hint = what_is_there(root) or f"{LATEST} is missing"
-        raise InputError(f"no checkpoint in {root}: {hint}")
+        raise InputError(f"no checkpoint in {root}: {why_none(root)}")
     return found
 
 

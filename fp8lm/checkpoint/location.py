@@ -45,12 +45,12 @@ def load_problem(config: CheckpointConfig) -> str | None:
         return _problem_of_one(config, root, iteration)
     if saved_iterations(root) or _has_checkpoints(root):
         return None
-    meant = what_is_there(root)
+    meant = _what_is_there(root)
     # A folder beside one of a similar name is a new run's: `runs/run2` beside `runs/run1`.
     starts = meant is None or not os.path.exists(root)
     if config.resumes and not config.exit_on_missing_checkpoint and starts:
         return None
-    problem = f"no checkpoint in checkpoint.load = {config.load}: {meant or _what_kind(root)}"
+    problem = f"no checkpoint in checkpoint.load = {config.load}: {why_none(root)}"
     if config.exit_on_missing_checkpoint or meant is not None:
         return problem
     return (
@@ -73,7 +73,16 @@ def _problem_of_one(config: CheckpointConfig, root: Path, iteration: int) -> str
     )
 
 
-def what_is_there(root: Path) -> str | None:
+def why_none(root: Path) -> str:
+    """Why `root` is no folder of checkpoints: what else it is, or which one was meant."""
+    if (meant := _what_is_there(root)) is not None:
+        return meant
+    if not os.path.exists(root):
+        return "it does not exist"
+    return f"it holds no {LATEST}" if os.path.isdir(root) else "it is not a folder"
+
+
+def _what_is_there(root: Path) -> str | None:
     """What else than a folder of checkpoints `root` is, or which one was meant; None if unknown."""
     if is_checkpoint(root):
         return "it is one checkpoint under another name: name it iter_ and seven digits again"
@@ -86,12 +95,6 @@ def what_is_there(root: Path) -> str | None:
     siblings = [] if os.path.exists(root) else list(filter(_has_checkpoints, _folders(root.parent)))
     close = difflib.get_close_matches(root.name, [folder.name for folder in siblings], 1)
     return f"it does not exist: did you mean {root.parent / close[0]}?" if close else None
-
-
-def _what_kind(root: Path) -> str:
-    if not os.path.exists(root):
-        return "it does not exist"
-    return "there is none" if os.path.isdir(root) else "it is not a folder"
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from fp8lm.config.keys import list_keys, suggest
 from fp8lm.config.merging import Layer, merge
 from fp8lm.config.options import cure_override
-from fp8lm.config.paths import expand, expand_keys
+from fp8lm.config.paths import expand_keys
 from fp8lm.config.root import Config
 from fp8lm.config.yaml_format import parse_value, read_mapping
 from fp8lm.errors import InputError
+from fp8lm.runtime.paths import expand
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:

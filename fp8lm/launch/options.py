@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp8lm.arguments import number_type
+from fp8lm.arguments import number_type, path_text
 from fp8lm.config.command_line import config_and_overrides
 from fp8lm.config.options import explain_options
 from fp8lm.errors import CommandParser, InputError
@@ -166,6 +166,11 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
         metavar="S",
         help=f"seconds for saving after a warning signal ({GRACE}; torch 2.11 always gives 30)",
     )
-    add("--log-dir", metavar="DIR", help="a file per rank; the console shows one rank per machine")
+    add(
+        "--log-dir",
+        type=path_text,
+        metavar="DIR",
+        help="a file per rank; the console shows one rank per machine",
+    )
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
     add("--all-ranks", action="store_true", help="with --dry-run: a line per rank")

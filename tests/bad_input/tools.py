@@ -36,6 +36,13 @@ CASES = [
     generate("--seed", "9" * 20, says="'99999999999999999999' is more than 18446744073709551615"),
     generate("--max-new-tokens=-1", says="--max-new-tokens: '-1' is not a number of at least 0"),
     corpus("nan"),
+    run("build_corpus", "--output", "$NO/out", says="--output: $NO/out"),
+    run(
+        "preprocess_data",
+        *("--input", "a", "--output-prefix", "p", "--tokenizer-type", "GPT2BPETokenizer"),
+        *("--vocab-file", "vocab.json", "--merge-file", "merges.txt"),
+        says=("--vocab-file", "--tokenizer-model FOLDER"),
+    ),
     corpus("inf"),
     run(
         "train_tokenizer",

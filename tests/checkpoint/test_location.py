@@ -39,7 +39,7 @@ def test_one_checkpoint_and_their_folder(saved, tmp_path, monkeypatch):
         ("bare", "another program"),
         ("renamed", "under another name"),
         ("file", "not a folder"),
-        ("empty", "there is none"),
+        ("empty", "latest_checkpointed_iteration.txt"),
         ("runs/x/iter_0000007", "does not exist"),
     ],
 )
