@@ -37,6 +37,8 @@ from fp8lm.errors import CommandParser, InputError, run_command
 if TYPE_CHECKING:
     from fp8lm.data.indexed_writer import IndexedWriter
 
+OF_MEGATRON = ("--vocab-file", "--merge-file")
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
@@ -70,7 +72,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--vocab-size", type=int, help="NullTokenizer only: ids without the end of document")
     folder = "--tokenizer-model FOLDER, with vocab.json and merges.txt in it"
-    add("--vocab-file", "--merge-file", type=instead(folder), help=argparse.SUPPRESS)
+    add(*OF_MEGATRON, type=instead(folder), help=argparse.SUPPRESS)
     add("--workers", type=int, default=1, help="processes that tokenize (default: 1)")
     add("--append-eod", action="store_true", help="end every document with the eod token")
     add("--prepend-bos", action="store_true", help="begin every document with the bos token")
