@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fp8lm.config.help import help_text
 from fp8lm.config.loading import load_config
 from fp8lm.config.options import explain_options
+from fp8lm.config.reference import reference_text
 from fp8lm.config.root import Config
 from fp8lm.config.schema import schema_text
 from fp8lm.errors import CommandParser, InputError
@@ -47,9 +48,13 @@ def config_and_overrides(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the JSON schema with `--schema`, else the resolved config of a command line."""
-    if list(argv) == ["--schema"]:
-        show(schema_text().rstrip())
+    """Print the resolved config of a command line.
+
+    `--schema` alone prints the JSON schema, `--reference` alone the page docs/reference/config.md.
+    """
+    written = {"--schema": schema_text, "--reference": reference_text}
+    if len(argv) == 1 and argv[0] in written:
+        show(written[argv[0]]().rstrip())
     else:
         show(parse_command_line(argv, "python -m fp8lm.config").to_yaml().rstrip())
     return 0

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from fp8lm.config import load_config
+from fp8lm.config.reference import reference_text
 from fp8lm.launch.preflight import check_run
 from tests.launch.documented import arithmetic, launch_options, opening
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 OF_SCRIPTS = {"base", "gpt_mini", "quickstart"}  # a part, and what other scripts launch
 MODELS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OF_SCRIPTS)
 
@@ -52,3 +54,8 @@ def test_layouts_of_the_paper(name, sizes):
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     assert (tensor, stages, world // (tensor * stages)) == sizes
     assert parallel.sequence_parallel == (tensor > 1)
+
+
+def test_reference_is_current():
+    """On a difference: python -m fp8lm.config --reference > docs/reference/config.md."""
+    assert (ROOT / "docs/reference/config.md").read_text() == reference_text()
