@@ -43,7 +43,7 @@ def test_keys_exist(page):
     groups = {path.rpartition(".")[0] for path in keys}
     pattern = rf"(?<![\w./-])((?:{SECTIONS})\.[a-z_0-9]+(?:\.[a-z_0-9]+)?)\b(?![*(])"
     named = set(re.findall(pattern, page.read_text())) - NO_KEYS
-    files = {name for name in named if re.search(r"\.(py|yaml|json|model|sh)$", name)}
+    files = {name for name in named if re.search(r"\.(py|yaml|json|model|sh|md)$", name)}
     assert named - files - groups <= keys.keys()
 
 
@@ -58,6 +58,17 @@ def test_architecture_names_every_package():
     named = re.findall(r"^\| `fp8lm/(\w+)/` \|", ARCHITECTURE.read_text(), re.MULTILINE)
     packages = [path.parent.name for path in ROOT.glob("fp8lm/*/__init__.py")]
     assert sorted(named) == sorted(packages)
+
+
+def test_navigation_names_every_page():
+    """The order of the site; the API pages show every package."""
+    named = re.findall(r"^ +- .*: ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = (ROOT / "docs").rglob("*.md")
+    assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in pages)
+    api = "".join(page.read_text() for page in (ROOT / "docs/reference/api").glob("*.md"))
+    shown = set(re.findall(r"^::: fp8lm\.(\w+)$", api, re.MULTILINE))
+    packages = {path.parent.name for path in ROOT.glob("fp8lm/*/__init__.py")}
+    assert shown == packages | {"scaled_tensor"}
 
 
 def test_flags_of_preprocess_data():

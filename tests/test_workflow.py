@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fp8lm import __version__
 from fp8lm.config.yaml_format import read_mapping
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,11 @@ def test_linters_are_those_of_the_extra_dev():
     assert len(named) == 3 and named <= set(PROJECT["optional-dependencies"]["dev"])
 
 
+def test_the_site_builder_is_that_of_the_extra_docs():
+    named = re.findall(r'"([^"]+)"', JOBS["docs"]["steps"][2]["run"])
+    assert named == PROJECT["optional-dependencies"]["docs"]
+
+
 def test_what_it_calls_is_there():
     paths = re.findall(r"(?<![\w/])((?:scripts|configs|tests)/[\w./]+\w)", COMMANDS)
     modules = re.findall(r"-m (fp8lm[\w.]*)", COMMANDS)
@@ -90,3 +96,9 @@ def test_steps_pass_shellcheck():
     steps = re.sub(r"\$\{\{.*?\}\}", "0", COMMANDS)  # filled in before a shell sees it
     # A step's shell ends at a cd that fails (-e).
     shellcheck("--shell=bash", "--exclude=SC2103,SC2164", "-", input=steps)
+
+
+def test_citation_names_the_version():
+    citation = read_mapping(ROOT / "CITATION.cff")
+    assert citation["version"] == __version__
+    assert citation["license"] == PROJECT["license"]

@@ -57,7 +57,7 @@ def test_how_many_documents_the_pages_ask_for(documents, make_config, tokenizer,
     else:
         check_files(config, tokenizer, (1, 1, 0))
     assert "11 files or more" in (ROOT / "README.md").read_text()
-    page = ROOT / "docs/getting-started/first-run.md"
+    page = ROOT / "docs/user-guide/data.md"
     assert f'`"{quickstart.data.split}"` needs 11' in page.read_text()
 
 
