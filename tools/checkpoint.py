@@ -15,10 +15,12 @@ and works on a checkpoint of any number of processes.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -96,9 +98,8 @@ def inspect(options: argparse.Namespace) -> None:
             print(f"{stored.name}: {stored}{value_of(checkpoint, stored)}")
         return
     print(checkpoint.folder)
-    for key, value in checkpoint.common.items():
-        if key != "config":
-            print(f"  {key}: {value}")
+    facts = {key: value for key, value in checkpoint.common.items() if key != "config"}
+    print(indent(yaml.safe_dump(facts, sort_keys=False, width=math.inf), "  "), end="")
     print("  precision:", config.get("precision", {}).get("preset", "unknown"))
     tensors = stored_tensors(checkpoint).values()
     for kind in KINDS:

@@ -23,7 +23,13 @@ from pathlib import Path
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, data_digest
 from fp8lm.errors import InputError
-from fp8lm.runtime.files import read_regular, remove_unfinished, sync_folder, write_whole
+from fp8lm.runtime.files import (
+    make_folder,
+    read_regular,
+    remove_unfinished,
+    sync_folder,
+    write_whole,
+)
 
 LATEST = "latest_checkpointed_iteration.txt"
 COMMON = "common.json"
@@ -104,7 +110,7 @@ def find_folder(root: Path, iteration: int) -> Path | None:
 
 def make_save_folder(root: Path) -> None:
     """Make `root` and remove what killed processes left in it; `OSError` if not writable."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     if os.statvfs(root).f_flag & os.ST_RDONLY:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(root))
     effective = os.access in os.supports_effective_ids

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8lm.data.identity import Identity, identify
-from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, read_folder
+from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, read_folder, type_of_file
 from fp8lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def _parse_model(files: TokenizerFiles) -> FastTokenizer:
     try:
         fast = FastTokenizer.from_str(files.contents[MODEL].decode("utf-8"))
     except Exception as err:  # the package raises plain Exception
-        raise InputError(f"tokenizer_model {files.source} cannot be read: {err}") from None
+        hint = type_of_file(files.source, "HuggingFaceTokenizer")
+        raise InputError(f"tokenizer_model {files.source} cannot be read: {err}{hint}") from None
     fast.no_truncation()
     fast.no_padding()
     return fast

@@ -21,7 +21,7 @@ import sentencepiece
 from fp8lm.data.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
 from fp8lm.data.identity import Identity, identify
 from fp8lm.data.tiktoken_vocabulary import TikTokenizer
-from fp8lm.data.tokenizer_files import TokenizerFiles, read_file
+from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, type_of_file
 from fp8lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -149,8 +149,9 @@ class SentencePieceTokenizer:
                 raise RuntimeError("an empty file, which the library takes and then cannot use")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError):
+            hint = type_of_file(files.source, "SentencePieceTokenizer")
             raise InputError(
-                f"tokenizer_model {files.source} is not a SentencePiece model"
+                f"tokenizer_model {files.source} is not a SentencePiece model{hint}"
             ) from None
         self.vocab_size = self._processor.get_piece_size()
         self.eod = self._processor.eos_id()

@@ -61,6 +61,13 @@ def read_file(path: Path) -> bytes:
         raise InputError(f"tokenizer_model {path} cannot be read: {err.strerror or err}") from None
 
 
+def type_of_file(source: str, used: str) -> str:
+    """A hint when the name of a file is that of another type's than the one `used`."""
+    kinds = {".model": "SentencePieceTokenizer", ".json": "HuggingFaceTokenizer"}
+    kind = kinds.get(Path(source).suffix)
+    return "" if kind in (None, used) else f": use {kind} for this file"
+
+
 def other_type(path: Path) -> str:
     """A hint when the folder looks like another tokenizer's."""
     if (path / "tokenizer.json").exists():

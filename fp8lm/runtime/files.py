@@ -83,6 +83,18 @@ def write_whole(path: Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and its parents; `NotADirectoryError` that says what is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        found = Path(error.filename)
+        what = f"{found} is not a folder"
+        if found.is_symlink() and not found.exists():
+            what = f"{found} is a symbolic link to {os.readlink(found)}, which does not exist"
+        raise NotADirectoryError(errno.ENOTDIR, what, str(found)) from error
+
+
 def remove_unfinished(path: Path) -> None:
     """Remove what processes killed in `write_whole(path)` have left; none may be in it."""
     for left in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):

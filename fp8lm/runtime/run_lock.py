@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8lm.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
-from fp8lm.runtime.files import NotRegular
+from fp8lm.runtime.files import NotRegular, make_folder
 from fp8lm.runtime.holder import Holder, is_alive, same_job, this_process, timestamp
 from fp8lm.runtime.lock_file import (
     NAME,
@@ -249,7 +249,7 @@ class RunLock:
     def _make_folder(self) -> None:
         folder = self._path.parent
         missing = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._made = missing
 
     def _create(self) -> None:

@@ -30,6 +30,7 @@ from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.training.layout import build_tp_context, parallelize
 from fp8lm.training.pipelining import stage_specs
+from fp8lm.training.provenance import kept_tokenizer
 from fp8lm.training.run_length import check_batches, dataset_sizes
 
 
@@ -149,7 +150,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     check_batches(config, groups.data_parallel.size())
-    tokenizer = build_tokenizer(config.tokenizer)
+    tokenizer = _tokenizer(config)
     vocab_size = model_vocab_size(config, tokenizer.vocab_size)
     sizes = dataset_sizes(config)
     datasets = build_datasets(config, tokenizer, sizes)
@@ -188,6 +189,16 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         shared_params=parallel.shared_params,
         sent=counter,
     )
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    try:
+        return build_tokenizer(config.tokenizer)
+    except InputError as error:
+        kept = kept_tokenizer(config.checkpoint)
+        if kept is None:
+            raise
+        raise InputError(f"{error}; {kept}") from error
 
 
 def resize_datasets(run: Run, iteration: int, consumed_samples: int) -> Run:

@@ -11,7 +11,13 @@ from io import FileIO
 from pathlib import Path
 
 from fp8lm.errors import InputError
-from fp8lm.runtime.files import open_regular, open_to_append, remove_unfinished, write_whole
+from fp8lm.runtime.files import (
+    make_folder,
+    open_regular,
+    open_to_append,
+    remove_unfinished,
+    write_whole,
+)
 from fp8lm.runtime.streams import warn
 
 NAME = "metrics.jsonl"
@@ -31,7 +37,7 @@ class MetricsFile:
         self._unwritten = b""
         self._warned = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._file = self._open(first_iteration)
         except OSError as error:
             raise InputError(f"cannot write to logging.dir = {folder}: {error.strerror}") from error

@@ -8,14 +8,19 @@ the weights; other data are a warning, since a run may well go on with others.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fp8lm.checkpoint import Checkpoint
+from fp8lm.checkpoint.facts import LARGEST_COMMON, parse_common
+from fp8lm.checkpoint.files import COMMON, find_folder, latest_iteration
+from fp8lm.checkpoint.location import locate
 from fp8lm.config import CheckpointConfig, Config
 from fp8lm.data.identity import differences
 from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.tokenizer import Tokenizer, tokenizer_from_files
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import read_regular
 from fp8lm.training.resizing import EXTEND
 
 _COMPARED_IDS = 1000
@@ -54,16 +59,35 @@ def check_same_tokenizer(
         cure = "set checkpoint.allow_tokenizer_change=true if that is meant"
         if num_ids > former:
             cure = EXTEND
-        raise InputError(f"{what}: {cure}; {_where(checkpoint)}")
+        raise InputError(f"{what}: {cure}; {_where(checkpoint.folder, checkpoint.common)}")
     return [what]
 
 
-def _where(checkpoint: Checkpoint) -> str:
-    files = checkpoint.common["tokenizer"].get("files")
+def kept_tokenizer(config: CheckpointConfig) -> str | None:
+    """Where the checkpoint that a run would go on from keeps its tokenizer; None if nowhere.
+
+    For a message: nothing but the facts is read, and nothing checked.
+    """
+    if config.load is None:
+        return None
+    try:
+        root, iteration = locate(config.load)
+        iteration = latest_iteration(root) if iteration is None else iteration
+        folder = None if iteration is None else find_folder(root, iteration)
+        if folder is None:
+            return None
+        common = parse_common(read_regular(folder / COMMON, LARGEST_COMMON), ("tokenizer",))
+    except (InputError, OSError, ValueError):
+        return None
+    return _where(folder, common) if common["tokenizer"].get("files") else None
+
+
+def _where(folder: Path, common: Mapping[str, Any]) -> str:
+    files = common["tokenizer"].get("files")
     if not files:
         return "it had no files"
-    name = checkpoint.folder / files[0] if len(files) == 1 else checkpoint.folder
-    return f"its own is tokenizer.tokenizer_model={name}"
+    name = folder / files[0] if len(files) == 1 else folder
+    return f"the checkpoint's own is tokenizer.tokenizer_model={name}"
 
 
 def _check_common_ids(checkpoint: Checkpoint, former: int, tokenizer: Tokenizer) -> None:

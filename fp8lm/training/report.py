@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.errors import InputError
+from fp8lm.runtime.files import make_folder
 from fp8lm.training.banner import banner
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
@@ -135,7 +136,7 @@ class Reporter:
         if folder is None or not groups.is_main:
             return
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            make_folder(Path(folder))
             self._run.config.save_yaml(Path(folder) / "config.yaml")
             record_start(Path(folder), facts, first_iteration, groups.world.size())
         except OSError as error:

@@ -71,6 +71,10 @@ def a_file(folder):
     (folder / "ck").write_text("")
 
 
+def a_link_to_nowhere(folder):
+    (folder / "ck").symlink_to("nowhere")
+
+
 def not_of_chaos(folder):
     (folder / "ck" / "undisturbed").mkdir(parents=True)
     (folder / "ck" / "undisturbed" / "thesis.txt").write_text("")
@@ -94,6 +98,8 @@ CASES = [
     train(LOAD, says="no such folder", prepare=saved(replaced)),
     train("checkpoint.save=ck", says="cannot save checkpoints in ck", prepare=a_file),
     train("checkpoint.save=ck", says="holds checkpoints up to iteration 1", prepare=saved()),
+    train("checkpoint.save=ck", says=("ck", "nowhere"), prepare=a_link_to_nowhere),
+    train("logging.dir=ck", says=("logging.dir=ck", "nowhere"), prepare=a_link_to_nowhere),
     train("checkpoint.save=ck/in", says="cannot save checkpoints in ck/in", prepare=a_file),
     train("logging.dir=ck", says="logging.dir=ck cannot be written to", prepare=a_file),
     run("generate", "--load", "ck", "--prompt", "1", says="no checkpoint in ck"),

@@ -120,6 +120,8 @@ FAST = json.dumps(
 )
 TOKENIZERS = [
     tokenizer("SentencePiece", "gpt2", says="gpt2 does not exist: give a local file or folder"),
+    tokenizer("HuggingFace", "t.model", says="SentencePiece", prepare=writes(t__model=b"\n\x0e")),
+    tokenizer("SentencePiece", "t.json", says="HuggingFace", prepare=writes(t__json="{}")),
     tokenizer("SentencePiece", "t", says="is not a SentencePiece model", prepare=writes(t="x")),
     tokenizer("HuggingFace", ".", says="tokenizer_model . holds no tokenizer.json"),
     tokenizer(

@@ -13,7 +13,8 @@ from fp8lm.runtime.lock_file import NAME
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.checkpoint.tensors import assert_same_bytes, file_size_limit
 
-META = {"consumed_samples": 48, "config": {"precision": {"preset": "o3"}}}
+LOSSES = {"mean": 0.5, "steps": 1, "high": 0, "first": 0}
+META = {"consumed_samples": 48, "losses": LOSSES, "config": {"precision": {"preset": "o3"}}}
 
 
 def tensors(changed=False):
@@ -94,7 +95,8 @@ def test_list_while_a_checkpoint_goes_away(look, root):
 def test_inspect(look, root):
     code, out, _ = look("inspect", root)
     assert code == 0
-    assert "  iteration: 20\n" in out and "  precision: o3\n" in out
+    assert "  iteration: 20\n" in out and "  losses:\n    mean: 0.5\n" in out
+    assert not set("{}[]") & set(out.partition("  precision: ")[0]) and "  precision: o3\n" in out
     assert "  model: 1 payloads, 24 elements in float8_e4m3fn, 24 bytes\n" in out
     assert "  optimizer.master: 1 payloads, 24 elements in float16, 48 bytes\n" in out
     assert look("inspect", root, "--tensors", "model.*")[1] == (

@@ -61,6 +61,9 @@ def test_the_files_of_every_tokenizer_travel(kind, config, train_run, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "ck")
     assert {name: checkpoint.read_file(name) for name in checkpoint.files} == original.files
     shutil.rmtree(source)
+    with pytest.raises(InputError) as refused:
+        train_run(config(model, iterations=3, kind=kind))
+    assert str(checkpoint.folder) in str(refused.value)
     # The folder serves as the tokenizer's, for a training too.
     files = checkpoint.common["tokenizer"]["files"]
     moved = checkpoint.folder / files[0] if len(files) == 1 else checkpoint.folder
