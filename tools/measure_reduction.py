@@ -25,15 +25,15 @@ from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser
 from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum, saturated_share
-from fp8lm.gradient.main_grad import MainGrad
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.main_grad import MainGrad
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.runtime.ending import exit_with
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import linear_weights
-from fp8lm.training.step import batch_loss, train_step, zero_gradients
+from fp8lm.training.step import train_step, zero_gradients
 
 REPLICAS = (2, 4, 8, 16, 32, 64)
 NODE = 8
@@ -91,7 +91,7 @@ def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
     gradients: Gradients = {name: [] for name in names}
     for batch in microbatches:
         zero_gradients(run.weights)
-        batch_loss(run.model, batch).backward()
+        run.model.forward_step(None, batch).backward()
         for name in names:
             gradients[name].append(run.weights[name].main_grad.value.payload.clone())
     return gradients

@@ -1,5 +1,1 @@
-"""Gradients in low precision: accumulation over micro-batches, and their reduction."""
-
-from fp8lm.gradient.main_grad import MainGrad
-
-__all__ = ["MainGrad"]
+"""Reduction of gradients over data-parallel ranks, in low precision."""

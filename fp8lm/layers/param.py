@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8lm.gradient.main_grad import MainGrad
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.main_grad import MainGrad
 from fp8lm.layers.shard_spec import REPLICATED, ShardSpec
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.numerics import BF16, FP32, Format

@@ -218,6 +218,16 @@ class GPTModel(nn.Module):
         logits_SBV = self(tokens_BS, samples_B, h_SBH)
         return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.tp)
 
+    def forward_step(self, h_SBH: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states of a micro-batch, or its loss where this part has the head.
+
+        `batch` has `tokens`, `labels`, `loss_mask` [B,S], and for dropout `samples` [B].
+        """
+        samples = batch.get("samples")
+        if not self.part.has_head:
+            return self(batch["tokens"], samples, h_SBH)
+        return self.loss(batch["tokens"], batch["labels"], batch["loss_mask"], samples, h_SBH)
+
     def _noise(self, samples_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
         if not (self.training and self.drops_hidden):
             return None

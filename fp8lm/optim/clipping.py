@@ -23,21 +23,19 @@ import torch
 from torch import Tensor
 
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.optim.step_scalars import SharedScalars, StepScalars
 from fp8lm.scaled_tensor import ScaledTensor
 
-Exchange = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
-# What a rank sends first: its norm in two floats, and its share of tokens that count.
-NUM_LEADING = 3
 
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """`norm`, `clip_factor`, `skip`: 0-d tensors; `amax`: fp32 [number of gradients].
+    """`norm`, `clip_factor`, `skip`, `per_token`, `share`: 0-d tensors, the same on all ranks.
 
-    `clip_factor` multiplies the accumulated gradient and has `per_token` in it. `share` (0-d) is
-    the mean over the ranks; `maxima` and `values` are what came of `gradient_norm`'s arguments of
-    these names.
+    `clip_factor` multiplies the accumulated gradient and has `per_token` in it. `share` is the mean
+    over the ranks. `losses` and `stops` [ranks] are those of all ranks. `amax` (fp32 [number of
+    gradients]) is of this rank's gradients, or after `AdamW.step` of the logical ones.
     """
 
     norm: Tensor
@@ -46,12 +44,12 @@ class GradientNorm:
     amax: Tensor
     per_token: Tensor
     share: Tensor
-    maxima: Tensor
-    values: Tensor
+    losses: Tensor
+    stops: Tensor
 
 
-def alone(values: Tensor) -> Tensor:
-    """The exchange of one rank: [n] -> [1, n]."""
+def single_rank(values: Tensor) -> Tensor:
+    """The gather of one rank: [n] -> [1, n]."""
     return values[None]
 
 
@@ -61,67 +59,39 @@ def gradient_norm(
     kernels: ReferenceKernels,
     *,
     device: torch.device = CPU,
-    exchange: Exchange = alone,
-    same_shard_ranks: Sequence[int] | None = None,
+    gather: Callable[[Tensor], Tensor] = single_rank,
     norm_owner: Sequence[bool] | None = None,
     share: Tensor | None = None,
-    maxima: Tensor | None = None,
-    values: Tensor | None = None,
+    loss: Tensor | None = None,
+    stop: Tensor | None = None,
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
-    All are on `device`, and so is what comes of them, even where this rank has no gradient at all.
-    `exchange` gathers a vector of every rank that steps the model, [n] -> [ranks, n], once;
-    `same_shard_ranks` are the ranks that hold parts of the same weights (default: all). A gradient
-    that is None lies elsewhere; one that is not `norm_owner` lies on another rank as well, where it
-    counts (default: all count). `share` (0-d fp32) is the share of this rank's tokens that count in
-    the loss (default: 1). `maxima` (fp32 [m], not negative) are max-reduced over the ranks, and
-    `values` (fp32 [k]) are all-gathered, [ranks, k]: one that is not finite, on any rank, skips the
-    step.
+    All are on `device`, and so are the results, even where this rank has no gradient at all. A
+    gradient that is None is another rank's; one that is not `norm_owner` counts on another rank
+    (default: all count here). `gather` collects a vector of every rank that updates the model.
+    `share`, `loss` and `stop` are those of `StepScalars`; a loss or a `stop` that is not finite, on
+    any rank, skips the step.
     """
-    maxima = torch.zeros(0, device=device) if maxima is None else maxima
-    values = torch.zeros(0, device=device) if values is None else values
     squares, amaxes = zip(*(_square_and_amax(g, kernels, device) for g in gradients), strict=True)
     if norm_owner is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
         squares = [s if counts else s * 0.0 for s, counts in zip(squares, norm_owner, strict=True)]
-    high, low = _root_in_two_floats(squares)
-    leading = torch.stack((high, low, torch.ones_like(high) if share is None else share))
-    ranks = exchange(torch.cat((leading, values, torch.stack(amaxes), maxima)))
-    # In double precision the mean of equal shares is that share, however many ranks there are.
-    share = ranks[:, 2].double().mean()
-    per_token = per_counted_token(share).float()
-    norm = ranks[:, :2].double().sum(dim=1).square().sum().sqrt().float() * per_token
+    own = StepScalars.of(torch.stack(tuple(squares)).sum().sqrt(), share, loss, stop)
+    ranks = SharedScalars.unpack(gather(own.pack()))
+    per_token = per_counted_token(ranks.token_share).float()
+    norm = ranks.norm.float() * per_token
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    same_shard = (
-        ranks
-        if same_shard_ranks is None
-        else torch.stack([ranks[rank] for rank in same_shard_ranks])
-    )
-    end = NUM_LEADING + len(values)
-    told, largest = ranks[:, NUM_LEADING:end], same_shard[:, end:].amax(dim=0)
     return GradientNorm(
-        norm,
-        factor * per_token,
-        ~(torch.isfinite(norm) & torch.isfinite(told).all()),
-        largest[: len(amaxes)],
-        per_token,
-        share.float(),
-        largest[len(amaxes) :],
-        told,
+        norm=norm,
+        clip_factor=factor * per_token,
+        skip=~(torch.isfinite(norm) & ranks.finite),
+        amax=torch.stack(amaxes),
+        per_token=per_token,
+        share=ranks.token_share.float(),
+        losses=ranks.losses,
+        stops=ranks.stops,
     )
-
-
-def _root_in_two_floats(squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The root of the sum, in double precision, as two floats whose sum it is.
-
-    Whatever rank and order they are summed in, the norm is the same float then, and so is every
-    byte that depends on the clip factor. The root is sent, because the square of a norm that is a
-    float may be none.
-    """
-    root = torch.stack(tuple(squares)).sum().sqrt()
-    high = root.float()
-    return high, (root - high.double()).float()
 
 
 def per_counted_token(share: Tensor) -> Tensor:

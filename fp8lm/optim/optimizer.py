@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,31 +17,23 @@ from fp8lm.config import OptimizerConfig
 from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.param import Param
-from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.numerics import Format, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
-from fp8lm.optim.clipping import Exchange, GradientNorm, gradient_norm
+from fp8lm.optim.clipping import GradientNorm, gradient_norm
 from fp8lm.optim.rounding import StateRounding
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.optim.states import AdamState, StatePrecision
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
-Rows = tuple[int, int]
-
 
 class AdamW:
-    """Steps all `weights` (by name); see `AdamCoefficients` for the arithmetic.
+    """Updates all `weights` (by name); see `AdamCoefficients` for the arithmetic.
 
     `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
-    The ranks of `tp` hold parts of the weights and step together: norm, skip decision and
-    scales are those of the logical tensors, so the bytes of a state do not depend on its layout.
-
-    With several replicas of the model a rank may hold the states of only some rows (the first
-    dimension) of some weights: `local_shards`, by name; default all. It steps these rows, and
-    sets the new scales of all weights; the other rows' payloads are for their owners to send.
-    `exchange` gathers scalars of all ranks that step the model, replicas included (default: those
-    of `tp`), `same_shard_ranks` are those of them that hold parts of the same weights (default:
-    all). `is_norm_owner` is false where another replica counts the same gradients, and
-    `shared_params` names weights that another stage counts.
+    `sharding` says which rows of which weights have their states on this rank (default: all), and
+    how the ranks share scalars. Norm, skip decision and scales are those of the logical tensors, so
+    the bytes of a state do not depend on the layout. A rank updates its rows and sets the new
+    scales of all weights; the payloads of other rows come from the ranks that update them.
     """
 
     def __init__(
@@ -52,32 +44,14 @@ class AdamW:
         kernels: ReferenceKernels,
         *,
         seed: int,
-        tp: TPContext = NO_TP,
-        local_shards: dict[str, Rows] | None = None,
-        exchange: Exchange | None = None,
-        same_shard_ranks: Sequence[int] | None = None,
-        is_norm_owner: bool = True,
-        shared_params: Container[str] = (),
+        sharding: OptimizerSharding | None = None,
     ) -> None:
         self.weights = weights
-        self.local_shards = local_shards
-        if local_shards is None:
-            self.local_shards = {
-                n: (0, weight.spec.local_shape[0]) for n, weight in weights.items()
-            }
-        self._exchange = exchange or tp.gather
-        self._same_shard_ranks = same_shard_ranks
-        self._norm_owner = [
-            is_norm_owner
-            and name not in shared_params
-            and (tp.rank == 0 or not weight.spec.shard_spec.is_whole)
-            for name, weight in weights.items()
-        ]
+        self.sharding = sharding or OptimizerSharding.build(weights)
         self.config = config
         self.precision = precision
         self.kernels = kernels
         self.seed = seed
-        self.tp = tp
         self.states: dict[str, AdamState] = {}
         device = next(iter(weights.values())).model_param.device
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -95,9 +69,9 @@ class AdamW:
         value = weight.spec.shard_spec.take(value)
         compute.copy_(quantize(value, compute.format, self.kernels, amax=amax))
         self.amax[list(self.weights).index(name), 0] = amax
-        if name not in self.local_shards:
+        if name not in self.sharding.local_shards:
             return
-        start, stop = self.local_shards[name]
+        start, stop = self.sharding.local_shards[name]
         value, compute = value[start:stop], compute.rows(start, stop)
         fmt, master = p.own_master(compute.format), compute
         if fmt is not None:
@@ -113,35 +87,31 @@ class AdamW:
         self,
         lr: float,
         gradients: dict[str, ScaledTensor] | None = None,
-        values: Tensor | None = None,
+        *,
         share: Tensor | None = None,
+        loss: Tensor | None = None,
+        stop: Tensor | None = None,
     ) -> GradientNorm:
-        """One update from the `gradients` of the owned rows; returns norm and skip flag.
+        """One update from the `gradients` of this rank's rows; returns norm and skip flag.
 
         Default: what the weights have accumulated. A skipped step changes no byte of weights,
-        states, scales or step count. `values` (fp32 [k]) travel with the step's one exchange; one
-        that is not finite on any rank skips it. `share` is that of this rank's tokens that the loss
-        counts (default: all), see `clipping`.
+        states, scales or step count. `share`, `loss` and `stop` (0-d fp32) are this rank's
+        `StepScalars`, which travel with the norm.
         """
         if gradients is None:
             gradients = {
-                n: self.weights[n].main_grad.value.rows(*rows)
-                for n, rows in self.local_shards.items()
+                name: self.weights[name].main_grad.value.rows(*rows)
+                for name, rows in self.sharding.local_shards.items()
             }
-        norm = self._norm(
-            gradients,
-            self.config.clip_grad,
-            share=share,
-            maxima=self.amax.flatten(),
-            values=values,
-        )
+        norm = self._norm(gradients, self.config.clip_grad, share=share, loss=loss, stop=stop)
+        grad_amax, amax = self._largest(norm.amax)
+        norm = replace(norm, amax=grad_amax)
         skip: Tensor | None = norm.skip
         if skip.device.type == "cpu":  # the flag is on the host already
             if skip:
                 return norm
             skip = None
         self.num_steps += (~norm.skip).long()
-        amax = norm.maxima.view_as(self.amax)
         self._update(self._coefficients(lr, norm, skip), amax, norm.amax, gradients)
         return norm
 
@@ -172,34 +142,30 @@ class AdamW:
 
         Between steps it is that of the rows stepped here: the others' come with the next step.
         """
-        shared = self._norm({}, 0.0, maxima=self.amax.flatten()).maxima
-        self.amax.copy_(shared.view_as(self.amax))
+        self.amax.copy_(self.sharding.max(self.amax.flatten()).view_as(self.amax))
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
         return self._norm({name: state.master for name, state in self.states.items()}, 0.0).norm
 
     def _norm(
-        self,
-        tensors: dict[str, ScaledTensor],
-        clip: float,
-        *,
-        share: Tensor | None = None,
-        maxima: Tensor | None = None,
-        values: Tensor | None = None,
+        self, tensors: dict[str, ScaledTensor], clip: float, **scalars: Tensor | None
     ) -> GradientNorm:
         return gradient_norm(
             [tensors.get(name) for name in self.weights],
             clip,
             self.kernels,
             device=self.amax.device,
-            exchange=self._exchange,
-            same_shard_ranks=self._same_shard_ranks,
-            norm_owner=self._norm_owner,
-            share=share,
-            maxima=maxima,
-            values=values,
+            gather=self.sharding.gather,
+            norm_owner=[self.sharding.norm_owner[name] for name in self.weights],
+            **scalars,
         )
+
+    def _largest(self, grad_amax: Tensor) -> tuple[Tensor, Tensor]:
+        """Amaxes [W] of the logical gradients and [W, 3] of the logical states, in one exchange."""
+        local = torch.cat((grad_amax, self.amax.flatten()))
+        grad, states = self.sharding.max(local).split((len(grad_amax), self.amax.numel()))
+        return grad, states.view_as(self.amax)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the states, by name, for a checkpoint; compute copies not included."""
@@ -282,7 +248,7 @@ class AdamW:
         )
         compute = None
         if state.owns_master:
-            copy = weight.model_param.rows(*self.local_shards[name])
+            copy = weight.model_param.rows(*self.sharding.local_shards[name])
             compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
         amax = adam_step(self.kernels, gradient.operand, states, compute, c, self._casts(name))
         for tensor in states if compute is None else (*states, compute):
@@ -295,7 +261,7 @@ class AdamW:
         base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
         key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
         spec = self.weights[name].spec
-        first = self.local_shards[name][0] * (spec.numel // spec.local_shape[0])
+        first = self.sharding.local_shards[name][0] * (spec.numel // spec.local_shape[0])
         rounding = StateRounding(self.kernels, key, spec, first)
         master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
         return master, rounding.stochastic_subnormals, rounding.nearest

@@ -55,7 +55,7 @@ class NoDataParallel:
         """What the reduction remembers from step to step, for a checkpoint."""
         return {}
 
-    def finish_step(self, skipped: Tensor) -> None:
+    def start_param_sync(self, skipped: Tensor) -> None:
         """Bring the owners' new weights to every rank; `skipped` (0-d bool): there are none."""
 
 
@@ -74,7 +74,7 @@ class BucketedDataParallel(NoDataParallel):
         """See `NoDataParallel`."""
         return self._buckets.reduction.named_tensors()
 
-    def finish_step(self, skipped: Tensor) -> None:
+    def start_param_sync(self, skipped: Tensor) -> None:
         """See `NoDataParallel`."""
         self._buckets.reduction.finish_step(skipped)
 
@@ -111,9 +111,9 @@ class ZeroDataParallel(BucketedDataParallel):
         """See `NoDataParallel`."""
         return self._buckets.finish()
 
-    def finish_step(self, skipped: Tensor) -> None:
+    def start_param_sync(self, skipped: Tensor) -> None:
         """See `NoDataParallel`."""
-        super().finish_step(skipped)
+        super().start_param_sync(skipped)
         for part in self._buffers:
             part.start_gather()
         if not self.overlaps:

@@ -1,4 +1,6 @@
-"""Runs a schedule over the chunks of one stage (FP8-LM, arXiv 2310.18313, section 2.3).
+"""Forward and backward of all micro-batches: on one stage, or by a pipeline schedule.
+
+(FP8-LM, arXiv 2310.18313, section 2.3.)
 
 A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
 first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
@@ -9,7 +11,8 @@ apart from what comes back (see `PipelineGroups`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,46 @@ from fp8lm.parallel.stages import TiedEmbeddingSync
 
 Batch = dict[str, Tensor]
 Chunk = Callable[[Tensor | None, Batch], Tensor]
+
+
+class Executor(Protocol):
+    """Runs the model on micro-batches, whatever number of stages it has."""
+
+    num_stages: int
+
+    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+        """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
+
+        `before_last` is called before the last backward, if gradients are complete after it.
+        """
+
+    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+        """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
+
+
+class NoPipeline:
+    """One stage: micro-batches one after the other; `forward_step` returns a micro-batch's loss."""
+
+    num_stages = 1
+
+    def __init__(self, forward_step: Chunk) -> None:
+        self._forward_step = forward_step
+
+    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+        """See `Executor`."""
+        losses = []
+        for number, batch in enumerate(microbatches, start=1):
+            if number == len(microbatches):
+                before_last()
+            loss = self._forward_step(None, batch) / len(microbatches)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+        """See `Executor`; holds one micro-batch at a time."""
+        return torch.stack([self._forward_step(None, batch) for batch in microbatches]).mean()
 
 
 class Pipeline:
@@ -63,10 +106,7 @@ class Pipeline:
         return self.stage == self.num_stages - 1
 
     def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
-        """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
-
-        `before_last` is called before the last backward, if gradients are complete after it.
-        """
+        """See `Executor`."""
         schedule = self.schedule(len(microbatches))
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
@@ -82,8 +122,9 @@ class Pipeline:
         return self._finish()
 
     @torch.no_grad()
-    def evaluate(self, microbatches: list[Batch]) -> Tensor:
-        """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
+    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+        """See `Executor`."""
+        microbatches = list(microbatches)
         self._most_messages = self.num_stages
         for action in forwards(self.num_stages, len(microbatches), len(self.chunks)):
             self._forward(action, microbatches)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from fp8lm.comm import Wire, all_gather_scalars, all_reduce
+from fp8lm.comm import Wire, all_reduce
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32
@@ -52,26 +49,6 @@ def schedule_maker(kind: str, num_stages: int, num_chunks: int) -> Callable[[int
     if num_chunks > 1:
         return partial(interleaved, num_stages, num_chunks=num_chunks)
     return partial({"1f1b": one_forward_one_backward, "zb-h1": zero_bubble}[kind], num_stages)
-
-
-@dataclass(frozen=True)
-class StepExchange:
-    """One exchange of a step's scalars between all ranks, whatever stage they belong to.
-
-    Stages have different weights, so vectors of different lengths; `same_shard_ranks` are the
-    ranks whose vectors mean the same as this one's.
-    """
-
-    world: dist.ProcessGroup
-    same_shard_ranks: tuple[int, ...]
-    longest: int
-    wire: Wire
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """[n] -> [ranks, n]; of a rank of another stage only what all stages begin with counts."""
-        padded = torch.zeros(self.longest, device=values.device)
-        padded[: len(values)] = values
-        return all_gather_scalars(padded, self.world, self.wire)[:, : len(values)]
 
 
 class TiedEmbeddingSync:

@@ -26,9 +26,8 @@ from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.model.gpt import StageSpec
 from fp8lm.optim import StatePrecision
+from fp8lm.parallel.parallelize import param_layouts, rows_by_rank, stage_specs
 from fp8lm.training.build import gpt, model_vocab_size
-from fp8lm.training.layout import param_layouts, rows_by_rank
-from fp8lm.training.pipelining import stage_specs
 
 KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
 Rows = tuple[int, int]

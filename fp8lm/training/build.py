@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +25,10 @@ from fp8lm.model.gpt import StageSpec
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.schedule import BatchSize, LearningRate
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.data_parallel import NoDataParallel
-from fp8lm.parallel.pipeline import Pipeline
-from fp8lm.training.layout import build_tp_context, parallelize
-from fp8lm.training.pipelining import stage_specs
+from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
+from fp8lm.parallel.pipeline import Executor
 from fp8lm.training.provenance import kept_tokenizer
 from fp8lm.training.run_length import check_batches, dataset_sizes
 
@@ -51,7 +50,7 @@ class Run:
     datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
     dataset_sizes: tuple[int, int, int]
     data_parallel: NoDataParallel
-    pipeline: Pipeline | None
+    pipeline: Executor
     shared_params: frozenset[str]
     sent: WireCounter
 
@@ -101,7 +100,8 @@ def build_model(
     recipe = Recipe.from_config(config.precision, kernels, device, tp)
     model = gpt(config, vocab_size, num_ids, recipe)
     data_parallel = NoDataParallel(named_params(model))
-    return model, build_optimizer(config, data_parallel, kernels, tp), data_parallel
+    sharding = OptimizerSharding.build(data_parallel.weights, tp)
+    return model, build_optimizer(config, data_parallel.weights, kernels, sharding), data_parallel
 
 
 def gpt(
@@ -119,27 +119,13 @@ def gpt(
 
 def build_optimizer(
     config: Config,
-    data_parallel: NoDataParallel,
+    weights: dict[str, Param],
     kernels: ReferenceKernels,
-    tp: TPContext,
-    **ranks: Any,
+    sharding: OptimizerSharding,
 ) -> AdamW:
-    """The optimizer of the weights of `replicas`, which get their initial values.
-
-    `ranks`: `exchange`, `same_shard_ranks` and `shared_params` of `AdamW`.
-    """
-    weights, seed = data_parallel.weights, config.train.seed
-    optimizer = AdamW(
-        weights,
-        config.optimizer,
-        StatePrecision.from_config(config.precision),
-        kernels,
-        seed=seed,
-        tp=tp,
-        local_shards=data_parallel.local_shards,
-        is_norm_owner=data_parallel.is_norm_owner,
-        **ranks,
-    )
+    """The optimizer of `weights`, which get their initial values."""
+    precision, seed = StatePrecision.from_config(config.precision), config.train.seed
+    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed, sharding=sharding)
     for name, weight in weights.items():
         optimizer.initialize(name, initial_value(name, weight.spec, seed))
     return optimizer
@@ -162,15 +148,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         for part in stage_specs(config, groups.pipeline_parallel.rank())
     ]
     parallel = parallelize(config, groups, chunks, kernels, counter, device)
-    optimizer = build_optimizer(
-        config,
-        parallel.data_parallel,
-        kernels,
-        tp,
-        exchange=parallel.exchange,
-        same_shard_ranks=parallel.same_shard_ranks,
-        shared_params=parallel.shared_params,
-    )
+    optimizer = build_optimizer(config, parallel.weights, kernels, parallel.sharding)
     return Run(
         config=config,
         groups=groups,

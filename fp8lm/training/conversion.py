@@ -117,7 +117,7 @@ class Converter:
         for weight, column in {(c.slot.weight, c.slot.column) for c in self._conversions}:
             amax = self._optimizer.amax[names.index(weight), column]
             amax.zero_()
-            rows = self._optimizer.local_shards.get(weight)
+            rows = self._optimizer.sharding.local_shards.get(weight)
             if rows is not None and rows[0] < rows[1]:
                 kind = _source_kind(self._optimizer, self._stored, weight, KINDS[column])
                 amax.copy_(self._optimizer.kernels.amax(self._values(weight, kind, rows)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,7 +15,6 @@ from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
 from fp8lm.training.loss_weights import Batch, counted_share
-from fp8lm.training.step import evaluate
 
 
 def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
@@ -25,7 +26,7 @@ def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
     run.data_parallel.finish_param_sync()
     with (
         run_batches(run, dataset, first_sample) as batches,
-        cached_weight_operands(run.weights.values(), run.optimizer.tp),
+        cached_weight_operands(run.weights.values(), run.optimizer.sharding.tp),
     ):
         count = config.eval_iters * config.global_batch_size // batches.stride
         return _mean_over_ranks(run, *_local_loss(run, batches, count)).item()
@@ -72,17 +73,18 @@ def on_device(microbatches: list[Batch], device: torch.device) -> list[Batch]:
 
 
 def _local_loss(run: Run, batches: BatchIterator, count: int) -> tuple[Tensor, Tensor]:
-    """Mean `batch_loss` of `count` micro-batches (0 where there is none), and counted share."""
-    if run.pipeline is not None:
-        run.model.eval()
-        microbatches = on_device(batches.next(count), run.device)
-        return run.pipeline.evaluate(microbatches), counted_share(microbatches)
-    losses, shares = [], []
-    for _ in range(count):
-        microbatches = on_device(batches.next(1), run.device)
-        losses.append(evaluate(run.model, microbatches))
-        shares.append(counted_share(microbatches))
-    return torch.stack(losses).mean(), torch.stack(shares).double().mean().float()
+    """Mean loss of `count` micro-batches (see `Executor`), and the share of tokens that count."""
+    shares = []
+
+    def microbatches() -> Iterator[Batch]:
+        for _ in range(count):
+            batch = on_device(batches.next(1), run.device)
+            shares.append(counted_share(batch))
+            yield from batch
+
+    run.model.eval()
+    loss = run.pipeline.evaluate(microbatches())
+    return loss, torch.stack(shares).double().mean().float()
 
 
 def _mean_over_ranks(run: Run, loss: Tensor, share: Tensor) -> Tensor:

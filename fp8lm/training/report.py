@@ -157,7 +157,7 @@ def _count_parameters(run: Run) -> int:
     elsewhere = run.shared_params
     own = sum(math.prod(w.spec.shape) for n, w in run.weights.items() if n not in elsewhere)
     total = torch.tensor(own, device=run.device)
-    if run.pipeline is not None:
+    if run.pipeline.num_stages > 1:
         dist.all_reduce(total, group=run.groups.pipeline_parallel)
     return int(total)
 
@@ -168,7 +168,7 @@ def _range_of_mu(run: Run) -> dict[str, float]:
     mus = run.data_parallel.named_tensors().values()
     none = torch.full((2,), -math.inf, device=run.device)
     ends = torch.stack([none, *(torch.stack((-mu, mu)) for mu in mus)]).amax(dim=0)
-    if run.pipeline is not None:
+    if run.pipeline.num_stages > 1:
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=run.groups.pipeline_parallel)
     low, high = ends.tolist()
     return {} if high == -math.inf else {"fp8/mu/min": -low, "fp8/mu/max": high}

@@ -47,7 +47,7 @@ def slots(optimizer: AdamW) -> Iterator[StateSlot]:
     for name, state in optimizer.states.items():
         for kind, tensor in zip(KINDS, state.stored, strict=True):
             if kind != "master" or state.owns_master:
-                yield StateSlot(name, kind, tensor, optimizer.local_shards[name])
+                yield StateSlot(name, kind, tensor, optimizer.sharding.local_shards[name])
 
 
 def stored_names(optimizer: AdamW) -> set[str]:

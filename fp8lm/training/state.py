@@ -51,7 +51,9 @@ def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
         if field == "payload":  # optimizer.KIND.PATH.payload
             _, kind, path = path.split(".", 2)
             codes = tensor.view(getattr(optimizer.states[path], kind).format.dtype)
-            shards[name] = blocks(optimizer.weights[path].spec, codes, optimizer.local_shards[path])
+            shards[name] = blocks(
+                optimizer.weights[path].spec, codes, optimizer.sharding.local_shards[path]
+            )
         else:
             shards[name] = [Shard.whole(tensor)]
     return shards

@@ -155,8 +155,8 @@ class Trainer:
                 run.learning_rate.rate(progress.iteration, consumed),
                 run.data_parallel,
                 run.pipeline,
-                self._requests.reason,
-                run.config.train.calculate_per_token_loss,
+                stop=self._requests.reason,
+                per_token=run.config.train.calculate_per_token_loss,
             )
             self._sent = run.sent.take()
             self.window.add(result)

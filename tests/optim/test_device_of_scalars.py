@@ -12,6 +12,7 @@ import torch
 from fp8lm.config import OptimizerConfig
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.optim import AdamW
+from fp8lm.optim.sharding import OptimizerSharding
 from tests.optim.bench import LR, initial, state_precision, weights
 from tests.optim.test_skip import SETTINGS
 
@@ -24,9 +25,13 @@ def make(setting, owned):
     made = weights(fmt, grad, device=META)
     sent = []
 
-    def exchange(values):
+    def gather(values):
         sent.append(values)
         return values.expand(2, -1)
+
+    def largest(values):
+        sent.append(values)
+        return values
 
     rows = {name: (0, made[name].spec.shape[0]) for name in owned}
     adam = AdamW(
@@ -35,9 +40,7 @@ def make(setting, owned):
         state_precision(*states, stochastic=True),
         HopperKernels(),
         seed=1,
-        local_shards=rows,
-        exchange=exchange,
-        same_shard_ranks=[0, 1],
+        sharding=OptimizerSharding.build(made, local_shards=rows, gather=gather, max=largest),
     )
     for name, value in initial(made).items():
         adam.initialize(name, value)
@@ -51,7 +54,7 @@ def test_steps_norms_and_amaxes_stay_on_the_device(setting, owned):
     for weight in adam.weights.values():
         weight.main_grad.add(torch.zeros(weight.spec.shape, device=META))
     gradients = {name: adam.weights[name].main_grad.value for name in owned}
-    results = [adam.step(LR, gradients, torch.ones(2, device=META)).skip, adam.params_norm()]
+    results = [adam.step(LR, gradients, loss=torch.ones((), device=META)).skip, adam.params_norm()]
     adam.share_amax()
     assert [result.device for result in results] == [META] * 2
-    assert len(sent) == 3 and all(values.device == META for values in sent)
+    assert len(sent) == 4 and all(values.device == META for values in sent)

@@ -81,16 +81,17 @@ def test_a_nan_scale_alone_skips():
     assert_same_bytes(before, all_bytes(adam))
 
 
+@pytest.mark.parametrize("scalar", ["loss", "stop"])
 @pytest.mark.parametrize("event", EVENTS)
-def test_a_value_that_travels_along_skips(event):
+def test_a_scalar_that_is_not_finite_skips(event, scalar):
     adam = make("o3")
     step(adam, 0)
     before = all_bytes(adam)
     set_gradients(adam.weights, random_gradients(adam.weights, 1))
-    norm = adam.step(LR, values=torch.tensor([1.0, event]))
+    norm = adam.step(LR, **{scalar: torch.tensor(event)})
     assert norm.skip and norm.norm.isfinite()
     assert_same_bytes(before, all_bytes(adam))
-    assert not adam.step(LR, values=torch.ones(2)).skip
+    assert not adam.step(LR, **{scalar: torch.ones(())}).skip
 
 
 def test_a_norm_that_overflows_skips():

@@ -11,6 +11,7 @@ from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.training.step import train_step
 from tests.parallel.ranks import FP32_KEYS, KERNELS, error, recipe, tensor_parallel
 
@@ -48,7 +49,9 @@ def build(shape, precision, tp, recompute=None):
     weights = named_params(gpt)
     states = StatePrecision.from_config(PrecisionConfig(**precision))
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
-    adam = AdamW(weights, optimizer, states, KERNELS, seed=1, tp=tp)
+    adam = AdamW(
+        weights, optimizer, states, KERNELS, seed=1, sharding=OptimizerSharding.build(weights, tp)
+    )
     for name, weight in weights.items():
         adam.initialize(name, initial_value(name, weight.spec, 1))
     return gpt, adam

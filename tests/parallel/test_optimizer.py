@@ -10,6 +10,7 @@ from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_sp
 from fp8lm.layers.tp_context import NO_TP
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.optim import AdamW
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.training.step import complete_gradients
 from tests.optim.bench import all_bytes, state_precision
 from tests.parallel.ranks import CPU, KERNELS, random, tensor_parallel
@@ -44,7 +45,9 @@ def optimizer(tp, stochastic):
     weights["norm"] = VectorParam(spec, KERNELS, CPU)
     config = OptimizerConfig(lr=1e-2, clip_grad=0.1)
     precision = state_precision(stochastic=stochastic)
-    adam = AdamW(weights, config, precision, KERNELS, seed=3, tp=tp)
+    adam = AdamW(
+        weights, config, precision, KERNELS, seed=3, sharding=OptimizerSharding.build(weights, tp)
+    )
     for seed, (name, weight) in enumerate(weights.items()):
         # The largest value lies on one rank only.
         value = random(*weight.spec.shape, seed=seed) * 0.02
@@ -60,13 +63,13 @@ def set_gradients(adam, step, fault_on=None):
         full *= torch.linspace(0.01, 1.0, full.numel()).view_as(full)
         part = weight.spec.shard_spec.take(full)
         if weight.spec.sequence_parallel:
-            part = part / adam.tp.size
+            part = part / adam.sharding.tp.size
         weight.main_grad.zero()
         weight.main_grad.add(part)
-        if fault_on == adam.tp.rank:
+        if fault_on == adam.sharding.tp.rank:
             weight.main_grad.value.payload.view(-1)[3] = float("nan")
     gradients = {name: weight.main_grad.value for name, weight in adam.weights.items()}
-    complete_gradients(adam.weights, gradients, adam.tp)
+    complete_gradients(adam.weights, gradients, adam.sharding.tp)
 
 
 def step_both(stochastic, sequence_parallel):

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
+from fp8lm.comm.accounting import all_reduce_sent
 from fp8lm.errors import InputError
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
-from fp8lm.optim.clipping import NUM_LEADING
+from fp8lm.optim.step_scalars import NUM_GATHERED
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,
@@ -22,7 +23,6 @@ from fp8lm.training.state import (
     optimizer_tensors,
     state_bytes,
 )
-from fp8lm.training.step import NUM_TOLD
 from tests.training.runs import (
     LLAMA,
     curve,
@@ -266,8 +266,9 @@ def sent(config):
     """Bytes of gradients, without a step's scalars, and of weights that this rank sends in one."""
     with trainer_of(config) as trainer:
         trainer.train()
-    others = trainer.run.groups.world.size() - 1
-    scalars = others * 4 * (NUM_LEADING + NUM_TOLD + 4 * len(trainer.run.weights))
+    ranks = trainer.run.groups.world.size()
+    scalars = (ranks - 1) * 4 * NUM_GATHERED
+    scalars += all_reduce_sent(ranks, 4 * 4 * len(trainer.run.weights))  # gradients and states
     return trainer._sent["grads"] - scalars, trainer._sent["params"]
 
 

@@ -7,14 +7,12 @@ ranks this process is one; what they would send each other goes nowhere.
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars
+from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars, max_over_group
 from fp8lm.config import OptimizerConfig, PrecisionConfig
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
@@ -27,12 +25,14 @@ from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel import TensorParallel
 from fp8lm.parallel.data_parallel import ZeroDataParallel, in_parts, tensors_of
+from fp8lm.parallel.parallelize import rows_by_rank
 from fp8lm.parallel.param_buffer import ParamBuffer
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
-from fp8lm.training.layout import rows_by_rank
-from fp8lm.training.step import evaluate, train_step
+from fp8lm.parallel.pipeline import NoPipeline
+from fp8lm.training.step import train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 
 META = torch.device("meta")
@@ -58,9 +58,9 @@ def model(shape, precision, tp=NO_TP):
     return GPTModel(config, VOCABULARY, recipe, num_ids=VOCABULARY - 3)
 
 
-def optimizer(weights, precision, **where):
+def optimizer(weights, precision, sharding=None):
     states = StatePrecision.from_config(precision)
-    adam = AdamW(weights, OptimizerConfig(lr=1e-3), states, KERNELS, seed=1, **where)
+    adam = AdamW(weights, OptimizerConfig(lr=1e-3), states, KERNELS, seed=1, sharding=sharding)
     for name, weight in weights.items():
         adam.initialize(name, torch.zeros(weight.spec.shape))
     return adam
@@ -82,7 +82,7 @@ def test_steps_and_an_evaluation(preset, shape):
     precision = PrecisionConfig(preset=preset)
     gpt = model(shape, precision)
     check_two_steps(gpt, optimizer(named_params(gpt), precision))
-    assert evaluate(gpt, [batch()]).device == META
+    assert NoPipeline(gpt.forward_step).evaluate([batch()]).device == META
 
 
 @pytest.fixture
@@ -136,9 +136,13 @@ def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
     slabs = [ParamBuffer(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
     data_parallel = ZeroDataParallel(weights, slabs, buckets)
     data_parallel.overlap_gather(gpt)
-    exchange = partial(all_gather_scalars, group=dist.group.WORLD, wire=grads)
-    adam = optimizer(
-        weights, precision, tp=tp, local_shards=data_parallel.local_shards, exchange=exchange
+    sharding = OptimizerSharding.build(
+        weights,
+        tp,
+        local_shards=data_parallel.local_shards,
+        gather=lambda values: all_gather_scalars(values, dist.group.WORLD, grads),
+        max=lambda values: max_over_group(values, dist.group.WORLD, grads).wait(),
     )
+    adam = optimizer(weights, precision, sharding)
     check_two_steps(gpt, adam, data_parallel)
     assert all(count for wire, count in counter.sent.items() if wire != "pipeline")

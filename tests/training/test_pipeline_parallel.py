@@ -201,11 +201,11 @@ def followed(config):
         assert in_two_hops == (config.parallel.node_size is not None)
         finish = run.data_parallel.start_param_sync
 
-        def finish_step(skipped):
+        def start_param_sync(skipped):
             finish(skipped)
             history.append({n: mu.item() for n, mu in run.data_parallel.named_tensors().items()})
 
-        run.data_parallel.start_param_sync = finish_step
+        run.data_parallel.start_param_sync = start_param_sync
         trainer.train()
         run.data_parallel.finish_param_sync()
     place = run.groups.pipeline_parallel.rank(), run.groups.tensor_parallel.rank()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fp8lm.config import load_config
-from fp8lm.optim.clipping import NUM_LEADING
-from fp8lm.training.step import NUM_TOLD
+from fp8lm.optim.step_scalars import NUM_GATHERED
 from tests.training.runs import LLAMA, curve, read, train
 
 pytestmark = pytest.mark.slow
@@ -125,9 +124,8 @@ def test_bytes_are_counted_by_the_formula(tiny_config, run_distributed, tmp_path
     for line in read(tmp_path):
         if "lm loss" in line:
             assert line["comm_bytes/tp_gather"] == gather
-            # The step's scalars: norm (two), what ranks tell each other (loss, why to stop), and
-            # per weight four amaxes (gradient, states).
-            assert line["comm_bytes/grads"] == 4 * (NUM_LEADING + NUM_TOLD + 4 * len(specs))
+            # The step's scalars, gathered, and per weight four amaxes (gradient, states), reduced.
+            assert line["comm_bytes/grads"] == 4 * (NUM_GATHERED + 4 * len(specs))
             assert line["comm_bytes/tp_reduce"] == reduce
 
 

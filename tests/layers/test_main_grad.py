@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fp8lm.gradient import MainGrad
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.main_grad import MainGrad
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.scaled_tensor import quantize
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm import Wire, WireCounter, all_gather_scalars, reduce_scatter_fp8, sums_fp8
+from fp8lm.comm import (
+    Wire,
+    WireCounter,
+    all_gather_scalars,
+    max_over_group,
+    reduce_scatter_fp8,
+    sums_fp8,
+)
 from fp8lm.comm.groups import (
+    PipelineGroups,
     ProcessGroups,
     node_groups,
     pipeline_groups,
     processes_per_node,
     tensor_parallel_neighbours,
 )
+from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter, GradientReduction
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.param import Param, named_params
+from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import NO_TP, TPContext
-from fp8lm.model.gpt import GPTModel
+from fp8lm.layers.weight_grad_store import WeightGradStore
+from fp8lm.model.gpt import GPTModel, StageSpec
 from fp8lm.numerics import E4M3
-from fp8lm.optim.clipping import Exchange
-from fp8lm.parallel import TensorParallel
+from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.data_parallel import (
     DistributedDataParallel,
     NoDataParallel,
@@ -38,9 +45,10 @@ from fp8lm.parallel.data_parallel import (
 )
 from fp8lm.parallel.param_buffer import ParamBuffer
 from fp8lm.parallel.param_layout import ParamLayout, assign_whole_tensors, shard_rows
-from fp8lm.parallel.pipeline import Pipeline
+from fp8lm.parallel.pipeline import Executor, NoPipeline, Pipeline
 from fp8lm.parallel.query_groups import SharedQueryGroup
-from fp8lm.training.pipelining import build_exchange, build_pipeline, shared_params
+from fp8lm.parallel.stages import WORD_TABLE, TiedEmbeddingSync, layer_ranges, schedule_maker
+from fp8lm.parallel.tensor_parallel import TensorParallel
 
 
 def build_tp_context(
@@ -69,16 +77,15 @@ def build_tp_context(
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """What joins this rank's `weights`, by Megatron name, to the ranks that step with it.
+    """This rank's `weights` by Megatron name, and what joins them to those of the other ranks.
 
-    `exchange`, `same_shard_ranks` and `shared_params` are those of `AdamW`.
+    `shared_params` are weights that the first pipeline stage holds as well, and counts.
     """
 
     weights: dict[str, Param]
     data_parallel: NoDataParallel
-    pipeline: Pipeline | None
-    exchange: Exchange
-    same_shard_ranks: Sequence[int] | None
+    pipeline: Executor
+    sharding: OptimizerSharding
     shared_params: frozenset[str]
 
 
@@ -92,21 +99,28 @@ def parallelize(
 ) -> ParallelModel:
     """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective."""
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
-    scalars = Wire("grads", "fp32", counter)
-    pipeline, same_shard_ranks, same_stage = None, None, groups.world
-    exchange: Exchange = partial(all_gather_scalars, group=groups.world, wire=scalars)
+    same_stage: dist.ProcessGroup = groups.world
+    pipeline: Executor = NoPipeline(chunks[0].forward_step)
     if groups.pipeline_parallel.size() > 1:
         stages = pipeline_groups(groups)
         same_stage = stages.same_stage
-        exchange = build_exchange(groups, stages, scalars, len(weights))
-        same_shard_ranks = exchange.same_shard_ranks
         pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
     data_parallel = build_data_parallel(config, groups, kernels, counter, same_stage, weights)
     if config.parallel.overlap_param_gather and isinstance(data_parallel, ZeroDataParallel):
         for chunk in chunks:
             data_parallel.overlap_gather(chunk)
-    elsewhere = shared_params(config, groups.pipeline_parallel.rank())
-    return ParallelModel(weights, data_parallel, pipeline, exchange, same_shard_ranks, elsewhere)
+    shared = shared_params(config, groups.pipeline_parallel.rank())
+    scalars = Wire("grads", "fp32", counter)
+    sharding = OptimizerSharding.build(
+        weights,
+        chunks[0].tp,
+        local_shards=data_parallel.local_shards,
+        gather=lambda values: all_gather_scalars(values, groups.world, scalars),
+        max=lambda values: max_over_group(values, same_stage, scalars).wait(),
+        is_norm_owner=data_parallel.is_norm_owner,
+        shared_params=shared,
+    )
+    return ParallelModel(weights, data_parallel, pipeline, sharding, shared)
 
 
 def build_data_parallel(
@@ -191,3 +205,64 @@ def build_reduction(
     scaling = AutoScaler(names, group.size(), policy, device)
     native = reduce_scatter_fp8 if sums_fp8(group, device) else None
     return Fp8Sum(group, same_stage, wire, kernels, scaling, native)
+
+
+def stage_specs(config: Config, stage: int) -> list[StageSpec]:
+    """What stage number `stage` holds of the model, a part per chunk."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_chunks(layers)
+    ranges = layer_ranges(
+        layers,
+        stages,
+        chunks,
+        parallel.decoder_first_pipeline_num_layers,
+        parallel.decoder_last_pipeline_num_layers,
+    )
+    last = stages * chunks - 1
+    return [
+        StageSpec(ranges[virtual], has_embedding=virtual == 0, has_head=virtual == last)
+        for virtual in range(stage, stages * chunks, stages)
+    ]
+
+
+def shared_params(config: Config, stage: int) -> frozenset[str]:
+    """Weights of this stage that the first stage has too, and counts."""
+    stages = config.parallel.pipeline_model_parallel_size
+    untied = config.model.untie_embeddings_and_output_weights
+    last = stages > 1 and stage == stages - 1
+    return frozenset({WORD_TABLE} if last and not untied else ())
+
+
+def build_pipeline(
+    config: Config,
+    chunks: list[GPTModel],
+    groups: PipelineGroups,
+    weights: dict[str, Param],
+    kernels: ReferenceKernels,
+    counter: WireCounter,
+    device: torch.device,
+) -> Pipeline:
+    """The executor of this stage's `chunks`."""
+    parallel, model, train = config.parallel, config.model, config.train
+    stages = parallel.pipeline_model_parallel_size
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    shape = (model.seq_length // split, train.micro_batch_size, model.hidden_size)
+    wire = Wire("pipeline", config.precision.wire.pipeline, counter)
+    wgrad_store = WeightGradStore()
+    for weight in weights.values():
+        if isinstance(weight, QuantizedParam):
+            weight.use_wgrad_store(wgrad_store)
+    tied = None
+    ends = groups.pp_forward.rank() in (0, stages - 1)
+    if ends and not model.untie_embeddings_and_output_weights:
+        fp32 = Wire("pipeline", "fp32", counter)
+        tied = TiedEmbeddingSync(groups.embd, fp32, kernels, weights[WORD_TABLE])
+    return Pipeline(
+        [chunk.forward_step for chunk in chunks],
+        schedule_maker(parallel.pipeline_schedule, stages, len(chunks)),
+        groups,
+        PipelineP2P(shape, chunks[0].dtype, wire, kernels),
+        device,
+        wgrad_store,
+        tied,
+    )
