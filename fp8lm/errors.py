@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,8 +66,8 @@ class CommandParser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """See argparse, which every way of parsing ends in."""
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args([_with_home(text) for text in given], namespace)

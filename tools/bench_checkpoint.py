@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 def measure(run: Run, options: argparse.Namespace) -> dict:
     """Medians by mode."""
     count = run.batch_size.num_microbatches(0)
-    microbatches = on_device(run_batches(run, run.datasets[0], 0).next(count), run.device)
+    microbatches = on_device(run_batches(run, run.train_dataset, 0).next(count), run.device)
     savers = {
         mode: CheckpointSaver(
             options.folder / mode, run.groups.saving, asynchronous=mode == "asynchronous"

@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
 
 def measure(runs: dict[str, Run], groups: ProcessGroups, steps: int) -> dict[str, dict]:
     """Medians by preset."""
-    times = {preset: {phase: [] for phase in PHASES} for preset in runs}
+    times: dict[str, dict[str, list[float]]] = {
+        preset: {phase: [] for phase in PHASES} for preset in runs
+    }
     sent: dict[str, dict[str, int]] = {}
     for step in range(WARM_UP + steps):
         for preset, run in runs.items():
@@ -109,7 +111,7 @@ def one_step(run: Run, groups: ProcessGroups, seed: int) -> dict[str, float]:
     run.data_parallel.enable_grad_sync()
     gradients = timed("reduce", run.data_parallel.reduce)
     norm = timed("step", lambda: run.optimizer.step(1e-4, gradients))
-    timed("gather", lambda: run.data_parallel.start_param_sync(norm.skip))
+    timed("gather", lambda: run.data_parallel.finish_step(norm.skip))
     return seconds
 
 

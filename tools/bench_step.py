@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import select_kernels
+from fp8lm.optim import AdamW
 from fp8lm.training.build import build_model, resolve_device
 from fp8lm.training.step import train_step
 
@@ -88,8 +90,14 @@ def build_contestants(
         config = make_config(options, preset)
         kernels = select_kernels(device)
         model, optimizer, _ = build_model(config, options.vocab_size, kernels, device)
-        contestants[preset] = lambda m=model, o=optimizer: train_step(m, o, batch, LR).loss
+        contestants[preset] = partial(_loss_of_step, model, optimizer, batch)
     return contestants
+
+
+def _loss_of_step(
+    model: torch.nn.Module, optimizer: AdamW, batch: list[dict[str, torch.Tensor]]
+) -> torch.Tensor:
+    return train_step(model, optimizer, batch, LR).loss
 
 
 def make_batch(options: argparse.Namespace, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -132,7 +140,7 @@ def measure(
     contestants: dict[str, Callable[[], torch.Tensor]], steps: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each timed step by contestant; they take turns within every round."""
-    times = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_index in tqdm(range(steps + 2), desc="rounds", mininterval=2.0):
         for name, step in contestants.items():
             synchronize(device)

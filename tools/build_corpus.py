@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     documents = collect(Path(sysconfig.get_path("stdlib")), counts)
     chosen = limit(documents, None if args.max_mb is None else int(args.max_mb * 1e6))
     if not chosen:

@@ -78,12 +78,19 @@ class Job:
         keys += ["logging.log_interval=1", "logging.tensorboard=false"]
         keys += [f"train.train_iters={10 * options.kills + 50}", *options.overrides]
         self.command = [*launcher, str(ROOT / "pretrain_gpt.py"), "--config", options.config, *keys]
-        self.process: subprocess.Popen | None = None
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def process(self) -> subprocess.Popen:
+        """The launcher of the last start."""
+        if self._process is None:
+            raise RuntimeError("the job has not been started")
+        return self._process
 
     def start(self) -> None:
         """Start it in the background; its output goes to log.txt."""
         log = (self.folder / "log.txt").open("a")
-        self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=ROOT)
+        self._process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=ROOT)
 
     def finish(self) -> None:
         """Wait for its end; `InputError` or RuntimeError if that is not a good one."""
@@ -96,7 +103,7 @@ class Job:
 
     def end(self) -> None:
         """End what is still running, when something went wrong."""
-        if self.process is not None and self.process.poll() is None:
+        if self._process is not None and self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)

@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in (list_all, inspect, verify, compare, release, merge):
         name = command.__name__.removesuffix("_all")
-        sub = commands.add_parser(name, help=command.__doc__.splitlines()[0])
+        sub = commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         sub.add_argument("folder", type=as_path)
         if command is compare:
@@ -212,7 +212,8 @@ def size_and_time(root: Path, iteration: int) -> str:
         folder = find_folder(root, iteration)
         files = [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
-        when = f"{datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d %H:%M}" if files else ""
+        written = folder.stat().st_mtime if folder is not None and files else None
+        when = "" if written is None else f"{datetime.fromtimestamp(written):%Y-%m-%d %H:%M}"
     except OSError:  # a run deletes what its retention does not keep
         files, size, when = [], 0, ""
     tensors = sum(path.suffix == ".distcp" for path in files)
@@ -234,12 +235,12 @@ def is_of(kind: str, stored: StoredTensor) -> bool:
 
 def totals(tensors: Iterable[StoredTensor]) -> list[tuple[str, int, int, int]]:
     """Format, number of tensors, elements and bytes, by dtype."""
-    sums: dict[str, list[int]] = {}
+    sums: dict[str, tuple[int, int, int]] = {}
     for stored in tensors:
-        row = sums.setdefault(str(stored.dtype).removeprefix("torch."), [0, 0, 0])
-        row[0] += 1
-        row[1] += stored.nbytes // stored.dtype.itemsize
-        row[2] += stored.nbytes
+        dtype = str(stored.dtype).removeprefix("torch.")
+        count, elements, size = sums.get(dtype, (0, 0, 0))
+        elements += stored.nbytes // stored.dtype.itemsize
+        sums[dtype] = (count + 1, elements, size + stored.nbytes)
     return [(dtype, *row) for dtype, row in sorted(sums.items())]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from fp8lm.arguments import as_path, path_text
 from fp8lm.data.files import write_aside
@@ -34,13 +35,17 @@ class Curves:
     @property
     def state_bytes(self) -> int:
         """Bytes of weights, gradients, master weights and moments."""
-        return sum(size for key, size in self.last.items() if key.startswith("state_bytes/"))
+        return sum(int(size) for key, size in self.last.items() if key.startswith("state_bytes/"))
 
     @property
     def sent_bytes(self) -> dict[str, int]:
         """Bytes the main process sent in one iteration, per wire that it has."""
         prefix = "comm_bytes/"
-        return {k.removeprefix(prefix): v for k, v in self.last.items() if k.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): int(value)
+            for key, value in self.last.items()
+            if key.startswith(prefix)
+        }
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +83,7 @@ def read_curves(folder: Path) -> Curves:
         raise InputError(f"{path} does not exist: train with logging.dir={folder}")
     lines = list(read_reports(path))
     points = {
-        key: [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
+        key: [(int(line["iteration"]), line[key]) for line in lines if line.get(key) is not None]
         for key in (TRAIN, VALID)
     }
     if not points[TRAIN] or not points[VALID]:
@@ -179,7 +184,7 @@ def plot(settings: dict[str, list[Curves]], kind: str) -> bytes:
             if number == 0 and len(runs) > 1:
                 label = f"{name}: {statistics.fmean(r.valid[-1][1] for r in runs):.4f} (mean)"
             # Curves that lie on each other are told apart by their dashes.
-            marker = dict(marker="os^Dv"[index % 5], markersize=4, linewidth=1.4)
+            marker: dict[str, Any] = dict(marker="os^Dv"[index % 5], markersize=4, linewidth=1.4)
             marker["linestyle"] = ("-", "--", "-.", ":")[index % 4]
             axis.plot(*zip(*run.valid, strict=True), color=color, label=label, **marker)
     axis.set_xlabel("iteration")

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 POLL = 0.005
 GRACE = 10.0  # seconds that the other ranks have when one has failed
@@ -82,10 +82,18 @@ class JobServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
+        process, requests, _answers = self._running()
+        requests.close()
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+    def _running(self) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
+        """The server, where it takes requests and where it answers."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise RuntimeError("the server runs inside a with block only")
+        return process, process.stdin, process.stdout
 
     def run(
         self,
@@ -106,12 +114,13 @@ class JobServer:
             "kill": asdict(kill) if kill else None,
             "timeout": timeout,
         }
+        _process, requests, answers = self._running()
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
         except BrokenPipeError:
             raise RuntimeError(f"the server for {self._tree} has ended") from None
-        if not (answer := self._process.stdout.readline()):
+        if not (answer := answers.readline()):
             raise RuntimeError(f"the server for {self._tree} has ended")
         return JobResult(**json.loads(answer))
 
@@ -128,6 +137,8 @@ def serve(tree: str) -> None:
 
 def _import_command(tree: Path) -> Callable[[list[str]], int]:
     spec = importlib.util.spec_from_file_location("pretrain_gpt", tree / "pretrain_gpt.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{tree}/pretrain_gpt.py cannot be imported")
     module = importlib.util.module_from_spec(spec)
     with contextlib.redirect_stdout(sys.stderr):
         spec.loader.exec_module(module)

@@ -195,8 +195,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
         )
         for start, end in zip([0, *ends], ends, strict=False)
     ]
-    neutral = tuple({key: rng.choice(v) for key, v in NEUTRAL.items()} for _ in range(2))
-    return Case(number, precision, overrides, phases, neutral)
+    first, second = ({key: rng.choice(v) for key, v in NEUTRAL.items()} for _ in range(2))
+    return Case(number, precision, overrides, phases, (first, second))
 
 
 def _precision(rng: random.Random, name: str) -> Overrides:

@@ -75,7 +75,7 @@ def _preset(name: str, **keys: Any) -> Overrides:
     return {"precision.preset": name} | {f"precision.{key}": v for key, v in keys.items()}
 
 
-_SP = {"sequence_parallel": "true"}
+_SP: Overrides = {"sequence_parallel": "true"}
 _FP32 = _preset("bf16", gemm="fp32", params_dtype="fp32") | {"precision.wire.grads": "fp32"}
 _LLAMA = {
     "model.swiglu": "true",

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
+from fp8lm.checkpoint.metadata import tensor_entries
 
 Change = Callable[[Path], Any]  # of a checkpoint's folder, or of a file in it
 FACTS = ("common.json", ".metadata", CHECKSUMS)
@@ -67,10 +68,30 @@ def shape(*sizes: int) -> Change:
     """All tensors of one shape."""
 
     def change(found: Metadata) -> None:
-        for stored in found.state_dict_metadata.values():
+        for stored in tensor_entries(found).values():
             stored.size = torch.Size(sizes)
             zeros = torch.Size([0] * len(sizes))
             stored.chunks = [ChunkStorageMetadata(zeros, torch.Size(sizes))]
+
+    return metadata(change)
+
+
+def renamed(name: Any) -> Change:
+    """One tensor under another name."""
+
+    def change(found: Metadata) -> None:
+        tensors: dict[Any, Any] = found.state_dict_metadata
+        tensors[name] = tensors.popitem()[1]
+
+    return metadata(change)
+
+
+def dtype(value: torch.dtype) -> Change:
+    """All tensors of one dtype."""
+
+    def change(found: Metadata) -> None:
+        for stored in tensor_entries(found).values():
+            stored.properties.dtype = value
 
     return metadata(change)
 
@@ -79,7 +100,7 @@ def chunks(**values: int) -> Change:
     """All blocks with another offset or size."""
 
     def change(found: Metadata) -> None:
-        for stored in found.state_dict_metadata.values():
+        for stored in tensor_entries(found).values():
             for chunk in stored.chunks:
                 for name, value in values.items():
                     setattr(chunk, name, torch.Size([value] * len(chunk.sizes)))
@@ -162,19 +183,22 @@ class Keyed(dict):
         return dict, (), None, None, iter(self._entries)
 
 
-WRONG = [None, -1, True, 1.5, "1", [], {}, 2**53, 10**30]
+WRONG_COUNTS: list[Any] = [-1, True, 1.5, "1", [], 2**53, 10**30]
+WRONG: list[Any] = [None, -1, True, 1.5, "1", [], {}, 2**53, 10**30]
+WRONG_CONFIGS: list[Any] = [[], "x", 7, {"train": 7}]
+WRONG_LOSSES: list[Any] = [[], {}, 7, {"mean": "x"}]
 # Changes of the facts and of where tensors are; the checksums are right afterwards.
 REWRITTEN = {
     **{f"{key} {value!r:.12}": facts(**{key: value}) for key in ("iteration",) for value in WRONG},
     **{
         f"{key} {value!r:.12}": facts(**{key: value})
         for key in ("consumed_samples", "batch_size", "skipped_samples", "rollbacks")
-        for value in (-1, True, 1.5, "1", [], 2**53, 10**30)
+        for value in WRONG_COUNTS
     },
     "consumed less than iterations": facts(consumed_samples=3),
     "consumed more than batches": facts(consumed_samples=10**12),
-    **{f"config {value!r}": facts(config=value) for value in ([], "x", 7, {"train": 7})},
-    **{f"losses {value!r}": facts(losses=value) for value in ([], {}, 7, {"mean": "x"})},
+    **{f"config {value!r}": facts(config=value) for value in WRONG_CONFIGS},
+    **{f"losses {value!r}": facts(losses=value) for value in WRONG_LOSSES},
     "losses not finite": text('{"losses": {"mean": 1e999}}'),
     "version 0": facts(format_version=0),
     "version true": facts(format_version=True),
@@ -218,20 +242,9 @@ REWRITTEN = {
     "no tensors": metadata(lambda found: found.state_dict_metadata.clear()),
     "no places": metadata(lambda found: found.storage_data.clear()),
     "tensors are a list": metadata(lambda found: setattr(found, "state_dict_metadata", [1])),
-    "name is a number": metadata(
-        lambda found: found.state_dict_metadata.update({7: found.state_dict_metadata.popitem()[1]})
-    ),
-    "name with a newline": metadata(
-        lambda found: found.state_dict_metadata.update(
-            {"a\nb": found.state_dict_metadata.popitem()[1]}
-        )
-    ),
-    "a dtype of words": metadata(
-        lambda found: [
-            setattr(stored.properties, "dtype", torch.complex128)
-            for stored in found.state_dict_metadata.values()
-        ]
-    ),
+    "name is a number": renamed(7),
+    "name with a newline": renamed("a\nb"),
+    "a dtype of words": dtype(torch.complex128),
     "metadata of text": metadata(lambda found: "text"),
     "metadata of deep tuples": lambda folder: (folder / ".metadata").write_bytes(
         b"\x80\x04)" + b"\x85" * 100_000 + b"."

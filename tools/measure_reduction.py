@@ -68,10 +68,12 @@ def main(argv: list[str]) -> None:
 def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
     """Train `run` and measure after each of `moments` steps."""
     results, consumed = {}, 0
-    batches = run_batches(run, run.datasets[0], 0)
+    batches = run_batches(run, run.train_dataset, 0)
     for step in range(1, max(moments.values()) + 1):
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
-        train_step(run.model, run.optimizer, microbatches, run.learning_rate.rate(consumed))
+        train_step(
+            run.model, run.optimizer, microbatches, run.learning_rate.rate(step - 1, consumed)
+        )
         consumed = batches.consumed_samples
         for moment, at in moments.items():
             if at == step:
@@ -81,7 +83,7 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
                     "replicas": measure(gradients),
                     "accumulation": measure_accumulation(gradients),
                 }
-                batches = run_batches(run, run.datasets[0], consumed)
+                batches = run_batches(run, run.train_dataset, consumed)
     return results
 
 
@@ -137,7 +139,8 @@ def measure_accumulation(gradients: Gradients) -> dict[str, dict[int, float]]:
 def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float]:
     """SNR over all tensors; of nonzero means, the share that became zero; that saturated."""
     signal = noise = 0.0
-    zero = small = total = 0
+    zero = small = 0.0
+    total = 0
     for name, values in gradients.items():
         true = torch.stack(values).double().mean(0)
         signal += true.square().sum().item()

@@ -24,6 +24,7 @@ from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.errors import CommandParser
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.tp_context import TPComm, TPContext
+from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3, E5M2, Format
 from fp8lm.optim.schedule import LearningRate
 from fp8lm.runtime.ending import exit_with
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> None:
         tokenizer = build_tokenizer(config.tokenizer)
         samples = (options.steps + 2) * config.train.global_batch_size
         data = build_datasets(config, tokenizer, (samples, 0, 0))[0]
+    assert data is not None  # its size is not 0
     batches = BatchIterator(
         data,
         micro_batch_size=config.train.micro_batch_size,
@@ -104,7 +106,7 @@ def main(argv: list[str]) -> None:
     report(record_step(model, tp, batches.next(1)[0]))
 
 
-def record_step(model: torch.nn.Module, tp: RecordingContext, batch: dict[str, Tensor]) -> Traffic:
+def record_step(model: GPTModel, tp: RecordingContext, batch: dict[str, Tensor]) -> Traffic:
     """Traffic of one forward and backward."""
     tp.traffic = defaultdict(list)
     loss = model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])

@@ -87,7 +87,7 @@ class PlainTraining:
 
     def step(self, microbatches: list[dict[str, Tensor]]) -> Tensor:
         """Forward, backward, clip, update; the mean loss."""
-        total = 0.0
+        total = torch.zeros((), device=microbatches[0]["tokens"].device)
         for batch in microbatches:
             logits = self.model(batch["tokens"])
             loss = functional.cross_entropy(
@@ -106,6 +106,8 @@ class PlainTraining:
 
     def _collect_gradients(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is None:
+                continue
             gradient = parameter.grad.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None

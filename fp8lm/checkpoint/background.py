@@ -95,13 +95,14 @@ class CheckpointSaver:
             self._writing = self._writer.submit(self._write, iteration, planner, meta)
             self.wait()
             return
-        planner = self._copies.copy(shards)
+        copies = self._copies
+        planner = copies.copy(shards)
 
         def write() -> Outcome:
             planner.wait()
             outcome = self._write(iteration, planner, meta)
             if outcome.written:
-                self._copies.learn(planner)  # a save that failed may not have come to a plan
+                copies.learn(planner)  # a save that failed may not have come to a plan
             return outcome
 
         self._writing = self._writer.submit(write)

@@ -28,8 +28,9 @@ def checksums_text(digests: Mapping[str, str]) -> str:
 def parse_checksums(data: bytes) -> dict[str, str]:
     """Hex digests by file name; ValueError for what `checksums_text` would not write."""
     text = data.decode()
-    lines = [_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
-    if not lines or None in lines or not text.endswith("\n"):
+    given = text.split("\n")[:-1]
+    lines = [match for match in map(_LINE.fullmatch, given) if match is not None]
+    if not lines or len(lines) < len(given) or not text.endswith("\n"):
         raise ValueError("expected lines of a SHA-256 and a file name")
     digests = {line[2]: line[1] for line in lines}
     for name in digests:

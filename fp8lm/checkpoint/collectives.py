@@ -48,15 +48,16 @@ def from_all(group: Group, value: T) -> list[T]:
 
 def all_or_error(group: Group, action: Callable[[], T]) -> T:
     """`action()` of this rank; an `InputError` of any rank is raised on all of them."""
-    result, error = None, None
+    results: list[T] = []
+    error: InputError | None = None
     try:
-        result = action()
-    except InputError as failure:
-        error = failure
+        results.append(action())
+    except InputError as problem:
+        error = problem
     for failure in from_all(group, error):
         if failure is not None:
             raise failure
-    return result
+    return results[0]
 
 
 def my_share(group: Group, items: list[T]) -> list[T]:

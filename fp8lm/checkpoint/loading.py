@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fp8lm.checkpoint.collectives import Group, all_or_error, from_all, my_share, on_main
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.checkpoint.integrity import LARGEST_OTHER, Contents, check_files, inspect_folder
 from fp8lm.checkpoint.location import locate, why_none
-from fp8lm.checkpoint.metadata import DamagedCheckpoint
+from fp8lm.checkpoint.metadata import DamagedCheckpoint, tensor_entries
 from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.errors import InputError
@@ -45,6 +46,11 @@ class Checkpoint:
     def iteration(self) -> int:
         """The iteration it was saved at."""
         return self.common["iteration"]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """What is stored of each tensor."""
+        return tensor_entries(self.metadata)
 
     def read_file(self, name: str) -> bytes:
         """The content of one of `files`; `InputError` where there is no such file."""
@@ -101,7 +107,7 @@ def open_checkpoint(
         return _open(Path(root), iteration, group, [], needed)
     found = find_checkpoint(root, group, needed=needed)
     if found is None:
-        raise InputError(f"no checkpoint in {root}: {why_none(root)}")
+        raise InputError(f"no checkpoint in {root}: {why_none(Path(root))}")
     return found
 
 

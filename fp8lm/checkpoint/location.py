@@ -61,7 +61,9 @@ def load_problem(config: CheckpointConfig) -> str | None:
 def _problem_of_one(config: CheckpointConfig, root: Path, iteration: int) -> str | None:
     if find_folder(root, iteration) is None:
         return f"checkpoint.load = {config.load} does not exist"
-    if config.save is None or os.path.realpath(config.save) not in (
+    if config.save is None or config.load is None:
+        return None
+    if os.path.realpath(config.save) not in (
         os.path.realpath(root),
         os.path.realpath(config.load),
     ):

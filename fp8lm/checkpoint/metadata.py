@@ -76,7 +76,16 @@ def parse_metadata(data: bytes) -> Metadata:
     tensors = {_name(name): _tensor(stored) for name, stored in found.state_dict_metadata.items()}
     places = dict(_place(*item) for item in found.storage_data.items())
     _check_blocks(tensors, places)
-    return Metadata(state_dict_metadata=tensors, storage_data=places)
+    return Metadata(state_dict_metadata={**tensors}, storage_data=places)
+
+
+def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The tensors of `metadata` by name; nothing else is ever saved or read here."""
+    return {
+        name: stored
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
 
 
 class _Unpickler(pickle.Unpickler):

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from fp8lm.checkpoint.metadata import tensor_entries
 from fp8lm.checkpoint.shard import Shard
 from fp8lm.errors import InputError
 
@@ -106,7 +107,9 @@ class ShardLoadPlanner(LoadPlanner):
     ) -> None:
         """Take this rank's shards and the checkpoint's tensors."""
         self._shards = _by_key(state_dict)
-        self._stored = metadata.state_dict_metadata
+        if metadata is None:
+            raise ValueError("to load takes the metadata of a checkpoint")
+        self._stored = tensor_entries(metadata)
 
     def create_local_plan(self) -> LoadPlan:
         """Find the stored parts that cover every block of this rank."""
@@ -159,7 +162,7 @@ def _by_key(shards: Shards) -> dict[ShardKey, Shard]:
 
 
 def _key(index: MetadataIndex) -> ShardKey:
-    return index.fqn, tuple(index.offset)
+    return index.fqn, tuple(index.offset or ())
 
 
 def select(tensor: Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:
@@ -187,7 +190,7 @@ def _choose_writers(plans: list[SavePlan]) -> list[SavePlan]:
     offered = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
-            key = (item.index, item.tensor_data.chunk.sizes)
+            key = (item.index, _data(item).chunk.sizes)
             holders[key].append(rank)
             offered[key] = item
     chosen: list[list[WriteItem]] = [[] for _ in plans]
@@ -195,23 +198,29 @@ def _choose_writers(plans: list[SavePlan]) -> list[SavePlan]:
     for key, item in offered.items():
         writer = min(holders[key], key=written.__getitem__)
         chosen[writer].append(item)
-        itemsize = item.tensor_data.properties.dtype.itemsize
-        written[writer] += math.prod(item.tensor_data.chunk.sizes) * itemsize
+        data = _data(item)
+        written[writer] += math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
     return [
         dataclasses.replace(plan, items=items) for plan, items in zip(plans, chosen, strict=True)
     ]
 
 
+def _data(item: WriteItem) -> TensorWriteData:
+    if item.tensor_data is None:
+        raise TypeError(f"{item.index.fqn} is not a tensor")
+    return item.tensor_data
+
+
 def _check_agreement(items: Iterable[WriteItem]) -> None:
     seen: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for item in items:
-        view = (item.tensor_data.size, item.tensor_data.properties.dtype)
+        view = (_data(item).size, _data(item).properties.dtype)
         if seen.setdefault(item.index.fqn, view) != view:
             raise ValueError(f"ranks disagree on {item.index.fqn}: {seen[item.index.fqn]}, {view}")
 
 
 def _check_cover(metadata: Metadata) -> None:
-    for name, stored in metadata.state_dict_metadata.items():
+    for name, stored in tensor_entries(metadata).items():
         held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         if held != math.prod(stored.size):
             raise ValueError(

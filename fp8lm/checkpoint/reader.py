@@ -51,7 +51,7 @@ class StoredTensor:
 
 def stored_tensors(checkpoint: Checkpoint, pattern: str = "*") -> dict[str, StoredTensor]:
     """What is in `checkpoint` under names that match the shell `pattern`, in order of names."""
-    stored = checkpoint.metadata.state_dict_metadata
+    stored = checkpoint.tensors
     return {
         name: StoredTensor(name, stored[name].properties.dtype, tuple(stored[name].size))
         for name in sorted(stored)
@@ -62,7 +62,7 @@ def stored_tensors(checkpoint: Checkpoint, pattern: str = "*") -> dict[str, Stor
 def read_tensor(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
     """The whole tensor on the CPU, bit for bit; the first rows if `stored` has fewer than it."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    whole = tuple(checkpoint.metadata.state_dict_metadata[stored.name].size)
+    whole = tuple(checkpoint.tensors[stored.name].size)
     block = Shard(tensor, whole, (0,) * len(whole))
     load_checkpoint(checkpoint, {stored.name: [block]}, ignore_prefix="")
     return tensor
@@ -91,7 +91,7 @@ def differences(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
         first, second = (found.get(name) for found in tensors)
         if first is not None and second is not None and first.shape != second.shape:
             first, second = cut_padding(one, first), cut_padding(two, second)
-        if first != second:
+        if first is None or second is None or first != second:
             yield f"{name}: {first or 'not there'} and {second or 'not there'}"
         elif found := _first_difference(read_tensor(one, first), read_tensor(two, second)):
             yield f"{name}: {found}"

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,8 @@ from fp8lm.checkpoint.planners import (
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import create, open_regular
 
+_AnyPath = str | os.PathLike[Any]
+
 
 def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[str, str]:
     """Write all ranks' shards into `folder`; an error of one rank is raised on all of them.
@@ -58,7 +61,7 @@ def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
-    return writer.fs.digests
+    return writer.files.digests
 
 
 def read_shards(
@@ -121,7 +124,7 @@ class _Files(FileSystem):
         self.digests: dict[str, str] = {}
 
     @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: _AnyPath, mode: str) -> Iterator[io.IOBase]:
         # Unbuffered: the failing write is seen here, and torch.save writes large blocks. The
         # folder is new, so that a name that is taken has been planted.
         with os.fdopen(create(Path(path)), mode, buffering=0) as stream:
@@ -129,13 +132,13 @@ class _Files(FileSystem):
             yield recorder
         self.digests[Path(path).name] = recorder.digest.hexdigest()
 
-    def rename(self, path: Path, new_path: Path) -> None:
+    def rename(self, path: _AnyPath, new_path: _AnyPath) -> None:
         super().rename(path, new_path)
         self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
 
 
 class _Recorder(io.IOBase):
-    def __init__(self, stream: io.RawIOBase, files: _Files) -> None:
+    def __init__(self, stream: IO[bytes], files: _Files) -> None:
         self.digest = hashlib.sha256()
         self._stream = stream
         self._files = files
@@ -163,7 +166,7 @@ class _Recorder(io.IOBase):
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.fs = _Files()
+        self.fs = self.files = _Files()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         # Rank 0 has made the folder, and torch would make a second one where that is not seen.
@@ -175,8 +178,8 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            if self.fs.error is not None:
-                raise self.fs.error from error
+            if self.files.error is not None:
+                raise self.files.error from error
             raise
 
     def storage_meta(self) -> StorageMeta | None:

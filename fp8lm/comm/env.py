@@ -54,8 +54,8 @@ class DistEnv:
         local = environment.get("LOCAL_WORLD_SIZE") or str(world_size)
         local_world_size = _number("LOCAL_WORLD_SIZE", local, 1)
         machines = _number("GROUP_WORLD_SIZE", environment.get("GROUP_WORLD_SIZE") or "1", 1)
-        restart = environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
-        restart = _number("TORCHELASTIC_RESTART_COUNT", restart)
+        restarts = environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
+        restart = _number("TORCHELASTIC_RESTART_COUNT", restarts)
         return cls(rank, world_size, local_rank, local_world_size, True, machines, restart)
 
 

@@ -48,8 +48,12 @@ class ProcessGroups:
     timeout: timedelta = TIMEOUT
     made: list[dist.ProcessGroup] = field(default_factory=list)
 
-    def divide(self, ranks: list[list[int]]) -> dist.ProcessGroup | None:
+    def divide(self, ranks: list[list[int]]) -> dist.ProcessGroup:
         """This process's one of the groups of `ranks`, which live as long as these groups do."""
+        return _joined(self.divide_some(ranks))
+
+    def divide_some(self, ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        """The same where `ranks` may leave processes out; None for those."""
         group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self.timeout)
         if group is not None:
             self.made.append(group)
@@ -135,15 +139,23 @@ def model_parallel_groups(
     world_size = dist.get_world_size()
     check_sizes(world_size, tensor_parallel, pipeline_parallel)
     replicas = world_size // (tensor_parallel * pipeline_parallel)
-    made = [
-        dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
+    tp, dp, pp = (
+        _joined(dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
         for ranks in rank_lists(tensor_parallel, replicas, pipeline_parallel).values()
-    ]
-    made.append(dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT))
+    )
+    saving = dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT)
     # Those that parts of the run divide off later are in the list, too, by the end.
-    yield ProcessGroups(dist.group.WORLD, *made, store=store, timeout=timeout, made=made)
+    made = [tp, dp, pp, saving]
+    yield ProcessGroups(_joined(dist.group.WORLD), tp, dp, pp, saving, store, timeout, made)
     for group in made:  # not after an exception: other ranks may not come here
         dist.destroy_process_group(group)
+
+
+def _joined(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group that this process has to be in; torch has None for those it is not in."""
+    if group is None:
+        raise RuntimeError("this process is in none of the groups")
+    return group
 
 
 def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
@@ -246,12 +258,9 @@ class PipelineGroups:
 def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
     """Groups that pipelines need beyond `groups`; a collective of all processes."""
     pipelines = _all_like(groups.pipeline_parallel)
-    kinds = (
-        [list(ranks) for ranks in pipelines],
-        [[ranks[0], ranks[-1]] for ranks in pipelines],
-        [list(ranks) for ranks in zip(*pipelines, strict=True)],
-    )
-    pp_backward, embd, same_stage = map(groups.divide, kinds)
+    pp_backward = groups.divide([list(ranks) for ranks in pipelines])
+    embd = groups.divide_some([[ranks[0], ranks[-1]] for ranks in pipelines])
+    same_stage = groups.divide([list(ranks) for ranks in zip(*pipelines, strict=True)])
     return PipelineGroups(groups.pipeline_parallel, pp_backward, embd, same_stage)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8lm.comm.accounting import Wire
 from fp8lm.comm.handles import Handle
-from fp8lm.comm.transport import as_bytes
+from fp8lm.comm.transport import as_bytes, started
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, FP32, Format, scale_from_amax
 
@@ -47,7 +47,7 @@ class PipelineP2P:
         """`x` to rank number `to` of `group`; what travels is held until `wait()`."""
         message = self.pack(x)
         self.wire.count(message.numel())
-        work = dist.isend(message, group=group, group_dst=to)
+        work = started(dist.isend(message, group=group, group_dst=to))
 
         def finish() -> None:
             work.wait()
@@ -59,7 +59,7 @@ class PipelineP2P:
         """What rank number `source` of `group` sent, in `dtype`; waits for it."""
         message = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         try:
-            dist.irecv(message, group=group, group_src=source).wait()
+            started(dist.irecv(message, group=group, group_src=source)).wait()
         except RuntimeError as error:
             rank = dist.get_global_rank(group, source)
             raise RuntimeError(

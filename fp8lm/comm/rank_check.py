@@ -89,7 +89,7 @@ def exchange(store: dist.Store, launch: DistEnv, name: str, value: object) -> li
 
 def _all_of(store: dist.Store, keys: Sequence[str]) -> list[bytes]:
     try:
-        return store.multi_get(keys)
+        return store.multi_get(list(keys))
     except dist.DistStoreError as error:
         missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         named = ", ".join(missing[:_MOST_NAMED]) + ", ..." * (len(missing) > _MOST_NAMED)
@@ -110,8 +110,9 @@ def found_by(me: Presence, present: Sequence[Presence]) -> Presence:
     """`me` as processes of other networks reach it: the way to the first one may be a loopback."""
     if me.is_reachable:
         return me
-    others = [each for each in present if each.network != me.network and each.is_reachable]
-    address = route_address(others[0].address) if others else outward_address()
+    others = (p.address for p in present if p.network != me.network and p.is_reachable)
+    other = next(others, None)
+    address = outward_address() if other is None else route_address(other)
     return replace(me, address=address, interface=address and interface_of(address))
 
 

@@ -41,7 +41,7 @@ def all_gather_bytes(
         out = own.new_empty(world_size, own.numel())
     wire.count(accounting.all_gather_sent(world_size, own.numel()))
     work = _all_gather_function()(out.view(-1), own, group=group, async_op=True)
-    return _handle([work], own, out)
+    return _handle([started(work)], own, out)
 
 
 def all_gather_uneven(
@@ -152,6 +152,13 @@ def all_reduce_max(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Hand
     wire.count(accounting.all_reduce_sent(group.size(), values.nbytes))
     work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group, async_op=True)
     return _handle([work], values, values)
+
+
+def started(work: dist.Work | None) -> dist.Work:
+    """A transfer of a group that this rank is in; torch has None for those of others."""
+    if work is None:
+        raise RuntimeError("this process is not in the group")
+    return work
 
 
 def _handle(works: Sequence[dist.Work], sent: object, result: Tensor) -> Handle[Tensor]:

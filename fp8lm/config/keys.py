@@ -47,7 +47,8 @@ def list_keys() -> dict[str, Key]:
     definitions = Config.model_json_schema()["$defs"]
     keys = {}
     for section, field in Config.model_fields.items():
-        schema = definitions[field.annotation.__name__]
+        kind: Any = field.annotation
+        schema = definitions[kind.__name__]
         for key in _keys_of(section, schema, definitions):
             keys[key.path] = key
     return keys
@@ -102,8 +103,8 @@ def suggest(path: str, keys: Mapping[str, Key]) -> str:
         return advice
     if not section and (near := difflib.get_close_matches(name, sections, 1, NEAR_SECTION)):
         return f"did you mean {near[0]}?"
-    if (near := _near(section, name, keys)) is not None:
-        return near
+    if (advice := _near(section, name, keys)) is not None:
+        return advice
     inside = section.partition(".")[0] in sections
     return "--help lists its keys" if inside else f"the sections are {', '.join(sections)}"
 

@@ -39,7 +39,7 @@ def build_config(content: Mapping[str, Any]) -> Config:
 def _build(content: Mapping[str, Any], problems: list[str]) -> Config:
     """The same, with `problems` that were found before."""
     # An absent section is an empty one: then the keys it must have are named, not the section.
-    empty = {section: {} for section in Config.model_fields}
+    empty: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
     given = {section: {} if keys is None else keys for section, keys in content.items()}
     try:
         config = Config.model_validate({**empty, **given})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeGuard, get_args
 
 from pydantic import BaseModel, Field, Strict
 
@@ -21,8 +21,9 @@ def expand_keys(
     expanded, problems = dict(content), []
     for name, field in section.model_fields.items():
         value, key = content.get(name), f"{prefix}{name}"
-        if _is_section(field.annotation) and isinstance(value, Mapping):
-            expanded[name], more = expand_keys(field.annotation, value, f"{key}.")
+        annotation: Any = field.annotation
+        if _is_section(annotation) and isinstance(value, Mapping):
+            expanded[name], more = expand_keys(annotation, value, f"{key}.")
             problems += more
         elif value is not None and any(_marks(field.annotation, field.metadata)):
             try:
@@ -38,7 +39,7 @@ def _expand_value(value: Any, key: str) -> Any:
     return expand(value, key) if isinstance(value, str) else value
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

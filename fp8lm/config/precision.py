@@ -25,6 +25,7 @@ PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
 WireFormat = Literal["fp8", "bf16"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
+_Wires = tuple[WireFormat, GradsWireFormat, WireFormat]  # activations, gradients, weights
 
 
 def _preset(
@@ -32,13 +33,12 @@ def _preset(
     params: ParamsDtype,
     main_params: MainParamsDtype,
     main_grads: MainGradsDtype,
-    exp_avg: MomentDtype,
-    exp_avg_sq: MomentDtype,
+    moments: tuple[MomentDtype, MomentDtype],
     rounding: Rounding,
-    wire: WireFormat,
-    grads: GradsWireFormat,
-    params_wire: WireFormat,
+    wires: _Wires,
 ) -> Mapping[str, Any]:
+    exp_avg, exp_avg_sq = moments
+    wire, grads, params_wire = wires
     return MappingProxyType(
         {
             "gemm": gemm,
@@ -62,25 +62,24 @@ def _preset(
     )
 
 
-_FP32_STATES = ("fp32", "fp32")
-_FP8_STATES = ("fp8_e4m3", "fp16")
-_BF16_WIRES = ("bf16", "fp32", "bf16")
+_FP32_STATES: tuple[MomentDtype, MomentDtype] = ("fp32", "fp32")
+_FP8_STATES: tuple[MomentDtype, MomentDtype] = ("fp8_e4m3", "fp16")
+_BF16_WIRES: _Wires = ("bf16", "fp32", "bf16")
 # FP16 weights travel in their two bytes.
-_FP8_WIRES, _FP8_BUT_WEIGHTS = ("fp8", "fp8", "fp8"), ("fp8", "fp8", "bf16")
+_FP8_WIRES: _Wires = ("fp8", "fp8", "fp8")
+_FP8_BUT_WEIGHTS: _Wires = ("fp8", "fp8", "bf16")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "bf16": _preset("bf16", "bf16", "fp32", "fp32", *_FP32_STATES, "nearest", *_BF16_WIRES),
-        "te": _preset("fp8", "bf16", "fp32", "fp32", *_FP32_STATES, "nearest", *_BF16_WIRES),
+        "bf16": _preset("bf16", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
+        "te": _preset("fp8", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
         "o1": _preset(
-            "fp8", "fp16", "none", "fp8_e4m3", *_FP32_STATES, "stochastic", *_FP8_BUT_WEIGHTS
+            "fp8", "fp16", "none", "fp8_e4m3", _FP32_STATES, "stochastic", _FP8_BUT_WEIGHTS
         ),
         "o2": _preset(
-            "fp8", "fp16", "none", "fp8_e4m3", *_FP8_STATES, "stochastic", *_FP8_BUT_WEIGHTS
+            "fp8", "fp16", "none", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_BUT_WEIGHTS
         ),
-        "o3": _preset(
-            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", *_FP8_STATES, "stochastic", *_FP8_WIRES
-        ),
+        "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_WIRES),
     }
 )
 

@@ -62,7 +62,9 @@ def derived(rule: Callable[[dict[str, Any]], Any], rule_text: str, description: 
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    described = {key: schema.pop(key) for key in ("description", "title") if key in schema}
+    described: dict[str, Any] = {
+        key: schema.pop(key) for key in ("description", "title") if key in schema
+    }
     value_schema = dict(schema)
     schema.clear()
     schema.update(described, anyOf=[value_schema, {"type": "null"}], default=None)

@@ -110,8 +110,9 @@ class CheckpointConfig(Section):
     @property
     def resumes(self) -> bool:
         """Whether the same command goes on from what it has saved: one folder for both."""
-        folders = self.save, self.load
-        return None not in folders and len({os.path.realpath(folder) for folder in folders}) == 1
+        if self.save is None or self.load is None:
+            return False
+        return os.path.realpath(self.save) == os.path.realpath(self.load)
 
 
 class LoggingConfig(Section):

@@ -39,10 +39,10 @@ class ConfigLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own declaration)
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node; a `ComposerError` for an alias inside of what it stands for."""
         node = super().compose_node(parent, index)
-        if node.end_mark is None:  # its end is not read yet
+        if node is not None and node.end_mark is None:  # its end is not read yet
             raise yaml.composer.ComposerError(
                 None, None, "an alias stands inside of what it names", node.start_mark
             )

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fp8lm.errors import InputError, RunFailed
 from fp8lm.runtime.faults import describe_full_shared_memory
@@ -25,6 +26,13 @@ from fp8lm.runtime.parent_death import end_with_parent
 
 FIELDS = ("tokens", "labels", "loss_mask")
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
+
+
+class SizedDataset(Dataset):
+    """A dataset whose samples have numbers from 0 to its length - 1."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 class MicroBatchSampler:
@@ -73,7 +81,7 @@ class BatchIterator:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: SizedDataset,
         *,
         micro_batch_size: int,
         rank: int,
@@ -125,7 +133,8 @@ class BatchIterator:
         # By name, not by dropping the iterator: frames of an exception may still refer to it. Left
         # to itself it sends a hanging worker a SIGTERM, which that ignores, and Python's exit would
         # wait for it without end.
-        self._iterator._shutdown_workers()
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
         for worker in self._workers:
             worker.kill()
             worker.join(END_WAIT)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Dataset
 
+from fp8lm.data.batches import SizedDataset
 from fp8lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 
-class CheckedDataset(Dataset):
+class CheckedDataset(SizedDataset):
     """A dataset of megatron-core whose samples hold ids from 0 to `vocab_size` - 1 only.
 
     Any other id raises `InputError`, which names it, its sample and its document.

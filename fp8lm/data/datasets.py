@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
+from fp8lm.data.batches import SizedDataset
 from fp8lm.data.checked_dataset import CheckedDataset
 from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "valid", "test")
 Sizes = tuple[int, int, int]
-Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+Datasets = tuple[SizedDataset | None, SizedDataset | None, SizedDataset | None]
 
 
 def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
@@ -45,11 +46,12 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
     an item with an id outside the vocabulary, which the checks of large files may miss.
     """
     if config.data.mock_data:
-        return tuple(
+        train, valid, test = (
             _mock(config, tokenizer, split, size) if size else None
             for split, size in enumerate(sizes)
         )
-    prefixes, weights = blend_of(config.data.data_path)
+        return train, valid, test
+    prefixes, weights = blend_of(config.data.data_path or ())
     files = check_files(config, tokenizer, sizes)
     with quiet_megatron():
         from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -68,10 +70,12 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
         )
     shares = zip(gpt_config.split_matrix, sizes, strict=True)
     gpt_config.split_matrix = [share if size else None for share, size in shares]
-    return tuple(
+    checked = (
         None if dataset is None else CheckedDataset(dataset, tokenizer.vocab_size)
         for dataset in _build(gpt_config, sizes)
     )
+    training, validation, testing = checked
+    return training, validation, testing
 
 
 def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[IndexedFile]:
@@ -82,7 +86,7 @@ def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[Inde
     """
     if config.data.mock_data:
         return []
-    prefixes, weights = blend_of(config.data.data_path)
+    prefixes, weights = blend_of(config.data.data_path or ())
     files = [inspect_indexed(prefix) for prefix in prefixes]
     tokens = sum(file.num_tokens for file in files)
     for file in files:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ Encoded = list[EncodedDocument]
 
 def encode_records(
     records: Iterable[Record], settings: EncodeSettings, workers: int
-) -> Iterator[EncodedDocument]:
+) -> Generator[EncodedDocument]:
     """Yield every record's token ids, in order; a bad record raises `InputError` in its turn.
 
     A document without text has no ids, not even the end of document. Close the generator to stop
@@ -82,7 +82,7 @@ def encode_records(
     others = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent)
     try:
-        pending = deque()
+        pending: deque[Future[Encoded]] = deque()
         for batch in _batched(records):
             pending.append(_submit(pool, encode, batch))
             if len(pending) > 4 * workers:
@@ -146,7 +146,8 @@ def _follow_parent() -> None:
 
     def end_with_parent() -> None:
         # A killed parent closes no queue: without this its workers would wait for ever.
-        parent_process().join()
+        if (parent := parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -160,9 +161,9 @@ def _encode_batch(settings: EncodeSettings, batch: list[Record]) -> Encoded:
 
 
 @lru_cache(maxsize=1)
-def _loaded_tokenizer(*arguments: str | int | None) -> Tokenizer:
+def _loaded_tokenizer(kind: str, model: str | None, vocab_size: int | None) -> Tokenizer:
     """The tokenizer of this process, loaded at the first batch."""
-    return load_tokenizer(*arguments)
+    return load_tokenizer(kind, model, vocab_size)
 
 
 def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> EncodedDocument:
@@ -181,6 +182,7 @@ def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> E
 def _ids_of(tokenizer: Tokenizer, settings: EncodeSettings, text: str) -> np.ndarray:
     ids = tokenizer.tokenize(text, settings.parse_special_tokens)
     if ids and settings.prepend_bos:
+        assert tokenizer.bos is not None  # the command refuses a tokenizer without one
         ids.insert(0, tokenizer.bos)
     if ids and settings.append_eod:
         ids.append(tokenizer.eod)

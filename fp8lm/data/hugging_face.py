@@ -123,12 +123,13 @@ class HuggingFaceTokenizer:
 
     def _control_tokens(self, named: dict[str, str]) -> ControlTokens:
         """The tokens marked as special and those that the settings name."""
-        present = {token: self._fast.token_to_id(token) for token in named.values()}
-        absent = {token for token, number in present.items() if number is None}
-        self._fast.add_special_tokens(sorted(present.keys() - absent))
+        numbers = {token: self._fast.token_to_id(token) for token in named.values()}
+        present = {token: number for token, number in numbers.items() if number is not None}
+        absent = numbers.keys() - present.keys()
+        self._fast.add_special_tokens(sorted(present))
         known = self._fast.get_added_tokens_decoder()
         ids = {number for number, token in known.items() if token.special}
-        ids |= {present[token] for token in present.keys() - absent}
+        ids |= set(present.values())
         return ControlTokens(self._fast, ids, self._unknown(), absent)
 
     def _unknown(self) -> int | None:
@@ -186,10 +187,10 @@ class GPT2BPETokenizer:
         content = [self.files[name] for name in self.NAMES]
         return identify("GPT2BPETokenizer", self.vocab_size, self.eod, content, self._parse())
 
-    def _parse(self) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    def _parse(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
         """Vocabulary and merges; the text of merges.txt without its version and blank lines."""
         lines = self.files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n")
-        merges = [tuple(x.split(" ")) for x in lines if x and not x.startswith("#version")]
+        merges = [_pair(x) for x in lines if x and not x.startswith("#version")]
         return self._files.json_object("vocab.json"), merges
 
     def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]:
@@ -197,6 +198,13 @@ class GPT2BPETokenizer:
 
     def detokenize(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
+
+
+def _pair(line: str) -> tuple[str, str]:
+    parts = line.split(" ")
+    if len(parts) != 2:
+        raise ValueError(f"{line[:100]!r} of merges.txt is not two tokens")
+    return parts[0], parts[1]
 
 
 def _parse_model(files: TokenizerFiles) -> FastTokenizer:

@@ -37,7 +37,7 @@ def identify(
     what ids a text becomes.
     """
     model = b"".join(model_files)
-    identity = {
+    identity: Identity = {
         "tokenizer_type": tokenizer_type,
         "vocab_size": vocab_size,
         "eod": eod,

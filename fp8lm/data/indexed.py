@@ -55,7 +55,7 @@ class IndexedFile:
         it. `sample_sha256` covers the starts of up to 256 sequences spread over the file.
         """
         sample = hashlib.sha256(np.concatenate(list(self.sample())).tobytes()).hexdigest()
-        identity = {
+        identity: dict[str, str | int] = {
             "tokens": self.num_tokens,
             "lengths_sha256": self.fingerprint,
             "sample_sha256": sample,

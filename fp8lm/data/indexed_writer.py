@@ -64,7 +64,7 @@ class IndexedWriter:
             return
         with self._write_errors():
             self._builder.add_document(ids, [len(ids)])
-        self._digest.update(np.ascontiguousarray(ids, dtype=self.dtype))
+        self._digest.update(np.ascontiguousarray(ids, dtype=self.dtype).data)
         extremes = int(ids.min()), int(ids.max())
         low, high = self._range or extremes
         self._range = min(low, extremes[0]), max(high, extremes[1])

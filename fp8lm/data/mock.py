@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+
+from fp8lm.data.batches import SizedDataset
 
 SUCCESSORS = 4
 FOLLOW = (0.55, 0.25, 0.1, 0.05)
 RESTART = 0.05
 
 
-class MockDataset(Dataset):
+class MockDataset(SizedDataset):
     """Items like GPTDataset's; item i is a pure function of (vocabulary, seed, split, i).
 
     All splits follow the same chain, so what is learnt on one holds on another.

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8lm.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -65,7 +68,7 @@ class CorpusStream:
     @property
     def position(self) -> int:
         """0 for a pipe."""
-        return self._raw.tell() if self._raw.seekable() else 0
+        return self._raw.tell() if self._raw is not None and self._raw.seekable() else 0
 
     def peek(self) -> bytes:
         """Some of the next bytes, without taking them."""
@@ -125,7 +128,8 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        room = memoryview(buffer).cast("B")
         while True:
             if self._decoder.eof and not self._next_stream():
                 return 0
@@ -133,10 +137,10 @@ class _Decompressed(io.RawIOBase):
                 self._given = self._raw.read(1 << 17)
                 if not self._given:
                     raise EOFError("it ends in the middle")
-            data = self._decoder.decompress(self._given, len(buffer))
+            data = self._decoder.decompress(self._given, len(room))
             self._given = b""
             if data:
-                buffer[: len(data)] = data
+                room[: len(data)] = data
                 return len(data)
 
     def _next_stream(self) -> bool:
@@ -155,7 +159,7 @@ def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:
     if head.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
     if head.startswith(b"BZh"):
-        decoder = bz2.BZ2Decompressor
+        decoder: Callable[[], Any] = bz2.BZ2Decompressor
     elif head.startswith(b"\xfd7zXZ\x00"):
         decoder = lzma.LZMADecompressor
     elif head.startswith(b"\x28\xb5\x2f\xfd") or SKIPPABLE_FRAME.match(head):

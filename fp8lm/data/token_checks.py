@@ -80,7 +80,7 @@ def _scan(data: IndexedFile, vocab_size: int) -> None:
         if _outside(ids, vocab_size) is not None:
             _refuse_first_outside(data, vocab_size, block)
         if recorded:
-            digest.update(ids)
+            digest.update(ids.data)
     if recorded and digest.hexdigest() != recorded:
         raise InputError(
             f"{data.prefix}.bin is not the file that {data.prefix}.json describes: it is damaged "

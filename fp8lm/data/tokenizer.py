@@ -37,13 +37,28 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eod: int
-    bos: int | None
-    identity: Identity
     files: dict[str, bytes]
+
+    @property
+    def bos(self) -> int | None: ...
+
+    @property
+    def identity(self) -> Identity: ...
 
     def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]: ...
 
     def detokenize(self, ids: list[int]) -> str: ...
+
+
+class FileTokenizer(Tokenizer, Protocol):
+    """A tokenizer that local files define."""
+
+    def __init__(self, files: TokenizerFiles) -> None: ...
+
+    @staticmethod
+    def read(path: Path) -> TokenizerFiles:
+        """What defines it, from a file or folder."""
+        ...
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -196,7 +211,7 @@ class SentencePieceTokenizer:
         return self._processor.decode(ids)
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, type[FileTokenizer]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,
     "HuggingFaceTokenizer": HuggingFaceTokenizer,
     "GPT2BPETokenizer": GPT2BPETokenizer,

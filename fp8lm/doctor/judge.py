@@ -91,7 +91,7 @@ def judge_package(package: Package, packages: Sequence[Package] = ()) -> Finding
 
 def _cause(package: Package, packages: Sequence[Package]) -> str | None:
     """The other package whose absence or failure is all that is wrong with this one."""
-    absent = re.search(r"No module named '([\w.]+)'", package.error)
+    absent = re.search(r"No module named '([\w.]+)'", package.error or "")
     for other in packages:
         if not other.present and absent and absent[1] == other.name:
             return other.name
@@ -191,7 +191,7 @@ def _position_of_python(version: str, tested: str) -> int:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])))
 
 
 def _position(version: str | None, tested: str) -> int:

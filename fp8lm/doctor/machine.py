@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8lm.doctor.facts import Accelerators, Execution, Gpu
 from fp8lm.errors import InputError
+
+if TYPE_CHECKING:
+    from fp8lm.kernels.reference import ReferenceKernels
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -57,9 +62,9 @@ def plan_execution(gpus: Sequence[Gpu]) -> tuple[Execution, ...]:
 def _executions(gpus: Sequence[Gpu]) -> Iterator[Execution]:
     from fp8lm.kernels.select import kernels_for_cpu, kernels_for_gpu
 
-    choices = [("cpu", kernels_for_cpu)]
+    choices: list[tuple[str, Callable[[], ReferenceKernels]]] = [("cpu", kernels_for_cpu)]
     for index, gpu in enumerate(gpus):
-        choices.append((f"cuda:{index}", lambda gpu=gpu: kernels_for_gpu(gpu.capability, gpu.name)))
+        choices.append((f"cuda:{index}", partial(kernels_for_gpu, gpu.capability, gpu.name)))
     for device, choose in choices:
         try:
             kernels = choose()

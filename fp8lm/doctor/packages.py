@@ -90,7 +90,10 @@ def error_of_import(modules: str) -> str | None:
 
 def _names_and_ranges(requirements: list[str]) -> Iterator[tuple[str, str]]:
     for requirement in requirements:
-        name, versions, marker = _REQUIREMENT.fullmatch(requirement).groups()
+        match = _REQUIREMENT.fullmatch(requirement)
+        if match is None:
+            raise ValueError(f"{requirement!r} is not a requirement")
+        name, versions, marker = match.groups()
         if "extra" not in (marker or ""):
             yield name.lower().replace("_", "-"), _lower_first(versions)
 

@@ -37,7 +37,8 @@ def torchrun_arguments(
         arguments += _rendezvous(options, rdzv_conf or {})
     arguments.append(f"--signals-to-handle={SIGNALS}")
     if options.log_dir is not None:
-        arguments += [f"--log-dir={_log_dir(options, name)}", "--redirects=3", "--tee=3"]
+        folder = _log_dir(options, Path(options.log_dir), name)
+        arguments += [f"--log-dir={folder}", "--redirects=3", "--tee=3"]
         arguments.append("--local-ranks-filter=0")
     return [*arguments, *training_program(), "--config", options.config, *options.overrides]
 
@@ -56,9 +57,8 @@ def _rendezvous(options: Options, conf: Mapping[str, int]) -> list[str]:
     return arguments
 
 
-def _log_dir(options: Options, name: str | None) -> Path:
+def _log_dir(options: Options, folder: Path, name: str | None) -> Path:
     # Below it torchrun makes ID_RANDOM/attempt_K/LOCAL_RANK/, which does not tell nodes apart.
-    folder = Path(options.log_dir)
     if options.nnodes == 1:
         return folder
     if options.node_rank is not None:

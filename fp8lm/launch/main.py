@@ -49,10 +49,11 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         raise InputError(problem)
     preflight.check_devices(config, processes)
-    if options.nnodes > 1 and not options.simulate:
-        preflight.check_rendezvous(options.rdzv_endpoint, is_host=options.node_rank == 0)
+    endpoint = options.rdzv_endpoint
+    if options.nnodes > 1 and not options.simulate and endpoint is not None:
+        preflight.check_rendezvous(endpoint, is_host=options.node_rank == 0)
         if options.local_addr is None:
-            options = replace(options, local_addr=preflight.local_address(options.rdzv_endpoint))
+            options = replace(options, local_addr=preflight.local_address(endpoint))
     preflight.make_log_folder(options.log_dir)
     if options.node_rank in (None, 0):
         say(f" {plan.summary()[0]}")

@@ -56,14 +56,21 @@ class Node:
         self._command = [sys.executable, "-m", "fp8lm.launch.agent", *arguments]
         self._environment = {**os.environ, **environment}
         tie_children(self._environment)
-        self.agent: subprocess.Popen | None = None
+        self._agent: subprocess.Popen | None = None
         self._family: list[psutil.Process] = []
+
+    @property
+    def agent(self) -> subprocess.Popen:
+        """The process of the last start."""
+        if self._agent is None:
+            raise RuntimeError(f"node {self.number} has not been started")
+        return self._agent
 
     def start(self) -> None:
         """Start it, for the first time or again."""
         self.starts += 1
         # In a session of its own, so that Ctrl-C reaches it through the cluster only.
-        self.agent = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+        self._agent = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
 
     def poll(self) -> int | None:
         """The agent's exit code, None while it runs."""

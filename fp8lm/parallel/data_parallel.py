@@ -12,7 +12,7 @@ by a rank in a step for N one-byte parameters on d ranks, without padding:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -151,7 +151,7 @@ def _waiting(parts: Iterable[ParamBuffer]) -> Callable[..., None]:
     return wait
 
 
-def tensors_of(weights: dict[str, Param]) -> list[BufferEntry]:
+def tensors_of(weights: Mapping[str, Param]) -> list[BufferEntry]:
     """The compute copies of `weights` as ownership places them."""
     made = []
     for name, weight in weights.items():

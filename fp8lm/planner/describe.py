@@ -64,7 +64,9 @@ def _state_line(layout: Layout) -> str:
 
 def stage_table(layout: Layout) -> list[str]:
     """A line per pipeline stage, whose ranks hold parts of the same shapes."""
-    rows = [("stage", "ranks", "nodes", "layers", "besides", "state: least", "mean", "most")]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "ranks", "nodes", "layers", "besides", "state: least", "mean", "most")
+    ]
     for number, stage in enumerate(layout.stages):
         here = [place for place in layout.ranks if place.stage == number]
         totals = stage.totals
@@ -84,7 +86,7 @@ def stage_table(layout: Layout) -> list[str]:
 def rank_table(layout: Layout) -> list[str]:
     """A line per rank: where it runs, what it holds, its bytes by kind."""
     head = ("rank", "node", "local", "tensor", "data", "stage", "layers", "besides")
-    rows = [(*head, *KINDS, "all")]
+    rows: list[tuple[str, ...]] = [(*head, *KINDS, "all")]
     for place in layout.ranks:
         state = layout.state(place)
         rows.append(

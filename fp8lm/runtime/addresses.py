@@ -99,7 +99,7 @@ def is_loopback(address: str) -> bool:
 def leads_to_loopback(name: str) -> bool:
     """Whether a machine's `name` has no address here, or only such as no other machine reaches."""
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(name, None)}
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
     except (OSError, UnicodeError):
         return True
     return all(map(is_loopback, found))

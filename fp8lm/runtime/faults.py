@@ -49,11 +49,11 @@ def describe_fault(error: BaseException) -> str | None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return f"too many open files: {limit} are allowed here: raise it with ulimit -n"
         if _cannot_fork(cause) or _NO_THREAD in str(cause):
-            limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-            limit = "unlimited" if limit == resource.RLIM_INFINITY else limit
+            most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+            allowed = "unlimited" if most == resource.RLIM_INFINITY else most
             return (
                 f"cannot start another process or thread{_place(cause.__traceback__)}: "
-                f"ulimit -u is {limit}; or the limit of the container or job"
+                f"ulimit -u is {allowed}; or the limit of the container or job"
             )
     if isinstance(error, RuntimeError) and (lost := _PEER_LOST.search(str(error))):
         return f"lost another rank ({lost[0]}), whose own message says why it ended"
@@ -98,7 +98,7 @@ def describe_full_shared_memory() -> str:
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -112,7 +112,9 @@ def _is(error: BaseException, *numbers: int) -> bool:
 
 def _cannot_fork(error: BaseException) -> bool:
     # What a pipe that would block says has the same number, and other words.
-    return _is(error, errno.EAGAIN) and error.strerror == os.strerror(errno.EAGAIN)
+    if not isinstance(error, OSError) or error.errno != errno.EAGAIN:
+        return False
+    return error.strerror == os.strerror(errno.EAGAIN)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

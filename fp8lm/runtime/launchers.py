@@ -97,7 +97,11 @@ def _variables(tasks: Tasks, environment: Mapping[str, str]) -> dict[str, str]:
             f"{tasks.launcher} does not say which of a machine's processes this is: set RANK, "
             "WORLD_SIZE and LOCAL_RANK for each, or start torchrun on each machine"
         )
-    found = {"RANK": tasks.rank, "WORLD_SIZE": tasks.size, "LOCAL_RANK": local_rank}
+    found: dict[str, str | int | None] = {
+        "RANK": tasks.rank,
+        "WORLD_SIZE": tasks.size,
+        "LOCAL_RANK": local_rank,
+    }
     if tasks.local_size:
         found["LOCAL_WORLD_SIZE"] = tasks.local_size
         found["GROUP_WORLD_SIZE"] = -(-tasks.size // tasks.local_size)
@@ -135,11 +139,16 @@ def _step(environment: Mapping[str, str]) -> Tasks | None:
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:
     """Of `4(x2),3` tasks per node those of this node."""
-    text, node = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), environment.get("SLURM_NODEID")
-    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
-    if not all(parts) or not (node or "").isdecimal():
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    node = environment.get("SLURM_NODEID", "")
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return None
+        counts += [int(match[1])] * int(match[2] or 1)
+    if not node.isdecimal():
         return None
-    counts = [int(part[1]) for part in parts for _ in range(int(part[2] or 1))]
     return counts[int(node)] if int(node) < len(counts) else None
 
 

@@ -82,7 +82,7 @@ def create_lock(path: Path, holder: Holder) -> tuple[int, int] | None:
             os.unlink(aside)
 
 
-def write_heartbeat(path: Path, holder: Holder, file: tuple[int, int]) -> Seen | None:
+def write_heartbeat(path: Path, holder: Holder, file: tuple[int, int] | None) -> Seen | None:
     """Write `holder` into its own lock, which it made as `file`; what was there, None if nothing.
 
     Another's lock is left alone. A full disk keeps the record as it is, and its time is new.

@@ -32,7 +32,7 @@ def _value(match: re.Match[str], what: str) -> str:
     if match[0] not in (f"${name}", f"${{{name}}}") or not name.isidentifier():
         raise InputError(f"{what}: {match[0]!r} is not $NAME or ${{NAME}}")
     value = os.environ.get(name)
-    if not (value or "").strip():
+    if value is None or not value.strip():
         state = "is not set" if value is None else "is empty"
         raise InputError(f"{what}: the variable {name} of the environment {state}")
     return value

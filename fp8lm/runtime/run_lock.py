@@ -290,8 +290,11 @@ class RunLock:
 
     def _has_ended(self, seen: Seen) -> bool:
         """Whether its process has; `FolderInUse` if it runs here, in another job."""
-        alive = seen.holder and is_alive(seen.holder, self._here)
-        if alive and not same_job(seen.holder, self._here):
+        holder = seen.holder
+        if holder is None:
+            return False
+        alive = is_alive(holder, self._here)
+        if alive and not same_job(holder, self._here):
             raise FolderInUse(in_use(self._folder.key, seen, self._path))
         return alive is False
 

@@ -37,7 +37,7 @@ class BestEffortStream:
         try:
             if self._stream is None:
                 raise OSError(errno.EBADF, "closed")
-            self._write(text)
+            self._write(self._stream, text)
             self._patience = self._wait
         except TimeoutError:
             self._patience = 0.0
@@ -62,14 +62,14 @@ class BestEffortStream:
             raise io.UnsupportedOperation("fileno")
         return self._stream.fileno()
 
-    def _write(self, text: str) -> None:
+    def _write(self, stream: TextIO, text: str) -> None:
         try:
-            file = self._stream.fileno()
+            file = stream.fileno()
         except (OSError, ValueError, AttributeError):  # in memory
-            self._stream.write(text)
-            self._stream.flush()
+            stream.write(text)
+            stream.flush()
             return
-        self._stream.flush()
+        stream.flush()
         data = text.encode(self.encoding, "backslashreplace")
         while data:
             if not is_writable(file, self._patience):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from fp8lm.comm import WireCounter
 from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
-from fp8lm.data.datasets import build_datasets
+from fp8lm.data.batches import SizedDataset
+from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
 from fp8lm.errors import InputError
@@ -47,12 +47,19 @@ class Run:
     optimizer: AdamW
     learning_rate: LearningRate
     batch_size: BatchSize
-    datasets: tuple[Dataset | None, Dataset | None, Dataset | None]
+    datasets: Datasets
     dataset_sizes: tuple[int, int, int]
     data_parallel: NoDataParallel
     pipeline: Executor
     shared_params: frozenset[str]
     sent: WireCounter
+
+    @property
+    def train_dataset(self) -> SizedDataset:
+        """The training samples; RuntimeError where none are left to train on."""
+        if self.datasets[0] is None:
+            raise RuntimeError("this run has no training samples left")
+        return self.datasets[0]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,18 +6,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fp8lm.comm import Wire, all_gather_scalars
 from fp8lm.config import TrainConfig
-from fp8lm.data.batches import BatchIterator
+from fp8lm.data.batches import BatchIterator, SizedDataset
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
 from fp8lm.training.loss_weights import Batch, counted_share
 
 
-def evaluation_loss(run: Run, dataset: Dataset, first_sample: int = 0) -> float:
+def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> float:
     """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks.
 
     Of the tokens that count, each counts the same, whatever batch and rank it is on.
@@ -47,7 +46,7 @@ def first_validation_sample(train: TrainConfig, iteration: int, num_samples: int
 
 
 def run_batches(
-    run: Run, dataset: Dataset, consumed_samples: int, skipped_samples: int = 0
+    run: Run, dataset: SizedDataset, consumed_samples: int, skipped_samples: int = 0
 ) -> BatchIterator:
     """This rank's micro-batches of `dataset`."""
     group = run.groups.data_parallel

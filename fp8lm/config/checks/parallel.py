@@ -78,7 +78,7 @@ def _interleaved(config: Config) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pipeline_model_parallel_size
     virtual = parallel.num_layers_per_virtual_pipeline_stage
-    if layers % (virtual * stages):
+    if virtual is not None and layers % (virtual * stages):
         yield (
             f"model.num_layers = {layers} is not divisible by {PIPELINE_PARALLEL} = {stages} times "
             f"parallel.num_layers_per_virtual_pipeline_stage = {virtual}"

@@ -28,14 +28,16 @@ def data(config: Config) -> Iterator[str]:
 
 def _blend(data_path: tuple[float | str, ...]) -> Iterator[str]:
     given = f"data.data_path = {list(data_path)}"
-    if all(isinstance(item, str) for item in data_path):
-        if any(_is_number(prefix) for prefix in data_path):
+    texts = [item for item in data_path if isinstance(item, str)]
+    if len(texts) == len(data_path):
+        if any(_is_number(prefix) for prefix in texts):
             yield f"{given}: write weights as numbers, without quotes"
         return
-    weights, prefixes = data_path[0::2], data_path[1::2]
+    prefixes = data_path[1::2]
+    weights = [weight for weight in data_path[0::2] if not isinstance(weight, str)]
     if (
         len(weights) != len(prefixes)
-        or any(isinstance(weight, str) for weight in weights)
+        or len(data_path) % 2 == 1
         or not all(isinstance(prefix, str) for prefix in prefixes)
     ):
         yield (
