@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fp8lm.config.keys import list_keys, suggest
+from fp8lm.config.keys import Key, list_keys, suggest
 from fp8lm.config.merging import Layer, merge
 from fp8lm.config.options import cure_override
 from fp8lm.config.paths import expand_keys
@@ -26,7 +26,13 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     In the names of all files `~` and `$VARIABLE` are expanded.
     """
     file = Path(expand(os.fspath(path), "--config"))
-    content = merge(_read_layers(file, ()), parse_overrides(overrides))
+    layer = parse_overrides(overrides)
+    try:
+        content = merge(_read_layers(file, ()), layer)
+    except _BadBase as error:
+        content = merge(read_mapping(file), layer)
+        content.pop("base", None)
+        raise InputError("; ".join([str(error), *_mistakes(content)])) from None
     content, problems = expand_keys(Config, content)
     return _build(content, problems)
 
@@ -38,18 +44,33 @@ def build_config(content: Mapping[str, Any]) -> Config:
 
 def _build(content: Mapping[str, Any], problems: list[str]) -> Config:
     """The same, with `problems` that were found before."""
-    # An absent section is an empty one: then the keys it must have are named, not the section.
-    empty: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
     given = {section: {} if keys is None else keys for section, keys in content.items()}
     try:
-        config = Config.model_validate({**empty, **given})
+        config = Config.model_validate(_with_all_sections(given))
     except ValidationError as error:
-        problems = [*problems, _explain(error, given)]
+        mistakes, missing = _explain(error, given)
+        problems = [*problems, *mistakes, *missing]
     except InputError as error:  # sections that disagree
         problems = [*problems, str(error)]
     if problems:
         raise InputError("; ".join(problems))
     return config
+
+
+def _with_all_sections(given: Mapping[str, Any]) -> dict[str, Any]:
+    # An absent section is an empty one: then the keys it must have are named, not the section.
+    return {**{section: {} for section in Config.model_fields}, **given}
+
+
+def _mistakes(content: Mapping[str, Any]) -> list[str]:
+    """What is wrong in a part of a config, which may lack keys."""
+    try:
+        Config.model_validate(_with_all_sections(content))
+    except ValidationError as error:
+        return _explain(error, content)[0]
+    except InputError:  # sections may agree with what is not here
+        return []
+    return []
 
 
 def parse_overrides(overrides: Iterable[str]) -> Layer:
@@ -71,20 +92,30 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
     return layer
 
 
+class _BadBase(InputError):
+    """What `base` names cannot be read."""
+
+
 def _read_layers(path: Path, below: tuple[Path, ...]) -> Layer:
     """Read a file over the files that its `base` names, relative to it; `below` is who asked."""
     path = Path(os.path.normpath(path))
     if any(_is_same(path, other) for other in below):
         chain = " -> ".join(str(file) for file in (*below, path))
-        raise InputError(f"base files form a cycle: {chain}")
+        raise _BadBase(f"base files form a cycle: {chain}")
     if below and not path.exists():
-        raise InputError(f"base file {path} does not exist: named by base in {below[-1]}")
+        raise _BadBase(f"base file {path} does not exist: named by base in {below[-1]}")
     content = read_mapping(path)
     layer: Layer = {}
     for base in _base_names(content.pop("base", None), path):
-        base = expand(base, f"{path}: base")
-        layer = merge(layer, _read_layers(path.parent / base, (*below, path)))
+        layer = merge(layer, _read_layers(path.parent / _expanded(base, path), (*below, path)))
     return merge(layer, content)
+
+
+def _expanded(base: str, path: Path) -> str:
+    try:
+        return expand(base, f"{path}: base")
+    except InputError as error:
+        raise _BadBase(str(error)) from None
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -94,11 +125,12 @@ def _is_same(path: Path, other: Path) -> bool:
 def _base_names(base: Any, path: Path) -> list[str]:
     names = base if isinstance(base, list) else [] if base is None else [base]
     if not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{path}: base = {_show(base)}: expected a file name or a list of them")
+        raise _BadBase(f"{path}: base = {_show(base)}: expected a file name or a list of them")
     return names
 
 
-def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Mistakes, and keys that are missing."""
     keys = list_keys()
     unknown, wrong, missing = [], {}, []
     for problem in error.errors():
@@ -111,9 +143,17 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
         elif kind == "missing" and len(problem["loc"]) == 2:
             missing.append(f"{path} is missing: {keys[path].type}")
         elif kind != "default_factory_not_called":
-            expected = keys[path].type if path in keys else "a section of keys"
-            wrong[path] = f"{path} = {_show(_value_at(content, place))}: expected {expected}"
-    return "; ".join([*unknown, *wrong.values(), *missing])
+            value = _value_at(content, place)
+            expected = keys[path].type if path in keys else _section_for(path, value, keys)
+            wrong[path] = f"{path} = {_show(value)}: expected {expected}"
+    return [*unknown, *wrong.values()], missing
+
+
+def _section_for(section: str, value: Any, keys: Mapping[str, Key]) -> str:
+    """What to write for a section that was given the `value` of one of its keys."""
+    of_section = [key for key in keys.values() if key.section == section]
+    meant = next((key for key in of_section if value in key.type.split(" | ")), None)
+    return "a section of keys" if meant is None else f"{meant.path}={value}"
 
 
 def _value_at(content: Mapping[str, Any], place: tuple[Any, ...]) -> Any:

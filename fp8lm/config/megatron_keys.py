@@ -38,6 +38,7 @@ RENAMED: Mapping[str, str] = {
     "autocast_dtype": "precision.preset=bf16",
     "bf16": "precision.preset=bf16",
     "ddp_reduce_scatter_with_fp32_accumulation": "precision.grad_reduce=fp32_accumulate",
+    "fp16": "precision.preset=bf16, the nearest to it: the default is o3, in FP8",
     "fp8": "precision.preset=o3 (te for FP8 GEMMs alone)",
     "fp8_format": "precision.preset=o3 (te for FP8 GEMMs alone); E4M3 forward, E5M2 backward",
     "fp8_hybrid": "precision.preset=o3 (te for FP8 GEMMs alone); E4M3 forward, E5M2 backward",
@@ -183,7 +184,6 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         "disable_parameter_transpose_cache",
     ),
     "every tensor has its own scale": (
-        "fp16",
         "hysteresis",
         "initial_loss_scale",
         "loss_scale",
