@@ -71,6 +71,19 @@ def test_navigation_names_every_page():
     assert shown == packages | {"scaled_tensor"}
 
 
+@pytest.mark.parametrize("name", ["extending", "debugging"])
+def test_code_runs(name, monkeypatch):
+    """The Python blocks of a page, one after the other in one namespace, in the checkout."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / f"docs/developer/{name}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:  # blank lines above it, so that a traceback names the page's line
+        line = page[: page.index(block)].count("\n")
+        exec(compile("\n" * line + block, f"docs/developer/{name}.md", "exec"), namespace)
+
+
 def test_flags_of_preprocess_data():
     """Those that a table calls the same as Megatron's are all there are, but its own."""
     page = (ROOT / "docs/user-guide/migration.md").read_text()
