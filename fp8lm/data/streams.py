@@ -11,7 +11,6 @@ import gzip
 import io
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,10 +170,7 @@ def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:
 
 def _zstandard_decoder() -> Callable[[], Any]:
     try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
+        from backports import zstd
     except ImportError:
         raise InputError(
             "Zstandard files need backports.zstd: pip install backports.zstd"

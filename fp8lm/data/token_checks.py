@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fp8lm.data.identity import describe, differences
+from fp8lm.data.identity import NAMES, describe, differences
 from fp8lm.data.indexed import IndexedFile
 from fp8lm.data.sidecar import Sidecar
 from fp8lm.data.tokenizer import Tokenizer
@@ -46,6 +46,10 @@ def _evidence(data: IndexedFile) -> Iterable[np.ndarray]:
 
 
 def _check_identity(data: IndexedFile, made: Sidecar, tokenizer: Tokenizer) -> None:
+    if not any(made.tokenizer.get(name) is not None for name in NAMES):
+        raise InputError(
+            f"{data.prefix}.json does not name a tokenizer: remove it or preprocess again"
+        )
     if found := differences(made.tokenizer, tokenizer.identity):
         raise InputError(
             f"{data.prefix} was tokenized with {describe(made.tokenizer)}, and the config's "

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
 
     Without a heartbeat: processes of this machine see that PID runs, those of others do not.
     """
-    if len(argv) != 3 or not argv[1].isdecimal():
+    if len(argv) != 3 or not argv[1].isdecimal() or not 0 < int(argv[1]) < 2**31:
         raise InputError("usage: python -m fp8lm.runtime.hold FOLDER PID COMMAND")
     folder, pid, command = argv
     holder = this_process(os.environ, [command], int(pid))

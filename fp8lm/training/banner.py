@@ -20,7 +20,7 @@ def banner(run: Run, num_parameters: int) -> list[str]:
     }
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return [
-        f" model: {num_parameters:,} parameters ({model.num_layers} layers of "
+        f" model: {num_parameters:,} parameters in all ({model.num_layers} layers of "
         f"{model.hidden_size}), precision {config.precision.preset}",
         f" device: {groups.world.size()} x {_describe_device(run.device)} ({layout}); kernels: "
         f"{describe_kernels(run.device)}",

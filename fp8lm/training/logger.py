@@ -109,9 +109,10 @@ class TrainLogger:
 
     def close(self, failed: bool = False) -> None:
         """Finish all files and trackers; `failed` if the training ended in an error."""
-        for part in (self._console, self._file):
-            if part is not None:
-                part.close()
+        if self._console is not None:
+            self._console.close()
+        if self._file is not None:
+            self._file.close(self._run.may_write())
         for tracker in self._trackers:
             tracker.close(failed)
         self._console = self._file = None

@@ -62,17 +62,33 @@ class MetricsFile:
         """Append one object."""
         line = json.dumps({key: _as_json(value) for key, value in values.items()}) + "\n"
         self._unwritten += line.encode()
+        self._make_anew_if_removed()
         error = self._write_waiting()
         if error is not None and not self._warned:
             self._warned = True
             warn(f"{self._path} waits for space on the disk: {error}")
 
-    def close(self) -> None:
-        """Close the file, after a last attempt at the lines that wait."""
-        if (error := self._write_waiting()) is not None:
+    def close(self, may_write: bool = True) -> None:
+        """Close the file, after a last attempt at the lines that wait, if it `may_write`."""
+        if may_write and (error := self._write_waiting()) is not None:
             lines = self._unwritten.count(b"\n")
             warn(f"{self._path} lacks its last {lines} lines: {error}")
         self._file.close()
+
+    def _make_anew_if_removed(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink:
+            return
+        try:
+            make_folder(self._path.parent)
+            anew = open_to_append(self._path, buffering=0)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warn(f"{self._path} has been removed, and cannot be made again: {error}")
+            return
+        warn(f"{self._path} has been removed: what is reported from here on is in a new one")
+        self._file.close()
+        self._file = anew
 
     def _write_waiting(self) -> OSError | None:
         try:

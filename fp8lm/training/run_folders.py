@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lm.checkpoint.collectives import on_main
+from fp8lm.checkpoint.location import is_checkpoint
 from fp8lm.config import Config
+from fp8lm.errors import InputError
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 
 if TYPE_CHECKING:
@@ -29,6 +33,15 @@ def run_folders(config: Config) -> list[RunFolder]:
     return found
 
 
+def refuse_checkpoints(folders: Iterable[RunFolder]) -> None:
+    """`InputError` for one that is, or lies in, a checkpoint: what is added there damages it."""
+    for folder in folders:
+        path = Path(os.path.realpath(folder.path))
+        if (found := next(filter(is_checkpoint, (path, *path.parents)), None)) is not None:
+            where = "is a checkpoint" if found == path else f"lies in the checkpoint {found}"
+            raise InputError(f"{folder.key} {where}: name a folder outside of it")
+
+
 @contextmanager
 def locked_folders(config: Config, groups: ProcessGroups) -> Iterator[RunLocks]:
     """Hold the locks of the run's folders, on the main rank; a collective of all ranks.
@@ -36,8 +49,9 @@ def locked_folders(config: Config, groups: ProcessGroups) -> Iterator[RunLocks]:
     `FolderInUse` on all ranks where another run holds one. The locks are released at the end of
     what is being written then.
     """
-    locks = RunLocks()
-    on_main(groups.saving, lambda: locks.take(run_folders(config)))
+    locks, found = RunLocks(), run_folders(config)
+    on_main(groups.saving, lambda: refuse_checkpoints(found))
+    on_main(groups.saving, lambda: locks.take(found))
     try:
         yield locks
     finally:

@@ -129,7 +129,10 @@ def describe_state(optimizer: AdamW, names: list[str]) -> str:
         f"{kind} {size / count:.2f}" for kind, size in state_bytes(optimizer, names).items()
     )
     total = bytes_per_parameter(optimizer, names)
-    return f" linear layers: {count} parameters here, {total:.2f} bytes of state each ({parts})"
+    return (
+        f" linear layers: {count:,} parameters on this rank, {total:.2f} bytes of state each "
+        f"({parts})"
+    )
 
 
 def _count(optimizer: AdamW, names: list[str]) -> int:

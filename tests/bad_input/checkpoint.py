@@ -121,9 +121,9 @@ CASES = [
         says=("ck/iter_0000001 is one checkpoint", "save elsewhere"),
         prepare=saved(),
     ),
-    train(
-        "checkpoint.save=ck/iter_0000001", says="is a checkpoint: name the folder", prepare=saved()
-    ),
+    train("checkpoint.save=ck/iter_0000001", says="ck/iter_0000001", prepare=saved()),
+    train("logging.dir=ck/iter_0000001", says="ck/iter_0000001", prepare=saved()),
+    train("logging.dir=ck/iter_0000001/logs", says="ck/iter_0000001/logs", prepare=saved()),
     run("checkpoint", "inspect", "ck/iter_0000009", says="of iteration 9", prepare=saved()),
     run("checkpoint", "verify", "nowhere", says="no checkpoint in nowhere"),
     run("checkpoint", "compare", "ck", "nowhere", says="in nowhere", prepare=saved()),

@@ -93,6 +93,11 @@ TOKENS = [
     ),
     train(
         DATA,
+        says="P.json",
+        prepare=tokens(lambda folder: (folder / "P.json").write_text('{"tokenizer": {}}')),
+    ),
+    train(
+        DATA,
         "tokenizer.vocab_size=63",
         says=("P.bin holds token id 64 in document 0", "the tokenizer's vocabulary of 64"),
         prepare=tokens(remove("P.json")),

@@ -402,6 +402,13 @@ def test_before_a_process_is_started(tmp_path, gone):
     assert running_here(folder, {}) is None
 
 
+@pytest.mark.parametrize("pid", ["0", "-1", str(2**31), "x"])
+def test_a_folder_is_held_for_processes_only(pid, tmp_path):
+    with pytest.raises(InputError):
+        hold([str(tmp_path), pid, "script.sh"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_held_for_a_script(tmp_path):
     script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert hold([str(tmp_path), str(script.pid), "script.sh"]) is None

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import time
 from datetime import datetime
 
@@ -15,6 +16,7 @@ from fp8lm.config import LoggingConfig
 from fp8lm.errors import InputError
 from fp8lm.training.console import evaluation_line, saved_line, training_line
 from fp8lm.training.logger import RunInfo, TrainLogger
+from fp8lm.training.metrics_file import MetricsFile
 from tests.training import reports
 
 VALUES = {"iteration": 100, **reports.VALUES, "state_bytes/weights": 123456789012}
@@ -133,6 +135,26 @@ def test_resume_cuts_later_iterations(tmp_path):
     log(tmp_path, [10])
     assert [line["iteration"] for line in read(tmp_path)] == [10]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_is_removed_is_made_anew(tmp_path, capsys):
+    metrics = MetricsFile(tmp_path / "log", 0)
+    metrics.write({"iteration": 1})
+    shutil.rmtree(tmp_path / "log")
+    metrics.write({"iteration": 2})
+    metrics.write({"iteration": 3})
+    metrics.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl" in line
+    lines = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [2, 3]
+
+
+def test_lines_that_wait_are_not_written_to_a_folder_that_is_anothers(tmp_path):
+    metrics = MetricsFile(tmp_path, 0)
+    metrics._unwritten = b"of this run\n"  # as on a full disk
+    metrics.close(may_write=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_folder_that_cannot_be_written(tmp_path):
