@@ -113,6 +113,6 @@ def quantize(
         return ScaledTensor(
             x.to(fmt.dtype), torch.ones((), dtype=torch.float32, device=x.device), fmt
         )
-    own_amax = amax is None
-    scale = scale_from_amax(kernels.amax(x) if own_amax else amax, fmt)
-    return ScaledTensor(kernels.cast(x, scale, fmt, saturate=not own_amax), scale, fmt)
+    shared = amax is not None
+    scale = scale_from_amax(kernels.amax(x) if amax is None else amax, fmt)
+    return ScaledTensor(kernels.cast(x, scale, fmt, saturate=shared), scale, fmt)

@@ -111,7 +111,7 @@ def one_step(run: Run, groups: ProcessGroups, seed: int) -> dict[str, float]:
     run.data_parallel.enable_grad_sync()
     gradients = timed("reduce", run.data_parallel.reduce)
     norm = timed("step", lambda: run.optimizer.step(1e-4, gradients))
-    timed("gather", lambda: run.data_parallel.finish_step(norm.skip))
+    timed("gather", lambda: run.data_parallel.start_param_sync(norm.skip))
     return seconds
 
 

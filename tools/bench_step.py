@@ -26,6 +26,7 @@ from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import select_kernels
+from fp8lm.model import GPTModel
 from fp8lm.optim import AdamW
 from fp8lm.training.build import build_model, resolve_device
 from fp8lm.training.step import train_step
@@ -95,7 +96,7 @@ def build_contestants(
 
 
 def _loss_of_step(
-    model: torch.nn.Module, optimizer: AdamW, batch: list[dict[str, torch.Tensor]]
+    model: GPTModel, optimizer: AdamW, batch: list[dict[str, torch.Tensor]]
 ) -> torch.Tensor:
     return train_step(model, optimizer, batch, LR).loss
 

@@ -27,6 +27,7 @@ from fp8lm.errors import CommandParser
 from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.main_grad import MainGrad
+from fp8lm.model import GPTModel
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.runtime.ending import exit_with
 from fp8lm.scaled_tensor import ScaledTensor, quantize
@@ -91,6 +92,7 @@ def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
     """Gradients of the linear layers' matrices for every micro-batch alone."""
     names = linear_weights(run.weights)
     gradients: Gradients = {name: [] for name in names}
+    assert isinstance(run.model, GPTModel)  # one process has one stage
     for batch in microbatches:
         zero_gradients(run.weights)
         run.model.forward_step(None, batch).backward()

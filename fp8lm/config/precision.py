@@ -91,7 +91,7 @@ def _of_preset(key: str, description: str) -> Any:
 
 
 class WireConfig(Section):
-    """What travels between ranks."""
+    """What travels between ranks; null only until `PrecisionConfig` has filled it in."""
 
     gather: WireFormat | None = Field(
         None,
@@ -116,6 +116,10 @@ class WireConfig(Section):
         description="Activations and their gradients between pipeline stages; fp8 has a scale per "
         "token. Null: what the preset says.",
     )
+
+    def of(self, name: Literal["gather", "reduce", "grads", "params", "pipeline"]) -> str:
+        """The format of one wire, once it is filled in."""
+        return getattr(self, name)
 
 
 class PrecisionConfig(Section):

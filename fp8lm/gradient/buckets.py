@@ -85,7 +85,7 @@ class GradientBuckets:
         buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         if own:
             layouts[group.rank()].pack(own, buffer.split(sizes)[group.rank()])
-        gradients = {}
+        gradients: dict[str, ScaledTensor] = {}
         messages = all_gather_uneven(buffer, sizes, group, wire).wait().split(sizes)
         for rows, layout, message in zip(self.rows, layouts, messages, strict=True):
             names = [name for name in self.weights if name in rows]
@@ -137,7 +137,7 @@ class GradientBuckets:
         return quantize(gradient.dequantize(kernels), fmt, kernels)
 
 
-def _call_if_alive(method: weakref.WeakMethod[Callable[[str], None]], name: str) -> None:
+def _call_if_alive(method: Callable[[], Callable[[str], None] | None], name: str) -> None:
     if (call := method()) is not None:
         call(name)
 

@@ -168,7 +168,9 @@ class Fp8Sum:
             for piece, part in zip(pieces, own, strict=True)
         ]
 
-    def _shift(self, partial: list[ScaledTensor], like: list[ScaledTensor]) -> list[ScaledTensor]:
+    def _shift(
+        self, partial: list[ScaledTensor], like: Sequence[ScaledTensor]
+    ) -> list[ScaledTensor]:
         """Send `partial` to the next rank; what the previous one sends is laid out as `like`."""
         layout, device = MessageLayout.of(like), self.scaling.mu.device
         message = torch.empty(0, dtype=torch.uint8, device=device)

@@ -118,7 +118,7 @@ def _held_by_several(
     names: Sequence[str], by_owner: Sequence[Sequence[str]], per_node: int
 ) -> list[str]:
     """Those of `names` of which more than one rank of a node holds a part after the first hop."""
-    numbers = {name: set() for name in names}
+    numbers: dict[str, set[int]] = {name: set() for name in names}
     for owner, owned in enumerate(by_owner):
         for name in owned:
             if name in numbers:

@@ -127,7 +127,8 @@ class _LinearFunction(torch.autograd.Function):
         sent = output_comm.cast(dy, precision.grad_output, kernels)
         dy_TO = output_comm.gather(sent, precision.grad_output, kernels).wait()
         # The inputs travel while dgrad runs, its result while wgrad runs.
-        x_saved = ScaledTensor(*ctx.saved_tensors, ctx.saved_format)
+        payload, scale = ctx.saved_tensors
+        x_saved = ScaledTensor(payload, scale, ctx.saved_format)
         # Those of a gradient that is computed later travel then: until then a rank holds its own.
         gathering = None
         if not weight.wgrad_store.is_deferring:

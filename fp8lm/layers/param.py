@@ -97,6 +97,9 @@ class QuantizedParam(Param):
     what GEMMs read (default: the stored format).
     """
 
+    payload: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         spec: ParamSpec,
@@ -197,7 +200,8 @@ class VectorParam(Param):
         return self
 
     def _collect(self, parameter: Tensor) -> None:
-        self.main_grad.add(parameter.grad)
+        if parameter.grad is not None:
+            self.main_grad.add(parameter.grad)
         parameter.grad = None
 
 

@@ -51,9 +51,17 @@ NO_COMM = (TPComm(), TPComm())
 class TPContext:
     """The tensor-parallel group of a layer. The base class: one rank, nothing is sharded."""
 
-    rank = 0
-    size = 1
     sequence_parallel = False
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return 0
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1
 
     def shard(self, dim: int, num_sections: int = 1) -> ShardSpec:
         """This rank's part of a weight along `dim` (see `ShardSpec`)."""

@@ -27,7 +27,7 @@ class WeightGradStore:
 
     def add(self, compute: Callable[[], None]) -> None:
         """Run `compute` now, or with the others of its micro-batch."""
-        if self.is_deferring:
+        if self._collecting is not None:
             self._waiting.setdefault(self._collecting, []).append(compute)
         else:
             compute()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from fp8lm.config import ModelConfig
@@ -17,14 +19,19 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
-        norm = NORMS[config.normalization]
-        arguments = (config.hidden_size, config.norm_epsilon, recipe.high_precision)
-        arguments += (recipe.kernels, recipe.device)
-        sequence_parallel = recipe.tp.sequence_parallel
+        make_norm = partial(
+            NORMS[config.normalization],
+            config.hidden_size,
+            config.norm_epsilon,
+            recipe.high_precision,
+            recipe.kernels,
+            recipe.device,
+            sequence_parallel=recipe.tp.sequence_parallel,
+        )
         self.dropout = config.hidden_dropout
-        self.input_layernorm = norm(*arguments, sequence_parallel=sequence_parallel)
+        self.input_layernorm = make_norm()
         self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
-        self.pre_mlp_layernorm = norm(*arguments, sequence_parallel=sequence_parallel)
+        self.pre_mlp_layernorm = make_norm()
         self.mlp = MLP(config, recipe)
 
     def forward(

@@ -165,7 +165,7 @@ class GPTModel(nn.Module):
         self.num_ids = vocab_size if num_ids is None else num_ids
         self.head_precision = FP32_GEMM if recipe.high_precision == FP32 else BF16_GEMM
         tied = not config.untie_embeddings_and_output_weights
-        self.embedding = None
+        self.embedding: Embedding | TiedEmbedding | None = None
         if part.has_embedding:
             self.embedding = Embedding(config, vocab_size, recipe)
         elif part.has_head and tied:
@@ -197,12 +197,15 @@ class GPTModel(nn.Module):
         embedding starts from the hidden states `h_SBH`, one without head returns them.
         """
         noise = self._noise(samples_B, tokens_BS.shape[1])
-        if self.part.has_embedding:
+        if isinstance(self.embedding, Embedding):
             h_SBH = self.embedding(tokens_BS, noise and noise.at(0))
         h_SBH = self.decoder(h_SBH, self._rope(tokens_BS.shape[1]), noise and noise.at(1))
         if not self.part.has_head:
             return h_SBH
-        table = self.output_layer or self.embedding.word_embeddings
+        table = self.output_layer
+        if table is None:
+            assert self.embedding is not None  # a head has its own matrix or the tied one
+            table = self.embedding.word_embeddings
         comms = self.tp.replicated_side(), self.tp.sharded_side()
         return linear(h_SBH, table.weight, self.head_precision, comms=comms)
 

@@ -76,8 +76,9 @@ def gradient_norm(
     squares, amaxes = zip(*(_square_and_amax(g, kernels, device) for g in gradients), strict=True)
     if norm_owner is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        squares = [s if counts else s * 0.0 for s, counts in zip(squares, norm_owner, strict=True)]
-    own = StepScalars.of(torch.stack(tuple(squares)).sum().sqrt(), share, loss, stop)
+        counted = zip(squares, norm_owner, strict=True)
+        squares = tuple(s if counts else s * 0.0 for s, counts in counted)
+    own = StepScalars.of(torch.stack(squares).sum().sqrt(), share, loss, stop)
     ranks = SharedScalars.unpack(gather(own.pack()))
     per_token = per_counted_token(ranks.token_share).float()
     norm = ranks.norm.float() * per_token

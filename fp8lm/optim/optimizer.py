@@ -106,11 +106,10 @@ class AdamW:
         norm = self._norm(gradients, self.config.clip_grad, share=share, loss=loss, stop=stop)
         grad_amax, amax = self._largest(norm.amax)
         norm = replace(norm, amax=grad_amax)
-        skip: Tensor | None = norm.skip
-        if skip.device.type == "cpu":  # the flag is on the host already
-            if skip:
-                return norm
-            skip = None
+        on_host = norm.skip.device.type == "cpu"
+        if on_host and norm.skip:
+            return norm
+        skip = None if on_host else norm.skip
         self.num_steps += (~norm.skip).long()
         self._update(self._coefficients(lr, norm, skip), amax, norm.amax, gradients)
         return norm
@@ -241,10 +240,14 @@ class AdamW:
                 _replace(weight.model_param.scale, scales[weight.spec.format], c.skip)
             return torch.zeros(3, device=self.amax.device)
         state = self.states[name]
-        kinds = ("master", "exp_avg", "exp_avg_sq")
-        states = tuple(
-            StoredTensor(tensor.payload, tensor.scale, scales[kind], tensor.format)
-            for kind, tensor in zip(kinds, state.stored, strict=True)
+
+        def stored(kind: str, tensor: ScaledTensor) -> StoredTensor:
+            return StoredTensor(tensor.payload, tensor.scale, scales[kind], tensor.format)
+
+        states = (
+            stored("master", state.master),
+            stored("exp_avg", state.exp_avg),
+            stored("exp_avg_sq", state.exp_avg_sq),
         )
         compute = None
         if state.owns_master:

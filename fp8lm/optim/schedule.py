@@ -34,9 +34,10 @@ class LearningRate:
 
         decay = samples(scheduler.lr_decay_iters, scheduler.lr_decay_samples)
         decay = decay or samples(train.train_iters, train.train_samples)
+        warmup: float | None
         warmup = scheduler.lr_warmup_samples or samples(scheduler.lr_warmup_iters, None)
         if scheduler.lr_warmup_fraction is not None:
-            warmup = scheduler.lr_warmup_fraction * decay
+            warmup = scheduler.lr_warmup_fraction * (decay or 0)
         wsd_decay = samples(scheduler.lr_wsd_decay_iters, scheduler.lr_wsd_decay_samples)
         self._scheduler = OptimizerParamScheduler(
             SimpleNamespace(param_groups=[{}]),
@@ -70,7 +71,7 @@ class BatchSize:
         self._stride = train.micro_batch_size * data_parallel_size
         self._constant, self._calculator = train.global_batch_size, None
         if train.rampup_batch_size is not None:
-            self._calculator = _ramp_up(train, data_parallel_size)
+            self._calculator = _ramp_up(train, train.rampup_batch_size, data_parallel_size)
 
     def global_batch_size(self, consumed_samples: int) -> int:
         """Samples, over all data-parallel ranks, of the step after `consumed_samples`."""
@@ -85,13 +86,13 @@ class BatchSize:
 
 
 def _ramp_up(
-    train: TrainConfig, data_parallel_size: int
+    train: TrainConfig, rampup: tuple[int, int, int], data_parallel_size: int
 ) -> RampupBatchsizeNumMicroBatchesCalculator:
     with quiet_megatron():
         from megatron.core.num_microbatches_calculator import (
             RampupBatchsizeNumMicroBatchesCalculator,
         )
-    start, increment, samples = train.rampup_batch_size
+    start, increment, samples = rampup
     return RampupBatchsizeNumMicroBatchesCalculator(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,

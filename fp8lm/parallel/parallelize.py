@@ -58,8 +58,8 @@ def build_tp_context(
     parallel, wire = config.parallel, config.precision.wire
     if parallel.tensor_model_parallel_size == 1:
         return NO_TP
-    gather_wire = Wire("tp_gather", wire.gather, counter)
-    reduce_wire = Wire("tp_reduce", wire.reduce, counter)
+    gather_wire = Wire("tp_gather", wire.of("gather"), counter)
+    reduce_wire = Wire("tp_reduce", wire.of("reduce"), counter)
     sharing = parallel.tensor_model_parallel_size // config.model.num_query_groups
     query_group = None
     if sharing > 1:
@@ -141,7 +141,7 @@ def build_data_parallel(
         weights,
         rows,
         build_reduction(
-            config, groups, kernels, Wire("grads", wire.grads, counter), same_stage, weights
+            config, groups, kernels, Wire("grads", wire.of("grads"), counter), same_stage, weights
         ),
         parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
@@ -149,7 +149,7 @@ def build_data_parallel(
     if not parallel.use_distributed_optimizer:
         return DistributedDataParallel(weights, buckets, group.rank())
     # Weights that are not FP8 travel as they are stored.
-    sent = wire.params if config.precision.params_dtype == "fp8_e4m3" else "fp8"
+    sent = wire.of("params") if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
     buffers = [
         ParamBuffer(part, layout, group, params, kernels)
@@ -247,14 +247,13 @@ def build_pipeline(
     stages = parallel.pipeline_model_parallel_size
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     shape = (model.seq_length // split, train.micro_batch_size, model.hidden_size)
-    wire = Wire("pipeline", config.precision.wire.pipeline, counter)
+    wire = Wire("pipeline", config.precision.wire.of("pipeline"), counter)
     wgrad_store = WeightGradStore()
     for weight in weights.values():
         if isinstance(weight, QuantizedParam):
             weight.use_wgrad_store(wgrad_store)
     tied = None
-    ends = groups.pp_forward.rank() in (0, stages - 1)
-    if ends and not model.untie_embeddings_and_output_weights:
+    if groups.embd is not None and not model.untie_embeddings_and_output_weights:
         fp32 = Wire("pipeline", "fp32", counter)
         tied = TiedEmbeddingSync(groups.embd, fp32, kernels, weights[WORD_TABLE])
     return Pipeline(

@@ -8,6 +8,8 @@ sends its slab. Scales do not travel: every rank computes them from shared amaxe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,5 +100,5 @@ class ParamBuffer:
     def _part(self, name: str, rows: Rows) -> ScaledTensor:
         return self._weights[name].model_param.rows(*rows)
 
-    def _count(self, rows: dict[str, Rows]) -> int:
+    def _count(self, rows: Mapping[str, Rows]) -> int:
         return sum(self._part(name, span).payload.numel() for name, span in rows.items())

@@ -89,7 +89,8 @@ def assign_whole_tensors(
 
 def _whole(tensors: Sequence[BufferEntry], owner: Mapping[str, int], num_ranks: int) -> ParamLayout:
     shard_bytes = [0] * num_ranks
-    within, rows = {}, [{} for _ in range(num_ranks)]
+    within: dict[str, int] = {}
+    rows: list[dict[str, tuple[int, int]]] = [{} for _ in range(num_ranks)]
     for tensor in tensors:
         rank = owner[tensor.name]
         within[tensor.name] = shard_bytes[rank]
@@ -119,9 +120,8 @@ def _cut(tensors: Sequence[BufferEntry], num_ranks: int) -> ParamLayout:
         first, end = start[tensor.name], start[tensor.name] + tensor.nbytes
         for rank in range(first // shard_size, -(-end // shard_size)):
             low, high = max(rank * shard_size, first), min((rank + 1) * shard_size, end)
-            rows[rank][tensor.name] = tuple(
-                (byte - first) // tensor.row_bytes for byte in (low, high)
-            )
+            width = tensor.row_bytes
+            rows[rank][tensor.name] = ((low - first) // width, (high - first) // width)
     return ParamLayout([shard_size] * num_ranks, start, rows)
 
 

@@ -164,6 +164,8 @@ class Pipeline:
             gradient = self._receive((self.stage + 1) % self.num_stages)
         torch.autograd.backward(output, gradient)
         if received is not None:
+            if received.grad is None:
+                raise RuntimeError("the loss does not depend on what the stage before has sent")
             self._send(received.grad, (self.stage - 1) % self.num_stages, self._sending["B"])
 
     def _receive(self, source: int) -> Tensor:

@@ -135,7 +135,12 @@ class ShapesOnly(TPContext):
     """The first of `size` tensor-parallel ranks, without a group to talk to."""
 
     def __init__(self, size: int, sequence_parallel: bool = False) -> None:
-        self.size, self.sequence_parallel = size, sequence_parallel
+        self._size, self.sequence_parallel = size, sequence_parallel
+
+    @property
+    def size(self) -> int:
+        """See `TPContext`."""
+        return self._size
 
     def shard(self, dim: int, num_sections: int = 1) -> ShardSpec:
         """See `TPContext`."""

@@ -42,7 +42,7 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer
     vocab_size: int
-    model: nn.Module
+    model: GPTModel | nn.ModuleList
     weights: dict[str, Param]
     optimizer: AdamW
     learning_rate: LearningRate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -107,7 +108,7 @@ class RunCheckpoints:
         elif folder is not None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
         if self._saver is not None:
-            self._claim_save_dir(0 if found is None else found.iteration)
+            self._claim_save_dir(self._saver.root, 0 if found is None else found.iteration)
 
     def _find(self, folder: str) -> Checkpoint | None:
         root, iteration = on_main(self._group, lambda: locate(folder))
@@ -143,8 +144,7 @@ class RunCheckpoints:
         if changed:
             self._report(f" note: changed since that checkpoint: {', '.join(changed)}")
 
-    def _claim_save_dir(self, iteration: int) -> None:
-        root = self._saver.root
+    def _claim_save_dir(self, root: Path, iteration: int) -> None:
         moved = claim_save_dir(root, iteration, self._config.resumes, self._group)
         if moved:
             iterations = ", ".join(map(str, reversed(moved)))
@@ -182,7 +182,7 @@ class RunCheckpoints:
 
     def _tell_written(self, outcome: Outcome) -> None:
         if outcome.written:
-            self._report(saved_line(outcome.iteration, self._config.save))
+            self._report(saved_line(outcome.iteration, self._config.save or ""))
             if outcome.error is not None:
                 self._report(f" warning: {outcome.error}")
 
@@ -195,18 +195,25 @@ class RunCheckpoints:
         self.save()
         self._saver.close()
         for outcome in self._saver.collect():
-            if not outcome.written:
+            if outcome.error is not None and not outcome.written:
                 raise outcome.error
             self._tell_written(outcome)
+
+    def _saver_to_rewind(self) -> CheckpointSaver:
+        """That of `checkpoint.save`, without which the config allows no going back."""
+        if self._saver is None:
+            raise RuntimeError("going back needs checkpoint.save")
+        return self._saver
 
     def find_before(self, iteration: int) -> Checkpoint | None:
         """The newest valid checkpoint older than `iteration`, of this run or what it began with.
 
         None if there is none to go back to.
         """
-        self._saver.wait()
+        saver = self._saver_to_rewind()
+        saver.wait()
         self.tell()
-        newest = {self._saver.root: iteration - 1}
+        newest = {saver.root: iteration - 1}
         if (began := self._began_at) is not None:
             newest.setdefault(began.folder.parent, min(iteration - 1, began.iteration))
         for folder, up_to in newest.items():
@@ -221,7 +228,7 @@ class RunCheckpoints:
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Return to `checkpoint`, and delete newer ones of this run."""
-        root, iteration = self._saver.root, checkpoint.iteration
+        root, iteration = self._saver_to_rewind().root, checkpoint.iteration
         own = checkpoint.folder.parent == root
         try:
             on_main(self._group, self._locks.verify)

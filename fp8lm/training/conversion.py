@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fp8lm.checkpoint import Checkpoint, Shard
 from fp8lm.checkpoint.collectives import Group, all_or_error
 from fp8lm.checkpoint.storage import read_blocks
+from fp8lm.errors import InputError
 from fp8lm.layers.param import ParamSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
 from fp8lm.optim import AdamW
@@ -94,7 +95,7 @@ class Converter:
     ) -> None:
         self._optimizer, self._checkpoint = optimizer, checkpoint
         self._conversions, self._plans, self._group = conversions, plans, group
-        self._stored = checkpoint.metadata.state_dict_metadata
+        self._stored = checkpoint.tensors
 
     def problems(self) -> list[str]:
         """What has another shape in the checkpoint."""
@@ -142,6 +143,8 @@ class Converter:
         spec, name = self._spec(weight), slot_name(weight, kind)
         shape = (rows[1] - rows[0], *spec.local_shape[1:])
         fmt = _format_of(self._stored, weight, kind)
+        if fmt is None:
+            raise InputError(f"{self._checkpoint.folder} holds no {name} in a format that is known")
         tensor = ScaledTensor.zeros(shape, fmt, self._optimizer.amax.device)
         own = blocks(spec, tensor.payload.view(fmt.dtype), rows)
         if plan := self._plans.get(weight):

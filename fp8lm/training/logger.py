@@ -125,7 +125,7 @@ class TrainLogger:
             self._file.write({**values, "timestamp": time.time()})
         numbers = {key: value for key, value in values.items() if key != "iteration"}
         for tracker in self._trackers:
-            tracker.log(numbers, values["iteration"])
+            tracker.log(numbers, int(values["iteration"]))
 
 
 def _tensorboard(folder: Path, run: RunInfo) -> BestEffortTracker:

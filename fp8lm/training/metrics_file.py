@@ -7,8 +7,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from fp8lm.errors import InputError
 from fp8lm.runtime.files import (
@@ -52,7 +52,7 @@ class MetricsFile:
         self._file.close()
         self._file = reopened
 
-    def _open(self, iteration: int) -> FileIO:
+    def _open(self, iteration: int) -> BinaryIO:
         remove_unfinished(self._path)
         if os.path.lexists(self._path):
             write_whole(self._path, "".join(_lines_until(self._path, iteration)))

@@ -28,7 +28,7 @@ _COMPARED_IDS = 1000
 
 def made_with(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint says of tokenizer and data, in its `common.json`."""
-    paths = () if config.data.mock_data else config.data.data_path
+    paths = () if config.data.mock_data else config.data.data_path or ()
     prefixes = [entry for entry in paths if isinstance(entry, str)]
     return {
         "tokenizer": {"identity": dict(tokenizer.identity), "files": sorted(tokenizer.files)},
@@ -46,8 +46,7 @@ def check_same_tokenizer(
     Raises `InputError` if it is not. A checkpoint that does not name its tokenizer passes.
     """
     recorded = (checkpoint.common.get("tokenizer") or {}).get("identity")
-    changed = recorded and differences(recorded, tokenizer.identity)
-    if not changed:
+    if not recorded or not (changed := differences(recorded, tokenizer.identity)):
         return []
     former, num_ids = recorded["vocab_size"], tokenizer.vocab_size
     what = f"another tokenizer than that of {checkpoint.folder}: {', '.join(changed)} differs"

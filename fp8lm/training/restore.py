@@ -84,7 +84,7 @@ def _tokenizer(
 
 def _vocabulary_rows(checkpoint: Checkpoint) -> int:
     """Rows of the word tables as they are stored, whatever layout padded them."""
-    stored = checkpoint.metadata.state_dict_metadata.get(f"model.{WORD_TABLES[0]}.payload")
+    stored = checkpoint.tensors.get(f"model.{WORD_TABLES[0]}.payload")
     if stored is None or len(stored.size) != 2:
         raise InputError(f"{checkpoint.folder} holds no table {WORD_TABLES[0]}")
     return stored.size[0]
@@ -92,7 +92,7 @@ def _vocabulary_rows(checkpoint: Checkpoint) -> int:
 
 def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
     """Raise `InputError` for another model than is stored, before memory is taken for it."""
-    layers, stored = config.model.num_layers, checkpoint.metadata.state_dict_metadata
+    layers, stored = config.model.num_layers, checkpoint.tensors
     if layers > len(stored):
         raise InputError(f"{checkpoint.folder} holds {len(stored)} tensors, not {layers} layers")
     recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))

@@ -25,10 +25,11 @@ def check_batches(config: Config, replicas: int) -> None:
                 f"train.global_batch_size = {train.global_batch_size} is not divisible by {of}, "
                 "which the interleaved schedule needs"
             )
-    start, increment, _ = train.rampup_batch_size or (share, share, 0)
+    rampup = train.rampup_batch_size or (share, share, 0)
+    start, increment, _ = rampup
     if start % share or increment % share:
         raise InputError(
-            f"train.rampup_batch_size = {list(train.rampup_batch_size)}: start and increment must "
+            f"train.rampup_batch_size = {list(rampup)}: start and increment must "
             f"be multiples of {of}"
         )
 
@@ -76,10 +77,17 @@ def end_of_run(
     while not is_over(train, batch_size, iteration, consumed_samples):
         size = batch_size.global_batch_size(consumed_samples)
         if size == train.global_batch_size:  # the ramp-up is over
-            left = (train.train_samples - consumed_samples) // size
+            left = (_train_samples(train) - consumed_samples) // size
             return iteration + left, consumed_samples + left * size
         iteration, consumed_samples = iteration + 1, consumed_samples + size
     return iteration, consumed_samples
+
+
+def _train_samples(train: TrainConfig) -> int:
+    """`train.train_samples`, which the config has where `train.train_iters` is null."""
+    if train.train_samples is None:
+        raise ValueError("neither train.train_iters nor train.train_samples is set")
+    return train.train_samples
 
 
 def is_over(
@@ -89,4 +97,4 @@ def is_over(
     if train.train_iters is not None:
         return iteration >= train.train_iters
     size = batch_size.global_batch_size(consumed_samples)
-    return consumed_samples + size > train.train_samples
+    return consumed_samples + size > _train_samples(train)

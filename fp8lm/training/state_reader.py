@@ -30,7 +30,7 @@ class StateReader:
         group: Group,
     ) -> None:
         self._optimizer, self._checkpoint, self._group = optimizer, checkpoint, group
-        self._stored = checkpoint.metadata.state_dict_metadata
+        self._stored = checkpoint.tensors
         specs = {name: weight.spec for name, weight in optimizer.weights.items()}
         self._rows: dict[str, RowPlan] = all_or_error(
             group, lambda: plan_rows(specs, self._stored, vocabulary, extend)

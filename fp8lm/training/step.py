@@ -56,7 +56,10 @@ def train_step(
     model.train()
     weights, tp = optimizer.weights, optimizer.sharding.tp
     data_parallel = data_parallel or NoDataParallel(weights)
-    pipeline = pipeline or NoPipeline(model.forward_step)
+    if pipeline is None:
+        if isinstance(model, nn.ModuleList):
+            raise TypeError("several chunks need the pipeline that runs them")
+        pipeline = NoPipeline(model.forward_step)
     zero_gradients(weights)
     share = counted_share(microbatches) if per_token else None
     if not per_token:

@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -37,7 +38,7 @@ class StopRequests:
         self._signals = SIGNALS if config.exit_signal_handler else ()
         self._deadline = deadline(config, launch)
         self._received = 0
-        self._former: dict[signal.Signals, object] = {}
+        self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
         heard = [n for n in self._signals if signal.getsignal(n) is not signal.SIG_IGN]

@@ -42,7 +42,7 @@ class Trainer:
         self.window = MetricAccumulator(run.device)
         self.progress = Progress()
         self.losses = LossSpikeDetector(train.loss_spike_threshold, train.loss_spike_patience)
-        self._reporter: Reporter | None = None
+        self._open_reporter: Reporter | None = None
         state = self.window, self.progress, self.losses
         self.checkpoints = RunCheckpoints(run, *state, self._say, self._locks)
         self.checkpoints.load()
@@ -71,7 +71,9 @@ class Trainer:
         launch = DistEnv.from_environment(os.environ)
         with ExitStack() as stack:
             on_main(run.groups.saving, self._locks.verify)
-            self._reporter = stack.enter_context(Reporter(run, self.progress, self._locks.held))
+            self._open_reporter = stack.enter_context(
+                Reporter(run, self.progress, self._locks.held)
+            )
             self._requests = stack.enter_context(StopRequests(config, launch, self._locks))
             self._watchdog = stack.enter_context(Watchdog(run.groups, config.slow_step_factor))
             if self._finished:
@@ -113,10 +115,16 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
+    @property
+    def _reporter(self) -> Reporter:
+        if self._open_reporter is None:
+            raise RuntimeError("the training has not started")
+        return self._open_reporter
+
     def _go_on(self) -> None:
         """Train until the end, a stop, or a loss spike, from which it rolls back."""
         progress = self.progress
-        dataset = self.run.datasets[0]
+        dataset = self.run.train_dataset
         try:
             with run_batches(
                 self.run, dataset, progress.consumed_samples, progress.skipped_samples
@@ -183,9 +191,8 @@ class Trainer:
 
     def _seed_generators(self, consumed_samples: int) -> None:
         groups, seed = self.run.groups, self.run.config.train.seed
-        ranks = groups.data_parallel.rank(), groups.tensor_parallel.rank()
-        ranks += (groups.pipeline_parallel.rank(),)
-        seed_generators(seed, consumed_samples, *ranks)
+        same_stage = groups.data_parallel.rank(), groups.tensor_parallel.rank()
+        seed_generators(seed, consumed_samples, *same_stage, groups.pipeline_parallel.rank())
 
     def _report(self, result: StepResult) -> None:
         """Log what happened since the last report: on a GPU the loop's only wait for the device."""
@@ -275,7 +282,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         """Print a line, on the main rank."""
-        if self._reporter is not None:
-            self._reporter.log_text(line)
+        if self._open_reporter is not None:
+            self._open_reporter.log_text(line)
         elif self.run.groups.is_main:
             say(line)

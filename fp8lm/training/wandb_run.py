@@ -62,7 +62,7 @@ class WandB:
         )
         former = _read(self._path)
         continued = former is not None and former.continues(start, first_iteration > 0)
-        run_id = former.id if continued else None
+        run_id = former.id if former is not None and continued else None
         self._run = _init(wandb, config, run_id, {**run_config, **facts})
         # wandb drops what is logged at a step it has passed, and iterations that are done again
         # would be: they are an axis of their own, and its steps only count calls.

@@ -102,7 +102,7 @@ class Watchdog:
         count = 0
         try:
             while not self._stopped.wait(self.interval):
-                if self.world_size > 1:
+                if self.world_size > 1 and self.store is not None:
                     count += 1
                     what = self._what.replace(" ", "_")
                     where = f"{socket.gethostname()} {os.getpid()} {place_of(self._main)}"
@@ -117,7 +117,7 @@ class Watchdog:
             seen.polls = 0
             return
         verdict = f"it is in {place_of(self._main)}"
-        if self.world_size > 1:
+        if self.world_size > 1 and self.store is not None:
             seen.read(self.store)
             if seen.polls <= SILENT_AFTER or set(range(self.rank)) - set(seen.silent):
                 return  # not sure yet, or a lower rank reports
