@@ -54,6 +54,12 @@ def test_paths_exist(page):
     assert set(missing) <= {"configs/mine.yaml"}  # what the reader writes
 
 
+def test_lines_are_short(page):
+    """Of prose; tables and code may be wider."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 100 and line[0] != "|"] == []
+
+
 def test_architecture_names_every_package():
     named = re.findall(r"^\| `fp8lm/(\w+)/` \|", ARCHITECTURE.read_text(), re.MULTILINE)
     packages = [path.parent.name for path in ROOT.glob("fp8lm/*/__init__.py")]
