@@ -18,8 +18,8 @@ from fp8lm.errors import InputError
 FORMAT_VERSION = 1
 LARGEST_COMMON = 2**24  # bytes; a config and a few numbers are some ten thousand
 DEEPEST = 32  # levels of lists and objects
-# No run grows its batch a thousandfold; what a checkpoint says of its batch may be its last one's.
-BATCH_GROWTH = 1024
+# No run changes its batch so much; what a checkpoint says of its batch may be its last one's.
+BATCH_GROWTH = 64
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Version = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
@@ -88,8 +88,8 @@ class Common(BaseModel):
             return self
         if consumed < iteration:
             raise ValueError(f"{iteration} iterations cannot have consumed {consumed} samples")
-        batches = (self.batch_size, (self.config or {}).get("train", {}).get("global_batch_size"))
-        known = [size for size in batches if isinstance(size, int) and size > 0]
+        known = self._whole("global_batch_size")
+        known += [self.batch_size] if self.batch_size else []
         if known and consumed > iteration * max(known) * BATCH_GROWTH:
             raise ValueError(
                 f"{iteration} iterations of about {max(known)} samples cannot have consumed "
@@ -97,9 +97,28 @@ class Common(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _skipped_in_rollbacks(self) -> Common:
+        skipped, rollbacks = self.skipped_samples, self.rollbacks
+        if not skipped or rollbacks is None:
+            return self
+        # Each skips what a part of the run has read.
+        batch = max(self._whole("global_batch_size"), default=1)
+        lengths = [*self._whole("train_samples"), *(n * batch for n in self._whole("train_iters"))]
+        if skipped > rollbacks * max(lengths, default=self.consumed_samples or 0) * BATCH_GROWTH:
+            raise ValueError(f"{rollbacks} rollbacks cannot have skipped {skipped} samples")
+        return self
+
+    def _whole(self, key: str) -> list[int]:
+        """The positive number that the config's section `train` has as `key`, if it has one."""
+        value = (self.config or {}).get("train", {}).get(key)
+        return [value] if type(value) is int and value > 0 else []
+
 
 def parse_common(data: bytes, needed: Collection[str] = ()) -> dict[str, Any]:
     """The facts in the bytes of common.json; `needed` keys must be among them.
+
+    One such as `config.model` is in the object of the other, and holds something.
 
     ValueError if they make no sense, `InputError` if a newer program has written them.
     """
@@ -115,9 +134,15 @@ def parse_common(data: bytes, needed: Collection[str] = ()) -> dict[str, Any]:
         Common.model_validate(common)
     except ValidationError as error:
         raise ValueError(_first_problem(error)) from None
-    if missing := [key for key in needed if common.get(key) is None]:
+    if missing := [key for key in needed if not _holds(common, key)]:
         raise ValueError(f"it does not say {', '.join(missing)}")
     return common
+
+
+def _holds(common: dict[str, Any], key: str) -> bool:
+    name, _, inside = key.partition(".")
+    value = common.get(name)
+    return value is not None and (not inside or bool(value.get(inside)))
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

@@ -48,6 +48,8 @@ NEEDED = (
     "rollbacks",
     "losses",
     "config",
+    "config.model",
+    "config.train",
 )
 
 
@@ -199,6 +201,12 @@ class RunCheckpoints:
                 raise outcome.error
             self._tell_written(outcome)
 
+    def wait(self) -> None:
+        """Return when no checkpoint is being written, and report what came of the last."""
+        if self._saver is not None:
+            self._saver.wait()
+            self.tell()
+
     def _saver_to_rewind(self) -> CheckpointSaver:
         """That of `checkpoint.save`, without which the config allows no going back."""
         if self._saver is None:
@@ -210,10 +218,8 @@ class RunCheckpoints:
 
         None if there is none to go back to.
         """
-        saver = self._saver_to_rewind()
-        saver.wait()
-        self.tell()
-        newest = {saver.root: iteration - 1}
+        self.wait()
+        newest = {self._saver_to_rewind().root: iteration - 1}
         if (began := self._began_at) is not None:
             newest.setdefault(began.folder.parent, min(iteration - 1, began.iteration))
         for folder, up_to in newest.items():

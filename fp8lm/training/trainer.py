@@ -240,6 +240,7 @@ class Trainer:
         """
         limit = self.run.config.train.max_rollbacks
         if self.progress.rollbacks >= limit:
+            self.checkpoints.wait()  # the process ends without the thread that is writing
             raise RunFailed(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
         checkpoint = self.checkpoints.find_before(spike.first)
         if checkpoint is not None:

@@ -20,7 +20,7 @@ META = {
     "skipped_samples": 0,
     "rollbacks": 0,
     "losses": {"mean": 0.0, "steps": 0, "high": 0, "first": 0},
-    "config": {},
+    "config": {"model": {"num_layers": 1}, "train": {"global_batch_size": 16}},
 }
 
 
@@ -84,6 +84,7 @@ NONE = "no valid checkpoint in ck: iteration 1: "
 FILE = "__0_0.distcp"
 CASES = [
     train(LOAD, says="a checkpoint from another model: ", prepare=saved()),
+    train(LOAD, says=("ck", "config.model"), prepare=saved(config={})),
     train(LOAD, says="is a release, without optimizer states", prepare=saved(released=True)),
     train(LOAD, says=(NONE, f"{FILE} is truncated"), prepare=saved(cut(FILE))),
     train(LOAD, says=(NONE, f"{FILE} is damaged: its SHA-256"), prepare=saved(flip(FILE))),
@@ -146,7 +147,14 @@ CASES = [
     ),
     run("checkpoint", "list", "ck/iter_0000009", says="no checkpoint ck/it", prepare=saved()),
     run("checkpoint", "verify", "ck/iter_0000009", says="no checkpoint ck/it", prepare=saved()),
-    run("checkpoint", "inspect", "ck", "--config", says="nothing of the config", prepare=saved()),
+    run(
+        "checkpoint",
+        "inspect",
+        "ck",
+        "--config",
+        says="nothing of the config",
+        prepare=saved(config={}),
+    ),
     run("chaos", "--folder", "ck", says="holds something else", prepare=not_of_chaos),
     run("compare_runs", "a=nowhere", says="nowhere"),
     run("compare_runs", "nowhere", says="NAME=FOLDER"),

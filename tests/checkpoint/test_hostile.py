@@ -108,6 +108,13 @@ def test_a_run_needs_all_its_facts(root, needed):
     assert find_checkpoint(root, needed=META).iteration == 2
 
 
+@pytest.mark.parametrize("config", [{}, {"train": {}}, {"model": {"num_layers": 1}}])
+def test_a_run_needs_the_sections_of_its_config(root, config):
+    facts(config=config)(root / "iter_0000004")
+    sign(root / "iter_0000004")
+    assert find_checkpoint(root, needed=("config.train",)).iteration == 2
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device", "link", "huge", "digits", "folder"])
 def test_a_latest_file_that_is_none(root, kind):
     path = root / LATEST

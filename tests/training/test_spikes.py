@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 
 import pytest
 import torch
 
-from fp8lm.checkpoint import find_checkpoint
+from fp8lm.checkpoint import background, find_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.errors import RunFailed
 from fp8lm.training import trainer as trainer_module
@@ -273,6 +274,27 @@ def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsy
     assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 0)
     out = capsys.readouterr().out
     assert " warning: no valid checkpoint in" in out and "common.json is damaged" in out
+
+
+@pytest.mark.slow
+def test_a_save_under_way_is_waited_for_when_too_many_rollbacks_stop_the_run(
+    config, train_run, tmp_path, monkeypatch
+):
+    write, begun = background.save_checkpoint, []
+
+    def write_slowly(root, iteration, *more):
+        begun.append(iteration)
+        time.sleep(0.3 if iteration > 12 else 0)
+        write(root, iteration, *more)
+
+    def slow(trainer):
+        monkeypatch.setattr(background, "save_checkpoint", write_slowly)
+        garble(trainer, range(4 * 14, 400))
+
+    asynchronous = {"checkpoint": {"async_save": True, "save_interval": 1}}
+    with pytest.raises(RunFailed):
+        train_run(config(asynchronous, max_rollbacks=1), slow)
+    assert find_checkpoint(tmp_path / "ck").iteration == begun[-1] > 12
 
 
 @pytest.mark.slow
