@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint and test: scripts/test.sh [fast|full|lint] [pytest arguments]
 #   fast  ruff and the tests not marked slow or gpu: a first look
-#   full  ruff and every test (the default); those marked gpu are skipped without CUDA
-#   lint  ruff only
+#   full  all linters and every test (the default); those marked gpu are skipped without CUDA
+#   lint  all linters only: ruff, codespell, import-linter, mypy
 set -euo pipefail
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
 
@@ -31,8 +31,17 @@ cd "$root"
     exit 1
 }
 
+if [[ $mode != fast ]]; then
+    "$PYTHON" -m codespell_lib fp8lm tools tests configs scripts docs ./*.md pretrain_gpt.py
+    imports=$("$PYTHON" -c 'from importlinter.cli import lint_imports_command as c; c()') || {
+        echo "$imports" >&2
+        exit 1
+    }
+    "$PYTHON" -m mypy
+fi
+
 case $mode in
 fast) exec "$PYTHON" -m pytest -q -m "not slow and not gpu" "$@" ;;
 full) exec "$PYTHON" -m pytest -q "$@" ;;
-lint) echo "ruff: no complaints" ;;
+lint) echo "no complaints" ;;
 esac
