@@ -6,7 +6,7 @@ ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, 
 ROOT/.iter_0000100.*.tmp/                one being written
 ROOT/.iter_0000100.old/                  one being replaced by another of the same iteration
 ROOT/.iter_0000100.*.removed/            one being deleted
-ROOT/set_aside/iter_0000100/             one of another past, which this run does not touch
+ROOT/set_aside/iter_0000100/             newer than the one resumed; this run does not touch it
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ class RunCheckpoints:
         if moved:
             iterations = ", ".join(map(str, reversed(moved)))
             self._report(
-                f" warning: the checkpoints of {iterations} are of another past than the one that "
-                f"goes on from {iteration}: moved to {root / SET_ASIDE}"
+                f" warning: checkpoints {iterations} are newer than the one being resumed "
+                f"({iteration}): moved to {root / SET_ASIDE}"
             )
 
     def save(self) -> None:
