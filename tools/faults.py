@@ -48,6 +48,7 @@ from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, saved_iterations
 from fp8lm.data.files import write_aside
 from fp8lm.errors import CommandParser, run_command
+from fp8lm.launch.lost_link import is_running
 
 ITERATIONS, SAVE_INTERVAL = 30, 5
 TOO_LONG = 20.0  # seconds for one look at a checkpoint
@@ -158,17 +159,25 @@ def network(bench: Bench, runs: int) -> Results:
         job = bench.job("network", 0, prefix, timeout)
         with running(job):
             after_save(job)
-            time.sleep(0.5)  # a save waits longer for a network than a step does
             set_link(job, "down")
             if for_good:
                 # A launcher waits longer for a network than its workers do; a cluster would not.
-                _, alive = psutil.wait_procs(job.workers(), timeout=PATIENCE)
-                waits = "workers wait forever for a network" if alive else None
+                waits = None if workers_end(job) else "workers wait forever for a network"
                 yield waits or again(job) or bench.judge(job)
             else:
                 time.sleep(bench.rng.uniform(1.0, 8.0))
                 set_link(job, "up")
                 yield ended(job) or bench.judge(job)
+
+
+def workers_end(job: Job) -> bool:
+    """Whether all workers of `job` end; its launcher may not take note of that."""
+    workers, deadline = job.workers(), time.monotonic() + PATIENCE
+    while any(map(is_running, workers)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL)
+    return True
 
 
 def set_link(job: Job, state: str) -> None:
