@@ -116,9 +116,9 @@ def kill_worker(bench: Bench, runs: int) -> Results:
 
 
 def killed(bench: Bench, runs: int, victim: str) -> Results:
-    """Jobs of four kills each, so that each has time between them."""
-    for first in range(0, runs, 4):
-        kills = min(4, runs - first)
+    """Jobs of two kills each, which are over before their iterations are."""
+    for first in range(0, runs, 2):
+        kills = min(2, runs - first)
         job = bench.job(f"kill-{victim}", 10 * kills if victim == "worker" else 0)
         options = argparse.Namespace(kills=kills, victim=victim)
         problem = None
