@@ -11,9 +11,9 @@ import warnings
 import pytest
 import torch
 
-from fp8lm import errors
-from fp8lm.errors import run_command
 from fp8lm.launch.main import main as launch
+from fp8lm.runtime import errors
+from fp8lm.runtime.errors import run_command
 from tests.bad_input import checkpoint, config, data, environment, launcher, tools
 from tests.bad_input.cases import ROOT, Case
 

@@ -23,8 +23,8 @@ from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser
 from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.evaluation import on_device, run_batches
 from fp8lm.training.state import model_shards, optimizer_shards, state_bytes

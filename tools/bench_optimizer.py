@@ -22,8 +22,8 @@ from fp8lm.arguments import as_path
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError
 from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.state import state_bytes
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from fp8lm.arguments import path_text
 from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, run_command
 from fp8lm.kernels import select_kernels
 from fp8lm.model import GPTModel
 from fp8lm.optim import AdamW
+from fp8lm.runtime.errors import CommandParser, run_command
 from fp8lm.training.build import build_model, resolve_device
 from fp8lm.training.step import train_step
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fp8lm.arguments import finite, path_text
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 SUFFIXES = (".py", ".txt", ".rst")
 # Tests, other people's packages, copies, and tables of code points: no text to learn from.

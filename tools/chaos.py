@@ -32,7 +32,7 @@ from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.checkpoint.reader import differences
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, running_here
 
 ROOT = Path(__file__).resolve().parents[1]

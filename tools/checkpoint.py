@@ -37,7 +37,7 @@ from fp8lm.checkpoint.reader import (
     read_tensor,
     stored_tensors,
 )
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 
 KINDS = ("model", "optimizer.master", "optimizer.exp_avg", "optimizer.exp_avg_sq")

@@ -19,7 +19,7 @@ from typing import Any
 
 from fp8lm.arguments import as_path, path_text
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 TRAIN, VALID = "lm loss", "lm loss validation"
 

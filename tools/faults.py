@@ -47,8 +47,8 @@ from fp8lm.arguments import as_path, number_type, path_text
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, saved_iterations
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, run_command
 from fp8lm.launch.lost_link import is_running
+from fp8lm.runtime.errors import CommandParser, run_command
 
 ITERATIONS, SAVE_INTERVAL = 30, 5
 TOO_LONG = 20.0  # seconds for one look at a checkpoint

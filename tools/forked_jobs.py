@@ -186,7 +186,7 @@ def _fork(
         random.seed()
         if request["processes"] > 1:
             os.environ |= _rank_environment(rank, request["processes"], port)
-        from fp8lm.errors import run_command
+        from fp8lm.runtime.errors import run_command
 
         code = run_command(command, request["argv"])
     except BaseException:

@@ -39,7 +39,7 @@ from forked_jobs import JobServer, Kill
 from fp8lm.arguments import as_path
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
-from fp8lm.errors import CommandParser, run_command
+from fp8lm.runtime.errors import CommandParser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 Overrides = dict[str, Any]

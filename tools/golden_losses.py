@@ -37,7 +37,7 @@ from fp8lm.arguments import as_path, path_text
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTED = ("lm loss", "lm loss validation", "grad-norm", "learning-rate", "consumed_samples")

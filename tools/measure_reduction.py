@@ -23,13 +23,13 @@ from fp8lm.arguments import as_path
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser
 from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum, saturated_share
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.main_grad import MainGrad
 from fp8lm.model import GPTModel
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches

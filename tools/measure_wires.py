@@ -21,13 +21,13 @@ from fp8lm.config import load_config
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import build_tokenizer
-from fp8lm.errors import CommandParser
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3, E5M2, Format
 from fp8lm.optim.schedule import LearningRate
 from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.build import build_model, model_vocab_size
 from fp8lm.training.step import train_step

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from fp8lm.config import load_config
-from fp8lm.errors import run_command
 from fp8lm.parallel.data_parallel import tensors_of
 from fp8lm.parallel.param_layout import BufferEntry, ParamLayout, assign_whole_tensors, shard_rows
 from fp8lm.planner.layout import plan_stage
+from fp8lm.runtime.errors import run_command
 
 MODELS = ("7b", "13b", "175b")
 REPLICAS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -32,7 +32,7 @@ from fp8lm.data.documents import (
 )
 from fp8lm.data.encode import EncodedDocument, EncodeSettings, encode_records
 from fp8lm.data.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 if TYPE_CHECKING:
     from fp8lm.data.indexed_writer import IndexedWriter

@@ -28,7 +28,7 @@ from fp8lm.data.documents import (
     read_records,
 )
 from fp8lm.data.files import write_aside
-from fp8lm.errors import CommandParser, InputError, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 # SentencePiece leaves out sentences beyond 4192 bytes without a word; a character has at most 4.
 MAX_CHARACTERS = 1000

@@ -28,7 +28,7 @@ from fp8lm.checkpoint.files import Retention
 from fp8lm.checkpoint.host_copy import HostCopies
 from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
-from fp8lm.errors import LockLost
+from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two meetings of waiting ranks

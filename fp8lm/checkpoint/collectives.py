@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import fp8lm
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 FORMAT_VERSION = 1
 LARGEST_COMMON = 2**24  # bytes; a config and a few numbers are some ten thousand

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, data_digest
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import (
     make_folder,
     read_regular,

@@ -31,7 +31,7 @@ from fp8lm.checkpoint.metadata import (
     DamagedCheckpoint,
     parse_metadata,
 )
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
 
 LARGEST_OTHER = 2**30  # bytes of a file that holds no tensor

@@ -23,7 +23,7 @@ from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.metadata import DamagedCheckpoint, tensor_entries
 from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.storage import read_shards
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
 
 

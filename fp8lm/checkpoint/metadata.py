@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from fp8lm.checkpoint.pickle_screen import screen
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 METADATA = ".metadata"
 LARGEST_METADATA = 2**28  # bytes: about a million blocks

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from fp8lm.checkpoint.metadata import tensor_entries
 from fp8lm.checkpoint.shard import Shard
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 Shards = Mapping[str, Sequence[Shard]]
 ShardKey = tuple[str, tuple[int, ...]]

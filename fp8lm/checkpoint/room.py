@@ -23,7 +23,7 @@ from fp8lm.checkpoint.files import (
     saved_iterations,
 )
 from fp8lm.checkpoint.loading import find_checkpoint
-from fp8lm.errors import InputError, LockLost
+from fp8lm.runtime.errors import InputError, LockLost
 
 
 def make_room(

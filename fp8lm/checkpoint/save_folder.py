@@ -9,7 +9,7 @@ from pathlib import Path
 from fp8lm.checkpoint.collectives import Group, from_all, on_main
 from fp8lm.checkpoint.files import make_save_folder, quarantine_newer, saved_iterations
 from fp8lm.checkpoint.location import is_checkpoint
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 def check_save_folder(root: str | os.PathLike[str], group: Group = None) -> None:

@@ -41,7 +41,7 @@ from fp8lm.checkpoint.planners import (
     ShardSavePlanner,
     select,
 )
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import create, open_regular
 
 _AnyPath = str | os.PathLike[Any]

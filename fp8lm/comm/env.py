@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 # One of these means that a launcher started the process; then all are needed. MASTER_ADDR and
 # MASTER_PORT alone do not: clusters export them to every shell.

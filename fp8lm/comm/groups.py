@@ -21,8 +21,8 @@ from fp8lm.comm.env import DistEnv
 from fp8lm.comm.rank_check import addresses_line, call_roll
 from fp8lm.comm.store import job_store
 from fp8lm.devices import NO_NCCL
-from fp8lm.errors import InputError
 from fp8lm.runtime.addresses import INTERFACES
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.launchers import adopt_launcher
 from fp8lm.runtime.streams import say
 

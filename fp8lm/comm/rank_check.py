@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 import torch.distributed as dist
 
 from fp8lm.comm.env import DistEnv
-from fp8lm.errors import InputError, RunFailed
 from fp8lm.runtime.addresses import (
     INTERFACES,
     address_of,
@@ -25,6 +24,7 @@ from fp8lm.runtime.addresses import (
     outward_address,
     route_address,
 )
+from fp8lm.runtime.errors import InputError, RunFailed
 
 _MOST_NAMED = 8
 

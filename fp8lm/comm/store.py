@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fp8lm.comm.env import DistEnv
-from fp8lm.errors import InputError, RunFailed
 from fp8lm.runtime.addresses import port_problem, wait_for_name
+from fp8lm.runtime.errors import InputError, RunFailed
 
 
 def job_store(launch: DistEnv, timeout: timedelta) -> dist.Store:

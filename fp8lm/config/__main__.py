@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 from fp8lm.config.command_line import main
-from fp8lm.errors import run_command
+from fp8lm.runtime.errors import run_command
 
 
 def command() -> NoReturn:

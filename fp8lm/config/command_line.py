@@ -10,7 +10,7 @@ from fp8lm.config.options import explain_options
 from fp8lm.config.reference import reference_text
 from fp8lm.config.root import Config
 from fp8lm.config.schema import schema_text
-from fp8lm.errors import CommandParser, InputError
+from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
 
 

@@ -16,7 +16,7 @@ from fp8lm.config.options import cure_override
 from fp8lm.config.paths import expand_keys
 from fp8lm.config.root import Config
 from fp8lm.config.yaml_format import parse_value, read_mapping
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.paths import expand
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fp8lm.config.keys import NEAR, Key, find_key, list_keys, suggest
 from fp8lm.config.megatron_keys import RENAMED, megatron_advice
-from fp8lm.errors import CommandParser
+from fp8lm.runtime.errors import CommandParser
 
 
 def explain_options(argv: Sequence[str], unknown: Sequence[str], parser: CommandParser) -> str:

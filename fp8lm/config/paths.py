@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeGuard, get_args
 
 from pydantic import BaseModel, Field, Strict
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.paths import expand
 
 _IS_PATH = "names a file or a folder"

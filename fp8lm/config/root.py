@@ -15,7 +15,7 @@ from fp8lm.config.section import Section
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.config.yaml_format import to_yaml
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
 
 

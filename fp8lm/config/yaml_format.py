@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 MOST_BYTES = 16 * 2**20  # of a file
 MOST_VALUES = 200_000  # of a config, aliases counted as what they stand for

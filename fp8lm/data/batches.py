@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.runtime.faults import describe_full_shared_memory
 from fp8lm.runtime.parent_death import end_with_parent
 

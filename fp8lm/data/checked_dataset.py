@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8lm.data.batches import SizedDataset
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.blended_dataset import BlendedDataset

@@ -21,8 +21,8 @@ from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
 from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import Tokenizer
-from fp8lm.errors import InputError
-from fp8lm.quiet import quiet_megatron
+from fp8lm.runtime.errors import InputError
+from fp8lm.runtime.quiet import quiet_megatron
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig

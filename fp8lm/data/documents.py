@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lm.data.streams import COMPRESSED_SUFFIXES, CorpusStream
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 INPUT_FORMATS = ("auto", "jsonl", "text")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")

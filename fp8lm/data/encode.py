@@ -23,7 +23,7 @@ import numpy as np
 
 from fp8lm.data.documents import BadDocument, Record, parse_record
 from fp8lm.data.tokenizer import Tokenizer, load_tokenizer
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.runtime.errors import InputError, RunFailed
 
 BATCH_BYTES = 1 << 18
 WORKER_DIED = (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8lm.data.identity import Identity, identify
 from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, read_folder, type_of_file
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

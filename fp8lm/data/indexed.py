@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from fp8lm.data.sidecar import Sidecar, read_sidecar
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")  # code 1 on

@@ -15,8 +15,8 @@ import numpy as np
 
 from fp8lm.data.files import folder_aside
 from fp8lm.data.sidecar import Sidecar
-from fp8lm.errors import InputError, RunFailed
-from fp8lm.quiet import quiet_megatron
+from fp8lm.runtime.errors import InputError, RunFailed
+from fp8lm.runtime.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

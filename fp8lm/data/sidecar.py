@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 class Sidecar(BaseModel):

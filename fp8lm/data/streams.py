@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fp8lm.data.identity import Identity, identify
 from fp8lm.data.tokenizer_files import TokenizerFiles, read_file
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 class TikTokenizer:
@@ -26,7 +26,7 @@ class TikTokenizer:
             import tiktoken  # noqa: F401
         except ImportError:
             raise InputError("TikTokenizer needs tiktoken: pip install tiktoken") from None
-        from fp8lm.quiet import quiet_megatron
+        from fp8lm.runtime.quiet import quiet_megatron
 
         with quiet_megatron():
             from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer

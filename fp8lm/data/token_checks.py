@@ -18,7 +18,7 @@ from fp8lm.data.identity import NAMES, describe, differences
 from fp8lm.data.indexed import IndexedFile
 from fp8lm.data.sidecar import Sidecar
 from fp8lm.data.tokenizer import Tokenizer
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 SCANNED_TOKENS = 1 << 27
 CURE = "use the tokenizer that made the data, or preprocess again"

@@ -22,7 +22,7 @@ from fp8lm.data.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
 from fp8lm.data.identity import Identity, identify
 from fp8lm.data.tiktoken_vocabulary import TikTokenizer
 from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, type_of_file
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from fp8lm.config import TokenizerConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from fp8lm.doctor.gather import gather
 from fp8lm.doctor.judge import Finding, judge, problems
-from fp8lm.errors import EXIT_BAD_INPUT, CommandParser, run_command
+from fp8lm.runtime.errors import EXIT_BAD_INPUT, CommandParser, run_command
 from fp8lm.runtime.output import show
 
 

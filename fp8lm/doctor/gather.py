@@ -9,7 +9,7 @@ import fp8lm
 from fp8lm.doctor.facts import Accelerators, Execution, Facts
 from fp8lm.doctor.machine import find_accelerators, find_driver, plan_execution
 from fp8lm.doctor.packages import declared, error_of_import, find_packages
-from fp8lm.revision import PACKAGE, Revision, source_revision
+from fp8lm.runtime.revision import PACKAGE, Revision, source_revision
 
 if TYPE_CHECKING:
     from collections.abc import Callable

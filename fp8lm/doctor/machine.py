@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lm.doctor.facts import Accelerators, Execution, Gpu
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from fp8lm.kernels.reference import ReferenceKernels

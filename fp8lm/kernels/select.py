@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fp8lm.errors import InputError
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.runtime.errors import InputError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 

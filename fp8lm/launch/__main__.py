@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from fp8lm.errors import run_command
 from fp8lm.launch.main import main
+from fp8lm.runtime.errors import run_command
 
 
 def command() -> NoReturn:

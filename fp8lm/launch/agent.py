@@ -34,9 +34,9 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
-from fp8lm.errors import ENDS
 from fp8lm.launch.exits import WARNINGS, describe_exit, job_exit_code, signal_exit_code
 from fp8lm.launch.lost_link import is_running, watch_meeting
+from fp8lm.runtime.errors import ENDS
 from fp8lm.runtime.parent_death import tie_children, tie_to_parent
 from fp8lm.runtime.streams import complain
 

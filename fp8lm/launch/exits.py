@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from fp8lm.errors import EXIT_BAD_INPUT, EXIT_RESTART
+from fp8lm.runtime.errors import EXIT_BAD_INPUT, EXIT_RESTART
 
 # A cluster's ways to say that the job's time is over, and a lost terminal: workers save, and the
 # job goes on later.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8lm.config import load_config
-from fp8lm.errors import InputError
 from fp8lm.launch.command import (
     NODE_NAME,
     command_line,
@@ -17,6 +16,7 @@ from fp8lm.launch.command import (
 )
 from fp8lm.launch.options import Options, parse_options
 from fp8lm.launch.progress import progress_line
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.launchers import find_tasks
 from fp8lm.runtime.output import show
 from fp8lm.runtime.streams import say

@@ -10,7 +10,6 @@ from typing import Any
 from fp8lm.arguments import number_type, path_text
 from fp8lm.config.command_line import config_and_overrides
 from fp8lm.config.options import explain_options
-from fp8lm.errors import CommandParser, InputError
 from fp8lm.launch.values import (
     MOST_PER_NODE,
     MOST_PROCESSES,
@@ -19,6 +18,7 @@ from fp8lm.launch.values import (
     job_name,
     node_count,
 )
+from fp8lm.runtime.errors import CommandParser, InputError
 
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"

@@ -20,7 +20,6 @@ from fp8lm.config import Config
 from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.devices import NO_NCCL
-from fp8lm.errors import InputError
 from fp8lm.kernels import select_kernels
 from fp8lm.planner.layout import Layout
 from fp8lm.planner.plan import Plan, plan_run
@@ -33,6 +32,7 @@ from fp8lm.runtime.addresses import (
     route_address,
     wait_for_name,
 )
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.run_lock import running_here
 from fp8lm.training.build import resolve_device
 from fp8lm.training.run_folders import run_folders

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from fp8lm.arguments import number_type
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 DEFAULT_PORT = 29400
 MOST_PORT = 65535

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from fp8lm.config import OptimizerConfig, SchedulerConfig, TrainConfig
-from fp8lm.quiet import quiet_megatron
+from fp8lm.runtime.quiet import quiet_megatron
 
 if TYPE_CHECKING:
     from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from fp8lm.errors import EXIT_FAILED, run_command
+from fp8lm.runtime.errors import EXIT_FAILED, run_command
 
 
 def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:

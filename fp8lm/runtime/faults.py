@@ -134,7 +134,7 @@ def _place(trace: TracebackType | None) -> str:
     place = ""
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module.startswith("fp8lm.") and module != "fp8lm.errors":  # which catches it
+        if module.startswith("fp8lm.") and module != "fp8lm.runtime.errors":  # which catches it
             place = f" (in {module}.{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno})"
         trace = trace.tb_next
     return place

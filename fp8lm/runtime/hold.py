@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from fp8lm.errors import InputError, run_command
+from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 

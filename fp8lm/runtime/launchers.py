@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 HERE = ("127.0.0.1", "localhost", "::1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 # $NAME, ${NAME}; what else begins with a brace, or a command with a parenthesis, is a shell's.
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*\}?)|(?P<plain>[A-Za-z_]\w*)|(?P<command>\(.*))")

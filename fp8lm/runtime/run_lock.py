@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8lm.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
+from fp8lm.runtime.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
 from fp8lm.runtime.files import NotRegular, make_folder
 from fp8lm.runtime.holder import Holder, is_alive, same_job, this_process, timestamp
 from fp8lm.runtime.lock_file import (

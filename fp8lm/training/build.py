@@ -15,7 +15,6 @@ from fp8lm.data.batches import SizedDataset
 from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
-from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.param import Param, named_params
 from fp8lm.layers.recipe import Recipe
@@ -29,6 +28,7 @@ from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
 from fp8lm.parallel.pipeline import Executor
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import kept_tokenizer
 from fp8lm.training.run_length import check_batches, dataset_sizes
 

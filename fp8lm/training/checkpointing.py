@@ -27,7 +27,7 @@ from fp8lm.checkpoint import (
 from fp8lm.checkpoint.collectives import all_or_error, on_main
 from fp8lm.checkpoint.files import SET_ASIDE, delete_after
 from fp8lm.checkpoint.location import load_problem, locate
-from fp8lm.errors import InputError, LockLost
+from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
 from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model

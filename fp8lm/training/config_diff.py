@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 LONGEST = 1000  # characters of a value that a checkpoint names
 # What else the sections hold, and the other sections, does not decide what is learned.

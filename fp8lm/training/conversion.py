@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fp8lm.checkpoint import Checkpoint, Shard
 from fp8lm.checkpoint.collectives import Group, all_or_error
 from fp8lm.checkpoint.storage import read_blocks
-from fp8lm.errors import InputError
 from fp8lm.layers.param import ParamSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
 from fp8lm.optim import AdamW
+from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from fp8lm.training.resizing import RowPlan
 from fp8lm.training.slots import KINDS, Rows, StateSlot, slot_name, slots

@@ -19,7 +19,7 @@ from fp8lm.config import CheckpointConfig, Config
 from fp8lm.data.identity import differences
 from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.tokenizer import Tokenizer, tokenizer_from_files
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
 from fp8lm.training.resizing import EXTEND
 

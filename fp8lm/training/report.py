@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder
 from fp8lm.training.banner import banner
 from fp8lm.training.build import Run

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fp8lm.checkpoint import Shard
 from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.data.tokenizer import padded_vocab_size
-from fp8lm.errors import InputError
 from fp8lm.layers.param import ParamSpec
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.slots import StateSlot, slots
 
 POSITION_TABLE = "embedding.position_embeddings.weight"

@@ -13,11 +13,11 @@ from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.config import Config, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import tokenizer_of
 from fp8lm.training.state import model_shards
 

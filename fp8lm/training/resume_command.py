@@ -8,7 +8,7 @@ import sys
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.env import DistEnv
 from fp8lm.config import CheckpointConfig
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 def describe_interruption(config: CheckpointConfig, launch: DistEnv, iteration: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fp8lm.checkpoint.collectives import on_main
 from fp8lm.checkpoint.location import is_checkpoint
 from fp8lm.config import Config
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import fp8lm
-from fp8lm.revision import source_revision
 from fp8lm.runtime.files import open_to_append
+from fp8lm.runtime.revision import source_revision
 
 NAME = "starts.jsonl"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fp8lm.config import Config, TrainConfig
-from fp8lm.errors import InputError
 from fp8lm.optim.schedule import BatchSize
+from fp8lm.runtime.errors import InputError
 
 
 def check_batches(config: Config, replicas: int) -> None:

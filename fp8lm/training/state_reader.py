@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from fp8lm.checkpoint import Checkpoint, Shard, load_checkpoint
 from fp8lm.checkpoint.collectives import Group, all_or_error, from_all
-from fp8lm.errors import InputError
 from fp8lm.optim import AdamW
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.conversion import Conversion, Converter, find_conversions
 from fp8lm.training.resizing import RowPlan, Vocabulary, plan_rows, start_rows
 from fp8lm.training.slots import stored_names

@@ -16,7 +16,7 @@ import psutil
 
 from fp8lm.comm.env import DistEnv
 from fp8lm.config import TrainConfig
-from fp8lm.errors import EXIT_RESTART
+from fp8lm.runtime.errors import EXIT_RESTART
 from fp8lm.runtime.run_lock import RunLocks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

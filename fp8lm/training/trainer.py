@@ -10,7 +10,7 @@ import torch
 from fp8lm.checkpoint.collectives import on_main
 from fp8lm.comm.env import DistEnv
 from fp8lm.data.batches import BatchIterator
-from fp8lm.errors import LockLost, RunFailed
+from fp8lm.runtime.errors import LockLost, RunFailed
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.runtime.streams import say
 from fp8lm.training.build import Run, resize_datasets

@@ -10,7 +10,7 @@ import pytest
 
 from fp8lm.checkpoint import DamagedCheckpoint, find_checkpoint, open_checkpoint, save_checkpoint
 from fp8lm.checkpoint.reader import copy_checkpoint, read_tensor, stored_tensors
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import LATEST, make_tensors, shards_of
 from tools.hostile import FACTS, REWRITTEN, SPECIAL, facts, flip_bit, sign
 

@@ -22,7 +22,7 @@ from fp8lm.checkpoint import (
 from fp8lm.checkpoint.checksums import CHECKSUMS
 from fp8lm.checkpoint.facts import FORMAT_VERSION
 from fp8lm.checkpoint.files import write_latest
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import (
     LATEST,
     META,

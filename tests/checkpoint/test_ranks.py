@@ -25,7 +25,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint import background as background_module
 from fp8lm.checkpoint.integrity import read_metadata
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import file_size_limit
 
 ROWS, COLUMNS = 5, 6

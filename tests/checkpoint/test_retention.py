@@ -16,7 +16,7 @@ from fp8lm.checkpoint import (
     save_checkpoint,
 )
 from fp8lm.checkpoint.files import delete_after, saved_iterations
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import META, make_tensors, shards_of
 
 SAVED = (10, 20, 30, 40, 50)

@@ -19,7 +19,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.checkpoint.room import make_room
-from fp8lm.errors import LockLost
+from fp8lm.runtime.errors import LockLost
 from tests.checkpoint.disks import failing_call, small_disk
 from tests.checkpoint.tensors import LATEST, META, make_tensors, shards_of
 from tools.hostile import flip_bit

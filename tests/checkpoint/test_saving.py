@@ -19,7 +19,7 @@ from fp8lm.checkpoint import (
     save_checkpoint,
 )
 from fp8lm.checkpoint.files import anybody_may, publish, start_writing
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import (
     LATEST,
     META,

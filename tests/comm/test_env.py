@@ -7,7 +7,7 @@ import torch
 
 from fp8lm.comm.env import DistEnv
 from fp8lm.comm.groups import rank_device
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 TORCHRUN = {
     "RANK": "5",

@@ -22,7 +22,7 @@ from fp8lm.comm.groups import (
     rank_lists,
     replicas_per_node,
 )
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.runtime.errors import InputError, RunFailed
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8lm.comm import Handle
-from fp8lm.errors import EXIT_INTERRUPTED, run_command
+from fp8lm.runtime.errors import EXIT_INTERRUPTED, run_command
 
 
 def test_wait_gives_the_result_once():

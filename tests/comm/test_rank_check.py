@@ -24,7 +24,7 @@ from fp8lm.comm.rank_check import (
     find_problem,
     found_by,
 )
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.runtime.errors import InputError, RunFailed
 from tests.bad_input.cases import ROOT
 
 HERE = Presence("node0", "net0", "10.0.0.1", "eth0")
@@ -112,7 +112,7 @@ def test_who_does_not_come_is_missed(rank):
 JOIN = """
 import torch, torch.distributed as dist
 from fp8lm.comm.groups import process_groups
-from fp8lm.errors import run_command
+from fp8lm.runtime.errors import run_command
 def main(argv):
     with process_groups(torch.device("cpu")) as groups:
         total = torch.ones(1)

@@ -7,7 +7,7 @@ import pytest
 from fp8lm.config import Config, build_config
 from fp8lm.config.loading import parse_overrides
 from fp8lm.config.merging import merge
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 WSD = "scheduler.lr_decay_style=WSD"
 SAMPLES = ("train.train_iters=null", "train.train_samples=160")

@@ -7,7 +7,7 @@ import yaml
 
 from fp8lm.config import build_config, load_config
 from fp8lm.config.yaml_format import ConfigDumper, ConfigLoader
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fp8lm.config import parse_command_line
 from fp8lm.config.keys import find_key, list_keys, suggest
 from fp8lm.config.loading import load_config
 from fp8lm.config.megatron_keys import NOT_HERE, RENAMED, megatron_advice, megatron_names
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/user-guide/migration.md").read_text().split("## Megatron-LM: data")[0]

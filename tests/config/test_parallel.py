@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fp8lm.config import build_config, load_config
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from fp8lm.config import Config, build_config, load_config
 from fp8lm.config.keys import list_keys
 from fp8lm.config.paths import expand_keys
-from fp8lm.errors import CommandParser, InputError
+from fp8lm.runtime.errors import CommandParser, InputError
 
 KEYS = (
     "data.data_cache_path",

@@ -12,7 +12,7 @@ from fp8lm.config import Config
 from fp8lm.config.keys import list_keys
 from fp8lm.config.loading import load_config
 from fp8lm.config.schema import schema_text
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 SCHEMA = json.loads(schema_text())
 VALUES = [None, True, False, 0, 1, 2.0, 1.5, 0.5, -1, 1e300, "", "a", "10", "2e-3", "1e2", "1E+2"]

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from fp8lm.config import PRESETS, ModelConfig, OptimizerConfig, PrecisionConfig, build_config
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 
 def model(**keys):

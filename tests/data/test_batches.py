@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
-from fp8lm.errors import EXIT_FAILED, InputError, run_command
+from fp8lm.runtime.errors import EXIT_FAILED, InputError, run_command
 
 
 class Numbered(Dataset):

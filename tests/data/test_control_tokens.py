@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
 from fp8lm.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.data.tokenizers_of_all_types import write_config, write_model
 
 ENDS = {

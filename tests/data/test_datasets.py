@@ -12,8 +12,8 @@ import torch
 from fp8lm.config import load_config
 from fp8lm.data.datasets import blend_of, build_datasets, check_files
 from fp8lm.data.tokenizer import NullTokenizer
-from fp8lm.errors import InputError
-from fp8lm.quiet import quiet_megatron
+from fp8lm.runtime.errors import InputError
+from fp8lm.runtime.quiet import quiet_megatron
 
 with quiet_megatron():
     from megatron.core.datasets.utils import get_blend_from_list

@@ -18,7 +18,7 @@ from backports import zstd
 from fp8lm.data import documents
 from fp8lm.data.documents import BadDocument, check_inputs, parse_record, read_records
 from fp8lm.data.encode import EncodeSettings, encode_records
-from fp8lm.errors import InputError, RunFailed
+from fp8lm.runtime.errors import InputError, RunFailed
 
 TEXTS = ["first", "second größe", "third"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

@@ -12,7 +12,7 @@ from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.indexed_writer import IndexedWriter, token_dtype
 from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import NullTokenizer
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6]]
 

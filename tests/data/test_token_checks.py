@@ -10,7 +10,7 @@ import pytest
 from fp8lm.data import token_checks
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets, check_files
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 
 VOCABULARY = 51  # of the fixture `tokenizer`
 

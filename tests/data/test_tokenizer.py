@@ -15,7 +15,7 @@ from fp8lm.data.tokenizer import (
     load_tokenizer,
     padded_vocab_size,
 )
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.data.tokenizers_of_all_types import write_tiktoken
 
 TEXT = "def f(x):\n\treturn  x  # größe 漢字 🙂\r\n"

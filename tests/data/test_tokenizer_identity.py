@@ -10,7 +10,7 @@ from fp8lm.data.identity import differences
 from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import TOKENIZER_TYPES, load_tokenizer, tokenizer_from_files
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.data.tokenizers_of_all_types import write_config, write_model
 
 TEXT = "def yield größe 漢字"

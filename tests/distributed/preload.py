@@ -8,7 +8,7 @@ import pytest  # noqa: F401
 import torch.distributed  # noqa: F401
 
 import fp8lm.training.trainer  # noqa: F401
-from fp8lm.quiet import quiet_megatron
+from fp8lm.runtime.quiet import quiet_megatron
 
 with quiet_megatron():
     import megatron.core.datasets.blended_megatron_dataset_builder

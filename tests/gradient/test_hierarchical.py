@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.groups import model_parallel_groups, node_groups
-from fp8lm.errors import InputError
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, random
 

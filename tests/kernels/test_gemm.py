@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.reference import check_gemm_operands
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 
 KERNELS = ReferenceKernels()

@@ -10,8 +10,8 @@ import sys
 import psutil
 import pytest
 
-from fp8lm.errors import ENDS, run_command
 from fp8lm.launch.exits import describe_exit, job_exit_code, signal_exit_code
+from fp8lm.runtime.errors import ENDS, run_command
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
 AGENT = [sys.executable, "-m", "fp8lm.launch.agent", "--nproc-per-node=2"]

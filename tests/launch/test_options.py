@@ -14,10 +14,10 @@ import pytest
 from torch.distributed.run import parse_args
 
 import fp8lm.launch.command
-from fp8lm.errors import InputError
 from fp8lm.launch.command import TIMEOUT, command_line, torchrun_arguments, torchrun_environment
 from fp8lm.launch.main import main
 from fp8lm.launch.options import parse_options
+from fp8lm.runtime.errors import InputError
 from tests.launch.conftest import ENVIRONMENT, ROOT
 
 CONFIG = "configs/gpt_tiny.yaml"

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
-from fp8lm.errors import InputError, run_command
 from fp8lm.launch import preflight
 from fp8lm.launch.main import main
 from fp8lm.launch.preflight import (
@@ -29,6 +28,7 @@ from fp8lm.launch.preflight import (
 )
 from fp8lm.launch.progress import progress_line
 from fp8lm.planner.layout import plan_layout
+from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, RunLocks
 from tests.launch.conftest import ENVIRONMENT, ROOT
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from fp8lm.errors import leave_exit_code
+from fp8lm.runtime.errors import leave_exit_code
 from fp8lm.runtime.parent_death import tie_to_parent
 
 rank = os.environ["RANK"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fp8lm.errors import InputError
 from fp8lm.planner.batches import plan_batches
+from fp8lm.runtime.errors import InputError
 from tests.planner.tiny import INTERLEAVED, PP2, tiny
 
 

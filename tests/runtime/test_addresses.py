@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-from fp8lm.errors import InputError
 from fp8lm.runtime.addresses import (
     address_of,
     interface_of,
@@ -17,6 +16,7 @@ from fp8lm.runtime.addresses import (
     route_address,
     wait_for_name,
 )
+from fp8lm.runtime.errors import InputError
 
 
 def test_the_way_to_this_machine():

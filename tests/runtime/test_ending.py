@@ -13,14 +13,14 @@ import pytest
 import torch.distributed as dist
 
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.errors import InputError
 from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import InputError
 from tests.bad_input.cases import ROOT
 
 LONG = 60.0
 WORK = """
 import sys
-from fp8lm.errors import run_command
+from fp8lm.runtime.errors import run_command
 sys.exit(run_command(lambda argv: [print("half"), print("done", file=sys.stderr)]))
 """
 

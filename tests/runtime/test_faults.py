@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fp8lm.errors import EXIT_FAILED, RunFailed, run_command
+from fp8lm.runtime.errors import EXIT_FAILED, RunFailed, run_command
 from tests.bad_input.cases import ROOT, TINY
 
 

@@ -14,7 +14,7 @@ import torch
 from fp8lm.checkpoint import Shard, claim_save_dir, save_checkpoint
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import (
     NotRegular,
     open_regular,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fp8lm.comm.env import DistEnv
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.launchers import adopt_launcher, find_tasks, first_host
 
 WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

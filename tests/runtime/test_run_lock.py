@@ -13,7 +13,7 @@ from threading import Event
 
 import pytest
 
-from fp8lm.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
+from fp8lm.runtime.errors import FolderInUse, FolderInUseElsewhere, InputError, LockLost
 from fp8lm.runtime.hold import main as hold
 from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.lock_file import NAME
@@ -421,7 +421,7 @@ def test_a_folder_held_for_a_script(tmp_path):
 RIVALS = """
 import multiprocessing, os, sys
 from pathlib import Path
-from fp8lm.errors import FolderInUse
+from fp8lm.runtime.errors import FolderInUse
 from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.lock_file import NAME, create_lock
 from fp8lm.runtime.run_lock import RunFolder, RunLocks

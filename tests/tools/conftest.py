@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8lm.errors import run_command
+from fp8lm.runtime.errors import run_command
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

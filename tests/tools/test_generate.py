@@ -11,7 +11,7 @@ import torch
 
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.build import build
 from fp8lm.training.trainer import Trainer
 from tests.data.tokenizers_of_all_types import write_config, write_model

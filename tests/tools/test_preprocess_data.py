@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.token_checks import check_tokenizer
 from fp8lm.data.tokenizer import load_tokenizer
-from fp8lm.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from fp8lm.runtime.errors import EXIT_FAILED, EXIT_INTERRUPTED
 
 TEXTS = [f"def f{i}():\n    return 'größe {i}'\n" * (i % 7 + 1) for i in range(60)]
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"

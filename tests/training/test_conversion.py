@@ -7,9 +7,9 @@ import torch
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
-from fp8lm.errors import InputError
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor, quantize
 from tests.training.runs import LLAMA, read, save_again
 

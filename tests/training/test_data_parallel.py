@@ -13,9 +13,9 @@ import torch.distributed as dist
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
 from fp8lm.comm.accounting import all_reduce_sent
-from fp8lm.errors import InputError
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.optim.step_scalars import NUM_GATHERED
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import (
     linear_weights,

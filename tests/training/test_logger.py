@@ -13,7 +13,7 @@ from datetime import datetime
 import pytest
 
 from fp8lm.config import LoggingConfig
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.console import evaluation_line, saved_line, training_line
 from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.metrics_file import MetricsFile

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from fp8lm.checkpoint import latest_iteration
-from fp8lm.errors import run_command
+from fp8lm.runtime.errors import run_command
 from fp8lm.runtime.streams import BestEffortStream, warn
 from fp8lm.training.console import Console
 

@@ -11,7 +11,7 @@ import pytest
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.data.indexed_writer import IndexedWriter
 from fp8lm.data.tokenizer import load_tokenizer
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from tests.data.tokenizers_of_all_types import train_bpe, write_config, write_model
 
 BPE = "HuggingFaceTokenizer"

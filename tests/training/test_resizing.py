@@ -7,7 +7,7 @@ import torch
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import copy_checkpoint, differences, read_tensor, stored_tensors
-from fp8lm.errors import InputError
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.resizing import RowPlan, Vocabulary
 from tests.training.runs import LLAMA, save_again
 

@@ -8,7 +8,7 @@ import torch
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import saved_iterations, write_latest
 from fp8lm.checkpoint.reader import differences, stored_tensors
-from fp8lm.errors import InputError, run_command
+from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.training.config_diff import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.checkpoint.tensors import file_size_limit

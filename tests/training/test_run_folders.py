@@ -14,7 +14,7 @@ import torch
 
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.groups import process_groups
-from fp8lm.errors import LockLost, run_command
+from fp8lm.runtime.errors import LockLost, run_command
 from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.lock_file import NAME
 from fp8lm.runtime.run_lock import RunLocks

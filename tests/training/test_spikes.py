@@ -11,7 +11,7 @@ import torch
 
 from fp8lm.checkpoint import background, find_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
-from fp8lm.errors import RunFailed
+from fp8lm.runtime.errors import RunFailed
 from fp8lm.training import trainer as trainer_module
 from fp8lm.training.spikes import LossSpike, LossSpikeDetector
 from tests.training.runs import curve, read

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.env import DistEnv
 from fp8lm.config import CheckpointConfig, TrainConfig
-from fp8lm.errors import EXIT_INTERRUPTED, EXIT_RESTART, run_command
+from fp8lm.runtime.errors import EXIT_INTERRUPTED, EXIT_RESTART, run_command
 from fp8lm.training.resume_command import command_to_go_on
 from fp8lm.training.stopping import (
     TIME_IS_OVER,

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from fp8lm.revision import Revision, source_revision
+from fp8lm.runtime.revision import Revision, source_revision
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
