@@ -1,4 +1,4 @@
-"""All-gather and broadcast of scaled tensors: the bytes themselves travel, nothing is rounded.
+"""All-gather and broadcast of scaled tensors, payloads as they are: nothing is rounded.
 
 A tensor whose scale is NaN (its amax was not finite) arrives with that scale, so everything
 decoded from it is NaN on every rank.
@@ -43,7 +43,8 @@ def all_gather_values(
 ) -> Handle[list[ScaledTensor]]:
     """Tensors of one shape, each cast with its own rank's scale -> all of them, in rank order.
 
-    Scales travel in band. The results are views of one buffer; `join` concatenates their values.
+    Scales are sent with the payloads. The results are views of one buffer; `join` concatenates
+    their values.
     """
     layout = MessageLayout.of([x])
 

@@ -1,4 +1,4 @@
-"""A collective under way: computation goes on until `wait()` is called for its result."""
+"""An asynchronous collective: computation goes on until `wait()` is called for its result."""
 
 from __future__ import annotations
 

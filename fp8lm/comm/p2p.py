@@ -44,7 +44,7 @@ class PipelineP2P:
         return self.rows * self.shape[-1] * self.format.bytes + scales
 
     def send(self, x: Tensor, to: int, group: dist.ProcessGroup) -> Handle[None]:
-        """`x` to rank number `to` of `group`; what travels is held until `wait()`."""
+        """`x` to rank number `to` of `group`; the message is held until `wait()`."""
         message = self.pack(x)
         self.wire.count(message.numel())
         work = started(dist.isend(message, group=group, group_dst=to))

@@ -1,4 +1,4 @@
-"""Sums over ranks whose terms travel in eight bits.
+"""Sums over ranks whose terms are sent in eight bits.
 
     reduce-scatter   x_r [W n, ..] -> sum_r x_r[own rows] [n, ..]
                      each rank casts what it sends with a scale per destination, all-to-all of
@@ -38,7 +38,7 @@ def reduce_scatter(
 ) -> Handle[Tensor]:
     """`x` [W n, ...] (bf16 or fp32) of all ranks -> rows of this rank of their sum, [n, ...].
 
-    Terms travel in `fmt`; BF16 and FP32 take the same way without scales. `x` may be overwritten
+    Terms are sent in `fmt`; BF16 and FP32 in the same way without scales. `x` may be overwritten
     as soon as this returns, except in a group of one rank, whose result can be `x` itself. A NaN or
     Inf makes the whole shard NaN on the rank it is sent to. ValueError if W does not divide rows.
     """
@@ -82,7 +82,7 @@ def all_reduce(
 ) -> Handle[Tensor]:
     """Sum of `x` (bf16 or fp32, any shape) over all ranks, the same bits on each of them.
 
-    Terms and sums travel in `fmt`. Only the first half runs before `wait()`.
+    Terms and sums are sent in `fmt`. Only the first half runs before `wait()`.
     """
     if group.size() == 1:
         return Handle.done(x.to(dtype))

@@ -1,9 +1,9 @@
-"""Gradients on their way to their owners while backward goes on.
+"""Bucketed reduction of gradients, overlapped with backward.
 
-Weights are put into buckets in the order in which backward completes them, last layer first. In
-the last micro-batch's backward a bucket is sent as soon as autograd has finished with all of its
-weights: a weight that is used twice (tied embeddings) is finished after both, one that is not used
-at all when backward is over. Buckets leave in a fixed order, so ranks never disagree.
+Buckets hold weights in the order in which backward completes them, last layer first. In the
+backward of the last micro-batch a bucket is reduced as soon as autograd is done with all of its
+weights: with one that is used twice (tied embeddings) after both uses, with one that is not used
+when backward is over. All ranks reduce the buckets in the same order.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ UNDER_WAY = 2
 class GradientBuckets:
     """Reduces the gradients of `weights` to the ranks that own their `rows` (one map per rank).
 
-    `overlap`: send during the last backward; otherwise all when it is over. At most two buckets are
-    under way at a time, so that their messages take memory for two and not for all.
+    `overlap`: reduce during the last backward, otherwise after it. At most two buckets are in
+    flight at a time, which bounds the memory of their messages.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GradientBuckets:
                 weight.when_gradient_complete(partial(_call_if_alive, complete, name))
 
     def enable_grad_sync(self) -> None:
-        """The backward that follows is the step's last."""
+        """Reduce gradients in the backward that follows, the last of the step."""
         self._missing = [set(names) for names in self.buckets]
 
     def finish(self) -> dict[str, ScaledTensor]:
@@ -69,7 +69,7 @@ class GradientBuckets:
         return {n: _fp32(gradients[n]) for n in self.weights if n in gradients}
 
     def finish_everywhere(self) -> dict[str, ScaledTensor]:
-        """Means of all rows on every rank, in the format they travelled in, the same bits."""
+        """Means of all rows on every rank, in the format they were sent in, the same bits."""
         group, wire, kernels = (
             self.reduction.group,
             self.reduction.wire,
@@ -128,7 +128,7 @@ class GradientBuckets:
             self._arrived.update(self._under_way.popleft().wait())
 
     def _sent(self, name: str) -> ScaledTensor:
-        """The whole gradient in the format it travels in: its scale does not depend on cuts."""
+        """The whole gradient in the format it is sent in: its scale does not depend on sharding."""
         accumulator, kernels = self.weights[name].main_grad, self.reduction.kernels
         accumulator.zero_if_unused()  # a weight that no micro-batch used
         gradient, fmt = accumulator.value, self._sent_format(name)

@@ -126,10 +126,10 @@ class _LinearFunction(torch.autograd.Function):
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
         sent = output_comm.cast(dy, precision.grad_output, kernels)
         dy_TO = output_comm.gather(sent, precision.grad_output, kernels).wait()
-        # The inputs travel while dgrad runs, its result while wgrad runs.
+        # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
         payload, scale = ctx.saved_tensors
         x_saved = ScaledTensor(payload, scale, ctx.saved_format)
-        # Those of a gradient that is computed later travel then: until then a rank holds its own.
+        # A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
         gathering = None
         if not weight.wgrad_store.is_deferring:
             gathering = input_comm.gather(x_saved, precision.input, kernels)

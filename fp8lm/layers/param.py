@@ -57,7 +57,7 @@ class ParamSpec:
 
 
 class Param(nn.Module):
-    """Common part: `spec`, `grad`, and `compute`, the compute copy as a ScaledTensor."""
+    """Common part: `spec`, `main_grad`, and `model_param`, which forward and backward read."""
 
     def __init__(self, spec: ParamSpec, kernels: ReferenceKernels, device: torch.device) -> None:
         super().__init__()

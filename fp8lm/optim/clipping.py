@@ -11,7 +11,7 @@ The norm takes all weights in all formats together, each once: of a weight that 
 hold whole, only the first counts. It reaches FP8 gradients as a factor inside Adam, never by a
 second rounding. A NaN or Inf anywhere in any gradient, or a NaN scale, makes the norm non-finite,
 so this one number, the same bits on all ranks, also decides whether the step happens; the other
-values that travel with it, such as the losses, have to be finite as well.
+scalars that are exchanged with it, such as the losses, have to be finite as well.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class AdamW:
 
         Default: what the weights have accumulated. A skipped step changes no byte of weights,
         states, scales or step count. `share`, `loss` and `stop` (0-d fp32) are this rank's
-        `StepScalars`, which travel with the norm.
+        `StepScalars`, which are exchanged with the norm.
         """
         if gradients is None:
             gradients = {
@@ -139,7 +139,7 @@ class AdamW:
     def share_amax(self) -> None:
         """Make `amax` that of the logical tensors; a collective of all ranks.
 
-        Between steps it is that of the rows stepped here: the others' come with the next step.
+        Between steps it covers the rows that this rank updates: `step` shares it.
         """
         self.amax.copy_(self.sharding.max(self.amax.flatten()).view_as(self.amax))
 
@@ -167,7 +167,7 @@ class AdamW:
         return grad, states.view_as(self.amax)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the states, by name, for a checkpoint; compute copies not included."""
+        """Every tensor of the states, by name, for a checkpoint; without model parameters."""
         yield "num_steps", self.num_steps
         for name, state in self.states.items():
             stored = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
@@ -209,7 +209,7 @@ class AdamW:
             yield name, c if weight.spec.decay else no_decay
 
     def _next_scales(self, bounds: Tensor) -> dict[str | Format, Tensor]:
-        """Scales [W] of the new master, m and v, and of compute copies by their format."""
+        """Scales [W] of the new master, m and v, and of model parameters by their format."""
         w, m, v = bounds.unbind(dim=1)
         master, exp_avg, exp_avg_sq = self._formats
         scales: dict[str | Format, Tensor] = {

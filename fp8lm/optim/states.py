@@ -41,7 +41,7 @@ class StatePrecision:
 
 @dataclass
 class AdamState:
-    """States of one weight; `owns_master` False: `master` is the weight's compute copy."""
+    """States of one weight; `owns_master` False: `master` is the model parameter itself."""
 
     master: ScaledTensor
     exp_avg: ScaledTensor

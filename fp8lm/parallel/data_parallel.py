@@ -92,7 +92,7 @@ class DistributedDataParallel(BucketedDataParallel):
 
 
 class ZeroDataParallel(BucketedDataParallel):
-    """Every rank steps the rows it owns; compute copies are views of gathered buffers.
+    """Every rank updates its rows; model parameters are views of all-gathered buffers.
 
     `buffers` divide the weights, in the order in which forward needs them.
     """
@@ -152,7 +152,7 @@ def _waiting(parts: Iterable[ParamBuffer]) -> Callable[..., None]:
 
 
 def tensors_of(weights: Mapping[str, Param]) -> list[BufferEntry]:
-    """The compute copies of `weights` as ownership places them."""
+    """The model parameters of `weights` as entries of a `ParamLayout`."""
     made = []
     for name, weight in weights.items():
         payload = weight.model_param.payload

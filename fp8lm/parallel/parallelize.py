@@ -148,7 +148,7 @@ def build_data_parallel(
     )
     if not parallel.use_distributed_optimizer:
         return DistributedDataParallel(weights, buckets, group.rank())
-    # Weights that are not FP8 travel as they are stored.
+    # Weights that are not FP8 are sent as they are stored.
     sent = wire.of("params") if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params = Wire("params", sent, counter)
     buffers = [
@@ -164,7 +164,7 @@ def param_layouts(
     """`weights` in the parts that are gathered separately, and the layout of each."""
     parallel = config.parallel
     place = {"tensor": assign_whole_tensors, "even": shard_rows}[parallel.partition]
-    # Forward can only begin with the first weights if these travel apart from the last.
+    # Forward can begin with the first weights only if these are gathered before the last.
     size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
     parts = in_parts(weights, size)
     return parts, place([tensors_of(part) for part in parts], num_replicas)

@@ -1,9 +1,9 @@
-"""New weights from their owners to all ranks: one all-gather of bytes.
+"""The buffer that holds a rank's model parameters, and its all-gather after a step.
 
-    buffer = [ rank 0's rows | rank 1's rows | .. ]
+    buffer = [ rank 0's shard | rank 1's shard | .. ]
 
-Every rank's compute copies are views of such a buffer; an owner steps its rows where they lie and
-sends its slab. Scales do not travel: every rank computes them from shared amaxes, the same bits.
+Model parameters are views of the buffer. A rank updates its shard in place and all-gathers it.
+Scales are not sent: every rank computes them from shared amaxes, bit for bit the same.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Rows = tuple[int, int]
 
 
 class ParamBuffer:
-    """The compute copies of `weights`, moved into one buffer as `layout` says.
+    """The model parameters of `weights`, moved into one buffer as `layout` says.
 
-    On a BF16 `wire` values travel in two bytes, exact for FP8 and BF16, and are cast again on
-    arrival, to the same bytes; on an FP8 one what is stored travels.
+    On an FP8 `wire` the stored payloads are sent. On a BF16 one their values are, two bytes each
+    and exact for FP8 and BF16; the receiver casts them back to the same payloads.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ParamBuffer:
             self._arriving = all_gather_uneven(self._buffer, self._sizes, self._group, self._wire)
 
     def wait(self) -> None:
-        """Return when all weights are there; at once if nothing is under way."""
+        """Wait for the all-gather, if one has started."""
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
             arriving.wait()

@@ -4,7 +4,7 @@
              arXiv 2310.18313, Algorithm 1); balanced while there are many more tensors than ranks
     even     every rank the same number of bytes, tensors cut between rows
 
-A tensor that is cut keeps its one scale. The owners' slabs follow each other in one buffer, in
+A tensor that is sharded keeps its one scale. The ranks' shards follow each other in one buffer, in
 which every tensor is contiguous, cut or not:
 
     rank 0 [ a | b | c.. ] rank 1 [ ..c | d ] rank 2 ...
@@ -27,7 +27,7 @@ ALIGNMENT = 16
 class BufferEntry:
     """What is placed: `rows` rows (the first dimension) of `columns` elements of `itemsize` bytes.
 
-    The bytes are those of the copy that travels; all states of an element take the same.
+    `itemsize` is that of the model parameter, which is all-gathered.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ParamLayout:
 def assign_whole_tensors(
     parts: Sequence[Sequence[BufferEntry]], num_ranks: int
 ) -> list[ParamLayout]:
-    """Algorithm 1 of the paper over all `parts` together; within a slab tensors keep their order.
+    """Algorithm 1 of the paper over all `parts` together; within a shard tensors keep their order.
 
     Sizes are elements: a rank that owns one holds the same bytes of states for it, whatever the
     weight is stored in.
@@ -102,12 +102,12 @@ def _whole(tensors: Sequence[BufferEntry], owner: Mapping[str, int], num_ranks: 
 
 
 def shard_rows(parts: Sequence[Sequence[BufferEntry]], num_ranks: int) -> list[ParamLayout]:
-    """Equal slabs of every part, so that one all-gather brings it."""
+    """Equal shards of every part, so that it takes one all-gather."""
     return [_cut(part, num_ranks) for part in parts]
 
 
 def _cut(tensors: Sequence[BufferEntry], num_ranks: int) -> ParamLayout:
-    # A slab is a multiple of every row's bytes, so that no boundary cuts a row.
+    # A shard is a multiple of every row's bytes, so that no boundary cuts a row.
     ordered = sorted(tensors, key=lambda tensor: -tensor.row_bytes)
     unit = math.lcm(ALIGNMENT, *(tensor.row_bytes for tensor in ordered))
     start, end = {}, 0

@@ -4,7 +4,7 @@
 
 A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
 first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
-executor never looks inside. What a stage sends to another travels in the order of the schedule and
+executor never looks inside. Messages between stages are sent in the order of the schedule and
 apart from what comes back (see `PipelineGroups`).
 """
 

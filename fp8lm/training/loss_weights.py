@@ -4,7 +4,7 @@
 
 Backward begins before a rank knows how many tokens count elsewhere. So each micro-batch takes the
 sum of its counted tokens over the number of *all* its tokens, which is the same everywhere, and
-the share of tokens that count travels with the step's scalars: the optimizer divides by its mean,
+the share of tokens that count is one of the step's scalars: the optimizer divides by its mean,
 which is exactly 1 where nothing is masked. How a batch is cut into micro-batches, replicas and
 stages then changes its gradient by roundings alone.
 """

@@ -1,4 +1,4 @@
-"""The places where a run keeps its state: compute copies, master weights and moments."""
+"""Where a run keeps its state: model parameters, master weights and moments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = tuple[int, int]
 class StateSlot:
     """`tensor` holds rows `rows` of this rank's part of `weight`.
 
-    `kind` is "weight" for the compute copy, else one of `KINDS`.
+    `kind` is "weight" for the model parameter, else one of `KINDS`.
     """
 
     weight: str

@@ -12,7 +12,7 @@ from fp8lm.optim import AdamW
 
 
 def model_tensors(weights: dict[str, Param]) -> dict[str, Tensor]:
-    """Payloads, and scales where the format has one, of all compute copies, by name."""
+    """Payloads, and scales where the format has one, of all model parameters, by name."""
     tensors = {}
     for name, weight in weights.items():
         tensors[f"model.{name}.payload"] = weight.model_param.payload

@@ -88,7 +88,7 @@ class Trainer:
                 raise LockLost("another run has taken the folders of this one over")
             if self._finished:
                 self._evaluate("test")
-            run.data_parallel.finish_param_sync()  # what is under way ends before its groups do
+            run.data_parallel.finish_param_sync()  # collectives in flight end before their groups
             self._save_last()
             if self._finished or not self._stop:
                 return 0
@@ -254,7 +254,7 @@ class Trainer:
         position = progress.consumed_samples + progress.skipped_samples
         rollbacks = progress.rollbacks + 1
         self.checkpoints.rewind(answer.checkpoint)
-        self._numbers = AsyncScalars()  # a number still under way is of the past that is left
+        self._numbers = AsyncScalars()  # a number in flight is of the steps that are undone
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
         self._fit_datasets()
