@@ -197,7 +197,7 @@ REWRITTEN = {
     },
     "consumed less than iterations": facts(consumed_samples=3),
     "consumed more than batches": facts(consumed_samples=10**12),
-    "consumed more than larger batches": facts(consumed_samples=4 * 4 * 65),
+    "consumed more than larger batches": facts(consumed_samples=4 * 4 * 1025),
     "skipped without rollbacks": facts(skipped_samples=8),
     "skipped more than a rollback": facts(rollbacks=1, skipped_samples=2**52),
     **{f"config {value!r}": facts(config=value) for value in WRONG_CONFIGS},

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 LARGEST_COMMON = 2**24  # bytes; a config and a few numbers are some ten thousand
 DEEPEST = 32  # levels of lists and objects
 # No run changes its batch so much; what a checkpoint says of its batch may be its last one's.
-BATCH_GROWTH = 64
+BATCH_GROWTH = 1024
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Version = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
