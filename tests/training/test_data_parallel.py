@@ -367,7 +367,7 @@ def poisoned(config, bad_rank, value):
             weight.main_grad.add(gradient)
         run.data_parallel.enable_grad_sync()
         gradients = run.data_parallel.reduce()
-        skip = run.optimizer.step(1e-2, gradients, torch.ones(1)).skip
+        skip = run.optimizer.step(1e-2, gradients, loss=torch.ones(())).skip
         run.data_parallel.start_param_sync(skip)
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
@@ -402,7 +402,7 @@ def arrivals(config):
             layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
         trainer.train()
         events.clear()
-        for number, part in enumerate(replicas._slabs):
+        for number, part in enumerate(replicas._buffers):
             finish = part.wait
             under_way = lambda part=part: part._arriving is not None  # noqa: E731
 
@@ -416,7 +416,7 @@ def arrivals(config):
         events.clear()
         batch = run_batches(run, run.datasets[0], 0).next(1)[0]
         model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
-    return events, len(replicas._slabs)
+    return events, len(replicas._buffers)
 
 
 def test_layers_start_before_later_weights_have_arrived(config, run_distributed):

@@ -261,7 +261,7 @@ def poisoned(config, bad_stage):
         if run.pipeline.stage == bad_stage:
             weight.main_grad.value.payload.view(-1)[0] = float("nan")  # the last weight's, dense
         gradients = run.data_parallel.reduce()
-        skip = run.optimizer.step(1e-2, gradients, torch.ones(1)).skip
+        skip = run.optimizer.step(1e-2, gradients, loss=torch.ones(())).skip
         run.data_parallel.start_param_sync(skip)
         run.optimizer.share_amax()
         same = all(torch.equal(before[name], tensor) for name, tensor in tensors().items())
