@@ -13,6 +13,7 @@ milliseconds. Tests use the fixture of the same name:
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -141,6 +142,7 @@ def serve(pipe, port, rank, world_size):
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     pipe.send_bytes(pickle.dumps((None, None)))
+    gc.freeze()  # what is imported stays: a collection looks at what a call has left, and is quick
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
@@ -151,6 +153,7 @@ def serve(pipe, port, rank, world_size):
             continue
         try:
             result = function(*args)
+            gc.collect()  # a run's cycles, with its process groups and their threads, which poll
             dist.barrier()  # a collective too many on one rank is this test's fault, not the next's
             reply = pickle.dumps((None, result))
         except Exception as error:
