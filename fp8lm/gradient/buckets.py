@@ -8,10 +8,8 @@ when backward is over. All ranks reduce the buckets in the same order.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +47,8 @@ class GradientBuckets:
         self._under_way: deque[Handle[dict[str, Tensor]]] = deque()
         self._arrived: dict[str, Tensor] = {}
         if overlap:
-            # Autograd's hooks are out of sight of Python's collector, so they hold no reference
-            # to this object: with one, no model and no process group of a run would ever be freed.
-            complete = weakref.WeakMethod(self._complete)
             for name, weight in weights.items():
-                weight.when_gradient_complete(partial(_call_if_alive, complete, name))
+                weight.when_gradient_complete(self._complete, name)
 
     def enable_grad_sync(self) -> None:
         """Reduce gradients in the backward that follows, the last of the step."""
@@ -135,11 +130,6 @@ class GradientBuckets:
         if fmt == gradient.format:
             return gradient
         return quantize(gradient.dequantize(kernels), fmt, kernels)
-
-
-def _call_if_alive(method: Callable[[], Callable[[str], None] | None], name: str) -> None:
-    if (call := method()) is not None:
-        call(name)
 
 
 def _fill(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:

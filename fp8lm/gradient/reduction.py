@@ -142,7 +142,8 @@ def parts_of(
 def sent_format(stored: Format, wire: Wire, *, keep_high_precision: bool) -> Format:
     """What a gradient in format `stored` travels in; never in more bytes than it has.
 
-    Gradients of embeddings, norms and biases (`high_precision`) travel in BF16 on an FP8 wire.
+    Gradients of embeddings, norms and biases (`keep_high_precision`) are
+    sent in BF16 on an FP8 wire.
     """
     wanted = FP32 if wire.precision == "fp32" else BF16
     if wire.precision == "fp8" and not keep_high_precision:

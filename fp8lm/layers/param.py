@@ -1,18 +1,20 @@
 """The trainable tensors of a model, whatever their format.
 
-A `Param` is the unit that optimizer, data parallelism and checkpoint work on: a compute copy
-(what forward and backward read), a description of the logical tensor, and the accumulator its
-gradient goes to. Two kinds:
+A `Param` is the unit that optimizer, data parallelism and checkpoint work on: the model parameter
+(what forward and backward read), a description of the logical tensor, and its main gradient. Two
+kinds:
 
-    QuantizedParam     a matrix; layers read it through `operand()` and add its gradient themselves
-    VectorParam   a norm's or bias's vector; an ordinary autograd parameter
+    QuantizedParam   a matrix; layers read it through `operand()` and add its gradient themselves
+    VectorParam      a norm's or bias's vector; an ordinary autograd parameter
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +76,12 @@ class Param(nn.Module):
         """Keep the payload in other memory (same dtype and shape)."""
         raise NotImplementedError
 
-    def when_gradient_complete(self, call: Callable[[], None]) -> None:
-        """Have `call` called in every backward once all uses of the weight are behind it."""
-        self._differentiated.register_post_accumulate_grad_hook(lambda _: call())
+    def when_gradient_complete(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call `method(*arguments)` in every backward once all uses of the weight are behind it.
+
+        `method` is bound to an object, which this does not keep alive.
+        """
+        _after_gradient(self._differentiated, method, *arguments)
 
     @property
     def _differentiated(self) -> nn.Parameter:
@@ -178,7 +183,7 @@ class VectorParam(Param):
         initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
         self.param = nn.Parameter(initial)
         # Autograd would sum micro-batches in the parameter's bf16.
-        self.param.register_post_accumulate_grad_hook(self._collect)
+        _after_gradient(self.param, self._collect)
 
     @property
     def model_param(self) -> ScaledTensor:
@@ -199,10 +204,22 @@ class VectorParam(Param):
         self.param.data = self.param.data.to(_device_after(fn, self.param.device))
         return self
 
-    def _collect(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.main_grad.add(parameter.grad)
-        parameter.grad = None
+    def _collect(self) -> None:
+        if self.param.grad is not None:
+            self.main_grad.add(self.param.grad)
+        self.param.grad = None
+
+
+def _after_gradient(parameter: nn.Parameter, method: Callable[..., None], *arguments: Any) -> None:
+    # Weakly: Python's collector does not see what an autograd hook refers to, so that a parameter
+    # whose hook refers to what holds it is never freed, nor is anything that this refers to.
+    bound = weakref.WeakMethod(method)
+
+    def hook(_: Tensor) -> None:
+        if (call := bound()) is not None:
+            call(*arguments)
+
+    parameter.register_post_accumulate_grad_hook(hook)
 
 
 def _device_after(fn: Callable, device: torch.device) -> torch.device:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +94,27 @@ def test_vector_uses_within_one_backward_are_summed():
     weight = vector(FP32)
     (weight.param * 2.0 + weight.param * 3.0).sum().backward()
     assert weight.main_grad.value.payload.tolist() == [5.0] * 5
+
+
+class Listener:
+    def __init__(self):
+        self.calls = []
+
+    def hear(self, *what):
+        self.calls.append(what)
+
+
+@pytest.mark.parametrize("make", [matrix, vector])
+def test_neither_a_weight_nor_who_listens_is_kept_alive_by_autograd(make):
+    weight, listener = make(BF16), Listener()
+    weight.when_gradient_complete(listener.hear, "complete")
+    if make is vector:
+        weight.param.sum().backward()
+        assert listener.calls == [("complete",)]
+    alive = weakref.ref(weight), weakref.ref(listener)
+    del weight, listener
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 @pytest.mark.parametrize("convert", ["float", "half", "bfloat16", "double"])
