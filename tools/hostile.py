@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
+from fp8lm.checkpoint.facts import BATCH_GROWTH
 from fp8lm.checkpoint.metadata import tensor_entries
 
 Change = Callable[[Path], Any]  # of a checkpoint's folder, or of a file in it
@@ -51,6 +52,13 @@ def facts(**changes: Any) -> Change:
         (folder / "common.json").write_text(json.dumps({**common, **changes}))
 
     return change
+
+
+def consumed_beyond_any_batch(folder: Path) -> None:
+    """As many samples as no run of so many iterations and of such batches has read."""
+    common = json.loads((folder / "common.json").read_text())
+    batch = max(common["batch_size"], common["config"].get("train", {}).get("global_batch_size", 1))
+    facts(consumed_samples=(BATCH_GROWTH + 1) * common["iteration"] * batch)(folder)
 
 
 def metadata(change: Callable[[Metadata], Any]) -> Change:
@@ -197,7 +205,7 @@ REWRITTEN = {
     },
     "consumed less than iterations": facts(consumed_samples=3),
     "consumed more than batches": facts(consumed_samples=10**12),
-    "consumed more than larger batches": facts(consumed_samples=4 * 4 * 1025),
+    "consumed more than larger batches": consumed_beyond_any_batch,
     "skipped without rollbacks": facts(skipped_samples=8),
     "skipped more than a rollback": facts(rollbacks=1, skipped_samples=2**52),
     **{f"config {value!r}": facts(config=value) for value in WRONG_CONFIGS},
