@@ -3,7 +3,7 @@
     payload = cast(x * scale)          x ~ payload / scale
 
 A plain class, not a tensor subclass: an operation that is not listed here raises, instead of
-quietly computing on bare codes or quietly dequantizing.
+quietly computing on bare codes or quietly dequantizing. Kernels make, read and multiply it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.numerics import Format, scale_from_amax
+from fp8lm.numerics import PER_TENSOR, Format, Granularity
 
 
 class ScaledTensor:
-    """`payload` (any shape, dtype `format.storage`), `scale` (0-d fp32, same device), `format`."""
+    """`payload` (any shape, dtype `format.storage`), `scale`, `format`, `granularity`.
 
-    __slots__ = ("format", "payload", "scale")
+    `scale` (fp32, same device) has the shape that `granularity` gives it: 0-d per tensor.
+    """
 
-    def __init__(self, payload: Tensor, scale: Tensor, fmt: Format) -> None:
+    __slots__ = ("format", "granularity", "payload", "scale")
+
+    def __init__(
+        self,
+        payload: Tensor,
+        scale: Tensor,
+        fmt: Format,
+        granularity: Granularity = PER_TENSOR,
+    ) -> None:
         if payload.dtype != fmt.storage:
             raise TypeError(f"{fmt} is stored as {fmt.storage}, not {payload.dtype}")
-        if scale.dtype != torch.float32 or scale.ndim != 0:
-            raise TypeError(f"a scale is a 0-d fp32 tensor, not {scale.dtype} of {scale.shape}")
+        shape = granularity.scale_shape(payload.shape)
+        if scale.dtype != torch.float32 or scale.shape != shape:
+            raise TypeError(
+                f"a scale {granularity} is fp32 of shape {shape}, "
+                f"not {scale.dtype} of {tuple(scale.shape)}"
+            )
         self.payload = payload
         self.scale = scale
         self.format = fmt
+        self.granularity = granularity
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTensor:
@@ -57,62 +70,43 @@ class ScaledTensor:
         """The payload viewed in the format's own dtype (unscaled codes)."""
         return self.payload.view(self.format.dtype)
 
-    @property
-    def operand(self) -> tuple[Tensor, Tensor, Format]:
-        """(payload, scale, format), as the kernels take it."""
-        return self.payload, self.scale, self.format
-
     def view(self, *shape: int) -> ScaledTensor:
-        """The same elements in another shape; payload and scale are shared."""
-        return self._with(self.payload.view(*shape))
+        """The same elements in another shape; payload and scale are shared (per tensor only)."""
+        self._check_per_tensor("view")
+        return ScaledTensor(self.payload.view(*shape), self.scale, self.format)
 
     def t(self) -> ScaledTensor:
         """The transposed matrix, a view."""
-        return self._with(self.payload.t())
+        scale = self.scale if self.granularity.is_per_tensor else self.scale.t()
+        return ScaledTensor(self.payload.t(), scale, self.format, self.granularity.transposed())
 
     def rows(self, start: int, stop: int) -> ScaledTensor:
         """Rows `start` to `stop` of the first dimension, a view with the same scale."""
-        return self._with(self.payload[start:stop])
+        self._check_per_tensor("rows")
+        return ScaledTensor(self.payload[start:stop], self.scale, self.format)
 
     def clone(self) -> ScaledTensor:
         """An independent copy of payload and scale."""
-        return ScaledTensor(self.payload.clone(), self.scale.clone(), self.format)
+        return ScaledTensor(self.payload.clone(), self.scale.clone(), self.format, self.granularity)
 
     def copy_(self, other: ScaledTensor) -> ScaledTensor:
         """Take over payload and scale of `other`, which has the same format and shape."""
-        if other.format != self.format or other.shape != self.shape:
+        same = (self.format, self.granularity, self.shape)
+        if (other.format, other.granularity, other.shape) != same:
             raise TypeError(f"cannot copy {other} into {self}")
         self.payload.copy_(other.payload)
         self.scale.copy_(other.scale)
         return self
 
-    def dequantize(self, kernels: ReferenceKernels, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values in `dtype` (bf16 or fp32)."""
-        return kernels.dequantize(self.payload, self.scale, self.format, dtype)
-
-    def _with(self, payload: Tensor) -> ScaledTensor:
-        return ScaledTensor(payload, self.scale, self.format)
+    def _check_per_tensor(self, operation: str) -> None:
+        if not self.granularity.is_per_tensor:
+            raise TypeError(f"{operation} is not defined for scales {self.granularity}")
 
     def __repr__(self) -> str:
-        return f"ScaledTensor({tuple(self.shape)}, {self.format})"
+        blocks = "" if self.granularity.is_per_tensor else f", {self.granularity}"
+        return f"ScaledTensor({tuple(self.shape)}, {self.format}{blocks})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs=None):  # noqa: ANN001, ANN206
         name = getattr(func, "__name__", func)
-        raise TypeError(f"{name} is not defined on a ScaledTensor: dequantize it first")
-
-
-def quantize(
-    x: Tensor, fmt: Format, kernels: ReferenceKernels, *, amax: Tensor | None = None
-) -> ScaledTensor:
-    """`x` (bf16 or fp32) in `fmt`, with the scale of `amax` (0-d fp32; default: that of `x`).
-
-    Pass `amax` when it was reduced over the ranks that hold the other shards of the tensor.
-    """
-    if not fmt.scaled:
-        return ScaledTensor(
-            x.to(fmt.dtype), torch.ones((), dtype=torch.float32, device=x.device), fmt
-        )
-    shared = amax is not None
-    scale = scale_from_amax(kernels.amax(x) if amax is None else amax, fmt)
-    return ScaledTensor(kernels.cast(x, scale, fmt, saturate=shared), scale, fmt)
+        raise TypeError(f"{name} is not defined on a ScaledTensor: dequantize it")

@@ -41,7 +41,7 @@ def test_every_element_is_on_one_rank(case):
         spec = ShardSpec(dim, sections, rank, size)
         own = spec.take(full)
         assert tuple(own.shape) == spec.local_shape(tuple(full.shape))
-        index = spec.element_index(tuple(full.shape), 0, own.numel(), CPU)
+        index = spec.element_index(tuple(full.shape)).numbers(0, own.numel(), CPU)
         assert torch.equal(full.view(-1)[index.long()], own.reshape(-1))
         found.append(index)
     assert torch.equal(torch.cat(found).sort().values, torch.arange(full.numel()).int())

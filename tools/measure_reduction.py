@@ -23,14 +23,14 @@ from fp8lm.arguments import as_path
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
-from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum, saturated_share
+from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.main_grad import MainGrad
 from fp8lm.model import GPTModel
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.state import linear_weights
@@ -104,7 +104,7 @@ def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
 def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:
     """By number of replicas and reduction: SNR in dB, shares of under- and overflow."""
     stored = {
-        name: [quantize(value, E4M3, KERNELS) for value in values]
+        name: [KERNELS.quantize(value, E4M3) for value in values]
         for name, values in gradients.items()
     }
     return {
@@ -133,7 +133,7 @@ def measure_accumulation(gradients: Gradients) -> dict[str, dict[int, float]]:
                 accumulator.add(gradients[name][count - 1])
             if count in REPLICAS:
                 taken = {name: values[:count] for name, values in gradients.items()}
-                means = {name: s.value.dequantize(KERNELS) / count for name, s in sums.items()}
+                means = {name: KERNELS.dequantize(s.value) / count for name, s in sums.items()}
                 results[fmt.name][count] = quality(taken, means)["snr"]
     return results
 
@@ -157,7 +157,7 @@ def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float
 
 def fp32_accumulate(stored: list[ScaledTensor]) -> Tensor:
     """Every contribution in its own scale, summed in fp32."""
-    return torch.stack([tensor.dequantize(KERNELS) for tensor in stored]).mean(0)
+    return torch.stack([KERNELS.dequantize(tensor) for tensor in stored]).mean(0)
 
 
 def hierarchical(stored: list[ScaledTensor]) -> Tensor:
@@ -165,11 +165,11 @@ def hierarchical(stored: list[ScaledTensor]) -> Tensor:
     if len(stored) <= NODE:
         return fp32_accumulate(stored)
     sums = [
-        torch.stack([t.dequantize(KERNELS) for t in stored[start : start + NODE]]).sum(0)
+        torch.stack([KERNELS.dequantize(t) for t in stored[start : start + NODE]]).sum(0)
         for start in range(0, len(stored), NODE)
     ]
     # The owner's own node does not cast what stays there.
-    cast = [quantize(value, E4M3, KERNELS).dequantize(KERNELS) for value in sums[1:]]
+    cast = [KERNELS.dequantize(KERNELS.quantize(value, E4M3)) for value in sums[1:]]
     return torch.stack([sums[0], *cast]).sum(0) / len(stored)
 
 
@@ -182,26 +182,26 @@ def fp8_ring(policy: str) -> Callable[[list[ScaledTensor]], Tensor]:
         shared = torch.stack([tensor.scale for tensor in stored]).min()
         for _ in range(20):
             scale = shared * scaling.factors(["w"])[0]
-            values = [tensor.dequantize(KERNELS) for tensor in stored]
+            values = [KERNELS.dequantize(tensor) for tensor in stored]
             terms = [
                 ScaledTensor(KERNELS.cast(value, scale, E4M3), scale, E4M3) for value in values
             ]
             total = ring_sum(terms, 0, KERNELS)
             before = scaling.mu.item()
-            scaling.saturated.fill_(saturated_share(total))
+            scaling.saturated.fill_(KERNELS.saturated_share(total))
             scaling.update(torch.tensor(False))
             if scaling.mu.item() >= before:
                 break
-        return total.dequantize(KERNELS) / size
+        return KERNELS.dequantize(total) / size
 
     return reduce
 
 
 def bf16_ring(stored: list[ScaledTensor]) -> Tensor:
     """A ring that sums in BF16."""
-    total = stored[0].dequantize(KERNELS, torch.bfloat16)
+    total = KERNELS.dequantize(stored[0], torch.bfloat16)
     for tensor in stored[1:]:
-        total = total + tensor.dequantize(KERNELS, torch.bfloat16)
+        total = total + KERNELS.dequantize(tensor, torch.bfloat16)
     return total.float() / len(stored)
 
 

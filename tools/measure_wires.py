@@ -22,13 +22,14 @@ from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3, E5M2, Format
 from fp8lm.optim.schedule import LearningRate
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.build import build_model, model_vocab_size
 from fp8lm.training.step import train_step
 
@@ -36,22 +37,26 @@ KERNELS = ReferenceKernels()
 Traffic = dict[str, list[Tensor]]
 
 
-class RecordingEdge(TPComm):
-    """The edge of one rank, which keeps what it would send while `traffic` is not None."""
+class RecordingComm(TPComm):
+    """The communication of one rank, which keeps what it would send while `traffic` is not None."""
 
-    def __init__(self, tp: RecordingContext) -> None:
-        self._partition = tp
+    def __init__(self, context: RecordingContext) -> None:
+        self._context = context
 
-    def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
+    def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
         """See `TPComm`."""
-        self._partition.record("gather, gradient" if fmt == E5M2 else "gather, activation", x)
-        return super().cast(x, fmt, kernels)
+        kind = "gather, gradient" if operand.format == E5M2 else "gather, activation"
 
-    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+        def observe(x: Tensor, quantized: ScaledTensor) -> None:
+            self._context.record(kind, x)
+
+        return Quantizer(operand.format, operand.kernels, observer=observe)
+
+    def reduce(self, y: Tensor) -> Handle[Tensor]:
         """See `TPComm`."""
-        backward = not torch.is_grad_enabled() and self._partition.in_backward
-        self._partition.record("reduce, gradient" if backward else "reduce, output", y)
-        return super().reduce(y, kernels)
+        backward = not torch.is_grad_enabled() and self._context.in_backward
+        self._context.record("reduce, gradient" if backward else "reduce, output", y)
+        return super().reduce(y)
 
 
 class RecordingContext(TPContext):
@@ -63,7 +68,7 @@ class RecordingContext(TPContext):
 
     def replicated_side(self) -> TPComm:
         """See `TPContext`."""
-        return RecordingEdge(self)
+        return RecordingComm(self)
 
     def record(self, kind: str, x: Tensor) -> None:
         """Keep a copy."""
@@ -127,7 +132,7 @@ def snr(messages: list[Tensor], fmt: Format) -> float:
     """Mean over messages of signal to noise in dB."""
     values = []
     for x in messages:
-        noise = (quantize(x, fmt, KERNELS).dequantize(KERNELS) - x).double().square().sum()
+        noise = (KERNELS.dequantize(KERNELS.quantize(x, fmt)) - x).double().square().sum()
         values.append(10 * math.log10(x.double().square().sum() / noise))
     return sum(values) / len(values)
 

@@ -16,7 +16,7 @@ from fp8lm.comm.accounting import Wire
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.transport import all_gather_bytes, as_bytes, broadcast_bytes
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.scaled_tensor import ScaledTensor
 
 
@@ -61,9 +61,9 @@ def all_gather_scalars(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> 
     return gathered.view(-1).view(values.dtype).view(group.size(), *values.shape)
 
 
-def join(shards: Sequence[ScaledTensor], kernels: ReferenceKernels, dtype: torch.dtype) -> Tensor:
+def join(shards: Sequence[ScaledTensor], kernels: Kernels, dtype: torch.dtype) -> Tensor:
     """Values of `shards` (each [n, ...], any scales) in `dtype`, concatenated to [n * W, ...]."""
-    return torch.cat([shard.dequantize(kernels, dtype) for shard in shards])
+    return torch.cat([kernels.dequantize(shard, dtype) for shard in shards])
 
 
 def broadcast(

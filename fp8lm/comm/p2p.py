@@ -17,8 +17,9 @@ from torch import Tensor
 from fp8lm.comm.accounting import Wire
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.transport import as_bytes, started
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.numerics import BF16, E4M3, FP32, Format, scale_from_amax
+from fp8lm.kernels.interface import Kernels
+from fp8lm.numerics import BF16, E4M3, FP32, PER_ROW
+from fp8lm.scaled_tensor import ScaledTensor
 
 _SCALE_BYTES = 4
 
@@ -27,7 +28,7 @@ class PipelineP2P:
     """Sends tensors of one shape [..., H] in `dtype` between the ranks of `group`."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, wire: Wire, kernels: ReferenceKernels
+        self, shape: tuple[int, ...], dtype: torch.dtype, wire: Wire, kernels: Kernels
     ) -> None:
         self.shape, self.dtype, self.wire, self.kernels = shape, dtype, wire, kernels
         self.rows = 1
@@ -72,8 +73,8 @@ class PipelineP2P:
         rows = x.detach().reshape(self.rows, self.shape[-1])
         if not self.format.scaled:
             return as_bytes(rows.to(self.format.dtype))
-        payload, scales = cast_rows(rows, self.format, self.kernels)
-        return torch.cat((as_bytes(payload), as_bytes(scales)))
+        sent = self.kernels.quantize(rows, self.format, granularity=PER_ROW)
+        return torch.cat((as_bytes(sent.payload), as_bytes(sent.scale)))
 
     def unpack(self, message: Tensor) -> Tensor:
         """The tensor that `pack` made `message` of, rounded as the wire rounds."""
@@ -81,18 +82,6 @@ class PipelineP2P:
             return message.view(self.format.dtype).view(self.shape).to(self.dtype)
         numel = self.rows * self.shape[-1]
         payload = message[:numel].view(self.rows, self.shape[-1])
-        scales = message[numel:].view(torch.float32)
-        one = torch.ones((), device=message.device)
-        codes = self.kernels.dequantize(payload, one, self.format, torch.float32)
-        return (codes / scales[:, None]).to(self.dtype).view(self.shape)
-
-
-def cast_rows(x: Tensor, fmt: Format, kernels: ReferenceKernels) -> tuple[Tensor, Tensor]:
-    """`x` [R, H] in `fmt` with one scale per row: payload [R, H], scales fp32 [R].
-
-    A row that is not finite gets the scale NaN.
-    """
-    low, high = torch.aminmax(x, dim=1)
-    scales = scale_from_amax(torch.maximum(-low, high).abs().float(), fmt)
-    one = torch.ones((), device=x.device)
-    return kernels.cast(x.float() * scales[:, None], one, fmt), scales
+        scale = message[numel:].view(torch.float32)[:, None]
+        sent = ScaledTensor(payload, scale, self.format, PER_ROW)
+        return self.kernels.dequantize(sent, self.dtype).view(self.shape)

@@ -22,9 +22,8 @@ from fp8lm.comm.gather import all_gather_values, join
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.transport import all_to_all_bytes
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import Format
-from fp8lm.scaled_tensor import quantize
 
 
 def reduce_scatter(
@@ -32,7 +31,7 @@ def reduce_scatter(
     fmt: Format,
     group: dist.ProcessGroup,
     wire: Wire,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Handle[Tensor]:
@@ -56,17 +55,15 @@ def reduce_scatter(
     send = torch.zeros(sum(sizes), dtype=torch.uint8, device=x.device)
     for chunk, message in zip(chunks, send.split(sizes), strict=True):
         if message.numel():
-            layout.pack([quantize(chunk, fmt, kernels)], message)
+            layout.pack([kernels.quantize(chunk, fmt)], message)
     own = chunks[rank].clone()
 
     def add_up(received: list[Tensor]) -> Tensor:
-        total = torch.zeros(own.shape, device=own.device)
-        for other, message in enumerate(received):
-            if other == rank:
-                total += own
-            else:
-                total += layout.views(message)[0].dequantize(kernels)
-        return total.to(dtype)
+        terms = [
+            own if other == rank else layout.views(message)[0]
+            for other, message in enumerate(received)
+        ]
+        return kernels.sum_in_order(terms, dtype)
 
     return all_to_all_bytes(send, sizes, sizes, group, wire).then(add_up)
 
@@ -76,7 +73,7 @@ def all_reduce(
     fmt: Format,
     group: dist.ProcessGroup,
     wire: Wire,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Handle[Tensor]:
@@ -91,7 +88,7 @@ def all_reduce(
 
     def share(own_sum: Tensor) -> Tensor:
         # The owner, too, goes on with the rounded sum, or its bits would differ from the others'.
-        shards = all_gather_values(quantize(own_sum, fmt, kernels), group, wire).wait()
+        shards = all_gather_values(kernels.quantize(own_sum, fmt), group, wire).wait()
         return join(shards, kernels, dtype)[:numel].view(shape)
 
     return reduce_scatter(padded, fmt, group, wire, kernels).then(share)

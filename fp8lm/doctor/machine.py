@@ -14,7 +14,7 @@ from fp8lm.doctor.facts import Accelerators, Execution, Gpu
 from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from fp8lm.kernels.reference import ReferenceKernels
+    from fp8lm.kernels.interface import Kernels
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -60,9 +60,10 @@ def plan_execution(gpus: Sequence[Gpu]) -> tuple[Execution, ...]:
 
 
 def _executions(gpus: Sequence[Gpu]) -> Iterator[Execution]:
+    from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
     from fp8lm.kernels.select import kernels_for_cpu, kernels_for_gpu
 
-    choices: list[tuple[str, Callable[[], ReferenceKernels]]] = [("cpu", kernels_for_cpu)]
+    choices: list[tuple[str, Callable[[], Kernels]]] = [("cpu", kernels_for_cpu)]
     for index, gpu in enumerate(gpus):
         choices.append((f"cuda:{index}", partial(kernels_for_gpu, gpu.capability, gpu.name)))
     for device, choose in choices:
@@ -71,7 +72,7 @@ def _executions(gpus: Sequence[Gpu]) -> Iterator[Execution]:
         except InputError as error:
             yield Execution(device, refusal=str(error))
         else:
-            by = (kernels.gemm_by, kernels.attention_by, kernels.elementwise_by)
+            by = tuple(kernels.backends[name] for name in (GEMM, ATTENTION, ELEMENTWISE))
             yield Execution(device, *by)
 
 

@@ -18,7 +18,7 @@ from fp8lm.comm import Handle, MessageLayout, all_gather_uneven
 from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
 from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32, Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 UNDER_WAY = 2
 
@@ -71,7 +71,7 @@ class GradientBuckets:
             self.reduction.kernels,
         )
         own = [
-            quantize(mean.payload, self._sent_format(name), kernels)
+            kernels.quantize(mean.payload, self._sent_format(name))
             for name, mean in self.finish().items()
         ]
         layouts = [self._layout(rows) for rows in self.rows]
@@ -129,7 +129,7 @@ class GradientBuckets:
         gradient, fmt = accumulator.value, self._sent_format(name)
         if fmt == gradient.format:
             return gradient
-        return quantize(gradient.dequantize(kernels), fmt, kernels)
+        return kernels.quantize(kernels.dequantize(gradient), fmt)
 
 
 def _fill(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:

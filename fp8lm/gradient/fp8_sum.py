@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, max_over_group, shift_bytes
 from fp8lm.gradient.reduction import Fp32ReduceScatter, Parts, Rows, cut, parts_of
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -86,7 +86,7 @@ class Fp8Sum:
         group: dist.ProcessGroup,
         everyone: dist.ProcessGroup,
         wire: Wire,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         scaling: AutoScaler,
         native: ReduceScatter | None = None,
     ) -> None:
@@ -133,7 +133,7 @@ class Fp8Sum:
         rank, size = self.group.rank(), self.group.size()
         sent = {
             name: ScaledTensor(
-                self.kernels.cast(gradient.dequantize(self.kernels), scale, gradient.format),
+                self.kernels.cast(self.kernels.dequantize(gradient), scale, gradient.format),
                 scale,
                 gradient.format,
             )
@@ -143,7 +143,7 @@ class Fp8Sum:
         sums = self._ring(parts) if self.native is None else self._at_once(parts, self.native)
         self._count(names[rank], sums)
         return {
-            name: total.dequantize(self.kernels).div_(size)
+            name: self.kernels.dequantize(total).div_(size)
             for name, total in zip(names[rank], sums, strict=True)
         }
 
@@ -153,7 +153,7 @@ class Fp8Sum:
         for hop in range(1, size):
             own = parts[(rank - hop - 1) % size]
             received = self._shift(partial, own)
-            partial = [add(a, b, self.kernels) for a, b in zip(received, own, strict=True)]
+            partial = [self.kernels.add_in_format(a, b) for a, b in zip(received, own, strict=True)]
         return partial
 
     def _at_once(self, parts: Parts, reduce_scatter: ReduceScatter) -> list[ScaledTensor]:
@@ -182,7 +182,7 @@ class Fp8Sum:
 
     def _count(self, names: list[str], totals: list[ScaledTensor]) -> None:
         for name, total in zip(names, totals, strict=True):
-            share = saturated_share(total)
+            share = self.kernels.saturated_share(total)
             self.scaling.saturated[self.scaling.index[name]] = share
 
 
@@ -195,26 +195,10 @@ def _reciprocal_scale(gradient: ScaledTensor) -> Tensor:
     return torch.where(is_zero, 0.0, gradient.scale.reciprocal())
 
 
-def ring_sum(terms: Sequence[ScaledTensor], owner: int, kernels: ReferenceKernels) -> ScaledTensor:
+def ring_sum(terms: Sequence[ScaledTensor], owner: int, kernels: Kernels) -> ScaledTensor:
     """What the ring over `terms` (one per rank, of one scale) brings to rank `owner`."""
     size = len(terms)
     total = terms[(owner + 1) % size]
     for hop in range(2, size + 1):
-        total = add(total, terms[(owner + hop) % size], kernels)
+        total = kernels.add_in_format(total, terms[(owner + hop) % size])
     return total
-
-
-def add(a: ScaledTensor, b: ScaledTensor, kernels: ReferenceKernels) -> ScaledTensor:
-    """The sum of two tensors of one scale, rounded to their format: one hop of the ring."""
-    total = a.dequantize(kernels) + b.dequantize(kernels)
-    return ScaledTensor(kernels.cast(total, a.scale, a.format), a.scale, a.format)
-
-
-def saturated_share(x: ScaledTensor) -> Tensor:
-    """Share of the values whose magnitude is the format's maximum, 0-d fp32."""
-    return ((x.payload & 0x7F) == largest_code(x.format)).float().mean()
-
-
-def largest_code(fmt: Format) -> int:
-    """The code of the largest finite number of an FP8 format."""
-    return int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fp8lm.comm import Handle, Wire, max_over_group
 from fp8lm.gradient.reduction import Parts, Rows, cut, parts_of, reduce_scatter_fp32
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.kernels.interface import Kernels
+from fp8lm.scaled_tensor import ScaledTensor
 
 Sums = Sequence[Sequence[tuple[str, Tensor]]]  # by owner's node: names, and what was summed
 
@@ -38,7 +38,7 @@ class HierarchicalReduceScatter:
         node: dist.ProcessGroup,
         across: dist.ProcessGroup,
         wire: Wire,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
     ) -> None:
         self.group, self.node, self.across = group, node, across
         self.wire = wire
@@ -77,7 +77,7 @@ class HierarchicalReduceScatter:
         here = self.across.rank()
         sent = [
             [
-                quantize(total, part.format, self.kernels, amax=amaxes.get(name))
+                self.kernels.quantize(total, part.format, amax=amaxes.get(name))
                 for (name, total), part in zip(owned, parts, strict=True)
             ]
             if node != here

@@ -10,7 +10,7 @@ that was not finite) makes the owner's rows NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, all_to_all_bytes
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -31,7 +31,7 @@ class GradientReduction(Protocol):
 
     group: dist.ProcessGroup
     wire: Wire
-    kernels: ReferenceKernels
+    kernels: Kernels
 
     def start(
         self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
@@ -52,7 +52,7 @@ class GradientReduction(Protocol):
 class Fp32ReduceScatter:
     """Straight to the owner, sums in fp32."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels) -> None:
+    def __init__(self, group: dist.ProcessGroup, wire: Wire, kernels: Kernels) -> None:
         self.group = group
         self.wire = wire
         self.kernels = kernels
@@ -84,7 +84,7 @@ def reduce_scatter_fp32(
     parts: Parts,
     group: dist.ProcessGroup,
     wire: Wire,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     device: torch.device,
     uncast: Sequence[Tensor] | None = None,
 ) -> Handle[list[Tensor]]:
@@ -109,17 +109,14 @@ def reduce_scatter_fp32(
     buffer = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *messages])
 
     def add_up(received: list[Tensor]) -> list[Tensor]:
-        sums = [torch.zeros(part.shape, device=part.device) for part in own]
-        for other, message in enumerate(received):
-            for total, term in zip(sums, terms_of(other, message), strict=True):
-                total += term
-        return sums
+        terms = [terms_of(other, message) for other, message in enumerate(received)]
+        of_tensors = zip(*terms, strict=True)  # each tensor's, in rank order
+        return [kernels.sum_in_order(of_one, torch.float32) for of_one in of_tensors]
 
-    def terms_of(other: int, message: Tensor) -> Iterable[Tensor]:
-        if other == rank and uncast is not None:
-            return uncast
-        terms = own if other == rank or not own else layouts[rank].views(message)
-        return (term.dequantize(kernels) for term in terms)
+    def terms_of(other: int, message: Tensor) -> Sequence[ScaledTensor | Tensor]:
+        if other == rank:
+            return own if uncast is None else uncast
+        return layouts[rank].views(message) if own else own
 
     return all_to_all_bytes(buffer, sizes, receive, group, wire).then(add_up)
 

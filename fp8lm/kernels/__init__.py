@@ -1,6 +1,7 @@
-"""Raw tensors in, raw tensors out: the arithmetic on low-precision payloads, per device."""
+"""The arithmetic on low-precision tensors: one interface, a backend per kind of device."""
 
+from fp8lm.kernels.interface import Kernels
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.kernels.select import select_kernels
 
-__all__ = ["ReferenceKernels", "select_kernels"]
+__all__ = ["Kernels", "ReferenceKernels", "select_kernels"]

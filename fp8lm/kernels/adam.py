@@ -3,108 +3,100 @@
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
     w <- (1 - lr wd) w - lr * (m / bc1) / (sqrt(v / bc2) + eps)
 
-(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Tensors are walked in blocks of
-`kernels.step_elements`, so that a step takes little memory beyond the states and, on a CPU, one
-pass over it although it is many operations.
+(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) The reference walks a tensor in
+blocks, so that a step takes little memory beyond the states and, on a CPU, one pass over it
+although it is many operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.numerics import Format
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.rounding import Rounding, cast_rounded, noise_bits
+from fp8lm.scaled_tensor import ScaledTensor
+
+if TYPE_CHECKING:
+    from fp8lm.kernels.interface import Kernels
 
 
-@dataclass(frozen=True)
-class AdamCoefficients:
-    """Scalars of one step; tensors are 0-d on the device, so that none needs a host sync."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    lr: float
-    weight_decay: float
-    clip_factor: Tensor  # multiplies the gradient
-    bias_correction1: Tensor  # 1 - beta1^step
-    bias_correction2: Tensor  # 1 - beta2^step
-    skip: Tensor | None  # bool: leave every byte as it is; None: the step is known to happen
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A payload, the scale it was written with, and the scale to write it with next."""
-
-    payload: Tensor
-    scale: Tensor
-    new_scale: Tensor
-    format: Format
-
-
-Cast = Callable[[Tensor, StoredTensor, int], Tensor]
-
-
-def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
+def adam_(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, weight_decay: float, c: AdamCoefficients
+) -> None:
     """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
     g.mul_(c.clip_factor)
     m.lerp_(g, 1.0 - c.beta1)
     v.mul_(c.beta2).addcmul_(g, g, value=1.0 - c.beta2)
     denominator = torch.div(v, c.bias_correction2).sqrt_().add_(c.eps)
     update = torch.div(m, denominator, out=denominator).div_(c.bias_correction1)
-    w.mul_(1.0 - c.lr * c.weight_decay).add_(update, alpha=-c.lr)
+    w.mul_(1.0 - c.lr * weight_decay).add_(update, alpha=-c.lr)
 
 
 def adam_step(
-    kernels: ReferenceKernels,
-    gradient: tuple[Tensor, Tensor, Format],
-    states: tuple[StoredTensor, StoredTensor, StoredTensor],
-    compute: StoredTensor | None,
-    coefficients: AdamCoefficients,
-    casts: tuple[Cast, Cast, Cast],
+    kernels: Kernels, param: AdamParam, table: AdamTable, c: AdamCoefficients, step_elements: int
 ) -> Tensor:
-    """One step over a whole tensor; payloads are rewritten in place unless `skip` is set.
+    """One step over `param`; payloads are rewritten in place unless `c.skip` is set.
 
-    `states` are (master weight, first moment, second moment); `compute` is the copy that GEMMs
-    read, None if the master is that copy. `casts` round a block of each state,
-    `cast(values, state, first_element)`. Returns fp32 [3]: the true amax of new master, m and v
-    (0 where no copy of them has a scale). Scales are the caller's to replace afterwards.
+    Returns fp32 [3]: the true amax of new master, m and v (0 where no copy of them has a scale).
+    Scales are the caller's to replace afterwards.
     """
-    needs_amax = [state.format.scaled for state in states]
-    needs_amax[0] |= compute is not None and compute.format.scaled
-    amax = torch.zeros(3, device=gradient[0].device)
-    for start in range(0, gradient[0].numel(), kernels.step_elements):
-        block = slice(start, start + kernels.step_elements)
-        w, m, v = (_read(kernels, state, block, coefficients.skip) for state in states)
-        g_payload, g_scale, g_format = gradient
-        g = kernels.dequantize(g_payload.view(-1)[block], g_scale, g_format, torch.float32)
-        g = g.clone() if g_format.dtype == torch.float32 else g
-        adam_(w, g, m, v, coefficients)
+    model_scale, *state_scales = table.scales[param.row].unbind()
+    needs_amax = [state.format.scaled for state in param.states]
+    needs_amax[0] |= param.model_param is not None and param.model_param.format.scaled
+    amax = torch.zeros(3, device=table.scales.device)
+    for start in range(0, param.gradient.payload.numel(), step_elements):
+        block = slice(start, start + step_elements)
+        w, m, v = (_read(kernels, state, block, c.skip) for state in param.states)
+        g = kernels.dequantize(_block(param.gradient, block))
+        g = g.clone() if param.gradient.format.dtype == torch.float32 else g
+        adam_(w, g, m, v, param.weight_decay, c)
         for kind, value in enumerate((w, m, v)):
             if needs_amax[kind]:
                 amax[kind] = torch.maximum(amax[kind], kernels.amax(value))
-        for cast, state, value in zip(casts, states, (w, m, v), strict=True):
-            _write(cast(value, state, start), state, block, coefficients.skip)
-        if compute is not None:
-            payload = kernels.cast(w, compute.new_scale, compute.format)
-            _write(payload, compute, block, coefficients.skip)
+        noise = _noise(param, table, start, w)
+        roundings = zip(param.states, (w, m, v), state_scales, table.rounding, strict=True)
+        for state, value, scale, rounding in roundings:
+            if _to_nearest(state, rounding):
+                payload = kernels.cast(value, scale, state.format)
+            else:
+                payload = cast_rounded(value, scale, state.format, rounding, noise)
+            _write(payload, state, block, c.skip)
+        if param.model_param is not None:
+            payload = kernels.cast(w, model_scale, param.model_param.format)
+            _write(payload, param.model_param, block, c.skip)
     return amax
 
 
-def _read(
-    kernels: ReferenceKernels, stored: StoredTensor, block: slice, skip: Tensor | None
-) -> Tensor:
-    payload = stored.payload.view(-1)[block]
-    values = kernels.dequantize(payload, stored.scale, stored.format, torch.float32)
+def _to_nearest(state: ScaledTensor, rounding: Rounding) -> bool:
+    # The subnormals of a format without a scale are far below any moment.
+    subnormals = rounding is Rounding.STOCHASTIC_SUBNORMALS
+    return rounding is Rounding.NEAREST or (subnormals and not state.format.scaled)
+
+
+def _noise(param: AdamParam, table: AdamTable, start: int, values: Tensor) -> Tensor:
+    """Bits for every element of a block, drawn once for all states; none if all are to nearest."""
+    states = zip(param.states, table.rounding, strict=True)
+    if all(_to_nearest(state, rounding) for state, rounding in states):
+        return torch.empty(0, dtype=torch.int32, device=values.device)
+    numbers = param.index.numbers(start, values.numel(), values.device)
+    return noise_bits(numbers, table.noise_keys[param.row])
+
+
+def _block(x: ScaledTensor, block: slice) -> ScaledTensor:
+    return ScaledTensor(x.payload.view(-1)[block], x.scale, x.format)
+
+
+def _read(kernels: Kernels, stored: ScaledTensor, block: slice, skip: Tensor | None) -> Tensor:
+    values = kernels.dequantize(_block(stored, block))
     # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.
     in_place = stored.format.dtype == torch.float32 and skip is not None
     return values.clone() if in_place else values
 
 
-def _write(payload: Tensor, stored: StoredTensor, block: slice, skip: Tensor | None) -> None:
+def _write(payload: Tensor, stored: ScaledTensor, block: slice, skip: Tensor | None) -> None:
     target = stored.payload.view(-1)[block]
     if skip is not None:
         torch.where(skip, target, payload, out=target)

@@ -1,51 +1,131 @@
 """FP8 GEMMs on tensor cores (sm_89 and newer) through cuBLASLt.
 
-Hopper's FP8 tensor cores read both operands with the contraction dimension contiguous, so
-operands that arrive transposed (dgrad's weight, wgrad's activations and gradients) are copied
-first. Casts and decodes are the reference's, which run on the GPU as they are.
+Hopper's FP8 tensor cores read both operands with the contraction dimension contiguous: `transpose`
+copies, and a GEMM of operands that lie otherwise is refused, not copied unseen. All else is the
+reference's, which runs on the GPU as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import ReferenceKernels, causal_attention, check_gemm_operands
-from fp8lm.numerics import Format
+from fp8lm.numerics import PER_TENSOR, Format, Granularity
+from fp8lm.scaled_tensor import ScaledTensor
 
 
-class HopperKernels(ReferenceKernels):
-    """Reference kernels with the GEMM replaced by `torch._scaled_mm` (cuBLASLt)."""
+class HopperKernels:
+    """`Kernels` with the GEMM of `torch._scaled_mm` (cuBLASLt); see the module."""
 
-    block_elements = 1 << 62  # a GPU takes a tensor of any size in one launch
-    # Launches are few already; an fp32 copy of a block takes 32 MiB.
-    step_elements = 1 << 23
-    gemm_by = "FP8 tensor cores through torch._scaled_mm (cuBLASLt)"
-    attention_by = "scaled_dot_product_attention in BF16"
-    elementwise_by = "eager PyTorch"
+    def __init__(self) -> None:
+        # A GPU takes a tensor of any size in one launch. The blocks of an optimizer step are few
+        # launches already, and an fp32 copy of one takes 32 MiB.
+        self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """See `Kernels`."""
+        return MappingProxyType(
+            {
+                GEMM: "FP8 tensor cores through torch._scaled_mm (cuBLASLt)",
+                ATTENTION: "scaled_dot_product_attention in BF16",
+                ELEMENTWISE: "eager PyTorch",
+            }
+        )
 
     def gemm(
         self,
-        a: tuple[Tensor, Tensor, Format],
-        b: tuple[Tensor, Tensor, Format],
+        a: ScaledTensor,
+        b: ScaledTensor,
         *,
+        bias: Tensor | None = None,
         out_dtype: torch.dtype = torch.bfloat16,
         fast_accumulation: bool = False,
     ) -> Tensor:
-        """See `ReferenceKernels.gemm`; unscaled formats take the ordinary matrix product."""
-        (a_payload, a_scale, a_format), (b_payload, b_scale, b_format) = a, b
-        if not (a_format.storage == b_format.storage == torch.uint8):
-            return super().gemm(a, b, out_dtype=out_dtype)
+        """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
+        if not (a.format.storage == b.format.storage == torch.uint8):
+            return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
         check_gemm_operands(a, b)
+        for operand in (a, b):
+            if not operand.payload.is_contiguous():
+                raise ValueError(f"the contraction of {operand} is not contiguous: transpose it")
+            if not operand.granularity.is_per_tensor:
+                raise ValueError(f"cuBLASLt is not asked for scales {operand.granularity}")
         return torch._scaled_mm(
-            a_payload.contiguous().view(a_format.dtype),
-            b_payload.contiguous().view(b_format.dtype).t(),
-            scale_a=a_scale.reciprocal(),
-            scale_b=b_scale.reciprocal(),
+            a.fp8,
+            b.fp8.t(),
+            scale_a=a.scale.reciprocal(),
+            scale_b=b.scale.reciprocal(),
+            bias=bias,
             out_dtype=out_dtype,
             use_fast_accum=fast_accumulation,
         )
 
+    def transpose(self, x: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`: a copy of FP8 payloads; other GEMMs read a view as well."""
+        transposed = x.t()
+        if x.format.storage != torch.uint8:
+            return transposed
+        payload = transposed.payload.contiguous()
+        return ScaledTensor(payload, transposed.scale, x.format, transposed.granularity)
+
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
-        """Causal attention in the dtype given (flash attention in bf16)."""
+        """See `Kernels` (flash attention in bf16)."""
         return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+
+    # What the reference does as well as any, until something faster is here.
+
+    def amax(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.amax(x)
+
+    def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.cast(x, scale, fmt, saturate=saturate)
+
+    def quantize(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        amax: Tensor | None = None,
+        granularity: Granularity = PER_TENSOR,
+    ) -> ScaledTensor:
+        """See `Kernels`."""
+        return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
+
+    def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.dequantize(x, dtype)
+
+    def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
+        """See `Kernels`."""
+        self._eager.accumulate_(total, x)
+
+    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        return self._eager.square_sum_and_amax(x)
+
+    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.sum_in_order(terms, dtype)
+
+    def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`."""
+        return self._eager.add_in_format(a, b)
+
+    def saturated_share(self, x: ScaledTensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.saturated_share(x)
+
+    def adam(
+        self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
+    ) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.adam(params, table, coefficients)

@@ -10,13 +10,18 @@ decoded operands *is* the FP8 GEMM up to the rounding of its output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fp8lm.numerics import E4M3, E5M2, FP16, Format
+from fp8lm.kernels.adam import adam_step
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
+from fp8lm.numerics import E4M3, E5M2, FP16, PER_TENSOR, Format, Granularity, scale_from_amax
+from fp8lm.scaled_tensor import ScaledTensor
 
 # Bits of an FP8 code moved to where bf16 keeps its exponent and mantissa, and the power of two
 # that corrects for the different exponent bias (127 - 7 and 127 - 15). Subnormals come out right
@@ -28,36 +33,61 @@ _BF16_DECODE = {
 
 
 class ReferenceKernels:
-    """Kernels in eager PyTorch; device-agnostic, no host synchronisation on a GPU.
+    """`Kernels` in eager PyTorch; device-agnostic, no host synchronisation on a GPU.
 
     Large tensors are cast and decoded in blocks of `block_elements`: the several operations of a
     cast then run in cache, and only its input and output touch memory. So does an optimizer step
     over blocks of `step_elements`, with several tensors at once.
     """
 
-    block_elements = 1 << 17
-    step_elements = 1 << 16
-    # What a person is told of them.
-    gemm_by = "decoded operands in a BF16 GEMM: FP8's arithmetic, not its speed"
-    attention_by = "scaled_dot_product_attention in fp32"
-    elementwise_by = "eager PyTorch, in blocks that stay in cache"
+    def __init__(self, block_elements: int = 1 << 17, step_elements: int = 1 << 16) -> None:
+        self.block_elements = block_elements
+        self.step_elements = step_elements
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """See `Kernels`."""
+        return MappingProxyType(
+            {
+                GEMM: "decoded operands in a BF16 GEMM: FP8's arithmetic, not its speed",
+                ATTENTION: "scaled_dot_product_attention in fp32",
+                ELEMENTWISE: "eager PyTorch, in blocks that stay in cache",
+            }
+        )
 
     def amax(self, x: Tensor) -> Tensor:
-        """Absolute maximum of `x` (any float dtype) as a 0-d fp32 tensor; NaN and Inf survive.
-
-        One pass: `aminmax` propagates NaN, where `max` of `abs` may not and is 10 times slower.
-        """
+        """See `Kernels`."""
+        # One pass: `aminmax` propagates NaN, where `max` of `abs` may not and is 10 times slower.
         low, high = torch.aminmax(x)
         # abs() last: a maximum of zero could otherwise be -0.0, whose bits are not 0.
         return torch.maximum(-low, high).abs().float()
 
-    def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
-        """`x * scale` in `fmt`, saturated, rounded to nearest even; payload of dtype `fmt.storage`.
+    def quantize(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        amax: Tensor | None = None,
+        granularity: Granularity = PER_TENSOR,
+    ) -> ScaledTensor:
+        """See `Kernels`."""
+        if not fmt.scaled:
+            one = torch.ones((), dtype=torch.float32, device=x.device)
+            return ScaledTensor(x.to(fmt.dtype), one, fmt)
+        shared = amax is not None
+        if granularity.is_per_tensor:
+            scale = scale_from_amax(self.amax(x) if amax is None else amax, fmt)
+            return ScaledTensor(self.cast(x, scale, fmt, saturate=shared), scale, fmt)
+        scale = scale_from_amax(granularity.max(x.abs().float()) if amax is None else amax, fmt)
+        # fp32: a scale of its own per block takes the smallest values of bf16 below its range.
+        scaled = x.float() * granularity.expand(scale, x.shape)
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        return ScaledTensor(self.cast(scaled, one, fmt, saturate=shared), scale, fmt, granularity)
 
-        NaN stays NaN. Clamping is explicit: torch's own FP8 cast saturates, gives NaN or gives
-        Inf, depending on format and version. `saturate=False` leaves it out where the caller
-        knows that no `x * scale` exceeds `fmt.max` (the scale comes from the amax of `x`).
-        """
+    def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
+        """See `Kernels`."""
+        # Clamping is explicit: torch's own FP8 cast saturates, gives NaN or gives Inf, depending on
+        # format and version.
         if not fmt.scaled:
             return x.to(fmt.dtype)
         payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
@@ -71,18 +101,26 @@ class ReferenceKernels:
             target[block].copy_(scaled)
         return payload
 
-    def dequantize(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-        """Values of `payload` (dtype `fmt.storage`) in `dtype` (bf16 or fp32), `payload / scale`.
+    def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Kernels`. FP8 codes are decoded by integer shifts: 8 times torch's cast on a CPU.
 
-        FP8 codes are decoded through integer shifts (8 times faster than torch's cast on CPU).
         NaN codes occur only together with a NaN scale (`cast` and `scale_from_amax` see to it),
-        which is what makes the result NaN. An unscaled format may return `payload` itself.
+        which is what makes the result NaN.
         """
+        payload, fmt = x.payload, x.format
         if not fmt.scaled:
             return payload.to(dtype)
+        if not x.granularity.is_per_tensor:
+            one = torch.ones((), dtype=torch.float32, device=x.device)
+            codes = self._decode(payload.contiguous(), one, fmt, torch.float32)
+            return codes.div_(x.granularity.expand(x.scale, x.shape)).to(dtype)
         if payload.ndim == 2 and payload.t().is_contiguous():  # decode it as it lies in memory
-            return self._decode(payload.t(), scale, fmt, dtype).t()
-        return self._decode(payload.contiguous(), scale, fmt, dtype)
+            return self._decode(payload.t(), x.scale, fmt, dtype).t()
+        return self._decode(payload.contiguous(), x.scale, fmt, dtype)
+
+    def transpose(self, x: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`: a view, which `gemm` decodes as it lies in memory."""
+        return x.t()
 
     def _decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
         values = torch.empty(payload.shape, dtype=dtype, device=payload.device)
@@ -95,25 +133,66 @@ class ReferenceKernels:
 
     def gemm(
         self,
-        a: tuple[Tensor, Tensor, Format],
-        b: tuple[Tensor, Tensor, Format],
+        a: ScaledTensor,
+        b: ScaledTensor,
         *,
+        bias: Tensor | None = None,
         out_dtype: torch.dtype = torch.bfloat16,
         fast_accumulation: bool = False,
     ) -> Tensor:
-        """`A[M,K] @ B[N,K]^T` of (payload, scale, format) operands; [M,N] in `out_dtype`.
-
-        `fast_accumulation` is a permission that only tensor cores use.
-        """
+        """See `Kernels`."""
         check_gemm_operands(a, b)
-        compute_dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
-        return torch.mm(self.dequantize(*a, compute_dtype), self.dequantize(*b, compute_dtype).t())
+        dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+        product = torch.mm(self.dequantize(a, dtype), self.dequantize(b, dtype).t())
+        return product if bias is None else product.add_(bias)
+
+    def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
+        """See `Kernels`."""
+        if total.format.dtype == torch.float32:
+            total.payload.add_(x)
+        else:
+            total.copy_(self.quantize(self.dequantize(total).add_(x), total.format))
+
+    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        square = torch.zeros((), dtype=torch.float64, device=x.device)
+        amax = torch.zeros((), device=x.device)
+        flat = x.view(-1)
+        for start in range(0, flat.shape[0], self.step_elements):
+            block = self.dequantize(flat.rows(start, start + self.step_elements))
+            amax = torch.maximum(amax, self.amax(block))
+            block = block.double()
+            square += torch.dot(block, block)
+        return square, amax
+
+    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        total = torch.zeros(terms[0].shape, device=terms[0].device)
+        for term in terms:
+            total += self.dequantize(term) if isinstance(term, ScaledTensor) else term
+        return total.to(dtype)
+
+    def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`."""
+        total = self.dequantize(a) + self.dequantize(b)
+        return ScaledTensor(self.cast(total, a.scale, a.format), a.scale, a.format)
+
+    def saturated_share(self, x: ScaledTensor) -> Tensor:
+        """See `Kernels`."""
+        return ((x.payload & 0x7F) == largest_code(x.format)).float().mean()
+
+    def adam(
+        self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
+    ) -> Tensor:
+        """See `Kernels`."""
+        amaxes = [
+            adam_step(self, param, table, coefficients, self.step_elements) for param in params
+        ]
+        return torch.stack(amaxes) if amaxes else torch.zeros(0, 3, device=table.scales.device)
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
-        """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`.
-
-        Computed in fp32: torch's bf16 flash attention on CPU takes twice the time in backward.
-        """
+        """See `Kernels`."""
+        # In fp32: torch's bf16 flash attention on CPU takes twice the time in backward.
         context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
         return context.to(q_BNSD.dtype)
 
@@ -128,22 +207,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     )
 
 
-def check_gemm_operands(a: tuple[Tensor, Tensor, Format], b: tuple[Tensor, Tensor, Format]) -> None:
+def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:
     """Raise ValueError where Hopper's FP8 GEMM would refuse the operands.
 
     Asserted on CPU too, so that what passes there runs on the GPU: contraction lengths agree,
     every dimension is a multiple of 16, and the two formats are not both E5M2.
     """
-    (a_payload, _, a_format), (b_payload, _, b_format) = a, b
-    if a_payload.shape[1] != b_payload.shape[1]:
-        raise ValueError(f"contraction differs: {tuple(a_payload.shape)}, {tuple(b_payload.shape)}")
-    if a_format.storage != torch.uint8 and b_format.storage != torch.uint8:
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"contraction differs: {tuple(a.shape)}, {tuple(b.shape)}")
+    if torch.uint8 not in (a.format.storage, b.format.storage):
         return
-    if a_format == E5M2 and b_format == E5M2:
+    if a.format == E5M2 and b.format == E5M2:
         raise ValueError("no tensor core multiplies E5M2 by E5M2")
-    sizes = (a_payload.shape[0], b_payload.shape[0], a_payload.shape[1])
+    sizes = (a.shape[0], b.shape[0], a.shape[1])
     if any(size % 16 for size in sizes):
         raise ValueError(f"an FP8 GEMM needs M, N, K divisible by 16, not {sizes}")
+
+
+def largest_code(fmt: Format) -> int:
+    """The code of the largest finite number of an FP8 format."""
+    return int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8))
 
 
 def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Stochastic rounding whose noise is a pure function of (key, element index).
+"""Rounding by name, and stochastic rounding whose noise is a pure function of (key, element).
 
 Without a random state there is nothing to save or to keep in step: a resumed run and every
 layout of the same tensor draw the same noise.
@@ -6,12 +6,50 @@ layout of the same tensor draw the same noise.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+
 import torch
 from torch import Tensor
 
 from fp8lm.numerics import Format
 
 _FP32_MANTISSA_BITS = 23
+
+
+class Rounding(Enum):
+    """How a value is rounded to its format; `STOCHASTIC_SUBNORMALS`: only those, others nearest."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+    STOCHASTIC_SUBNORMALS = "stochastic_subnormals"
+
+
+@dataclass(frozen=True)
+class ElementIndex:
+    """Numbers the elements of a part of a logical tensor by their place in the whole.
+
+    Rows of `inner` elements lie in sections of `size * block` rows, of which the rank holds `block`
+    from row `rank * block` on (rows and sections of several outer dimensions follow each other).
+    `first` is the number of the part's first element among those that the rank holds.
+    """
+
+    first: int = 0
+    block: int = 1
+    inner: int = 1
+    rank: int = 0
+    size: int = 1
+
+    def numbers(self, start: int, count: int, device: torch.device) -> Tensor:
+        """Those (int32, wrapping) of elements `start` to `start + count` of the part."""
+        first = self.first + start
+        local = torch.arange(first, first + count, device=device)
+        if self.size == 1:
+            return local.to(torch.int32)
+        position, offset = local // self.inner, local % self.inner
+        section, row = position // self.block, position % self.block
+        position = (section * self.size + self.rank) * self.block + row
+        return (position * self.inner + offset).to(torch.int32)
 
 
 def noise_bits(index: Tensor, key: Tensor | int) -> Tensor:
@@ -25,6 +63,14 @@ def noise_bits(index: Tensor, key: Tensor | int) -> Tensor:
     x = _xorshift(x, 16).mul_(0x7FEB352D)
     x = _xorshift(x, 15).mul_(0x846CA68B - (1 << 32))
     return _xorshift(x, 16)
+
+
+def cast_rounded(
+    x: Tensor, scale: Tensor, fmt: Format, rounding: Rounding, noise: Tensor
+) -> Tensor:
+    """`cast_stochastic` as `rounding` says, which is not `NEAREST`."""
+    only = rounding is Rounding.STOCHASTIC_SUBNORMALS
+    return cast_stochastic(x, scale, fmt, noise, subnormals_only=only)
 
 
 def cast_stochastic(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from fp8lm.kernels.hopper import HopperKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.runtime.errors import InputError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
-def select_kernels(device: torch.device) -> ReferenceKernels:
+def select_kernels(device: torch.device) -> Kernels:
     """Kernels for `device`; InputError for a GPU without FP8 tensor cores.
 
     It is refused here instead of failing in the first GEMM.
@@ -31,12 +32,12 @@ def describe_kernels(device: torch.device) -> str:
     return f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor})"
 
 
-def kernels_for_cpu() -> ReferenceKernels:
+def kernels_for_cpu() -> Kernels:
     """Eager PyTorch."""
     return ReferenceKernels()
 
 
-def kernels_for_gpu(capability: tuple[int, int], name: str) -> ReferenceKernels:
+def kernels_for_gpu(capability: tuple[int, int], name: str) -> Kernels:
     """cuBLASLt FP8 GEMMs, on a GPU that has them; InputError names the one that has not.
 
     FP8 support is read off the compute capability, not the product's name.

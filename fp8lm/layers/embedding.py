@@ -41,16 +41,16 @@ class _EmbeddingFunction(torch.autograd.Function):
         found = functional.embedding(rows, weight.payload)
         if elsewhere is not None:
             found.masked_fill_(elsewhere[:, None], 0.0)
-        return comm.reduce(found, weight.kernels).wait().view(-1, *ids.shape[1:], found.shape[-1])
+        return comm.reduce(found).wait().view(-1, *ids.shape[1:], found.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None]:
         (ids,) = ctx.saved_tensors
-        weight, comm, kernels = ctx.weight, ctx.comm, ctx.weight.kernels
-        fmt = weight.spec.format
-        sent = comm.cast(dy.reshape(-1, dy.shape[-1]), fmt, kernels)
-        dy_TH = comm.gather(sent, fmt, kernels).wait().payload
+        weight, comm = ctx.weight, ctx.comm
+        quantizer = comm.wire_quantizer(weight.quantizer, dy.dtype)
+        gathered = comm.gather(quantizer(dy.reshape(-1, dy.shape[-1]))).wait()
+        dy_TH = weight.kernels.dequantize(gathered, weight.spec.format.dtype)
         rows, elsewhere = _own_rows(ids.reshape(-1), weight)
         if elsewhere is not None:
             dy_TH = dy_TH.masked_fill(elsewhere[:, None], 0.0)

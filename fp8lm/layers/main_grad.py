@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import FP32, Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 class MainGrad:
@@ -25,7 +25,7 @@ class MainGrad:
         self,
         shape: tuple[int, ...],
         fmt: Format,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         device: torch.device,
     ) -> None:
         self.value = ScaledTensor.zeros(shape, fmt, device)
@@ -38,13 +38,10 @@ class MainGrad:
 
     def add(self, dw: Tensor) -> None:
         """Add the gradient `dw` (bf16 or fp32, shape of the weight) of one micro-batch."""
-        if self.value.format == FP32:
-            self._add_fp32(dw)
-        elif self._is_zero:
-            self.value.copy_(quantize(dw, self.value.format, self._kernels))
+        if self._is_zero:
+            self.value.copy_(self._kernels.quantize(dw, self.value.format))
         else:
-            total = self.value.dequantize(self._kernels).add_(dw)
-            self.value.copy_(quantize(total, self.value.format, self._kernels))
+            self._kernels.accumulate_(self.value, dw)
         self._is_zero = False
 
     def add_rows(self, rows: Tensor, dw: Tensor) -> None:
@@ -63,9 +60,3 @@ class MainGrad:
             self.value.payload.zero_()
             self.value.scale.fill_(1.0)
             self._is_zero = False
-
-    def _add_fp32(self, dw: Tensor) -> None:
-        if self._is_zero:
-            self.value.payload.copy_(dw)
-        else:
-            self.value.payload.add_(dw)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import VectorParam, vector_spec
 from fp8lm.numerics import Format
 
@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
         size: int,
         eps: float,
         fmt: Format,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         device: torch.device,
         *,
         sequence_parallel: bool = False,
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         size: int,
         eps: float,
         fmt: Format,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         device: torch.device,
         *,
         sequence_parallel: bool = False,

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.main_grad import MainGrad
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.shard_spec import REPLICATED, ShardSpec
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.numerics import BF16, FP32, Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 Initializer = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -61,7 +62,7 @@ class ParamSpec:
 class Param(nn.Module):
     """Common part: `spec`, `main_grad`, and `model_param`, which forward and backward read."""
 
-    def __init__(self, spec: ParamSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, kernels: Kernels, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
         self.kernels = kernels
@@ -75,6 +76,9 @@ class Param(nn.Module):
     def bind_storage(self, payload: Tensor) -> None:
         """Keep the payload in other memory (same dtype and shape)."""
         raise NotImplementedError
+
+    def bind_scale(self, scale: Tensor) -> None:
+        """Keep the scale in other memory (0-d fp32), if the format has one."""
 
     def when_gradient_complete(self, method: Callable[..., None], *arguments: Any) -> None:
         """Call `method(*arguments)` in every backward once all uses of the weight are behind it.
@@ -94,12 +98,22 @@ class Param(nn.Module):
         return f"{spec.local_shape}{part}, {spec.format}, grad={spec.grad_format}"
 
 
+@dataclass
+class OperandCache:
+    """What is known of a weight's operands while the weight does not change; `keep`: the bytes."""
+
+    amax: Tensor | None = None
+    keep: bool = False
+    operand: ScaledTensor | None = None
+    transposed: ScaledTensor | None = None
+
+
 class QuantizedParam(Param):
     """A matrix held as payload and scale.
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
-    it into unscaled numbers; the scale is kept in fp32 through any such call. `operand_format` is
-    what GEMMs read (default: the stored format).
+    it into unscaled numbers; the scale is kept in fp32 through any such call. `quantizer` makes
+    what GEMMs read, where its format is not the stored one (default: that).
     """
 
     payload: Tensor
@@ -108,13 +122,13 @@ class QuantizedParam(Param):
     def __init__(
         self,
         spec: ParamSpec,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         device: torch.device,
-        operand_format: Format | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__(spec, kernels, device)
-        self.operand_format = operand_format or spec.format
-        self.cached_amax: Tensor | None = None  # see `operand_amax.cached_weight_operands`
+        self.quantizer = quantizer or Quantizer(spec.format, kernels)
+        self.cache: OperandCache | None = None  # see `cached_weight_operands`
         self.wgrad_store = WeightGradStore()
         initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
         self.register_buffer("payload", initial.payload)
@@ -132,6 +146,10 @@ class QuantizedParam(Param):
         """See `Param`."""
         self.payload = payload
 
+    def bind_scale(self, scale: Tensor) -> None:
+        """See `Param`."""
+        self.scale = scale.copy_(self.scale)
+
     def use_wgrad_store(self, wgrad_store: WeightGradStore) -> None:
         """Let `wgrad_store` say when the wgrad GEMM runs."""
         self.wgrad_store = wgrad_store
@@ -142,28 +160,39 @@ class QuantizedParam(Param):
 
     @property
     def needs_cast(self) -> bool:
-        """Whether every use casts the weight with a scale."""
-        return self.operand_format.scaled and self.operand_format != self.spec.format
+        """Whether GEMMs read the weight in another format than the stored one, with a scale."""
+        fmt = self.quantizer.format
+        return fmt.scaled and fmt != self.spec.format
 
     def local_amax(self) -> Tensor:
         """The amax of this rank's part, 0-d fp32."""
         return self.kernels.amax(self._values())
 
-    def operand(self, share_amax: Callable[[Tensor], Tensor] = lambda amax: amax) -> ScaledTensor:
-        """The weight in `operand_format`; requantized only if stored in another one.
-
-        `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other parts.
-        """
-        if self.operand_format == self.spec.format:
+    def operand(self) -> ScaledTensor:
+        """The weight as forward's GEMM reads it; requantized only if stored in another format."""
+        if self.quantizer.format == self.spec.format:
             return self.model_param
-        values, amax = self._values(), self.cached_amax
-        if self.needs_cast and amax is None:
-            amax = share_amax(self.kernels.amax(values))
-        return quantize(values, self.operand_format, self.kernels, amax=amax)
+        cache = self.cache or OperandCache()
+        if cache.operand is not None:
+            return cache.operand
+        operand = self.quantizer(self._values(), amax=cache.amax)
+        if cache.keep:
+            cache.operand = operand
+        return operand
+
+    def transposed_operand(self) -> ScaledTensor:
+        """The weight as dgrad's GEMM reads it."""
+        cache = self.cache or OperandCache()
+        if cache.transposed is not None:
+            return cache.transposed
+        transposed = self.kernels.transpose(self.operand())
+        if cache.keep:
+            cache.transposed = transposed
+        return transposed
 
     def _values(self) -> Tensor:
         exact = torch.bfloat16 if self.spec.format == BF16 else torch.float32
-        return self.model_param.dequantize(self.kernels, exact)
+        return self.kernels.dequantize(self.model_param, exact)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuantizedParam:
         # Follow changes of device, never changes of dtype: a payload without the scale it was
@@ -178,7 +207,7 @@ class QuantizedParam(Param):
 class VectorParam(Param):
     """A small tensor used through autograd; its gradient moves to the accumulator at once."""
 
-    def __init__(self, spec: ParamSpec, kernels: ReferenceKernels, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, kernels: Kernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
         initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
         self.param = nn.Parameter(initial)

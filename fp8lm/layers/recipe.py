@@ -7,11 +7,25 @@ from dataclasses import dataclass, replace
 import torch
 
 from fp8lm.config import PrecisionConfig
-from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, GemmPrecision
+from fp8lm.kernels.interface import Kernels
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.tp_context import NO_TP, TPContext
-from fp8lm.numerics import BF16, FP32, Format, format_by_name
+from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format, format_by_name
 
+
+@dataclass(frozen=True)
+class GemmPrecision:
+    """Formats of the operands of a linear layer's GEMMs, and the dtype of what they return."""
+
+    input: Format
+    weight: Format
+    grad_output: Format
+    output: torch.dtype
+
+
+FP8_GEMM = GemmPrecision(E4M3, E4M3, E5M2, torch.bfloat16)
+BF16_GEMM = GemmPrecision(BF16, BF16, BF16, torch.bfloat16)
+FP32_GEMM = GemmPrecision(FP32, FP32, FP32, torch.float32)
 _GEMMS = {"fp8": FP8_GEMM, "bf16": BF16_GEMM, "fp32": FP32_GEMM}
 
 
@@ -28,7 +42,7 @@ class Recipe:
     weight_grad: Format
     high_precision: Format
     first_last_layers_bf16: bool
-    kernels: ReferenceKernels
+    kernels: Kernels
     device: torch.device
     tp: TPContext = NO_TP
 
@@ -36,7 +50,7 @@ class Recipe:
     def from_config(
         cls,
         precision: PrecisionConfig,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         device: torch.device,
         tp: TPContext = NO_TP,
     ) -> Recipe:
@@ -52,9 +66,18 @@ class Recipe:
             tp=tp,
         )
 
+    @property
+    def head_gemm(self) -> GemmPrecision:
+        """What the output layer multiplies in: never FP8."""
+        return FP32_GEMM if self.high_precision == FP32 else BF16_GEMM
+
+    def weight_quantizer(self) -> Quantizer:
+        """The quantizer of a linear layer's weight, whose parts lie on the ranks of `tp`."""
+        share_amax = self.tp.max if self.tp.size > 1 else None
+        return Quantizer(self.gemm.weight, self.kernels, share_amax=share_amax)
+
     def for_layer(self, index: int, num_layers: int) -> Recipe:
         """The recipe of transformer layer `index` of `num_layers`."""
         if not self.first_last_layers_bf16 or 0 < index < num_layers - 1:
             return self
-        gemm = FP32_GEMM if self.high_precision == FP32 else BF16_GEMM
-        return replace(self, gemm=gemm, weight=self.high_precision, weight_grad=FP32)
+        return replace(self, gemm=self.head_gemm, weight=self.high_precision, weight_grad=FP32)

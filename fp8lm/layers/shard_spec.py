@@ -8,10 +8,13 @@ sharded separately over `size` ranks:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fp8lm.kernels.rounding import ElementIndex
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,11 @@ class ShardSpec:
         blocks = [section.chunk(self.size, self.dim)[self.rank] for section in sections]
         return torch.cat(blocks, self.dim)
 
-    def element_index(
-        self, shape: tuple[int, ...], start: int, count: int, device: torch.device
-    ) -> Tensor:
-        """Indices (int32, wrapping) in the logical tensor of local elements start..start+count."""
-        local = torch.arange(start, start + count, device=device)
-        if self.is_whole:
-            return local.to(torch.int32)
-        inner = 1
-        for n in shape[self.dim + 1 :]:
-            inner *= n
+    def element_index(self, shape: tuple[int, ...], first: int = 0) -> ElementIndex:
+        """Numbers, in the logical tensor of `shape`, this rank's elements from `first` on."""
+        inner = math.prod(shape[self.dim + 1 :])
         block = shape[self.dim] // (self.num_sections * self.size)
-        outer, rest = (
-            local // (block * self.num_sections * inner),
-            local % (block * self.num_sections * inner),
-        )
-        position, offset = rest // inner, rest % inner
-        section, row = position // block, position % block
-        position = (section * self.size + self.rank) * block + row
-        return ((outer * shape[self.dim] + position) * inner + offset).to(torch.int32)
+        return ElementIndex(first, block, inner, self.rank, self.size)
 
     def sections(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How a checkpoint sees the tensor, as one block per rank: (global shape, offset).

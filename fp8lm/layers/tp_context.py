@@ -14,35 +14,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from fp8lm.comm.handles import Handle
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.shard_spec import ShardSpec
-from fp8lm.numerics import Format
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 class TPComm:
     """No communication."""
 
-    def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
-        """`x` [T, F] as it is sent and saved for backward; `fmt` is the GEMM's format."""
-        return quantize(x, fmt, kernels)
+    gathers = False  # whether `gather` brings what other ranks hold
+    reduces = False  # whether `reduce` adds what other ranks hold
 
-    def gather(
-        self, x: ScaledTensor, fmt: Format, kernels: ReferenceKernels
-    ) -> Handle[ScaledTensor]:
-        """The outputs of `cast` of all ranks as the GEMM's operand in `fmt`."""
+    def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
+        """What makes of a tensor (of `dtype`) that which is sent, and saved for backward.
+
+        `operand` is the quantizer of the GEMM that reads it.
+        """
+        return operand
+
+    def gather(self, x: ScaledTensor) -> Handle[ScaledTensor]:
+        """[T/t, F] of every rank, as `wire_quantizer` made it -> [T, F]."""
         return Handle.done(x)
 
-    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+    def reduce(self, y: Tensor) -> Handle[Tensor]:
         """The sum over ranks of `y` [T, F] (or this rank's rows of it), in the dtype of `y`."""
         return Handle.done(y)
-
-    def share_amax(self, amax: Tensor) -> Tensor:
-        """The amax of a weight from those of its parts."""
-        return amax
 
 
 NO_COMM = (TPComm(), TPComm())

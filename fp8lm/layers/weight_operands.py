@@ -1,8 +1,9 @@
-"""The amax of weights that are stored in another format than their GEMM's: once per step.
+"""What GEMMs read of the weights, found once per step.
 
-Such a weight (presets te, o1 and o2) is cast to FP8 at every use, with one scale over the ranks
-that hold its parts. All amaxes of a model travel in one exchange, and hold while no weight
-changes: within `cached_weight_operands`. Outside of it every use finds its own.
+A weight stored in another format than its GEMM's (presets te, o1 and o2) is cast to FP8 with one
+scale over the ranks that hold its parts: the amaxes of all such weights travel in one exchange.
+With `keep`, the cast payload and the transposed one stay for the step as well, up to one byte per
+parameter each, and every further micro-batch reads them. Weights must not change meanwhile.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from fp8lm.layers.param import Param, QuantizedParam
+from fp8lm.layers.param import OperandCache, Param, QuantizedParam
 from fp8lm.layers.tp_context import TPContext
 
 
 @contextmanager
-def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[None]:
-    """Find the amaxes of all `weights` that need one; they must not change before the end."""
-    cast = [
-        weight for weight in weights if isinstance(weight, QuantizedParam) and weight.needs_cast
-    ]
-    if not cast:
-        yield
-        return
-    amaxes = tp.max(torch.stack([weight.local_amax() for weight in cast]))
-    for weight, amax in zip(cast, amaxes.unbind(), strict=True):
-        weight.cached_amax = amax
+def cached_weight_operands(
+    weights: Iterable[Param], tp: TPContext, *, keep: bool = False
+) -> Iterator[None]:
+    """Within, `weights` do not change: amaxes of those that are cast are known, see the module."""
+    matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
+    cast = [weight for weight in matrices if weight.needs_cast]
+    amaxes: dict[QuantizedParam, Tensor] = {}
+    if cast:
+        shared = tp.max(torch.stack([weight.local_amax() for weight in cast]))
+        amaxes = dict(zip(cast, shared.unbind(), strict=True))
+    for weight in matrices if keep else cast:
+        weight.cache = OperandCache(amaxes.get(weight), keep)
     try:
         yield
     finally:
-        for weight in cast:
-            weight.cached_amax = None
+        for weight in matrices:
+            weight.cache = None

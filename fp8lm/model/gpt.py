@@ -17,7 +17,7 @@ from fp8lm.config import ModelConfig
 from fp8lm.layers.cross_entropy import cross_entropy
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.embedding import embed
-from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
+from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.layers.recipe import Recipe
@@ -25,7 +25,6 @@ from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model.block import TransformerLayer
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
-from fp8lm.numerics import FP32
 
 
 class EmbeddingMatrix(nn.Module):
@@ -163,7 +162,9 @@ class GPTModel(nn.Module):
         self.drops_hidden = config.hidden_dropout > 0
         self.tp = recipe.tp
         self.num_ids = vocab_size if num_ids is None else num_ids
-        self.head_precision = FP32_GEMM if recipe.high_precision == FP32 else BF16_GEMM
+        self.head = GemmPath(
+            recipe.head_gemm, recipe.kernels, self.tp.replicated_side(), self.tp.sharded_side()
+        )
         tied = not config.untie_embeddings_and_output_weights
         self.embedding: Embedding | TiedEmbedding | None = None
         if part.has_embedding:
@@ -206,8 +207,7 @@ class GPTModel(nn.Module):
         if table is None:
             assert self.embedding is not None  # a head has its own matrix or the tied one
             table = self.embedding.word_embeddings
-        comms = self.tp.replicated_side(), self.tp.sharded_side()
-        return linear(h_SBH, table.weight, self.head_precision, comms=comms)
+        return linear(h_SBH, table.weight, self.head)
 
     def loss(
         self,

@@ -28,9 +28,7 @@ def column_linear(
     shard_spec = tp.shard(0, num_sections)
     return Linear(
         matrix_spec(out_features, in_features, init, recipe, shard_spec),
-        precision=recipe.gemm,
-        kernels=recipe.kernels,
-        device=recipe.device,
+        recipe,
         bias=vector_spec(out_features, 0.0, recipe.high_precision, shard_spec=shard_spec)
         if bias
         else None,
@@ -47,9 +45,7 @@ def row_linear(
     sequence_parallel = tp.sequence_parallel
     return Linear(
         matrix_spec(out_features, in_features, init, recipe, tp.shard(1)),
-        precision=recipe.gemm,
-        kernels=recipe.kernels,
-        device=recipe.device,
+        recipe,
         bias=vector_spec(
             out_features, 0.0, recipe.high_precision, sequence_parallel=sequence_parallel
         )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.optim.step_scalars import SharedScalars, StepScalars
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -56,7 +56,7 @@ def single_rank(values: Tensor) -> Tensor:
 def gradient_norm(
     gradients: Sequence[ScaledTensor | None],
     clip: float,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     *,
     device: torch.device = CPU,
     gather: Callable[[Tensor], Tensor] = single_rank,
@@ -104,17 +104,9 @@ def per_counted_token(share: Tensor) -> Tensor:
 
 
 def _square_and_amax(
-    gradient: ScaledTensor | None, kernels: ReferenceKernels, device: torch.device
+    gradient: ScaledTensor | None, kernels: Kernels, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    if gradient is not None:
+        return kernels.square_sum_and_amax(gradient)
     square = torch.zeros((), dtype=torch.float64, device=device)
-    amax = torch.zeros((), device=device)
-    if gradient is None:
-        return square, amax
-    flat = gradient.view(-1)
-    step = kernels.step_elements
-    for start in range(0, flat.shape[0], step):
-        block = flat.rows(start, start + step).dequantize(kernels)
-        amax = torch.maximum(amax, kernels.amax(block))
-        block = block.double()
-        square += torch.dot(block, block)
-    return square, amax
+    return square, torch.zeros((), device=device)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from fp8lm.config import OptimizerConfig
-from fp8lm.kernels.adam import AdamCoefficients, Cast, StoredTensor, adam_step
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
 from fp8lm.numerics import Format, scale_from_amax
 from fp8lm.optim.bounds import bound_amax
 from fp8lm.optim.clipping import GradientNorm, gradient_norm
-from fp8lm.optim.rounding import StateRounding
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.optim.states import AdamState, StatePrecision
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
+
+_STEP_KEY = 0x632BE5AB  # noise differs from step to step
 
 
 class AdamW:
@@ -41,7 +42,7 @@ class AdamW:
         weights: dict[str, Param],
         config: OptimizerConfig,
         precision: StatePrecision,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
         *,
         seed: int,
         sharding: OptimizerSharding | None = None,
@@ -55,10 +56,28 @@ class AdamW:
         self.states: dict[str, AdamState] = {}
         device = next(iter(weights.values())).model_param.device
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
-        # Row i: the true amax of master, m and v of the i-th weight.
+        # Row i: of the i-th weight. The true amax of master, m and v, and the scales of the model
+        # parameter and of these three, which weights and states have as views.
         self.amax = torch.zeros(len(weights), 3, device=device)
+        self.scales = torch.ones(len(weights), 4, device=device)
+        for weight, scales in zip(weights.values(), self.scales, strict=True):
+            weight.bind_scale(scales[0])
+        self._rows = {name: row for row, name in enumerate(weights)}
         decays = [config.weight_decay * weight.spec.decay for weight in weights.values()]
         self._decay = torch.tensor(decays, device=device)
+        # On the device before the first step: nothing is sent to it in one.
+        self._owned = [name for name in weights if name in self.sharding.local_shards]
+        owned_rows = [self._rows[name] for name in self._owned]
+        self._owned_rows = torch.tensor(owned_rows, dtype=torch.int64, device=device)
+        self._state_max = torch.tensor([fmt.max for fmt in self._state_formats], device=device)
+        names = [zlib.crc32(f"{seed}/{name}".encode()) - (1 << 31) for name in weights]
+        self._name_keys = torch.tensor(names, device=device)
+        formats = [weight.spec.format for weight in weights.values()]
+        self._in_format = {
+            fmt: torch.tensor([own == fmt for own in formats], device=device)
+            for fmt in dict.fromkeys(formats)
+            if fmt.scaled
+        }
 
     def initialize(self, name: str, value: Tensor) -> None:
         """Set weight `name` to its part of the whole fp32 `value` and start its states."""
@@ -67,19 +86,21 @@ class AdamW:
         value = value.to(compute.device)
         amax = self.kernels.amax(value)  # of the whole, so that every part has its scale
         value = weight.spec.shard_spec.take(value)
-        compute.copy_(quantize(value, compute.format, self.kernels, amax=amax))
-        self.amax[list(self.weights).index(name), 0] = amax
+        compute.copy_(self.kernels.quantize(value, compute.format, amax=amax))
+        self.amax[self._rows[name], 0] = amax
         if name not in self.sharding.local_shards:
             return
         start, stop = self.sharding.local_shards[name]
         value, compute = value[start:stop], compute.rows(start, stop)
-        fmt, master = p.own_master(compute.format), compute
+        fmt, scales = p.own_master(compute.format), self.scales[self._rows[name]]
+        master = compute
         if fmt is not None:
-            master = quantize(value.clone(), fmt, self.kernels, amax=amax)
+            quantized = self.kernels.quantize(value.clone(), fmt, amax=amax)
+            master = ScaledTensor(quantized.payload, scales[1].copy_(quantized.scale), fmt)
         self.states[name] = AdamState(
             master=master,
-            exp_avg=ScaledTensor.zeros(value.shape, p.exp_avg, compute.device),
-            exp_avg_sq=ScaledTensor.zeros(value.shape, p.exp_avg_sq, compute.device),
+            exp_avg=_zeros(value.shape, p.exp_avg, scales[2]),
+            exp_avg_sq=_zeros(value.shape, p.exp_avg_sq, scales[3]),
             owns_master=fmt is not None,
         )
 
@@ -121,20 +142,15 @@ class AdamW:
         grad_amax: Tensor,
         gradients: dict[str, ScaledTensor],
     ) -> None:
-        bounds = bound_amax(amax, grad_amax, self._decay, c, self._formats)
-        scales = self._next_scales(bounds)
-        new_amax = torch.stack(
-            [
-                self._step_weight(
-                    name,
-                    {kind: scale[i] for kind, scale in scales.items()},
-                    own,
-                    gradients.get(name),
-                )
-                for i, (name, own) in enumerate(self._per_weight(c))
-            ]
-        )
-        _replace(self.amax, self._saturated(new_amax, scales), c.skip)
+        bounds = bound_amax(amax, grad_amax, self._decay, c, self._state_formats)
+        table = AdamTable(self._next_scales(bounds), self._noise_keys(), self.precision.rounding)
+        params = [self._adam_param(name, gradients[name]) for name in self._owned]
+        new_amax = torch.zeros_like(self.amax)
+        new_amax.index_copy_(0, self._owned_rows, self.kernels.adam(params, table, c))
+        # Beyond what its scale leaves room for a value saturated.
+        new_amax = torch.minimum(new_amax, self._state_max / table.scales[:, 1:])
+        _replace(self.scales, table.scales, c.skip)
+        _replace(self.amax, new_amax, c.skip)
 
     def share_amax(self) -> None:
         """Make `amax` that of the logical tensors; a collective of all ranks.
@@ -180,12 +196,10 @@ class AdamW:
             yield f"amax.{name}", amax
 
     @property
-    def _formats(self) -> tuple[Format, Format, Format]:
+    def _state_formats(self) -> tuple[Format, Format, Format]:
         p, weight = self.precision, next(iter(self.weights.values()))
-        return self._master_format(weight), p.exp_avg, p.exp_avg_sq
-
-    def _master_format(self, weight: Param) -> Format:
-        return self.precision.own_master(weight.spec.format) or weight.spec.format
+        master = p.own_master(weight.spec.format) or weight.spec.format
+        return master, p.exp_avg, p.exp_avg_sq
 
     def _coefficients(self, lr: float, norm: GradientNorm, skip: Tensor | None) -> AdamCoefficients:
         config = self.config
@@ -196,78 +210,53 @@ class AdamW:
             beta2=config.adam_beta2,
             eps=config.adam_eps,
             lr=lr,
-            weight_decay=config.weight_decay,
             clip_factor=norm.clip_factor,
             bias_correction1=(1.0 - config.adam_beta1**steps).float(),
             bias_correction2=(1.0 - config.adam_beta2**steps).float(),
             skip=skip,
         )
 
-    def _per_weight(self, c: AdamCoefficients) -> Iterator[tuple[str, AdamCoefficients]]:
-        no_decay = replace(c, weight_decay=0.0)
-        for name, weight in self.weights.items():
-            yield name, c if weight.spec.decay else no_decay
-
-    def _next_scales(self, bounds: Tensor) -> dict[str | Format, Tensor]:
-        """Scales [W] of the new master, m and v, and of model parameters by their format."""
+    def _next_scales(self, bounds: Tensor) -> Tensor:
+        """Scales [W,4] of the new model parameters, masters, m and v."""
         w, m, v = bounds.unbind(dim=1)
-        master, exp_avg, exp_avg_sq = self._formats
-        scales: dict[str | Format, Tensor] = {
-            fmt: scale_from_amax(w, fmt)
-            for fmt in {weight.spec.format for weight in self.weights.values()}
-        }
-        scales["master"] = scale_from_amax(w, master)
-        scales["exp_avg"] = scale_from_amax(m, exp_avg)
-        scales["exp_avg_sq"] = scale_from_amax(v, exp_avg_sq)
-        return scales
-
-    def _saturated(self, amax: Tensor, scales: dict[str | Format, Tensor]) -> Tensor:
-        """`amax` [W,3] of what was stored: beyond what its scale leaves room for it saturated."""
-        kinds = zip(("master", "exp_avg", "exp_avg_sq"), self._formats, strict=True)
-        limits = [fmt.max / scales[kind] for kind, fmt in kinds]
-        return torch.minimum(amax, torch.stack(limits, dim=1))
-
-    def _step_weight(
-        self,
-        name: str,
-        scales: dict[str | Format, Tensor],
-        c: AdamCoefficients,
-        gradient: ScaledTensor | None,
-    ) -> Tensor:
-        weight = self.weights[name]
-        if gradient is None:
-            if weight.spec.format.scaled:
-                _replace(weight.model_param.scale, scales[weight.spec.format], c.skip)
-            return torch.zeros(3, device=self.amax.device)
-        state = self.states[name]
-
-        def stored(kind: str, tensor: ScaledTensor) -> StoredTensor:
-            return StoredTensor(tensor.payload, tensor.scale, scales[kind], tensor.format)
-
-        states = (
-            stored("master", state.master),
-            stored("exp_avg", state.exp_avg),
-            stored("exp_avg_sq", state.exp_avg_sq),
+        master, exp_avg, exp_avg_sq = self._state_formats
+        model = torch.ones_like(w)
+        for fmt, of_format in self._in_format.items():
+            model = torch.where(of_format, scale_from_amax(w, fmt), model)
+        scales = (
+            model,
+            scale_from_amax(w, master),
+            scale_from_amax(m, exp_avg),
+            scale_from_amax(v, exp_avg_sq),
         )
-        compute = None
-        if state.owns_master:
-            copy = weight.model_param.rows(*self.sharding.local_shards[name])
-            compute = StoredTensor(copy.payload, copy.scale, scales[copy.format], copy.format)
-        amax = adam_step(self.kernels, gradient.operand, states, compute, c, self._casts(name))
-        for tensor in states if compute is None else (*states, compute):
-            if tensor.format.scaled:
-                _replace(tensor.scale, tensor.new_scale, c.skip)
-        return amax
+        return torch.stack(scales, dim=1)
 
-    def _casts(self, name: str) -> tuple[Cast, Cast, Cast]:
-        """How the states of weight `name` are rounded in this step (see `StateRounding`)."""
-        base = zlib.crc32(f"{self.seed}/{name}".encode()) - (1 << 31)
-        key = (self.num_steps * 0x632BE5AB + base).to(torch.int32)
-        spec = self.weights[name].spec
-        first = self.sharding.local_shards[name][0] * (spec.numel // spec.local_shape[0])
-        rounding = StateRounding(self.kernels, key, spec, first)
-        master = rounding.stochastic if self.precision.stochastic_master else rounding.nearest
-        return master, rounding.stochastic_subnormals, rounding.nearest
+    def _noise_keys(self) -> Tensor:
+        """int32 [W]: of each weight in this step."""
+        return (self.num_steps * _STEP_KEY + self._name_keys).to(torch.int32)
+
+    def _adam_param(self, name: str, gradient: ScaledTensor) -> AdamParam:
+        weight, state, rows = (
+            self.weights[name],
+            self.states[name],
+            self.sharding.local_shards[name],
+        )
+        spec = weight.spec
+        first = rows[0] * (spec.numel // spec.local_shape[0])
+        return AdamParam(
+            row=self._rows[name],
+            gradient=gradient,
+            model_param=weight.model_param.rows(*rows) if state.owns_master else None,
+            master=state.master,
+            exp_avg=state.exp_avg,
+            exp_avg_sq=state.exp_avg_sq,
+            weight_decay=self.config.weight_decay * spec.decay,
+            index=spec.shard_spec.element_index(spec.shape, first),
+        )
+
+
+def _zeros(shape: torch.Size, fmt: Format, scale: Tensor) -> ScaledTensor:
+    return ScaledTensor(torch.zeros(shape, dtype=fmt.storage, device=scale.device), scale, fmt)
 
 
 def _replace(target: Tensor, value: Tensor, skip: Tensor | None) -> None:

@@ -1,10 +1,21 @@
-"""What AdamW keeps of a weight, and in which formats (FP8-LM, section 2.2)."""
+"""What AdamW keeps of a weight, in which formats (FP8-LM, section 2.2), and how it is rounded.
+
+    master weight    stochastically or to nearest, as configured
+    first moment     to nearest, but stochastically among subnormals
+    second moment    to nearest
+
+A first moment decays by a factor of 0.9. Among E4M3's subnormals, rounding to nearest takes 0.9
+times 4 steps back to 4, so the moment of a weight that gets no gradient (the embedding of a rare
+token) would stop decaying and push the weight for ever, while its second moment decays on.
+Rounded stochastically it decays to zero, on average at the right rate.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fp8lm.config import PrecisionConfig
+from fp8lm.kernels.rounding import Rounding
 from fp8lm.numerics import FP16, Format, format_by_name
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -28,6 +39,12 @@ class StatePrecision:
             exp_avg_sq=format_by_name(precision.exp_avg_sq_dtype),
             stochastic_master=precision.master_rounding == "stochastic",
         )
+
+    @property
+    def rounding(self) -> tuple[Rounding, Rounding, Rounding]:
+        """How master, m and v are rounded to their formats; see the module."""
+        master = Rounding.STOCHASTIC if self.stochastic_master else Rounding.NEAREST
+        return master, Rounding.STOCHASTIC_SUBNORMALS, Rounding.NEAREST
 
     def own_master(self, stored: Format) -> Format | None:
         """Format of the master weight of a weight stored in `stored`; None: it is its own master.

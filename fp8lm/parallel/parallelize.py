@@ -29,7 +29,7 @@ from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter, GradientReduction
-from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels import Kernels
 from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.layers.weight_grad_store import WeightGradStore
@@ -52,7 +52,7 @@ from fp8lm.parallel.tensor_parallel import TensorParallel
 
 
 def build_tp_context(
-    config: Config, groups: ProcessGroups, kernels: ReferenceKernels, counter: WireCounter
+    config: Config, groups: ProcessGroups, kernels: Kernels, counter: WireCounter
 ) -> TPContext:
     """How config section `parallel` divides layers over the ranks of `groups`."""
     parallel, wire = config.parallel, config.precision.wire
@@ -93,7 +93,7 @@ def parallelize(
     config: Config,
     groups: ProcessGroups,
     chunks: list[GPTModel],
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     counter: WireCounter,
     device: torch.device,
 ) -> ParallelModel:
@@ -126,7 +126,7 @@ def parallelize(
 def build_data_parallel(
     config: Config,
     groups: ProcessGroups,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     counter: WireCounter,
     same_stage: dist.ProcessGroup,
     weights: dict[str, Param],
@@ -181,7 +181,7 @@ def rows_by_rank(layouts: list[ParamLayout]) -> list[dict[str, tuple[int, int]]]
 def build_reduction(
     config: Config,
     groups: ProcessGroups,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     wire: Wire,
     same_stage: dist.ProcessGroup,
     weights: dict[str, Param],
@@ -238,7 +238,7 @@ def build_pipeline(
     chunks: list[GPTModel],
     groups: PipelineGroups,
     weights: dict[str, Param],
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     counter: WireCounter,
     device: torch.device,
 ) -> Pipeline:

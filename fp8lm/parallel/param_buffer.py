@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, Wire, all_gather_uneven
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
 from fp8lm.parallel.param_layout import ParamLayout
 from fp8lm.scaled_tensor import ScaledTensor
@@ -36,7 +36,7 @@ class ParamBuffer:
         layout: ParamLayout,
         group: dist.ProcessGroup,
         wire: Wire,
-        kernels: ReferenceKernels,
+        kernels: Kernels,
     ) -> None:
         self.names = list(weights)
         self.local_shards = dict(layout.rows[group.rank()])
@@ -79,7 +79,7 @@ class ParamBuffer:
         message = torch.empty(sum(counts), dtype=torch.bfloat16, device=self._buffer.device)
         start = sum(counts[: self._group.rank()])
         for name, rows in self.local_shards.items():
-            values = self._part(name, rows).dequantize(self._kernels, torch.bfloat16)
+            values = self._kernels.dequantize(self._part(name, rows), torch.bfloat16)
             message[start : start + values.numel()].copy_(values.view(-1))
             start += values.numel()
         return message

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp8lm.comm import Wire, all_gather, reduce_scatter
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import BF16, FP32, Format
-from fp8lm.scaled_tensor import quantize
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class SharedQueryGroup:
     group: dist.ProcessGroup
     gather_wire: Wire
     reduce_wire: Wire
-    kernels: ReferenceKernels
+    kernels: Kernels
 
     def gather(self, x_SBF: Tensor) -> Tensor:
         """[S,B,F] of every rank -> [S,B,rF], features in rank order."""
@@ -47,7 +46,7 @@ class _GatherFeatures(torch.autograd.Function):
     def forward(ctx: Any, x_SBF: Tensor, shared: SharedQueryGroup) -> Tensor:
         ctx.shared = shared
         fmt, size = _format(x_SBF), shared.group.size()
-        own = quantize(x_SBF.contiguous(), fmt, shared.kernels)
+        own = shared.kernels.quantize(x_SBF.contiguous(), fmt)
         gathered = all_gather(own, shared.group, shared.gather_wire).wait().payload
         x_RSBF = gathered.view(x_SBF.dtype).view(size, *x_SBF.shape)
         return x_RSBF.permute(1, 2, 0, 3).flatten(2)

@@ -8,7 +8,7 @@ from functools import partial
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, all_reduce
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32
 from fp8lm.parallel.schedule import Schedule, interleaved, one_forward_one_backward, zero_bubble
@@ -55,7 +55,7 @@ class TiedEmbeddingSync:
     """The first and the last stage's copies of one word table."""
 
     def __init__(
-        self, group: dist.ProcessGroup, wire: Wire, kernels: ReferenceKernels, weight: Param
+        self, group: dist.ProcessGroup, wire: Wire, kernels: Kernels, weight: Param
     ) -> None:
         self._group, self._wire, self._kernels, self._weight = group, wire, kernels, weight
 

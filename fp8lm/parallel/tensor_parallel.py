@@ -1,10 +1,10 @@
 """The tensor-parallel group, and what its linear layers exchange (FP8-LM, section 2.3).
 
-    layer    sequence parallel   input                          output
-    column   yes                 SequenceParallelComm                   Edge
-             no                  TPAllReduceComm                    Edge
-    row      yes                 Edge                           SequenceParallelComm
-             no                  Edge                           TPAllReduceComm
+    layer    sequence parallel   input                  output
+    column   yes                 SequenceParallelComm   none
+             no                  TPAllReduceComm        none
+    row      yes                 none                   SequenceParallelComm
+             no                  none                   TPAllReduceComm
 
 With sequence parallelism a rank holds T/t of T tokens between the layers: forward gathers their
 E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel
@@ -33,12 +33,13 @@ from fp8lm.comm import (
     reduce_scatter,
 )
 from fp8lm.comm.handles import Handle
-from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.kernels.interface import Kernels
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.parallel.query_groups import SharedQueryGroup
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class TensorParallel(TPContext):
     sequence_parallel: bool
     gather_wire: Wire
     reduce_wire: Wire
-    kernels: ReferenceKernels
+    kernels: Kernels
     query_group: SharedQueryGroup | None = None
 
     @property
@@ -75,7 +76,7 @@ class TensorParallel(TPContext):
 
     def sharded_side(self) -> TPComm:
         """See `TPContext`."""
-        return TPShardedComm(self)
+        return TPComm()
 
     def gather_query_group(self, x_SBF: Tensor) -> Tensor:
         """See `TPContext`."""
@@ -100,59 +101,44 @@ class TensorParallel(TPContext):
             tensor.copy_(part.view(tensor.shape))
 
 
-class TPShardedComm(TPComm):
-    """Nothing to exchange but the amax of a weight that lies on several ranks."""
+class TPAllReduceComm(TPComm):
+    """Activations are the same on all ranks; partial sums are all-reduced."""
+
+    reduces = True
 
     def __init__(self, tp: TensorParallel) -> None:
         self.tp = tp
 
-    def share_amax(self, amax: Tensor) -> Tensor:
-        """The largest of the group's."""
-        return self.tp.max(amax)
-
-
-class TPAllReduceComm(TPShardedComm):
-    """Activations are the same on all ranks; partial sums are all-reduced."""
-
-    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+    def reduce(self, y: Tensor) -> Handle[Tensor]:
         """[T, F] -> [T, F], the same bits on every rank."""
-        fmt, wire = wire_format(self.tp.reduce_wire, y), self.tp.reduce_wire
-        return all_reduce(y, fmt, self.tp.group, wire, kernels, dtype=y.dtype)
+        fmt, wire = wire_format(self.tp.reduce_wire, y.dtype), self.tp.reduce_wire
+        return all_reduce(y, fmt, self.tp.group, wire, self.tp.kernels, dtype=y.dtype)
 
 
-class SequenceParallelComm(TPShardedComm):
+class SequenceParallelComm(TPAllReduceComm):
     """Each rank holds a part of the tokens; partial sums are reduce-scattered."""
 
-    def cast(self, x: Tensor, fmt: Format, kernels: ReferenceKernels) -> ScaledTensor:
-        """[T/t, F] in the wire's format, with one scale over the group."""
-        sent = fmt if fmt.scaled else E4M3
-        sent = wire_format(self.tp.gather_wire, x, sent)
-        if not sent.scaled:
-            return quantize(x, sent, kernels)
-        return quantize(x, sent, kernels, amax=self.tp.max(kernels.amax(x)))
+    gathers = True
 
-    def gather(
-        self, x: ScaledTensor, fmt: Format, kernels: ReferenceKernels
-    ) -> Handle[ScaledTensor]:
-        """[T/t, F] of every rank -> [T, F] in `fmt`."""
+    def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
+        """Casts [T/t, F] to the wire's format, with one scale over the group."""
+        fp8 = operand.format if operand.format.scaled else E4M3
+        fmt = wire_format(self.tp.gather_wire, dtype, fp8)
+        share_amax = self.tp.max if fmt.scaled else None
+        return Quantizer(fmt, self.tp.kernels, share_amax=share_amax)
 
-        def operand(gathered: ScaledTensor) -> ScaledTensor:
-            if gathered.format == fmt:
-                return gathered
-            # FP8 and BF16 values are exact in bf16.
-            exact = torch.float32 if gathered.format == FP32 else torch.bfloat16
-            return quantize(gathered.dequantize(kernels, exact), fmt, kernels)
+    def gather(self, x: ScaledTensor) -> Handle[ScaledTensor]:
+        """[T/t, F] of every rank -> [T, F]."""
+        return all_gather(x, self.tp.group, self.tp.gather_wire)
 
-        return all_gather(x, self.tp.group, self.tp.gather_wire).then(operand)
-
-    def reduce(self, y: Tensor, kernels: ReferenceKernels) -> Handle[Tensor]:
+    def reduce(self, y: Tensor) -> Handle[Tensor]:
         """[T, F] -> this rank's rows [T/t, F] of the sum."""
-        fmt, wire = wire_format(self.tp.reduce_wire, y), self.tp.reduce_wire
-        return reduce_scatter(y, fmt, self.tp.group, wire, kernels, dtype=y.dtype)
+        fmt, wire = wire_format(self.tp.reduce_wire, y.dtype), self.tp.reduce_wire
+        return reduce_scatter(y, fmt, self.tp.group, wire, self.tp.kernels, dtype=y.dtype)
 
 
-def wire_format(wire: Wire, x: Tensor, fp8: Format = E4M3) -> Format:
-    """What `wire` carries for `x`: `fp8` on an FP8 wire, else the dtype of `x` (BF16 or FP32)."""
+def wire_format(wire: Wire, dtype: torch.dtype, fp8: Format = E4M3) -> Format:
+    """What `wire` carries of values in `dtype` (bf16 or fp32): `fp8`, or these as they are."""
     if wire.precision == "fp8":
         return fp8
-    return FP32 if x.dtype == torch.float32 else BF16
+    return FP32 if dtype == torch.float32 else BF16

@@ -15,7 +15,7 @@ from fp8lm.data.batches import SizedDataset
 from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
-from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.kernels import Kernels, select_kernels
 from fp8lm.layers.param import Param, named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.tp_context import NO_TP, TPContext
@@ -94,7 +94,7 @@ def model_vocab_size(config: Config, num_ids: int) -> int:
 def build_model(
     config: Config,
     vocab_size: int,
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     device: torch.device,
     *,
     num_ids: int | None = None,
@@ -127,7 +127,7 @@ def gpt(
 def build_optimizer(
     config: Config,
     weights: dict[str, Param],
-    kernels: ReferenceKernels,
+    kernels: Kernels,
     sharding: OptimizerSharding,
 ) -> AdamW:
     """The optimizer of `weights`, which get their initial values."""

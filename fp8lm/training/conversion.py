@@ -24,7 +24,7 @@ from fp8lm.layers.param import ParamSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.resizing import RowPlan
 from fp8lm.training.slots import KINDS, Rows, StateSlot, slot_name, slots
 from fp8lm.training.state import blocks
@@ -133,10 +133,10 @@ class Converter:
                 continue
             values = self._values(slot.weight, kind, slot.rows)
             amax = self._optimizer.amax[names.index(slot.weight), slot.column]
-            tensor.copy_(quantize(values, tensor.format, self._optimizer.kernels, amax=amax))
+            tensor.copy_(self._optimizer.kernels.quantize(values, tensor.format, amax=amax))
 
     def _values(self, weight: str, kind: str, rows: Rows) -> Tensor:
-        return self._read(weight, kind, rows).dequantize(self._optimizer.kernels)
+        return self._optimizer.kernels.dequantize(self._read(weight, kind, rows))
 
     def _read(self, weight: str, kind: str, rows: Rows) -> ScaledTensor:
         """Rows `rows` of this rank's part of `weight`, as they are stored."""

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from fp8lm.comm import all_gather, max_over_group
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import E4M3
-from fp8lm.scaled_tensor import quantize
 from tests.comm.ranks import KERNELS, same_bits, sent, values, wire
 
 NAN, INF = math.nan, math.inf
@@ -68,7 +67,7 @@ def gather_with_amax_over(group_name):
         x = replica_tensor(replica).chunk(2)[shard]
         amax_group = getattr(groups, group_name)
         amax = max_over_group(KERNELS.amax(x), amax_group, wire()).wait()
-        q = quantize(x, E4M3, KERNELS, amax=amax)
+        q = KERNELS.quantize(x, E4M3, amax=amax)
         return replica, all_gather(q, groups.tensor_parallel, wire()).wait()
 
 
@@ -80,7 +79,7 @@ def replica_tensor(replica):
 def differing(run_distributed, group_name):
     results = run_distributed(gather_with_amax_over, 4, group_name)
     assert [replica for replica, _ in results] == [0, 0, 1, 1]
-    wholes = [quantize(replica_tensor(replica), E4M3, KERNELS) for replica in range(2)]
+    wholes = [KERNELS.quantize(replica_tensor(replica), E4M3) for replica in range(2)]
     return [
         rank
         for rank, (replica, gathered) in enumerate(results)

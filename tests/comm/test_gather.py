@@ -20,7 +20,7 @@ from fp8lm.comm import (
 )
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from tests.comm.ranks import KERNELS, message_bytes, same_bits, sent, values, wire
 
 FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
@@ -45,7 +45,7 @@ def gather_all_formats(bad_rank=None):
     for fmt in FORMATS:
         used, x = wire(), shard(dist.get_rank(), bad_rank)
         amax = max_over_group(KERNELS.amax(x), dist.group.WORLD, wire()).wait()
-        q = quantize(x, fmt, KERNELS, amax=amax)
+        q = KERNELS.quantize(x, fmt, amax=amax)
         results.append((all_gather(q, dist.group.WORLD, used).wait(), sent(used)))
     return results
 
@@ -55,7 +55,7 @@ def test_shard_then_quantize_is_quantize_then_shard(run_distributed, world_size)
     whole = torch.cat([shard(rank) for rank in range(world_size)])
     for results in run_distributed(gather_all_formats, world_size):
         for fmt, (gathered, counted) in zip(FORMATS, results, strict=True):
-            expected = quantize(whole, fmt, KERNELS)
+            expected = KERNELS.quantize(whole, fmt)
             assert gathered.format == fmt
             assert same_bits(gathered.payload, expected.payload)
             assert same_bits(gathered.scale, expected.scale)
@@ -66,7 +66,7 @@ def test_shard_then_quantize_is_quantize_then_shard(run_distributed, world_size)
 def test_inf_on_one_rank_is_nan_on_all(run_distributed, world_size):
     for results in run_distributed(gather_all_formats, world_size, 1):
         for gathered, _ in results:
-            decoded = gathered.dequantize(KERNELS)
+            decoded = KERNELS.dequantize(gathered)
             if gathered.format.scaled:
                 assert decoded.isnan().all()
             else:
@@ -77,7 +77,7 @@ def gather_values_in_all_formats(bad_rank=None):
     results = []
     for fmt in FORMATS:
         used = wire()
-        q = quantize(shard(dist.get_rank(), bad_rank), fmt, KERNELS)
+        q = KERNELS.quantize(shard(dist.get_rank(), bad_rank), fmt)
         gathered = all_gather_values(q, dist.group.WORLD, used).wait()
         results.append((gathered, join(gathered, KERNELS, torch.float32), sent(used)))
     return results
@@ -88,18 +88,18 @@ def gather_values_in_all_formats(bad_rank=None):
 def test_values_keep_the_scale_of_their_rank(run_distributed, world_size, bad_rank):
     for results in run_distributed(gather_values_in_all_formats, world_size, bad_rank):
         for fmt, (gathered, joined, counted) in zip(FORMATS, results, strict=True):
-            expected = [quantize(shard(rank, bad_rank), fmt, KERNELS) for rank in range(world_size)]
+            expected = [KERNELS.quantize(shard(rank, bad_rank), fmt) for rank in range(world_size)]
             for q, e in zip(gathered, expected, strict=True):
                 assert same_bits(q.payload, e.payload)
                 assert same_bits(q.scale, e.scale)
-            assert same_bits(joined, torch.cat([e.dequantize(KERNELS) for e in expected]))
+            assert same_bits(joined, torch.cat([KERNELS.dequantize(e) for e in expected]))
             assert counted == (world_size - 1) * message_bytes(ROWS * COLUMNS, fmt)
 
 
 def broadcast_from(src, bad_rank=None):
     rank, results = dist.get_rank(), []
     for fmt in FORMATS:
-        used, own = wire(), quantize(shard(rank, bad_rank), fmt, KERNELS)
+        used, own = wire(), KERNELS.quantize(shard(rank, bad_rank), fmt)
         before = own.clone()
         arrived = broadcast(own, src, dist.group.WORLD, used).wait()
         assert same_bits(own.payload, before.payload)
@@ -113,7 +113,7 @@ def test_broadcast(run_distributed, world_size, src, bad_rank):
     results = run_distributed(broadcast_from, world_size, src, bad_rank)
     for rank, by_format in enumerate(results):
         for fmt, (arrived, counted) in zip(FORMATS, by_format, strict=True):
-            expected = quantize(shard(src, bad_rank), fmt, KERNELS)
+            expected = KERNELS.quantize(shard(src, bad_rank), fmt)
             assert same_bits(arrived.payload, expected.payload)
             assert same_bits(arrived.scale, expected.scale)
             last_of_the_ring = (rank + 1) % world_size == src
@@ -122,20 +122,20 @@ def test_broadcast(run_distributed, world_size, src, bad_rank):
 
 def broadcast_in_pairs():
     with model_parallel_groups(tensor_parallel=2) as groups:
-        x = quantize(shard(dist.get_rank()), E4M3, KERNELS)
+        x = KERNELS.quantize(shard(dist.get_rank()), E4M3)
         return broadcast(x, 1, groups.tensor_parallel, wire()).wait()
 
 
 def test_the_source_is_counted_within_the_group(run_distributed):
     results = run_distributed(broadcast_in_pairs, 4)
     for arrived, src in zip(results, (1, 1, 3, 3), strict=True):
-        assert same_bits(arrived.payload, quantize(shard(src), E4M3, KERNELS).payload)
+        assert same_bits(arrived.payload, KERNELS.quantize(shard(src), E4M3).payload)
 
 
 def gather_alone():
     with model_parallel_groups() as groups:
         group, used = groups.tensor_parallel, wire()
-        x = quantize(shard(0), E4M3, KERNELS)
+        x = KERNELS.quantize(shard(0), E4M3)
         whole = all_gather(x, group, used).wait()
         (value,) = all_gather_values(x, group, used).wait()
         arrived = broadcast(x, 0, group, used).wait()
@@ -159,7 +159,7 @@ def gather_weights_in_place():
     for step in range(2):
         for weight in weights[rank]:
             new = values(10 * step + rank, *weight.shape, amplitude=10.0**rank)
-            weight.copy_(quantize(new, weight.format, KERNELS))
+            weight.copy_(KERNELS.quantize(new, weight.format))
         gathered = all_gather_bytes(buffer[rank], dist.group.WORLD, used, out=buffer).wait()
         assert gathered is buffer
     assert sent(used) == 2 * (world_size - 1) * layout.nbytes
@@ -172,7 +172,7 @@ def test_gather_in_place_reaches_the_views(run_distributed, world_size):
         for owner in range(world_size):
             for weight in weights[owner]:
                 new = values(10 + owner, *weight.shape, amplitude=10.0**owner)
-                expected = quantize(new, weight.format, KERNELS)
+                expected = KERNELS.quantize(new, weight.format)
                 assert same_bits(weight.payload, expected.payload)
                 assert same_bits(weight.scale, expected.scale)
 
@@ -194,7 +194,7 @@ def test_uneven_exchange(run_distributed, world_size):
 
 
 def misuse():
-    x = quantize(shard(dist.get_rank()), E4M3, KERNELS)
+    x = KERNELS.quantize(shard(dist.get_rank()), E4M3)
     scalar = ScaledTensor(x.payload.view(-1)[0], x.scale, E4M3)
     with pytest.raises(ValueError, match="needs a first dimension"):
         all_gather(scalar, dist.group.WORLD, wire())

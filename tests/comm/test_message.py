@@ -9,7 +9,6 @@ import torch
 
 from fp8lm.comm import MessageLayout
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
-from fp8lm.scaled_tensor import quantize
 from tests.comm.ranks import KERNELS, message_bytes, same_bits, values
 
 FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
@@ -18,7 +17,7 @@ FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
 def tensors():
     shapes = [(3, 5), (16,), (), (2, 2, 7), (1,)]
     cases = enumerate(zip(shapes, FORMATS, strict=True))
-    return [quantize(values(i, *shape) * 10.0**i, fmt, KERNELS) for i, (shape, fmt) in cases]
+    return [KERNELS.quantize(values(i, *shape) * 10.0**i, fmt) for i, (shape, fmt) in cases]
 
 
 def test_what_was_packed_comes_back():
@@ -50,7 +49,7 @@ def test_size(fmt, numel):
 
 
 def test_strided_payloads_are_sent_in_order():
-    matrix = quantize(values(0, 4, 6), E4M3, KERNELS).t()
+    matrix = KERNELS.quantize(values(0, 4, 6), E4M3).t()
     layout = MessageLayout.of([matrix])
     assert same_bits(layout.views(layout.pack([matrix]))[0].payload, matrix.payload)
 
@@ -58,4 +57,4 @@ def test_strided_payloads_are_sent_in_order():
 def test_another_layout_is_refused():
     layout = MessageLayout((((4,), E4M3),))
     with pytest.raises(ValueError, match=r"\(5,\), fp8_e4m3.*do not have the layout"):
-        layout.pack([quantize(values(0, 5), E4M3, KERNELS)])
+        layout.pack([KERNELS.quantize(values(0, 5), E4M3)])

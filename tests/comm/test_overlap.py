@@ -17,7 +17,6 @@ from fp8lm.comm import (
     reduce_scatter,
 )
 from fp8lm.numerics import E4M3, E5M2
-from fp8lm.scaled_tensor import quantize
 from tests.comm.ranks import KERNELS, same_bits, values, wire
 
 ROWS, COLUMNS = 256, 512
@@ -28,10 +27,10 @@ def start_all(rank, device):
     group, used = dist.group.WORLD, wire()
     x = values(rank, ROWS, COLUMNS).to(device)
     handles = [
-        all_gather(quantize(x, E4M3, KERNELS, amax=torch.tensor(8.0, device=device)), group, used),
+        all_gather(KERNELS.quantize(x, E4M3, amax=torch.tensor(8.0, device=device)), group, used),
         reduce_scatter(x, E4M3, group, used, KERNELS),
         max_over_group(x[:4].abs(), group, used),
-        all_gather_values(quantize(x, E5M2, KERNELS), group, used),
+        all_gather_values(KERNELS.quantize(x, E5M2), group, used),
         all_reduce(x, E5M2, group, used, KERNELS),
     ]
     return x, handles

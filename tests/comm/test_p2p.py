@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
-from fp8lm.comm.p2p import PipelineP2P, cast_rows
+from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.numerics import E4M3
-from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, random
 
 SHAPE = (6, 2, 32)
@@ -32,7 +31,7 @@ def test_every_token_is_cast_on_its_own():
     arrived = wire("fp8").unpack(wire("fp8").pack(x))
     for i in range(6):
         for j in range(2):
-            alone = quantize(x[i, j].float(), E4M3, KERNELS).dequantize(KERNELS)
+            alone = KERNELS.dequantize(KERNELS.quantize(x[i, j].float(), E4M3))
             assert torch.equal(arrived[i, j].float(), alone)
 
 
@@ -41,7 +40,7 @@ def test_small_tokens_survive_beside_large_ones():
     arrived = wire("fp8").unpack(wire("fp8").pack(x)).float()
     error = (arrived - x.float()).norm(dim=-1) / x.float().norm(dim=-1)
     assert error.max() < 2**-4  # E4M3's relative step, whatever the token's size
-    one_scale = quantize(x.float(), E4M3, KERNELS).dequantize(KERNELS)
+    one_scale = KERNELS.dequantize(KERNELS.quantize(x.float(), E4M3))
     assert not one_scale[0].any()
 
 
@@ -74,9 +73,10 @@ def test_a_fault_stays_in_its_token(fault):
 
 
 def test_zero_tokens():
-    payload, scales = cast_rows(torch.zeros(4, 32), E4M3, KERNELS)
-    assert not payload.any()
-    assert scales.tolist() == [1.0] * 4
+    message = wire("fp8").pack(torch.zeros(SHAPE))
+    assert not wire("fp8").unpack(message).any()
+    scales = message[torch.zeros(SHAPE).numel() :].view(torch.float32)
+    assert (scales == 1.0).all()
 
 
 def exchange(precision):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from fp8lm.comm import all_gather, all_reduce, max_over_group, reduce_scatter
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
-from fp8lm.scaled_tensor import quantize
 from tests.comm.ranks import KERNELS, message_bytes, same_bits, sent, values, wire
 
 FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
@@ -40,7 +39,7 @@ def expected_shard(rank, world_size, fmt, amplitudes, dtype):
     total = torch.zeros(ROWS, COLUMNS)
     for other in range(world_size):
         chunk = term(other, world_size, amplitudes, dtype).chunk(world_size)[rank]
-        sent_chunk = chunk if other == rank else quantize(chunk, fmt, KERNELS).dequantize(KERNELS)
+        sent_chunk = chunk if other == rank else KERNELS.dequantize(KERNELS.quantize(chunk, fmt))
         total += sent_chunk
     return total
 
@@ -113,8 +112,8 @@ def test_all_reduce_has_the_same_bits_everywhere(run_distributed, world_size, fm
         total = torch.zeros_like(chunks[0][0])
         for rank in range(world_size):
             x = chunks[rank][owner]
-            total += x if rank == owner else quantize(x, fmt, KERNELS).dequantize(KERNELS)
-        shards.append(quantize(total, fmt, KERNELS).dequantize(KERNELS))
+            total += x if rank == owner else KERNELS.dequantize(KERNELS.quantize(x, fmt))
+        shards.append(KERNELS.dequantize(KERNELS.quantize(total, fmt)))
     expected = torch.cat(shards)[:numel].view(shape)
     for result, counted in run_distributed(reduce, world_size, fmt, UNEQUAL, shape):
         assert same_bits(result, expected)
@@ -153,7 +152,7 @@ def bytes_of_a_layer(precision):
     amax = KERNELS.amax(shard)
     if fmt.scaled:
         amax = max_over_group(amax, dist.group.WORLD, used).wait()
-    all_gather(quantize(shard, fmt, KERNELS, amax=amax), dist.group.WORLD, used).wait()
+    all_gather(KERNELS.quantize(shard, fmt, amax=amax), dist.group.WORLD, used).wait()
     x = values(0, 64 * dist.get_world_size(), 64, dtype=torch.bfloat16)
     reduce_scatter(x, used.format(E4M3), dist.group.WORLD, used, KERNELS).wait()
     all_reduce(x, used.format(E4M3), dist.group.WORLD, used, KERNELS).wait()

@@ -43,7 +43,11 @@ def test_facts_of_this_machine():
     assert len(facts.accelerators.gpus) == torch.cuda.device_count()
     cpu = facts.execution[0]
     kernels = select_kernels(torch.device("cpu"))
-    assert (cpu.device, cpu.gemm, cpu.attention) == ("cpu", kernels.gemm_by, kernels.attention_by)
+    assert (cpu.device, cpu.gemm, cpu.attention) == (
+        "cpu",
+        kernels.backends["gemm"],
+        kernels.backends["attention"],
+    )
 
 
 def test_ranges_are_those_of_pyproject():

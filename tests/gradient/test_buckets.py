@@ -10,8 +10,9 @@ from fp8lm.comm import Wire, WireCounter
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.layers.embedding import embed
-from fp8lm.layers.linear import FP8_GEMM, linear
+from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
+from fp8lm.layers.recipe import FP8_GEMM
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.parallel.data_parallel import tensors_of
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
@@ -28,6 +29,9 @@ class RecordingReduction(Fp32ReduceScatter):
     def _arrive(self, means):
         self.events.append("arrived")
         return means
+
+
+PATH = GemmPath(FP8_GEMM, KERNELS)
 
 
 def weights():
@@ -52,11 +56,11 @@ def backward(made, seed, events):
         )
     ids = torch.arange(16) * 3
     h = embed(ids, made["table"])
-    h = linear(h, made["first"], FP8_GEMM)
+    h = linear(h, made["first"], PATH)
     h.register_hook(lambda dy: events.append("first"))
-    h = linear(h, made["second"], FP8_GEMM, made["bias"].param)
+    h = linear(h, made["second"], PATH, made["bias"].param)
     h.register_hook(lambda dy: events.append("second"))
-    y = linear(h, made["table"], FP8_GEMM)
+    y = linear(h, made["table"], PATH)
     y.backward(random(*y.shape, seed=100 + seed, dtype=y.dtype))
 
 
@@ -75,7 +79,7 @@ def reduce(place, wire, overlap, bucket_size, microbatches=2):
             buckets.enable_grad_sync()
         backward(made, 10 * group.rank() + number, events)
     reduced = buckets.finish()
-    own = {name: weight.main_grad.value.dequantize(KERNELS) for name, weight in made.items()}
+    own = {name: KERNELS.dequantize(weight.main_grad.value) for name, weight in made.items()}
     return own, {name: (rows[group.rank()][name], g.payload) for name, g in reduced.items()}, events
 
 

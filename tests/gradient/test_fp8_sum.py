@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_bytes, sums_fp8
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.gradient.fp8_sum import GROWTH, AutoScaler, Fp8Sum, ring_sum, saturated_share
+from fp8lm.gradient.fp8_sum import GROWTH, AutoScaler, Fp8Sum, ring_sum
 from fp8lm.numerics import BF16, E4M3
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from tests.parallel.ranks import CPU, KERNELS, random
 
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -57,8 +57,8 @@ def reduce(policy, amplitude, poison=None, native=None):
     value = gradient(rank, amplitude)
     if poison == rank:
         value[3, 3] = float("inf")
-    sent = quantize(value, E4M3, KERNELS)
-    dense = quantize(random(8, seed=rank), BF16, KERNELS)
+    sent = KERNELS.quantize(value, E4M3)
+    dense = KERNELS.quantize(random(8, seed=rank), BF16)
     rows = [own | ({"b": (0, 8)} if r == 0 else {}) for r, own in enumerate(rows_of(size))]
     means = reduction.start({"w": sent, "b": dense}, rows).wait()
     share = reduction.scaling.saturated.clone()
@@ -69,15 +69,15 @@ def reduce(policy, amplitude, poison=None, native=None):
 
 def emulate(size, mu, amplitude):
     """The ring on one process: the mean of every row, and its saturated share."""
-    stored = [quantize(gradient(rank, amplitude), E4M3, KERNELS) for rank in range(size)]
+    stored = [KERNELS.quantize(gradient(rank, amplitude), E4M3) for rank in range(size)]
     scale = torch.stack([tensor.scale for tensor in stored]).min() * mu
     terms = [
-        ScaledTensor(KERNELS.cast(t.dequantize(KERNELS), scale, E4M3), scale, E4M3) for t in stored
+        ScaledTensor(KERNELS.cast(KERNELS.dequantize(t), scale, E4M3), scale, E4M3) for t in stored
     ]
     means = []
     for owner, own in enumerate(rows_of(size)):
         total = ring_sum([term.rows(*own["w"]) for term in terms], owner, KERNELS)
-        means.append((total.dequantize(KERNELS) / size, saturated_share(total)))
+        means.append((KERNELS.dequantize(total) / size, KERNELS.saturated_share(total)))
     return means
 
 
@@ -155,7 +155,7 @@ def silent_but_for(rank, policy):
     value = torch.full(SHAPE, 1e-4) if group.rank() == rank else torch.zeros(SHAPE)
     if group.rank() == 0:
         value.mul_(-1.0)  # zeros may have a sign
-    sent = quantize(value, E4M3, KERNELS)
+    sent = KERNELS.quantize(value, E4M3)
     return reducer(group, policy).start({"w": sent}, rows_of(group.size())).wait()["w"]
 
 
@@ -216,7 +216,7 @@ def test_mu_finds_the_middle():
         value[0, :8] = 1.0 if rank < 4 else 0.0
         value[0, 8] = 1.0  # so that all have one scale, 256
         value[0, 8] *= (-1) ** rank
-    stored = [quantize(value, E4M3, KERNELS) for value in true]
+    stored = [KERNELS.quantize(value, E4M3) for value in true]
     mean = torch.stack(true).mean(0)
     scaling = AutoScaler(["w"], size, "automatic", CPU)
 
@@ -224,13 +224,13 @@ def test_mu_finds_the_middle():
         """(mean, share of the small terms that vanish); counts what saturates."""
         scale = stored[0].scale * mu
         terms = [
-            ScaledTensor(KERNELS.cast(s.dequantize(KERNELS), scale, E4M3), scale, E4M3)
+            ScaledTensor(KERNELS.cast(KERNELS.dequantize(s), scale, E4M3), scale, E4M3)
             for s in stored
         ]
         total = ring_sum(terms, 0, KERNELS)
-        scaling.saturated.fill_(saturated_share(total))
+        scaling.saturated.fill_(KERNELS.saturated_share(total))
         vanished = torch.stack([(term.payload[1:] & 0x7F == 0).float().mean() for term in terms])
-        return total.dequantize(KERNELS) / size, vanished.mean()
+        return KERNELS.dequantize(total) / size, vanished.mean()
 
     (pre, underflow), (post, kept) = reduced(1.0 / size), reduced(1.0)
     assert underflow > 0.5 > 10 * kept
@@ -254,7 +254,7 @@ def wrong_group():
         # Ranks 0 and 2 are replicas, as are 1 and 3, whose gradients are far larger.
         value = torch.full(SHAPE, 2.0**-8 if rank % 2 == 0 else 2.0**8)
         rows = [{"w": (0, 16)}, {"w": (16, 32)}]
-        return reduction.start({"w": quantize(value, E4M3, KERNELS)}, rows).wait()["w"]
+        return reduction.start({"w": KERNELS.quantize(value, E4M3)}, rows).wait()["w"]
 
 
 def test_scales_are_shared_among_replicas_only(run_distributed):
@@ -271,7 +271,7 @@ def mu_of_shards():
         reduction = reducer(groups.data_parallel, "automatic", groups.world)
         value = torch.full(SHAPE, 1.0 if shard else (-1.0) ** replica)
         rows = [{"w": (0, 16)}, {"w": (16, 32)}]
-        reduction.start({"w": quantize(value, E4M3, KERNELS)}, rows).wait()
+        reduction.start({"w": KERNELS.quantize(value, E4M3)}, rows).wait()
         share = reduction.scaling.saturated.item()
         reduction.finish_step(NO)
         return share, reduction.scaling.mu.item()

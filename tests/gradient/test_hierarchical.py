@@ -12,7 +12,6 @@ from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.runtime.errors import InputError
-from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, random
 
 ROWS = [{"w": (0, 16), "b": (0, 8)}, {"w": (16, 40)}, {"v": (0, 16)}, {"w": (40, 64)}]
@@ -25,9 +24,9 @@ def reduce(fmt, names="wbv"):
         assert (nodes.node.rank(), nodes.across.rank()) == (rank % 2, rank // 2)
         wire = Wire("grads", "fp8", WireCounter(("grads",)))
         gradients = {
-            "w": quantize(random(64, 32, seed=rank), fmt, KERNELS),
-            "b": quantize(random(8, seed=10 + rank), FP32, KERNELS),
-            "v": quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt, KERNELS),
+            "w": KERNELS.quantize(random(64, 32, seed=rank), fmt),
+            "b": KERNELS.quantize(random(8, seed=10 + rank), FP32),
+            "v": KERNELS.quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt),
         }
         gradients = {name: gradients[name] for name in names}
         sent = []
@@ -56,7 +55,7 @@ def test_two_hops_give_the_mean_of_one(fmt, bound, run_distributed):
 def stored(rank, fmt=E4M3):
     """Rank's gradient, whose rows span four orders of magnitude."""
     values = random(64, 32, seed=rank) * torch.logspace(0, -4, 64)[:, None]
-    return quantize(values, fmt, KERNELS)
+    return KERNELS.quantize(values, fmt)
 
 
 def means_at_owners(fmt, owners):
@@ -70,9 +69,9 @@ def means_at_owners(fmt, owners):
 
 def emulated(fmt, home):
     """The mean where it belongs to node `home` of two of two ranks."""
-    terms = [stored(rank, fmt).dequantize(KERNELS) for rank in range(4)]
+    terms = [KERNELS.dequantize(stored(rank, fmt)) for rank in range(4)]
     sums = [terms[0] + terms[1], terms[2] + terms[3]]
-    crossed = quantize(sums[1 - home], fmt, KERNELS).dequantize(KERNELS)
+    crossed = KERNELS.dequantize(KERNELS.quantize(sums[1 - home], fmt))
     return (sums[home] + crossed) / 4
 
 

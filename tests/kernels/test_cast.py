@@ -9,9 +9,11 @@ import torch
 
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.scaled_tensor import ScaledTensor
 from tests.numerics.tables import all_codes, code_values, finite_codes, finite_values
 
 KERNELS = ReferenceKernels()
+SMALL_BLOCKS = ReferenceKernels(block_elements=7)
 FP8 = [E4M3, E5M2]
 SCALED = [E4M3, E5M2, FP16]
 SCALES = [2.0**-20, 1.0, 2.0**9, 2.0**40]
@@ -22,7 +24,7 @@ def cast(x, fmt, scale=1.0, **options):
 
 
 def decode(payload, fmt, dtype=torch.float32, scale=1.0):
-    return KERNELS.dequantize(payload, torch.tensor(scale), fmt, dtype)
+    return KERNELS.dequantize(ScaledTensor(payload, torch.tensor(scale), fmt), dtype)
 
 
 def positive_steps(fmt):
@@ -88,10 +90,6 @@ def test_any_strides(fmt, view):
     assert torch.equal(decode(view(payload), fmt), view(decode(payload, fmt)))
 
 
-class SmallBlocks(ReferenceKernels):
-    block_elements = 7
-
-
 @pytest.mark.parametrize("fmt", SCALED, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [6, 7, 8, 14, 100])
@@ -99,9 +97,9 @@ def test_blocks_do_not_show(fmt, dtype, count):
     x = torch.randn(count, generator=torch.Generator().manual_seed(4)).to(dtype)
     scale = torch.tensor(2.0**5)
     payload = KERNELS.cast(x, scale, fmt)
-    assert torch.equal(SmallBlocks().cast(x, scale, fmt), payload)
-    values = KERNELS.dequantize(payload, scale, fmt, dtype)
-    assert torch.equal(SmallBlocks().dequantize(payload, scale, fmt, dtype), values)
+    assert torch.equal(SMALL_BLOCKS.cast(x, scale, fmt), payload)
+    values = KERNELS.dequantize(ScaledTensor(payload, scale, fmt), dtype)
+    assert torch.equal(SMALL_BLOCKS.dequantize(ScaledTensor(payload, scale, fmt), dtype), values)
 
 
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)

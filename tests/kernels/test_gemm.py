@@ -8,9 +8,9 @@ import torch
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.reference import check_gemm_operands
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, PER_ROW, Granularity
 from fp8lm.runtime.errors import InputError
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -24,12 +24,12 @@ OUTPUTS = [
 
 def operand(rows, columns, fmt, *, seed, amplitude=1.0):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return quantize(x * amplitude, fmt, KERNELS)
+    return KERNELS.quantize(x * amplitude, fmt)
 
 
 def exact_product(a, b):
     """(product, product of magnitudes) of the dequantized operands in float64."""
-    a, b = (x.dequantize(KERNELS).double() for x in (a, b))
+    a, b = (KERNELS.dequantize(x).double() for x in (a, b))
     return a @ b.t(), a.abs() @ b.abs().t()
 
 
@@ -38,7 +38,7 @@ def exact_product(a, b):
 def test_product(formats, out_dtype, amplitudes):
     a = operand(48, 64, formats[0], seed=1, amplitude=amplitudes[0])
     b = operand(32, 64, formats[1], seed=2, amplitude=amplitudes[1])
-    result = KERNELS.gemm(a.operand, b.operand, out_dtype=out_dtype)
+    result = KERNELS.gemm(a, b, out_dtype=out_dtype)
     product, magnitude = exact_product(a, b)
     # One rounding of the output, and the fp32 roundings of 64 additions.
     bound = torch.finfo(out_dtype).eps / 2 * product.abs() + 64 * 2.0**-24 * magnitude
@@ -51,7 +51,7 @@ def test_product(formats, out_dtype, amplitudes):
 def test_small_integers_are_exact(formats, fast_accumulation):
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randint(-2, 3, (16, 48), generator=generator).float() for _ in range(2))
-    operands = (quantize(x, fmt, KERNELS).operand for x, fmt in zip((a, b), formats, strict=True))
+    operands = (KERNELS.quantize(x, fmt) for x, fmt in zip((a, b), formats, strict=True))
     result = KERNELS.gemm(*operands, fast_accumulation=fast_accumulation)
     assert torch.equal(result.float(), a @ b.t())  # at most 192: bf16 counts to 256
 
@@ -62,7 +62,7 @@ def test_accumulates_in_fp32():
     a[:, 0] = 256.0
     b = torch.ones(16, 32)
     b[:, 17:] = 0.0
-    product = KERNELS.gemm(quantize(a, E4M3, KERNELS).operand, quantize(b, E4M3, KERNELS).operand)
+    product = KERNELS.gemm(KERNELS.quantize(a, E4M3), KERNELS.quantize(b, E4M3))
     assert (product == 272.0).all()
 
 
@@ -71,19 +71,19 @@ def test_transposed_views(formats):
     a = operand(48, 64, formats[0], seed=4)
     b = operand(48, 32, formats[1], seed=5)
     contiguous = (ScaledTensor(x.payload.t().contiguous(), x.scale, x.format) for x in (a, b))
-    expected = KERNELS.gemm(*(x.operand for x in contiguous))
-    assert torch.equal(KERNELS.gemm(a.t().operand, b.t().operand), expected)
+    expected = KERNELS.gemm(*contiguous)
+    assert torch.equal(KERNELS.gemm(a.t(), b.t()), expected)
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_nan_scale_reaches_every_element(which):
     operands = [operand(16, 16, E4M3, seed=6), operand(16, 16, E4M3, seed=7)]
     operands[which].scale.fill_(torch.nan)
-    assert KERNELS.gemm(*(x.operand for x in operands)).isnan().all()
+    assert KERNELS.gemm(*operands).isnan().all()
 
 
 def zeros(rows, columns, fmt):
-    return ScaledTensor.zeros((rows, columns), fmt, CPU).operand
+    return ScaledTensor.zeros((rows, columns), fmt, CPU)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_gpu_with_fp8_multiplies_on_tensor_cores(monkeypatch, capability):
 def test_tensor_cores_match_the_reference(formats, transposed, fast_accumulation):
     a, b = operand(64, 64, formats[0], seed=8), operand(64, 64, formats[1], seed=9)
     if transposed:
-        a, b = a.t(), b.t()
-    on_gpu = ((x.payload.cuda(), x.scale.cuda(), x.format) for x in (a, b))
+        a, b = (HopperKernels().transpose(x) for x in (a, b))
+    on_gpu = (ScaledTensor(x.payload.cuda(), x.scale.cuda(), x.format) for x in (a, b))
     result = HopperKernels().gemm(*on_gpu, fast_accumulation=fast_accumulation).cpu()
     product, magnitude = exact_product(a, b)
     # Hopper adds products in 14 bits (fast: over the whole sum).
@@ -150,22 +150,44 @@ def test_what_is_handed_to_cublas_is_the_product_of_the_values(formats, transpos
     b = operand(32, 64, formats[1], seed=11, amplitude=300.0)
     assert a.scale != 1.0 != b.scale
     if transposed:
-        a, b = (ScaledTensor(x.payload.t().contiguous().t(), x.scale, x.format) for x in (a, b))
-    result = HopperKernels().gemm(a.operand, b.operand)
-    expected = KERNELS.gemm(a.operand, b.operand)
+        a, b = (HopperKernels().transpose(x.t()) for x in (a, b))
+    result = HopperKernels().gemm(a, b)
+    expected = KERNELS.gemm(a, b)
     torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=2.0**-7 * expected.abs().max())
+
+
+def test_operands_are_not_copied_unseen():
+    a, b = operand(48, 64, E4M3, seed=10), operand(32, 64, E4M3, seed=11)
+    strided = ScaledTensor(a.payload.t().contiguous().t(), a.scale, a.format)
+    with pytest.raises(ValueError, match="not contiguous"):
+        HopperKernels().gemm(strided, b)
+    with pytest.raises(ValueError, match="not contiguous"):
+        HopperKernels().gemm(b, strided)
+    blocks = KERNELS.quantize(torch.randn(32, 64), E4M3, granularity=PER_ROW)
+    with pytest.raises(ValueError, match="blocks of 1 x all"):
+        HopperKernels().gemm(a, blocks)
+
+
+@pytest.mark.parametrize("granularity", [PER_ROW, Granularity(1, 16), Granularity(16, 32)], ids=str)
+def test_product_of_blocks(granularity):
+    x, y = (torch.randn(48, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    a = KERNELS.quantize(x, E5M2, granularity=granularity)
+    b = KERNELS.quantize(y, E4M3, granularity=granularity)
+    product, magnitude = exact_product(a, b)
+    bound = 2.0**-8 * product.abs() + 64 * 2.0**-24 * magnitude  # as `test_product`
+    assert ((KERNELS.gemm(a, b).double() - product).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("fast_accumulation", [False, True])
 def test_fast_accumulation_is_passed_on(monkeypatch, fast_accumulation):
     asked = []
 
-    def record(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+    def record(a, b, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
         asked.append((use_fast_accum, out_dtype, scale_a.item(), scale_b.item()))
         return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", record)
     a, b = operand(16, 32, E4M3, seed=12), operand(16, 32, E4M3, seed=13, amplitude=7.0)
-    HopperKernels().gemm(a.operand, b.operand, fast_accumulation=fast_accumulation)
+    HopperKernels().gemm(a, b, fast_accumulation=fast_accumulation)
     scales = [1.0 / x.scale.item() for x in (a, b)]
     assert asked == [(fast_accumulation, torch.bfloat16, *scales)]

@@ -10,6 +10,7 @@ import torch
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.kernels.rounding import cast_stochastic, noise_bits
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.scaled_tensor import ScaledTensor
 
 KERNELS = ReferenceKernels()
 FORMATS = [E4M3, E5M2, FP16, BF16]
@@ -27,7 +28,7 @@ def noise(count, key, start=0):
 def rounded(x, fmt, key, scale=1.0):
     scale = torch.tensor(scale)
     payload = cast_stochastic(x, scale, fmt, noise(x.numel(), key).view(x.shape))
-    return KERNELS.dequantize(payload, scale, fmt, torch.float32)
+    return KERNELS.dequantize(ScaledTensor(payload, scale, fmt))
 
 
 def normal_numbers(fmt, count=2000):
@@ -94,7 +95,7 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
     total = torch.zeros_like(x)
     for key in range(keys):
         payload = cast_stochastic(x, ONE, fmt, noise(len(x), key), subnormals_only=subnormals_only)
-        values = KERNELS.dequantize(payload, ONE, fmt, torch.float32)
+        values = KERNELS.dequantize(ScaledTensor(payload, ONE, fmt))
         assert ((values - x).abs() < step).all()
         total += values
     # A Bernoulli step has a standard deviation of at most half a step; 5 sigma over all means.
@@ -106,7 +107,7 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
 def test_zeros_stay_zero(fmt, subnormals_only):
     zeros = torch.tensor([0.0, -0.0] * 50)
     payload = cast_stochastic(zeros, ONE, fmt, noise(100, 3), subnormals_only=subnormals_only)
-    assert not KERNELS.dequantize(payload, ONE, fmt, torch.float32).any()
+    assert not KERNELS.dequantize(ScaledTensor(payload, ONE, fmt)).any()
 
 
 @pytest.mark.parametrize("fmt", [BF16, FP32], ids=repr)

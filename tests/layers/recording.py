@@ -9,11 +9,12 @@ class RecordingKernels(ReferenceKernels):
     """`gemms`: (format of a, format of b, fast_accumulation) of each; `attentions`: how many."""
 
     def __init__(self):
+        super().__init__()
         self.gemms = []
         self.attentions = 0
 
     def gemm(self, a, b, **options):
-        self.gemms.append((a[2], b[2], options.get("fast_accumulation", False)))
+        self.gemms.append((a.format, b.format, options.get("fast_accumulation", False)))
         return super().gemm(a, b, **options)
 
     def attention(self, *arguments):

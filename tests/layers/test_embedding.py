@@ -7,10 +7,10 @@ import torch
 
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.embedding import embed
-from fp8lm.layers.linear import BF16_GEMM, FP32_GEMM, linear
+from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam
+from fp8lm.layers.recipe import BF16_GEMM, FP32_GEMM
 from fp8lm.numerics import BF16, FP32
-from fp8lm.scaled_tensor import quantize
 
 KERNELS = ReferenceKernels()
 FORMATS = [BF16, FP32]
@@ -21,7 +21,7 @@ def table(fmt):
     spec = ParamSpec((VOCABULARY, HIDDEN), lambda tensor, generator: tensor, fmt, FP32)
     weight = QuantizedParam(spec, KERNELS, torch.device("cpu"))
     values = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
-    weight.model_param.copy_(quantize(values, fmt, KERNELS))
+    weight.model_param.copy_(KERNELS.quantize(values, fmt))
     return weight
 
 
@@ -61,7 +61,7 @@ def test_gradient_of_lookup_and_tied_head_meet(fmt):
             if use == "lookup":
                 embed(ids, weight).backward(dy)
             else:
-                linear(x, weight, precision).backward(dlogits)
+                linear(x, weight, GemmPath(precision, KERNELS)).backward(dlogits)
         gradients.append(weight.main_grad.value.payload.double())
     lookup, head, *both = gradients
     for gradient in both:

@@ -10,10 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM, Linear
+from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec, vector_spec
+from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, Recipe
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
-from fp8lm.scaled_tensor import quantize
 from tests.layers.recording import RecordingKernels
 
 KERNELS = ReferenceKernels()
@@ -37,8 +37,17 @@ def layer(precision, storage, *, kernels=KERNELS, bias=False, grad=FP32, shape=(
     spec = ParamSpec(shape, lambda tensor, generator: tensor, storage, grad)
     dense = FP32 if precision.output == torch.float32 else BF16
     bias = vector_spec(shape[0], 0.0, dense) if bias else None
-    linear = Linear(spec, precision=precision, kernels=kernels, device=CPU, bias=bias)
-    linear.weight.model_param.copy_(quantize(random(*shape, seed=1) * 0.02, storage, kernels))
+    recipe = Recipe(
+        gemm=precision,
+        weight=storage,
+        weight_grad=grad,
+        high_precision=dense,
+        first_last_layers_bf16=False,
+        kernels=kernels,
+        device=CPU,
+    )
+    linear = Linear(spec, recipe, bias=bias)
+    linear.weight.model_param.copy_(kernels.quantize(random(*shape, seed=1) * 0.02, storage))
     return linear
 
 
@@ -55,7 +64,7 @@ def run(linear, x, dy):
     y = linear(x)
     y.backward(dy)
     dx, x.grad = x.grad, None
-    return y.detach(), dx, linear.weight.main_grad.value.dequantize(KERNELS).clone()
+    return y.detach(), dx, KERNELS.dequantize(linear.weight.main_grad.value).clone()
 
 
 def products(x, w, dy):
@@ -67,14 +76,14 @@ def products(x, w, dy):
 
 
 def dequantized(x, fmt):
-    return quantize(x.detach(), fmt, KERNELS).dequantize(KERNELS)
+    return KERNELS.dequantize(KERNELS.quantize(x.detach(), fmt))
 
 
 @pytest.mark.parametrize(("precision", "storage"), CASES)
 def test_gemms_of_the_dequantized_operands(precision, storage):
     linear = layer(precision, storage)
     x, dy = batch(precision)
-    w = linear.weight.model_param.dequantize(KERNELS)
+    w = KERNELS.dequantize(linear.weight.model_param)
     operands = zip(
         (x, w, dy), (precision.input, precision.weight, precision.grad_output), strict=True
     )
@@ -134,7 +143,7 @@ def test_gradient_accumulates_over_micro_batches(precision, storage):
 
 def test_fp8_gradient_buffer_gets_the_quantized_gradient():
     x, dy = batch(FP8_GEMM)
-    expected = quantize(run(layer(FP8_GEMM, E4M3), x, dy)[2], E4M3, KERNELS)
+    expected = KERNELS.quantize(run(layer(FP8_GEMM, E4M3), x, dy)[2], E4M3)
     linear = layer(FP8_GEMM, E4M3, grad=E4M3)
     run(linear, x, dy)
     assert torch.equal(linear.weight.main_grad.value.payload, expected.payload)

@@ -10,7 +10,6 @@ import torch
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.main_grad import MainGrad
 from fp8lm.numerics import BF16, E4M3, FP32
-from fp8lm.scaled_tensor import quantize
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -30,7 +29,7 @@ def gradients(count, dtype=torch.bfloat16, seed=0):
 
 
 def value(g):
-    return g.value.dequantize(KERNELS)
+    return KERNELS.dequantize(g.value)
 
 
 def summed(fmt, terms):
@@ -44,7 +43,7 @@ def summed(fmt, terms):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_first_micro_batch_is_stored_as_it_is(fmt, dtype):
     (dw,) = gradients(1, dtype)
-    g, expected = summed(fmt, [dw]), quantize(dw, fmt, KERNELS)
+    g, expected = summed(fmt, [dw]), KERNELS.quantize(dw, fmt)
     assert torch.equal(g.value.payload, expected.payload)
     assert g.value.scale == expected.scale
 
@@ -55,10 +54,10 @@ def test_every_micro_batch_is_rounded_once(fmt, dtype):
     terms = gradients(5, dtype)
     expected = terms[0].float()
     for dw in terms[1:]:
-        stored = quantize(expected, fmt, KERNELS).dequantize(KERNELS)
+        stored = KERNELS.dequantize(KERNELS.quantize(expected, fmt))
         expected = stored + dw.float()
     assert torch.equal(
-        value(summed(fmt, terms)), quantize(expected, fmt, KERNELS).dequantize(KERNELS)
+        value(summed(fmt, terms)), KERNELS.dequantize(KERNELS.quantize(expected, fmt))
     )
 
 
@@ -139,7 +138,7 @@ def test_adding_to_a_settled_zero(fmt):
     g = accumulator(fmt)
     g.zero_if_unused()
     g.add(dw)
-    assert torch.equal(value(g), quantize(dw, fmt, KERNELS).dequantize(KERNELS))
+    assert torch.equal(value(g), KERNELS.dequantize(KERNELS.quantize(dw, fmt)))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)
@@ -149,7 +148,7 @@ def test_zero_gradient(fmt):
     assert (value(g) == 0).all()
     assert g.value.scale == 1.0
     g.add(dw)
-    assert torch.equal(value(g), quantize(dw, fmt, KERNELS).dequantize(KERNELS))
+    assert torch.equal(value(g), KERNELS.dequantize(KERNELS.quantize(dw, fmt)))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)

@@ -11,8 +11,8 @@ from torch import nn
 
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, named_params, vector_spec
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
-from fp8lm.scaled_tensor import quantize
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 
 def matrix(fmt, shape=(6, 10), operand_format=None):
     spec = ParamSpec(shape, lambda t, generator: t, fmt, FP32)
-    weight = QuantizedParam(spec, KERNELS, CPU, operand_format)
+    weight = QuantizedParam(spec, KERNELS, CPU, Quantizer(operand_format or fmt, KERNELS))
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight.model_param.copy_(quantize(values, fmt, KERNELS))
+    weight.model_param.copy_(KERNELS.quantize(values, fmt))
     return weight
 
 
@@ -60,7 +60,7 @@ def test_operand_in_another_format_is_requantized(stored, wanted):
     weight = matrix(stored, operand_format=wanted)
     before = weight.model_param.clone()
     operand = weight.operand()
-    expected = quantize(weight.model_param.dequantize(KERNELS), wanted, KERNELS)
+    expected = KERNELS.quantize(KERNELS.dequantize(weight.model_param), wanted)
     assert torch.equal(operand.payload, expected.payload)
     assert (operand.scale, operand.format) == (expected.scale, wanted)
     assert torch.equal(weight.payload, before.payload)  # only read
@@ -70,10 +70,10 @@ def test_operand_in_another_format_is_requantized(stored, wanted):
 def test_operand_follows_a_changed_weight():
     weight = matrix(FP16, operand_format=E4M3)
     first = weight.operand()
-    weight.model_param.copy_(quantize(torch.full((6, 10), 1000.0), FP16, KERNELS))
+    weight.model_param.copy_(KERNELS.quantize(torch.full((6, 10), 1000.0), FP16))
     second = weight.operand()
     assert second.scale != first.scale
-    assert second.dequantize(KERNELS).unique().tolist() == [1024.0]  # E4M3 has 960 and 1024
+    assert KERNELS.dequantize(second).unique().tolist() == [1024.0]  # E4M3 has 960 and 1024
 
 
 def test_vector_gradient_moves_to_the_accumulator():

@@ -7,8 +7,7 @@ import torch
 
 from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.linear import BF16_GEMM, FP8_GEMM, FP32_GEMM
-from fp8lm.layers.recipe import Recipe
+from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, Recipe
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 
 FP32_KEYS = dict(gemm="fp32", params_dtype="fp32")

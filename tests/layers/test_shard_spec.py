@@ -29,7 +29,7 @@ def test_element_index_is_where_the_values_come_from(shape, dim, num_sections, s
         # In pieces, as the optimizer asks for them.
         middle, count = local.numel() // 3, local.numel()
         index = [
-            shard_spec.element_index(shape, start, stop - start, torch.device("cpu"))
+            shard_spec.element_index(shape, start).numbers(0, stop - start, torch.device("cpu"))
             for start, stop in ((0, middle), (middle, count))
         ]
         assert torch.equal(torch.cat(index), local.flatten())

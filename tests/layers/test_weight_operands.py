@@ -7,11 +7,11 @@ import torch
 
 from fp8lm.config import PrecisionConfig
 from fp8lm.layers.param import ParamSpec, QuantizedParam, named_params
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
 from fp8lm.optim import StatePrecision
-from fp8lm.scaled_tensor import quantize
 from fp8lm.training.step import train_step
 from tests.model.tiny import CPU, KERNELS, batch, build
 from tests.optim.bench import optimizer
@@ -28,11 +28,13 @@ class CountingContext(TPContext):
         return 2 * values
 
 
-def weight(stored, wanted=E4M3, largest=3.0):
-    made = QuantizedParam(ParamSpec((16, 16), None, stored, FP32), KERNELS, CPU, wanted)
+def weight(stored, wanted=E4M3, largest=3.0, share_amax=pytest.fail):
+    spec, quantizer = ParamSpec((16, 16), None, stored, FP32), Quantizer(wanted, KERNELS)
+    quantizer.share_amax = share_amax
+    made = QuantizedParam(spec, KERNELS, CPU, quantizer)
     value = torch.rand(16, 16)
     value[0, 0] = largest
-    made.model_param.copy_(quantize(value, stored, KERNELS))
+    made.model_param.copy_(KERNELS.quantize(value, stored))
     return made
 
 
@@ -40,19 +42,19 @@ def test_one_exchange_for_all():
     weights = [weight(BF16), weight(FP16, largest=5.0), weight(E4M3), weight(BF16, BF16)]
     tp = CountingContext()
     with cached_weight_operands(weights, tp):
-        scales = [w.operand(pytest.fail).scale.item() for w in weights[:2]]
+        scales = [w.operand().scale.item() for w in weights[:2]]
         assert scales == [64.0, 32.0]  # 448/6, 448/10
-        assert weights[2].operand(pytest.fail).payload is weights[2].payload
-        assert weights[3].operand(pytest.fail).payload is weights[3].payload
+        assert weights[2].operand().payload is weights[2].payload
+        assert weights[3].operand().payload is weights[3].payload
     assert tp.exchanged == [2]
 
 
 def test_nothing_is_known_afterwards():
-    made = weight(BF16)
+    made = weight(BF16, share_amax=None)
     with pytest.raises(KeyError), cached_weight_operands([made], TPContext()):
-        assert made.operand(pytest.fail).scale == 128.0
+        assert made.operand().scale == 128.0
         raise KeyError
-    made.model_param.copy_(quantize(torch.full((16, 16), 100.0), BF16, KERNELS))
+    made.model_param.copy_(KERNELS.quantize(torch.full((16, 16), 100.0), BF16))
     assert made.operand().scale == 4.0
 
 
@@ -72,9 +74,9 @@ def test_a_step_uses_the_scales_of_its_own_weights(preset):
     scales = []
     for _ in range(3):
         train_step(gpt, adam, [batch()], 0.5)
-        values = recast.model_param.dequantize(KERNELS, torch.float32)
-        scales.append(quantize(values, E4M3, KERNELS).scale.item())
+        values = KERNELS.dequantize(recast.model_param, torch.float32)
+        scales.append(KERNELS.quantize(values, E4M3).scale.item())
         assert recast.operand().scale == scales[-1]
         with cached_weight_operands([recast], TPContext()):
-            assert recast.operand(pytest.fail).scale == scales[-1]
+            assert recast.operand().scale == scales[-1]
     assert len(set(scales)) > 1  # or a stale scale would not show

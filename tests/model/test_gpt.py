@@ -25,7 +25,7 @@ from tests.model.tiny import (
 def reference(gpt, config, data):
     """Logits, loss and gradients in float64, from the dequantized weights of `gpt`."""
     weights = {
-        name: weight.model_param.dequantize(KERNELS).double().requires_grad_()
+        name: KERNELS.dequantize(weight.model_param).double().requires_grad_()
         for name, weight in named_params(gpt).items()
     }
     logits = plain.logits(data["tokens"], weights, config)
@@ -49,7 +49,7 @@ def compare(shape, precision, tolerance):
     assert abs(loss - expected_loss) / expected_loss < tolerance / 10
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert relative_error(gradient.dequantize(KERNELS), expected[name]) < tolerance, name
+        assert relative_error(KERNELS.dequantize(gradient), expected[name]) < tolerance, name
 
 
 # 2^-24 per operation; tens of roundings add up along the longest path.
@@ -179,4 +179,4 @@ def test_a_bad_activation_reaches_loss_and_gradients(event):
     loss, gradients = loss_and_gradients(gpt, data)
     assert loss.isnan()
     for name, gradient in gradients.items():
-        assert gradient.dequantize(KERNELS).isnan().any(), name
+        assert KERNELS.dequantize(gradient).isnan().any(), name

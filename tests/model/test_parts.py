@@ -50,7 +50,7 @@ def test_rope_keeps_dtype_position_zero_and_what_is_not_rotated(dtype):
 
 def weights_of(module, prefix):
     return {
-        f"{prefix}.{name}": weight.model_param.dequantize(KERNELS).double()
+        f"{prefix}.{name}": KERNELS.dequantize(weight.model_param).double()
         for name, weight in named_params(module).items()
     }
 

@@ -11,7 +11,6 @@ from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
 from fp8lm.model.gpt import language_model_loss
 from fp8lm.model.init import initial_value
-from fp8lm.scaled_tensor import quantize
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -56,7 +55,7 @@ def build(model=None, precision=None, *, recompute=None, kernels=KERNELS, seed=0
         value = initial_value(name, weight.spec, seed)
         value = value * 5 if value.ndim == 2 else value  # so that attention is not uniform
         value = value + 0.1 * torch.randn(value.shape, generator=generator) * (value.ndim == 1)
-        weight.model_param.copy_(quantize(value, weight.model_param.format, KERNELS))
+        weight.model_param.copy_(KERNELS.quantize(value, weight.model_param.format))
     return gpt
 
 

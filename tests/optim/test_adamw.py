@@ -11,7 +11,6 @@ from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
 from fp8lm.optim import StatePrecision
-from fp8lm.scaled_tensor import quantize
 from tests.optim.bench import (
     FP32_STATES,
     KERNELS,
@@ -82,16 +81,16 @@ def test_first_step_of_every_combination(master, exp_avg, exp_avg_sq):
     # rounded once. (That later steps do the same is shown against the two-pass oracle.)
     w = weights()
     adam = optimizer(w, state_precision(master, exp_avg, exp_avg_sq))
-    state, start = adam.states["linear"], adam.states["linear"].master.dequantize(KERNELS).clone()
+    state, start = adam.states["linear"], KERNELS.dequantize(adam.states["linear"].master).clone()
     step(adam, 0)
-    g = w["linear"].main_grad.value.dequantize(KERNELS)
+    g = KERNELS.dequantize(w["linear"].main_grad.value)
     new = start * (1 - LR * 0.1) - LR * g / (g.abs() + 1e-8)
     assert [t.format.name for t in state.stored] == [master, exp_avg, exp_avg_sq]
     for tensor, value in zip(state.stored, (new, 0.1 * g, 0.05 * g * g), strict=True):
         # Half a unit, half a subnormal, the fp32 of both sides.
         fmt, scale = tensor.format, tensor.scale
         unit = (2.0**-fmt.mantissa_bits * value.abs()).clamp(min=fmt.smallest_subnormal / scale)
-        error = (tensor.dequantize(KERNELS) - value).abs()
+        error = (KERNELS.dequantize(tensor) - value).abs()
         assert (error <= 0.5 * unit + 1e-6 * value.abs().max()).all()
 
 
@@ -113,7 +112,7 @@ def test_presets_follow_fp32(preset):
         exact.step(LR)
     for name in low:
         moved = high[name].model_param.payload.detach() - start[name]
-        error = adam.states[name].master.dequantize(KERNELS) - high[name].model_param.payload
+        error = KERNELS.dequantize(adam.states[name].master) - high[name].model_param.payload
         # Gradient and m in E4M3 are 2.6 % off each, per step; 10 % of the way is generous.
         assert error.norm() < 0.1 * moved.norm(), name
 
@@ -138,12 +137,12 @@ def test_first_step_without_any_gradient(master):
     w = weights(FP16)
     adam = optimizer(w, state_precision(master), weight_decay=0.0)
     set_gradients(w, {name: torch.zeros(weight.spec.shape) for name, weight in w.items()})
-    before = {name: state.master.dequantize(KERNELS) for name, state in adam.states.items()}
+    before = {name: KERNELS.dequantize(state.master) for name, state in adam.states.items()}
     assert not adam.step(LR).skip
     for name, state in adam.states.items():
-        assert torch.equal(state.master.dequantize(KERNELS), before[name])
+        assert torch.equal(KERNELS.dequantize(state.master), before[name])
         for moment in (state.exp_avg, state.exp_avg_sq):
-            assert (moment.dequantize(KERNELS) == 0).all()
+            assert (KERNELS.dequantize(moment) == 0).all()
 
 
 def test_a_weight_of_zeros_starts_to_move():
@@ -161,19 +160,19 @@ def test_initialize(fmt, master):
     for row, (name, value) in zip(adam.amax, initial(w).items(), strict=True):
         state, compute = adam.states[name], w[name].model_param
         assert row.tolist() == [value.abs().max().item(), 0.0, 0.0]
-        expected = quantize(value, compute.format, KERNELS)
+        expected = KERNELS.quantize(value, compute.format)
         assert torch.equal(compute.payload, expected.payload)
         assert compute.scale == expected.scale
         assert state.owns_master is not (master == "none" and compute.format.scaled)
         if state.owns_master:
             fmt_name = "fp16" if master == "none" else master
             assert state.master.format.name == fmt_name
-            rounded = quantize(value, state.master.format, KERNELS)
+            rounded = KERNELS.quantize(value, state.master.format)
             assert torch.equal(state.master.payload, rounded.payload)
         else:
             assert state.master.payload.data_ptr() == compute.payload.data_ptr()
         for moment in (state.exp_avg, state.exp_avg_sq):
-            assert (moment.dequantize(KERNELS) == 0).all()
+            assert (KERNELS.dequantize(moment) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -223,11 +222,11 @@ def test_named_tensors_do_not_repeat_a_master_that_is_the_weight():
 
 @pytest.mark.parametrize("states", [("fp16", "fp8_e4m3", "fp16"), ("fp32", "fp32", "fp32")])
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_result_does_not_depend_on_the_size_of_blocks(monkeypatch, states, stochastic):
+def test_result_does_not_depend_on_the_size_of_blocks(states, stochastic):
     results = []
     for block in (1 << 16, 100):
-        monkeypatch.setattr(ReferenceKernels, "step_elements", block)
         adam = optimizer(weights(), state_precision(*states, stochastic=stochastic), clip_grad=0.0)
+        adam.kernels = ReferenceKernels(step_elements=block)
         for seed in range(3):
             step(adam, seed)
         results.append(all_bytes(adam))
@@ -237,11 +236,11 @@ def test_result_does_not_depend_on_the_size_of_blocks(monkeypatch, states, stoch
 def test_a_weight_larger_than_a_block():
     w = {"large": matrix(E4M3, E4M3, (257, 256)), "small": matrix(E4M3, E4M3, (8, 16))}
     adam = optimizer(w, clip_grad=0.0)
-    start = adam.states["large"].master.dequantize(KERNELS)
+    start = KERNELS.dequantize(adam.states["large"].master)
     step(adam, 0)
-    g = w["large"].main_grad.value.dequantize(KERNELS)
+    g = KERNELS.dequantize(w["large"].main_grad.value)
     exact = start * (1 - LR * 0.1) - LR * g / (g.abs() + 1e-8)
-    master = adam.states["large"].master.dequantize(KERNELS)
+    master = KERNELS.dequantize(adam.states["large"].master)
     torch.testing.assert_close(master, exact, rtol=2.0**-11, atol=1e-7)
     assert adam.amax[0, 0] == pytest.approx(exact.abs().max().item(), rel=1e-6)
 

@@ -11,7 +11,6 @@ from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.param import named_params
 from fp8lm.numerics import BF16, E4M3, FP32
 from fp8lm.optim.clipping import gradient_norm
-from fp8lm.scaled_tensor import quantize
 from tests.model.tiny import batch, build, loss_and_gradients
 from tests.optim.bench import (
     KERNELS,
@@ -32,7 +31,7 @@ def gradients_of(w, seed=0, amplitude=1e-2):
 
 
 def exact_norm(gradients):
-    return math.sqrt(sum(g.dequantize(KERNELS).double().square().sum().item() for g in gradients))
+    return math.sqrt(sum(KERNELS.dequantize(g).double().square().sum().item() for g in gradients))
 
 
 @pytest.mark.parametrize("grad", [E4M3, BF16, FP32], ids=repr)
@@ -41,14 +40,14 @@ def test_norm_and_amax_of_the_dequantized_gradients(grad, amplitude):
     gradients = gradients_of(weights(grad=grad), amplitude=amplitude)
     norm = gradient_norm(gradients, 1.0, KERNELS)
     assert norm.norm.item() == pytest.approx(exact_norm(gradients), rel=1e-5)
-    assert norm.amax.tolist() == [g.dequantize(KERNELS).abs().max().item() for g in gradients]
+    assert norm.amax.tolist() == [KERNELS.dequantize(g).abs().max().item() for g in gradients]
     assert not norm.skip
 
 
 # From just above the smallest normal float to just below the largest: squares are neither.
 @pytest.mark.parametrize("value", [1e-37, 1e-23, 1e19, 1e30, 3e38])
 def test_a_norm_whose_square_is_no_float(value):
-    gradient = quantize(torch.tensor([value, 0.0]), FP32, KERNELS)
+    gradient = KERNELS.quantize(torch.tensor([value, 0.0]), FP32)
     norm = gradient_norm([gradient], 1.0, KERNELS)
     assert norm.norm.item() == pytest.approx(value, rel=1e-6)
     assert norm.clip_factor.item() == pytest.approx(min(1.0, 1.0 / (value + 1e-6)), rel=1e-6)
@@ -57,11 +56,10 @@ def test_a_norm_whose_square_is_no_float(value):
 
 @pytest.mark.parametrize("block", [1, 100, 960])
 @pytest.mark.parametrize("grad", [E4M3, FP32], ids=repr)
-def test_norm_over_several_blocks(monkeypatch, block, grad):
+def test_norm_over_several_blocks(block, grad):
     gradients = gradients_of(weights(grad=grad))
     whole = gradient_norm(gradients, 1.0, KERNELS)
-    monkeypatch.setattr(ReferenceKernels, "step_elements", block)
-    norm = gradient_norm(gradients, 1.0, KERNELS)
+    norm = gradient_norm(gradients, 1.0, ReferenceKernels(step_elements=block))
     torch.testing.assert_close(norm.norm, whole.norm, rtol=1e-6, atol=0)
     assert torch.equal(norm.amax, whole.amax)
 
@@ -105,7 +103,7 @@ def test_fp8_gradients_are_clipped_as_their_values(clip):
         gradients = gradients_of(low, seed, amplitude=0.1)
         factor = gradient_norm(gradients, clip, KERNELS).clip_factor
         assert factor < 0.5
-        values = (g.dequantize(KERNELS) * factor for g in gradients)
+        values = (KERNELS.dequantize(g) * factor for g in gradients)
         set_gradients(high, dict(zip(low, values, strict=True)))
         adam.step(LR)
         reference.step(LR)
@@ -118,7 +116,7 @@ def test_clipping_reaches_the_moments_of_every_format():
     factor = 0.1 / (exact_norm(gradients) + 1e-6)
     adam.step(LR)
     for state, g in zip(adam.states.values(), gradients, strict=True):
-        expected = 0.1 * factor * g.dequantize(KERNELS)
+        expected = 0.1 * factor * KERNELS.dequantize(g)
         torch.testing.assert_close(state.exp_avg.payload, expected, rtol=1e-5, atol=0)
 
 
@@ -137,7 +135,7 @@ def test_norm_of_a_model_counts_every_weight_once(untied):
     expected = exact_norm(gradients.values())
     adam = optimizer(
         named_params(gpt),
-        values={n: w.model_param.dequantize(KERNELS) for n, w in named_params(gpt).items()},
+        values={n: KERNELS.dequantize(w.model_param) for n, w in named_params(gpt).items()},
     )
     assert len(gradients) == len(adam.weights)
     assert adam.step(LR).norm.item() == pytest.approx(expected, rel=1e-5)

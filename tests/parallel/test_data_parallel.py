@@ -6,11 +6,12 @@ import torch
 
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.layers.linear import FP8_GEMM, Linear
+from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec
+from fp8lm.layers.quantizer import Quantizer
 from fp8lm.numerics import BF16, E4M3
 from fp8lm.parallel import TensorParallel
-from tests.parallel.ranks import CPU, KERNELS, random
+from tests.parallel.ranks import KERNELS, random, recipe
 
 
 def shared():
@@ -27,17 +28,17 @@ def shared():
         rank = groups.world.rank()
         mine = torch.tensor(2.0**rank)
         largest = tp.max(mine)
-        sent = tp.replicated_side().cast(torch.full((16, 16), 2.0**rank), E4M3, KERNELS)
+        sent = tp.replicated_side().wire_quantizer(Quantizer(E4M3, KERNELS), torch.float32)(
+            torch.full((16, 16), 2.0**rank)
+        )
         layer = Linear(
             ParamSpec((32, 16), None, BF16, E4M3, shard_spec=tp.shard(0)),
-            precision=FP8_GEMM,
-            kernels=KERNELS,
-            device=CPU,
+            recipe(tp, preset="te"),
             input_comm=tp.replicated_side(),
             output_comm=tp.sharded_side(),
         )
         layer.weight.payload.fill_(2.0**rank)
-        operand = layer.weight.operand(layer.input_comm.share_amax)
+        operand = layer.weight.operand()
         total = [random(4, seed=rank)]
         tp.sum_in_place(total)
         return largest, sent.scale, operand.scale, total[0]

@@ -14,7 +14,6 @@ from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.init import normal_init
 from fp8lm.model.parallel_linear import column_linear, row_linear
 from fp8lm.numerics import BF16, FP32
-from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import (
     CPU,
     FP32_KEYS,
@@ -54,7 +53,7 @@ def layer(kind, tp, precision):
         full = random(*spec.shape, seed=seed) * 0.02
         part = spec.shard_spec.take(full)
         amax = KERNELS.amax(full)
-        weight.model_param.copy_(quantize(part, spec.format, KERNELS, amax=amax))
+        weight.model_param.copy_(KERNELS.quantize(part, spec.format, amax=amax))
     return linear
 
 
@@ -62,7 +61,7 @@ def forward_backward(linear, x, dy):
     x = x.clone().requires_grad_()
     y = linear(x)
     y.backward(dy)
-    grads = (w.main_grad.value.dequantize(KERNELS) for w in (linear.weight, linear.bias))
+    grads = (KERNELS.dequantize(w.main_grad.value) for w in (linear.weight, linear.bias))
     return y.detach(), x.grad, *grads
 
 
@@ -70,7 +69,7 @@ def compare_linear(kind, sequence_parallel, precision, wire):
     """Relative errors of y, dx, dw, db, each against this rank's part of one process's."""
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     whole, part = layer(kind, NO_TP, precision), layer(kind, tp, precision)
-    dtype = whole.precision.output
+    dtype = whole.path.precision.output
     x, dy = random(TOKENS, IN, seed=3, dtype=dtype), random(TOKENS, OUT, seed=4, dtype=dtype)
     expected = forward_backward(whole, x, dy)
 
@@ -131,7 +130,7 @@ def deferred_bytes(kind):
         if microbatch is not None:
             wgrad_store.compute(microbatch)
             sent.append(counter.take()["tp_gather"])
-        gradients.append(linear.weight.main_grad.value.dequantize(KERNELS))
+        gradients.append(KERNELS.dequantize(linear.weight.main_grad.value))
     return sent, torch.equal(*gradients)
 
 
@@ -152,7 +151,7 @@ def table(shard_spec, fmt=FP32):
     spec = ParamSpec((VOCABULARY, HIDDEN), normal_init(1.0), fmt, FP32, shard_spec=shard_spec)
     weight = QuantizedParam(spec, KERNELS, CPU)
     full = random(VOCABULARY, HIDDEN, seed=5)
-    weight.model_param.copy_(quantize(shard_spec.take(full), fmt, KERNELS))
+    weight.model_param.copy_(KERNELS.quantize(shard_spec.take(full), fmt))
     return weight
 
 

@@ -84,8 +84,8 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
     (loss, norm, whole), (own_loss, own_norm, part) = results
     gradients = [
         error(
-            weight.main_grad.value.dequantize(KERNELS),
-            weight.spec.shard_spec.take(whole[name].main_grad.value.dequantize(KERNELS)),
+            KERNELS.dequantize(weight.main_grad.value),
+            weight.spec.shard_spec.take(KERNELS.dequantize(whole[name].main_grad.value)),
         )
         for name, weight in part.items()
     ]

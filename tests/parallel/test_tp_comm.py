@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm.groups import model_parallel_groups
+from fp8lm.layers.linear import GemmPath
+from fp8lm.layers.quantizer import Quantizer
+from fp8lm.layers.recipe import GemmPrecision
 from fp8lm.numerics import E4M3, E5M2, FP32
-from fp8lm.scaled_tensor import quantize
 from tests.parallel.ranks import KERNELS, error, own_rows, random, sent, tensor_parallel
 
 TOKENS, FEATURES = 16, 24
@@ -22,19 +24,24 @@ def inputs(rank, seed):
     return random(TOKENS, FEATURES, seed=seed + rank) * 10.0 ** (rank - 1)
 
 
+def cast(comm, x, fmt):
+    """`x` as a GEMM's operand in `fmt` is sent."""
+    return comm.wire_quantizer(Quantizer(fmt, KERNELS), x.dtype)(x)
+
+
 def conjugates(sequence_parallel):
     """The two sides of sum_r <gather(x)_r, y_r> = sum_r <x_r, reduce(y)_r>."""
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather="bf16", reduce="bf16")
     comm, x = tp.replicated_side(), own_rows(random(TOKENS, FEATURES, seed=1), tp)
     y = inputs(tp.rank, 50)
-    gathered = comm.gather(comm.cast(x, FP32, KERNELS), FP32, KERNELS).wait()
+    gathered = comm.gather(cast(comm, x, FP32)).wait()
     # Without sequence parallelism all ranks hold x whole: it counts once.
     share = 1.0 if sequence_parallel else 1.0 / tp.size
-    x_seen = comm.cast(x, FP32, KERNELS).dequantize(KERNELS)
+    x_seen = KERNELS.dequantize(cast(comm, x, FP32))
     sides = torch.stack(
         (
-            (gathered.dequantize(KERNELS).double() * y.double()).sum(),
-            (x_seen.double() * comm.reduce(y, KERNELS).wait().double()).sum() * share,
+            (KERNELS.dequantize(gathered).double() * y.double()).sum(),
+            (x_seen.double() * comm.reduce(y).wait().double()).sum() * share,
         )
     )
     dist.all_reduce(sides)
@@ -49,7 +56,7 @@ def test_gather_and_reduce_are_conjugate(run_distributed, size, sequence_paralle
 
 def reduce_over(sequence_parallel, precision):
     tp = tensor_parallel(sequence_parallel=sequence_parallel, reduce=precision)
-    result = tp.replicated_side().reduce(inputs(tp.rank, 50), KERNELS).wait()
+    result = tp.replicated_side().reduce(inputs(tp.rank, 50)).wait()
     expected = own_rows(sum(inputs(rank, 50).double() for rank in range(tp.size)), tp)
     return result, error(result, expected), sent(tp)
 
@@ -75,8 +82,9 @@ def gather_over(precision, fmt):
     # The largest value lies on the last rank: a scale of its own would differ.
     whole[-1, -1] = 1000.0
     whole = whole.bfloat16()
-    cast = comm.cast(own_rows(whole, tp), fmt, KERNELS)
-    return comm.gather(cast, fmt, KERNELS).wait(), quantize(whole, fmt, KERNELS), sent(tp)
+    path = GemmPath(GemmPrecision(fmt, fmt, fmt, torch.bfloat16), KERNELS, comm)
+    gathered = comm.gather(path.sent_input(own_rows(whole, tp))).wait()
+    return path.operand(gathered, path.input), KERNELS.quantize(whole, fmt), sent(tp)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -101,7 +109,7 @@ def gather_a_fault(bad_rank):
     if tp.rank == bad_rank:
         x[0, 0] = float("nan")
     comm = tp.replicated_side()
-    return comm.gather(comm.cast(x, E4M3, KERNELS), E4M3, KERNELS).wait().dequantize(KERNELS)
+    return KERNELS.dequantize(comm.gather(cast(comm, x, E4M3)).wait())
 
 
 def test_a_fault_on_one_rank_is_gathered_by_all(run_distributed):
@@ -132,9 +140,8 @@ def gather_in_each_replica():
         size = 1000.0 if groups.data_parallel.rank() else 1.0
         whole = (random(TOKENS, FEATURES, seed=4) * size).bfloat16()
         comm = tp.replicated_side()
-        cast = comm.cast(own_rows(whole, tp), E4M3, KERNELS)
-        gathered = comm.gather(cast, E4M3, KERNELS).wait()
-    return gathered, quantize(whole, E4M3, KERNELS)
+        gathered = comm.gather(cast(comm, own_rows(whole, tp), E4M3)).wait()
+    return gathered, KERNELS.quantize(whole, E4M3)
 
 
 def test_scales_are_shared_within_the_tensor_parallel_group_only(run_distributed):
@@ -148,8 +155,8 @@ def test_scales_are_shared_within_the_tensor_parallel_group_only(run_distributed
 def bytes_of(precision, sequence_parallel):
     tp = tensor_parallel(sequence_parallel=sequence_parallel, gather=precision, reduce=precision)
     comm, y = tp.replicated_side(), random(64, 64, seed=5).bfloat16()
-    comm.gather(comm.cast(own_rows(y, tp), E4M3, KERNELS), E4M3, KERNELS).wait()
-    comm.reduce(y, KERNELS).wait()
+    comm.gather(cast(comm, own_rows(y, tp), E4M3)).wait()
+    comm.reduce(y).wait()
     return sum(sent(tp))
 
 

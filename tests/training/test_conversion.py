@@ -10,7 +10,7 @@ from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 from fp8lm.runtime.errors import InputError
-from fp8lm.scaled_tensor import ScaledTensor, quantize
+from fp8lm.scaled_tensor import ScaledTensor
 from tests.training.runs import LLAMA, read, save_again
 
 KERNELS = ReferenceKernels()
@@ -34,7 +34,7 @@ def values(tensors, name):
     payload = tensors[f"{name}.payload"]
     fmt = FORMATS[payload.dtype]
     scale = tensors.get(f"{name}.scale", torch.ones(()))
-    return ScaledTensor(payload.view(fmt.storage), scale, fmt).dequantize(KERNELS)
+    return KERNELS.dequantize(ScaledTensor(payload.view(fmt.storage), scale, fmt))
 
 
 def expect(tensors, name, cast):
@@ -84,11 +84,11 @@ def test_bf16_to_fp8_and_back(saved, tiny_config, run_distributed, tmp_path):
         master = values(before, f"optimizer.master.{name}")
         compute = FORMATS[after[f"model.{name}.payload"].dtype]
         assert (compute == E4M3) == ("linear" in name and "norm" not in name)
-        expect(after, f"model.{name}", quantize(master, compute, KERNELS))
-        expect(after, f"optimizer.master.{name}", quantize(master, FP16, KERNELS))
+        expect(after, f"model.{name}", KERNELS.quantize(master, compute))
+        expect(after, f"optimizer.master.{name}", KERNELS.quantize(master, FP16))
         for kind, fmt in (("exp_avg", E4M3), ("exp_avg_sq", FP16)):
             stored = values(before, f"optimizer.{kind}.{name}")
-            expect(after, f"optimizer.{kind}.{name}", quantize(stored, fmt, KERNELS))
+            expect(after, f"optimizer.{kind}.{name}", KERNELS.quantize(stored, fmt))
             assert stored.any()
         # What the next step's scales start from, which the unscaled states had no use for.
         moments = (values(before, f"optimizer.{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq"))
@@ -109,14 +109,14 @@ def test_bf16_to_fp8_and_back(saved, tiny_config, run_distributed, tmp_path):
     )
     for name in weights:
         master = values(after, f"optimizer.master.{name}")
-        expect(back, f"optimizer.master.{name}", quantize(master, FP32, KERNELS))
+        expect(back, f"optimizer.master.{name}", KERNELS.quantize(master, FP32))
         if FORMATS[after[f"model.{name}.payload"].dtype] == BF16:  # stays as it was
-            expect(back, f"model.{name}", quantize(values(after, f"model.{name}"), BF16, KERNELS))
+            expect(back, f"model.{name}", KERNELS.quantize(values(after, f"model.{name}"), BF16))
         else:
-            expect(back, f"model.{name}", quantize(master, BF16, KERNELS))
+            expect(back, f"model.{name}", KERNELS.quantize(master, BF16))
         for kind in ("exp_avg", "exp_avg_sq"):
             stored = values(after, f"optimizer.{kind}.{name}")
-            expect(back, f"optimizer.{kind}.{name}", quantize(stored, FP32, KERNELS))
+            expect(back, f"optimizer.{kind}.{name}", KERNELS.quantize(stored, FP32))
 
 
 def test_a_weight_that_was_its_own_master_becomes_one(
@@ -128,7 +128,7 @@ def test_a_weight_that_was_its_own_master_becomes_one(
     for field in ("payload", "scale"):
         kept = after[f"optimizer.master.{name}.{field}"]
         assert torch.equal(kept, before[f"model.{name}.{field}"])
-    expect(after, f"model.{name}", quantize(values(before, f"model.{name}"), E4M3, KERNELS))
+    expect(after, f"model.{name}", KERNELS.quantize(values(before, f"model.{name}"), E4M3))
 
 
 def test_it_is_reported_and_trains_on(tiny_config, saved, train_run, folders, tmp_path, capsys):

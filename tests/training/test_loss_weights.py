@@ -11,7 +11,6 @@ import torch
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.numerics import FP32
 from fp8lm.optim.clipping import gradient_norm
-from fp8lm.scaled_tensor import quantize
 from fp8lm.training.loss_weights import counted_share, weigh_alike
 from tests.training.runs import read, trainer_of
 
@@ -163,10 +162,10 @@ def test_the_share_that_counts():
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 def test_the_norm_is_that_of_the_mean_over_the_tokens_that_count(clip):
-    gradient = quantize(torch.linspace(-1, 1, 48).view(6, 8), FP32, ReferenceKernels())
+    gradient = ReferenceKernels().quantize(torch.linspace(-1, 1, 48).view(6, 8), FP32)
     share = torch.tensor(0.25)
     norm = gradient_norm([gradient], clip, ReferenceKernels(), share=share)
-    times_4 = quantize(gradient.payload * 4, FP32, ReferenceKernels())
+    times_4 = ReferenceKernels().quantize(gradient.payload * 4, FP32)
     expected = gradient_norm([times_4], clip, ReferenceKernels())
     close(norm.norm, expected.norm, 1e-6)
     close(norm.clip_factor, 4 * expected.clip_factor, 1e-6)

@@ -73,7 +73,7 @@ def put_together(parts):
     shape = parts[0][1].shape
     whole = torch.zeros(shape, dtype=parts[0][0].dtype)
     for payload, spec in parts:
-        index = spec.shard_spec.element_index(shape, 0, payload.numel(), payload.device)
+        index = spec.shard_spec.element_index(shape).numbers(0, payload.numel(), payload.device)
         whole.view(-1)[index.long()] = payload.flatten()
     return whole
 

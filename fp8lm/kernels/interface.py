@@ -1,0 +1,104 @@
+"""The operations on low-precision tensors that a backend implements, all of them.
+
+A backend is one class that defines every operation itself; none inherits another's, so an
+operation that it lacks is a type error and not a silent run of the reference. Where a backend has
+nothing faster than eager PyTorch it calls the reference by name, and says so in `backends`.
+
+Shapes: M, N, K of a matrix product. Operands are `ScaledTensor`s, [M,K] and [N,K]: the dimension
+that is summed over comes last in both, and is contiguous (`transpose` makes it so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.numerics import PER_TENSOR, Format, Granularity
+from fp8lm.scaled_tensor import ScaledTensor
+
+# The operations by which a person judges a backend, as in `Kernels.backends`.
+GEMM, ATTENTION, ELEMENTWISE = "gemm", "attention", "elementwise"
+
+
+class Kernels(Protocol):
+    """No operation waits for the device; NaN and Inf survive all of them."""
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """What runs `gemm`, `attention` and everything else (`elementwise`), in words."""
+
+    def amax(self, x: Tensor) -> Tensor:
+        """Absolute maximum of `x` (any float dtype) as a 0-d fp32 tensor; NaN and Inf survive."""
+
+    def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
+        """`x * scale` in `fmt`, saturated, rounded to nearest even; payload of `fmt.storage`.
+
+        `scale` multiplies `x` elementwise, or is 0-d. `saturate=False` where the caller knows that
+        no `x * scale` exceeds `fmt.max`.
+        """
+
+    def quantize(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        amax: Tensor | None = None,
+        granularity: Granularity = PER_TENSOR,
+    ) -> ScaledTensor:
+        """`x` (bf16 or fp32) in `fmt`, with the scale of `amax` (default: that of `x`).
+
+        Pass `amax` (fp32, shape of the scales) when it was reduced over the ranks that hold the
+        other shards of the tensor. A format without scale is a cast, per tensor.
+        """
+
+    def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of `x` in `dtype` (bf16 or fp32), exact in fp32; may share memory with `x`."""
+
+    def transpose(self, x: ScaledTensor) -> ScaledTensor:
+        """[R,C] -> [C,R] as `gemm` reads it; a view where `gemm` reads that as well."""
+
+    def gemm(
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        fast_accumulation: bool = False,
+    ) -> Tensor:
+        """`A[M,K] @ B[N,K]^T + bias[N]`, [M,N] in `out_dtype`; accumulated in fp32.
+
+        `fast_accumulation` is a permission that only tensor cores use. ValueError for operands
+        that Hopper's tensor cores would refuse (see `check_gemm_operands`), on every device.
+        """
+
+    def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
+        """`total += x` (bf16 or fp32), with the scale of the sum; per tensor."""
+
+    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+        """Sum of squares (0-d fp64) and absolute maximum (0-d fp32) of the values of `x`."""
+
+    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+        """Sum of `terms` (one shape) in fp32, in their order, rounded to `dtype` at the end."""
+
+    def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
+        """`a + b`, both of one scale, rounded to their format with that scale."""
+
+    def saturated_share(self, x: ScaledTensor) -> Tensor:
+        """Share of the values of `x` (FP8) whose magnitude is the format's largest, 0-d fp32."""
+
+    def adam(
+        self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
+    ) -> Tensor:
+        """One AdamW step of all `params`, payloads in place; see `fp8lm.kernels.adam`.
+
+        Returns fp32 [len(params), 3]: the true amax of the new master, m and v (0 where no copy
+        of them has a scale). Scales stay what they are: the caller replaces them by the table's.
+        """
+
+    def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
+        """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`."""

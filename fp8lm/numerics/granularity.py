@@ -1,0 +1,69 @@
+"""How many elements of a matrix share one scale.
+
+    per tensor   one scale, 0-d                    FP8-LM's, and every state's
+    per row      [R, 1]                            pipeline messages: a scale per token
+    blocks       [ceil(R/r), ceil(C/c)]            r x c elements each
+
+A scale has the shape that its granularity gives it, so that a tensor and its scales cannot be
+mistaken for those of another granularity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Blocks of `rows` x `columns` elements of a matrix; None: the whole dimension."""
+
+    rows: int | None
+    columns: int | None
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """Whether the whole tensor, of any number of dimensions, has one scale."""
+        return self.rows is None and self.columns is None
+
+    def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of `shape`; ValueError unless it is a matrix."""
+        if self.is_per_tensor:
+            return ()
+        if len(shape) != 2:
+            raise ValueError(f"blocks are of a matrix, not of a tensor of shape {tuple(shape)}")
+        sizes = zip(shape, (self.rows, self.columns), strict=True)
+        return tuple(1 if block is None else -(-size // block) for size, block in sizes)
+
+    def transposed(self) -> Granularity:
+        """The granularity of the transposed matrix."""
+        return Granularity(self.columns, self.rows)
+
+    def max(self, magnitudes: Tensor) -> Tensor:
+        """The largest of `magnitudes` [R, C] (none is negative) in every block; NaN wins."""
+        rows, columns = magnitudes.shape
+        r, c = self.rows or max(rows, 1), self.columns or max(columns, 1)
+        padded = functional.pad(magnitudes, (0, -columns % c, 0, -rows % r))
+        return padded.unflatten(0, (-1, r)).unflatten(2, (-1, c)).amax(dim=(1, 3))
+
+    def expand(self, scale: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """`scale` so that it multiplies a tensor of `shape` elementwise."""
+        if self.is_per_tensor:
+            return scale
+        for dim, block in enumerate((self.rows, self.columns)):
+            if block is not None and block != 1:
+                scale = scale.repeat_interleave(block, dim).narrow(dim, 0, shape[dim])
+        return scale
+
+    def __str__(self) -> str:
+        if self.is_per_tensor:
+            return "per tensor"
+        sizes = ("all" if size is None else str(size) for size in (self.rows, self.columns))
+        return "blocks of {} x {}".format(*sizes)
+
+
+PER_TENSOR = Granularity(None, None)
+PER_ROW = Granularity(1, None)
