@@ -155,6 +155,12 @@ class PrecisionConfig(Section):
         "they are stepped; fp8_sum, in FP8 on the way with FP8-LM's automatic scaling; "
         "fp8_pre_scaling, fp8_post_scaling: the same with a fixed factor.",
     )
+    cache_weight_operands: Bool = Field(
+        False,
+        description="Keep what GEMMs read of the weights while a step lasts, instead of making it "
+        "anew in every micro-batch: the FP8 copy of a weight stored in another format, and on a "
+        "GPU the transposed copy that dgrad reads. Up to one byte per parameter each.",
+    )
     wire: WireConfig = Field(
         default_factory=WireConfig,
         description="What travels between ranks; an FP32 model's activations travel in FP32 where "

@@ -67,10 +67,14 @@ class HopperKernels:
             use_fast_accum=fast_accumulation,
         )
 
+    def copies_transposed(self, fmt: Format) -> bool:
+        """See `Kernels`."""
+        return fmt.storage == torch.uint8
+
     def transpose(self, x: ScaledTensor) -> ScaledTensor:
         """See `Kernels`: a copy of FP8 payloads; other GEMMs read a view as well."""
         transposed = x.t()
-        if x.format.storage != torch.uint8:
+        if not self.copies_transposed(x.format):
             return transposed
         payload = transposed.payload.contiguous()
         return ScaledTensor(payload, transposed.scale, x.format, transposed.granularity)

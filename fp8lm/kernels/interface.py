@@ -58,6 +58,9 @@ class Kernels(Protocol):
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `x` in `dtype` (bf16 or fp32), exact in fp32; may share memory with `x`."""
 
+    def copies_transposed(self, fmt: Format) -> bool:
+        """Whether `transpose` of a matrix in `fmt` takes memory of its own."""
+
     def transpose(self, x: ScaledTensor) -> ScaledTensor:
         """[R,C] -> [C,R] as `gemm` reads it; a view where `gemm` reads that as well."""
 

@@ -118,6 +118,10 @@ class ReferenceKernels:
             return self._decode(payload.t(), x.scale, fmt, dtype).t()
         return self._decode(payload.contiguous(), x.scale, fmt, dtype)
 
+    def copies_transposed(self, fmt: Format) -> bool:
+        """See `Kernels`."""
+        return False
+
     def transpose(self, x: ScaledTensor) -> ScaledTensor:
         """See `Kernels`: a view, which `gemm` decodes as it lies in memory."""
         return x.t()

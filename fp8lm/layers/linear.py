@@ -48,7 +48,13 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         kernels, device = recipe.kernels, recipe.device
-        self.weight = QuantizedParam(weight, kernels, device, recipe.weight_quantizer())
+        self.weight = QuantizedParam(
+            weight,
+            kernels,
+            device,
+            recipe.weight_quantizer(),
+            cache_operands=recipe.cache_weight_operands,
+        )
         self.bias = None if bias is None else VectorParam(bias, kernels, device)
         self.path = GemmPath(recipe.gemm, kernels, input_comm, output_comm)
 

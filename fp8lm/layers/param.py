@@ -113,7 +113,8 @@ class QuantizedParam(Param):
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
     it into unscaled numbers; the scale is kept in fp32 through any such call. `quantizer` makes
-    what GEMMs read, where its format is not the stored one (default: that).
+    what GEMMs read, where its format is not the stored one (default: that); `cache_operands` keeps
+    it for a step.
     """
 
     payload: Tensor
@@ -125,9 +126,12 @@ class QuantizedParam(Param):
         kernels: Kernels,
         device: torch.device,
         quantizer: Quantizer | None = None,
+        *,
+        cache_operands: bool = False,
     ) -> None:
         super().__init__(spec, kernels, device)
         self.quantizer = quantizer or Quantizer(spec.format, kernels)
+        self.cache_operands = cache_operands
         self.cache: OperandCache | None = None  # see `cached_weight_operands`
         self.wgrad_store = WeightGradStore()
         initial = ScaledTensor.zeros(spec.local_shape, spec.format, device)
@@ -163,6 +167,13 @@ class QuantizedParam(Param):
         """Whether GEMMs read the weight in another format than the stored one, with a scale."""
         fmt = self.quantizer.format
         return fmt.scaled and fmt != self.spec.format
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes that operands take for the length of a step, beyond the weight itself."""
+        fmt, numel = self.quantizer.format, self.payload.numel()
+        copies = (fmt != self.spec.format) + self.kernels.copies_transposed(fmt)
+        return copies * numel * fmt.bytes if self.cache_operands else 0
 
     def local_amax(self) -> Tensor:
         """The amax of this rank's part, 0-d fp32."""

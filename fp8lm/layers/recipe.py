@@ -35,6 +35,7 @@ class Recipe:
 
     `high_precision` is the format of embeddings, norms and biases, and of activations between
     GEMMs; their gradients are fp32. `tp` is the tensor-parallel group of a layer.
+    `cache_weight_operands`: see `cached_weight_operands`.
     """
 
     gemm: GemmPrecision
@@ -45,6 +46,7 @@ class Recipe:
     kernels: Kernels
     device: torch.device
     tp: TPContext = NO_TP
+    cache_weight_operands: bool = False
 
     @classmethod
     def from_config(
@@ -64,6 +66,7 @@ class Recipe:
             kernels=kernels,
             device=device,
             tp=tp,
+            cache_weight_operands=precision.cache_weight_operands,
         )
 
     @property

@@ -2,8 +2,8 @@
 
 A weight stored in another format than its GEMM's (presets te, o1 and o2) is cast to FP8 with one
 scale over the ranks that hold its parts: the amaxes of all such weights travel in one exchange.
-With `keep`, the cast payload and the transposed one stay for the step as well, up to one byte per
-parameter each, and every further micro-batch reads them. Weights must not change meanwhile.
+With `precision.cache_weight_operands` the cast payload and the transposed one stay for the step as
+well, up to one byte per parameter each, and every further micro-batch reads them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from fp8lm.layers.tp_context import TPContext
 
 
 @contextmanager
-def cached_weight_operands(
-    weights: Iterable[Param], tp: TPContext, *, keep: bool = False
-) -> Iterator[None]:
+def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[None]:
     """Within, `weights` do not change: amaxes of those that are cast are known, see the module."""
     matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
     cast = [weight for weight in matrices if weight.needs_cast]
@@ -29,8 +27,8 @@ def cached_weight_operands(
     if cast:
         shared = tp.max(torch.stack([weight.local_amax() for weight in cast]))
         amaxes = dict(zip(cast, shared.unbind(), strict=True))
-    for weight in matrices if keep else cast:
-        weight.cache = OperandCache(amaxes.get(weight), keep)
+    for weight in matrices:
+        weight.cache = OperandCache(amaxes.get(weight), weight.cache_operands)
     try:
         yield
     finally:

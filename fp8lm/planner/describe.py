@@ -85,8 +85,9 @@ def stage_table(layout: Layout) -> list[str]:
 
 def rank_table(layout: Layout) -> list[str]:
     """A line per rank: where it runs, what it holds, its bytes by kind."""
+    kinds = [kind for kind in KINDS if kind != "operands" or layout.caches_operands]
     head = ("rank", "node", "local", "tensor", "data", "stage", "layers", "besides")
-    rows: list[tuple[str, ...]] = [(*head, *KINDS, "all")]
+    rows: list[tuple[str, ...]] = [(*head, *kinds, "all")]
     for place in layout.ranks:
         state = layout.state(place)
         rows.append(
@@ -94,7 +95,7 @@ def rank_table(layout: Layout) -> list[str]:
                 *map(str, _numbers(place)),
                 layers(layout.stages[place.stage]),
                 ends(layout, place.stage),
-                *(size(state[kind]) for kind in KINDS),
+                *(size(state[kind]) for kind in kinds),
                 size(sum(state.values())),
             )
         )

@@ -2,7 +2,7 @@
 
 Models are built on the meta device, so that nothing is allocated and no weight gets a value; what
 is counted are the same modules, owners and formats that a run builds. The bytes are those that a
-running rank reports as `state_bytes/*`, scales included.
+running rank reports as `state_bytes/*`, scales included (`operands` as on a GPU).
 
 Ranks of one stage hold parts of the same shapes, whatever their number in the tensor-parallel
 group; with ZeRO their states depend on their number among the replicas.
@@ -19,8 +19,8 @@ import torch
 
 from fp8lm.comm.groups import check_sizes, rank_lists
 from fp8lm.config import Config
-from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.param import Param, named_params
+from fp8lm.kernels.hopper import HopperKernels
+from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import TPContext
@@ -29,7 +29,8 @@ from fp8lm.optim import StatePrecision
 from fp8lm.parallel.parallelize import param_layouts, rows_by_rank, stage_specs
 from fp8lm.training.build import gpt, model_vocab_size
 
-KINDS = ("weights", "grads", "master", "exp_avg", "exp_avg_sq")
+STATES = ("master", "exp_avg", "exp_avg_sq")
+KINDS = ("weights", "grads", "operands", *STATES)
 Rows = tuple[int, int]
 
 
@@ -86,6 +87,11 @@ class Layout:
         }
         return sum(math.prod(spec.shape) for spec in specs.values())
 
+    @property
+    def caches_operands(self) -> bool:
+        """Whether anything is kept of weights beside themselves."""
+        return self.config.precision.cache_weight_operands
+
     def state(self, place: RankPlacement) -> Mapping[str, int]:
         """Bytes that the rank at `place` holds, by kind."""
         return self.stages[place.stage].state[place.data]
@@ -93,7 +99,7 @@ class Layout:
     @property
     def imbalance(self) -> float:
         """Bytes of optimizer states on the fullest replica over the mean, in the worst stage."""
-        owned = [[sum(s[kind] for kind in KINDS[2:]) for s in stage.state] for stage in self.stages]
+        owned = [[sum(s[kind] for kind in STATES) for s in stage.state] for stage in self.stages]
         return max(max(loads) * len(loads) / sum(loads) for loads in owned)
 
     @cached_property
@@ -154,7 +160,7 @@ def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stag
     """
     parallel = config.parallel
     tp = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
-    recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"), tp)
+    recipe = Recipe.from_config(config.precision, HopperKernels(), torch.device("meta"), tp)
     specs = stage_specs(config, stage)
     chunks = [gpt(config, rows, None, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
@@ -183,13 +189,14 @@ def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:
     return {
         "weights": sum(weight.model_param.nbytes for weight in weights.values()) + padding,
         "grads": sum(weight.main_grad.value.nbytes for weight in weights.values()),
+        "operands": sum(w.operand_bytes for w in weights.values() if isinstance(w, QuantizedParam)),
     }
 
 
 def _states_bytes(
     weights: Mapping[str, Param], rows: Mapping[str, Rows], formats: StatePrecision
 ) -> dict[str, int]:
-    sizes = dict.fromkeys(KINDS[2:], 0)
+    sizes = dict.fromkeys(STATES, 0)
     for name, (first, last) in rows.items():
         spec = weights[name].spec
         elements = (last - first) * math.prod(spec.local_shape[1:])

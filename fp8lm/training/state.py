@@ -93,8 +93,9 @@ def state_bytes(
 ) -> dict[str, int]:
     """Bytes this process holds for its weights (all, or those in `names`), by kind.
 
-    Counted from the buffers themselves, scales included. `padding`: what the buffers of weights
-    have beyond these (see `NoDataParallel.padding`).
+    Counted from the buffers themselves, scales included, but for `operands`: what
+    `precision.cache_weight_operands` adds while a step lasts. `padding`: what the buffers of
+    weights have beyond these (see `NoDataParallel.padding`).
     """
     names = list(optimizer.weights) if names is None else names
     weights = [optimizer.weights[name] for name in names]
@@ -105,6 +106,7 @@ def state_bytes(
         "master": sum(state.master.nbytes for state in states if state.owns_master),
         "exp_avg": sum(state.exp_avg.nbytes for state in states),
         "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in states),
+        "operands": sum(w.operand_bytes for w in weights if isinstance(w, QuantizedParam)),
     }
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fp8lm.config import PrecisionConfig
+from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import ParamSpec, QuantizedParam, named_params
-from fp8lm.layers.quantizer import Quantizer
+from fp8lm.layers.quantizer import Quantizer, quantizers_of
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
@@ -80,3 +81,38 @@ def test_a_step_uses_the_scales_of_its_own_weights(preset):
         with cached_weight_operands([recast], TPContext()):
             assert recast.operand().scale == scales[-1]
     assert len(set(scales)) > 1  # or a stale scale would not show
+
+
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
+def test_kept_operands_change_no_byte_and_are_made_once(preset):
+    states, casts = [], []
+    for cached in (False, True):
+        gpt = build({}, dict(preset=preset, cache_weight_operands=cached))
+        weights = named_params(gpt)
+        adam = optimizer(weights, StatePrecision.from_config(PrecisionConfig(preset=preset)))
+        seen = []
+        for (_, kind), quantizer in quantizers_of(gpt).items():
+            if kind == "weight":
+                quantizer.observer = lambda x, quantized, seen=seen: seen.append(x.shape)
+        for _ in range(2):
+            train_step(gpt, adam, [batch(seed=seed) for seed in range(3)], 0.01)
+        casts.append(len(seen))
+        states.append({name: tensor.clone() for name, tensor in adam.named_tensors()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    uses = 2 * 3 * 2  # steps, micro-batches, forward and dgrad
+    recast = 8 if preset in ("te", "o1", "o2") else 0
+    assert casts == [recast * uses, recast * 2]
+
+
+@pytest.mark.parametrize(("stored", "copies"), [(E4M3, 1), (FP16, 2), (BF16, 2)])
+def test_bytes_of_kept_operands_are_counted(stored, copies):
+    quantizer, meta = Quantizer(E4M3, HopperKernels()), torch.device("meta")
+    spec = ParamSpec((32, 48), None, stored, FP32)
+    made = QuantizedParam(spec, HopperKernels(), meta, quantizer, cache_operands=True)
+    with cached_weight_operands([made], TPContext()):
+        kept = {
+            id(x.payload): x.payload.nbytes for x in (made.operand(), made.transposed_operand())
+        }
+    kept.pop(id(made.payload), None)
+    assert sum(kept.values()) == made.operand_bytes == copies * 32 * 48
+    assert QuantizedParam(spec, HopperKernels(), meta, quantizer).operand_bytes == 0

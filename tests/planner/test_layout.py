@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from fp8lm.config import load_config
-from fp8lm.planner.layout import KINDS, plan_layout
+from fp8lm.planner.layout import STATES, plan_layout
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.state import state_bytes
 from tests.launch.conftest import ROOT
@@ -70,7 +70,7 @@ def test_bytes_of_preset_o3_by_hand():
     fp8, rest = (sum(w.spec.numel for w in ws) for ws in (matrices, others))
     assert stage.state[0]["weights"] == fp8 + 4 * len(matrices) + 2 * rest
     assert stage.state[0]["grads"] == fp8 + 4 * len(matrices) + 4 * rest
-    owned = {kind: sum(replica[kind] for replica in stage.state) for kind in KINDS[2:]}
+    owned = {kind: sum(replica[kind] for replica in stage.state) for kind in STATES}
     scales, everything = 4 * len(stage.weights), fp8 + rest
     assert owned == {
         "master": 2 * everything + scales,

@@ -26,7 +26,10 @@ REPORTED = {
     "iteration-time",
     "skipped iterations",
     "nan iterations",
-    *(f"state_bytes/{kind}" for kind in ("weights", "grads", "master", "exp_avg", "exp_avg_sq")),
+    *(
+        f"state_bytes/{kind}"
+        for kind in ("weights", "grads", "operands", "master", "exp_avg", "exp_avg_sq")
+    ),
 }
 
 
