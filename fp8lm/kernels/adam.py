@@ -10,17 +10,13 @@ although it is many operations.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.interface import Kernels
 from fp8lm.kernels.rounding import Rounding, cast_rounded, noise_bits
 from fp8lm.scaled_tensor import ScaledTensor
-
-if TYPE_CHECKING:
-    from fp8lm.kernels.interface import Kernels
 
 
 def adam_(
