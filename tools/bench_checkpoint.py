@@ -27,7 +27,8 @@ from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.training.build import Run, build, resolve_device
 from fp8lm.training.evaluation import on_device, run_batches
-from fp8lm.training.state import model_shards, optimizer_shards, state_bytes
+from fp8lm.training.memory import state_bytes
+from fp8lm.training.state import by_name, model_shards, optimizer_shards
 from fp8lm.training.step import Batch, train_step
 
 MODES = ("none", "synchronous", "asynchronous")
@@ -102,7 +103,7 @@ def one_round(
             asked = time.perf_counter()
             run.data_parallel.finish_param_sync()
             shards = model_shards(run.weights) | optimizer_shards(run.optimizer)
-            saver.save(iteration, shards, {})
+            saver.save(iteration, by_name(shards), {})
             held_up = time.perf_counter() - asked
     total = time.perf_counter() - began
     if saver is not None:

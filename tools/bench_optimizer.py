@@ -25,7 +25,7 @@ from fp8lm.data.files import write_aside
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.training.build import Run, build, resolve_device
-from fp8lm.training.state import state_bytes
+from fp8lm.training.memory import state_bytes
 
 PRESETS = ("bf16", "o3")
 PHASES = ("reduce", "step", "gather")

@@ -18,6 +18,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import indent
@@ -26,7 +27,7 @@ from typing import Any
 import yaml
 
 from fp8lm.arguments import as_path
-from fp8lm.checkpoint import Checkpoint, SaveError, open_checkpoint
+from fp8lm.checkpoint import Checkpoint, SaveError, StateKey, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_iterations
 from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.reader import (
@@ -136,7 +137,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def release(options: argparse.Namespace) -> None:
     """Keep the model, without optimizer states."""
-    rewrite(options, lambda name: name.startswith("model."), {"released": True})
+    rewrite(options, is_weight, {"released": True})
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -228,9 +229,16 @@ def latest(root: Path) -> int | None:
         return None
 
 
+def is_weight(name: str) -> bool:
+    """Whether a tensor is a model parameter's payload or scale."""
+    key = StateKey.parse(name)
+    return key is not None and key.kind == "weight"
+
+
 def is_of(kind: str, stored: StoredTensor) -> bool:
     """Whether `stored` is a payload of `kind`."""
-    return stored.name.startswith(f"{kind}.") and stored.name.endswith(".payload")
+    key = StateKey.parse(stored.name)
+    return key is not None and key.section == kind and key.field == "payload"
 
 
 def totals(tensors: Iterable[StoredTensor]) -> list[tuple[str, int, int, int]]:
@@ -248,7 +256,10 @@ def value_of(checkpoint: Checkpoint, stored: StoredTensor) -> str:
     """The value of a scalar, or the scale of a payload, in words."""
     if not stored.shape:
         return f" = {read_tensor(checkpoint, stored).item()}"
-    scales = stored_tensors(checkpoint, stored.name.removesuffix(".payload") + ".scale")
+    key = StateKey.parse(stored.name)
+    if key is None or key.field != "payload":
+        return ""
+    scales = stored_tensors(checkpoint, str(replace(key, field="scale")))
     single = [scale for scale in scales.values() if not scale.shape]
     return "".join(f", scale {read_tensor(checkpoint, scale).item()}" for scale in single)
 

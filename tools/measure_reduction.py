@@ -33,7 +33,7 @@ from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches
-from fp8lm.training.state import linear_weights
+from fp8lm.training.memory import linear_weights
 from fp8lm.training.step import train_step, zero_gradients
 
 REPLICAS = (2, 4, 8, 16, 32, 64)

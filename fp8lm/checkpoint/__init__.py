@@ -12,6 +12,7 @@ from fp8lm.checkpoint.loading import (
 from fp8lm.checkpoint.save_folder import check_save_folder, claim_save_dir
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.shard import Shard
+from fp8lm.checkpoint.state_key import StateKey
 
 __all__ = [
     "Checkpoint",
@@ -22,6 +23,7 @@ __all__ = [
     "RetentionError",
     "SaveError",
     "Shard",
+    "StateKey",
     "check_save_folder",
     "claim_save_dir",
     "find_checkpoint",

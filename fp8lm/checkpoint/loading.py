@@ -22,6 +22,7 @@ from fp8lm.checkpoint.integrity import LARGEST_OTHER, Contents, check_files, ins
 from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.metadata import DamagedCheckpoint, tensor_entries
 from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
+from fp8lm.checkpoint.state_key import StateKey
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
@@ -51,6 +52,12 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """What is stored of each tensor."""
         return tensor_entries(self.metadata)
+
+    @cached_property
+    def state(self) -> dict[StateKey, TensorStorageMetadata]:
+        """Those of a training state."""
+        found = ((StateKey.parse(name), stored) for name, stored in self.tensors.items())
+        return {key: stored for key, stored in found if key is not None}
 
     def read_file(self, name: str) -> bytes:
         """The content of one of `files`; `InputError` where there is no such file."""

@@ -19,6 +19,7 @@ from fp8lm.checkpoint.loading import Checkpoint, load_checkpoint
 from fp8lm.checkpoint.planners import ShardSavePlanner
 from fp8lm.checkpoint.saving import save_checkpoint
 from fp8lm.checkpoint.shard import Shard
+from fp8lm.checkpoint.state_key import StateKey
 
 WORD_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Facts of whoever wrote a checkpoint, not of what is in it.
@@ -74,8 +75,8 @@ def cut_padding(checkpoint: Checkpoint, stored: StoredTensor, multiple: int = 1)
     Itself unless it is a word table and the checkpoint says how many tokens it has: how many rows
     pad them depends on the layout that wrote it.
     """
-    tokenizer = checkpoint.common.get("tokenizer")
-    if not tokenizer or not stored.name.endswith(tuple(f".{t}.payload" for t in WORD_TABLES)):
+    tokenizer, key = checkpoint.common.get("tokenizer"), StateKey.parse(stored.name)
+    if not tokenizer or key is None or key.param not in WORD_TABLES or key.field != "payload":
         return stored
     rows = -(-tokenizer["identity"]["vocab_size"] // multiple) * multiple
     return replace(stored, shape=(min(rows, stored.shape[0]), *stored.shape[1:]))

@@ -121,11 +121,11 @@ class Fp8Sum:
         saturated.zero_()
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor's mu, by `mu.NAME`; none where it is fixed."""
+        """Every tensor's mu, by its name; none where it is fixed."""
         if self.scaling.policy != "automatic":
             return {}
         mu = self.scaling.mu
-        return {f"mu.{name}": mu[index] for name, index in self.scaling.index.items()}
+        return {name: mu[index] for name, index in self.scaling.index.items()}
 
     def _mean(
         self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[Rows]

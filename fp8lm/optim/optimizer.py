@@ -182,19 +182,6 @@ class AdamW:
         grad, states = self.sharding.max(local).split((len(grad_amax), self.amax.numel()))
         return grad, states.view_as(self.amax)
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the states, by name, for a checkpoint; without model parameters."""
-        yield "num_steps", self.num_steps
-        for name, state in self.states.items():
-            stored = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-            if state.owns_master:
-                stored["master"] = state.master
-            for kind, tensor in stored.items():
-                yield f"{kind}.{name}.payload", tensor.payload
-                yield f"{kind}.{name}.scale", tensor.scale
-        for name, amax in zip(self.weights, self.amax.unbind(), strict=True):
-            yield f"amax.{name}", amax
-
     @property
     def _state_formats(self) -> tuple[Format, Format, Format]:
         p, weight = self.precision, next(iter(self.weights.values()))

@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fp8lm.checkpoint import (
     Checkpoint,
     CheckpointSaver,
     Outcome,
     Retention,
     Shard,
+    StateKey,
     check_save_folder,
     claim_save_dir,
     find_checkpoint,
@@ -36,10 +35,9 @@ from fp8lm.training.progress import MetricAccumulator, Progress
 from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.resizing import Vocabulary
 from fp8lm.training.spikes import LossSpikeDetector
-from fp8lm.training.state import model_shards, optimizer_shards, without
+from fp8lm.training.state import StateShards, by_name, model_shards, optimizer_shards
 from fp8lm.training.state_reader import StateReader
 
-REMEMBERED = "gradient."  # begins the names of what a reduction knows from earlier steps
 # Facts without which a run cannot go on.
 NEEDED = (
     "consumed_samples",
@@ -161,7 +159,6 @@ class RunCheckpoints:
             return
         self._run.optimizer.share_amax()
         self._run.data_parallel.finish_param_sync()
-        remembered = self._run.data_parallel.named_tensors()
         meta: dict[str, Any] = {
             **asdict(self._progress),
             "losses": self._losses.state,
@@ -169,8 +166,9 @@ class RunCheckpoints:
             **self._made_with,
         }
         # A table that two stages have is cut into rows by each in its own way: one writes it.
-        shards = without(self._shards(remembered), self._run.shared_params)
-        self._saver.save(self._progress.iteration, shards, meta)
+        shared, shards = self._run.shared_params, self._shards()
+        own = {key: blocks for key, blocks in shards.items() if key.param not in shared}
+        self._saver.save(self._progress.iteration, by_name(own), meta)
         self._saved_iteration = self._progress.iteration
 
     def tell(self) -> None:
@@ -245,16 +243,16 @@ class RunCheckpoints:
         self._saved_iteration = iteration if own else None
 
     def _fill(self, checkpoint: Checkpoint) -> StateReader:
-        common, remembered = checkpoint.common, self._run.data_parallel.named_tensors()
+        common, shards = checkpoint.common, self._shards()
         if common.get("released"):
             raise InputError(
                 f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
                 "from the checkpoint that it was made of"
             )
-        # A reduction that remembers nothing passes over what another remembered, and one that has
-        # nothing to remember yet starts anew. The whole job's tensors tell: a stage may have none.
-        if not any(name.startswith(REMEMBERED) for name in checkpoint.metadata.state_dict_metadata):
-            remembered = {}
+        # A reduction without mu passes over what another stored; one that finds none starts anew.
+        # The whole job's tensors tell: a stage may have none.
+        if not any(key.kind == "mu" for key in checkpoint.state):
+            shards = {key: blocks for key, blocks in shards.items() if key.kind != "mu"}
         self._run.data_parallel.finish_param_sync()
         reader = StateReader(
             self._run.optimizer,
@@ -263,16 +261,17 @@ class RunCheckpoints:
             self._config.extend_embeddings,
             self._group,
         )
-        reader.read(self._shards(remembered), ignore_prefix=REMEMBERED)
+        reader.read(shards)
         for name in asdict(self._progress):
             setattr(self._progress, name, common[name])
         self._losses.restore(common["losses"])
         return reader
 
-    def _shards(self, remembered: dict[str, Tensor]) -> dict[str, list[Shard]]:
+    def _shards(self) -> StateShards:
+        mus = self._run.data_parallel.named_tensors()
         return {
             **model_shards(self._run.weights),
             **optimizer_shards(self._run.optimizer),
-            "window": [Shard.whole(self._window.sums)],
-            **{f"{REMEMBERED}{name}": [Shard.whole(mu)] for name, mu in remembered.items()},
+            StateKey("window"): [Shard.whole(self._window.sums)],
+            **{StateKey("mu", name): [Shard.whole(mu)] for name, mu in mus.items()},
         }

@@ -17,24 +17,23 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fp8lm.checkpoint import Checkpoint, Shard
+from fp8lm.checkpoint import Checkpoint, Shard, StateKey
 from fp8lm.checkpoint.collectives import Group, all_or_error
 from fp8lm.checkpoint.storage import read_blocks
-from fp8lm.layers.param import ParamSpec
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, Format
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.resizing import RowPlan
-from fp8lm.training.slots import KINDS, Rows, StateSlot, slot_name, slots
-from fp8lm.training.state import blocks
+from fp8lm.training.state import KINDS, Rows, StateSlot, blocks, slots
 
+Stored = Mapping[StateKey, TensorStorageMetadata]
 _FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, FP16, BF16, FP32)}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """`slot` is made from the `source_kind` of its weight, which is stored in `format`."""
+    """`slot` is made from the `source_kind` of its parameter, which is stored in `format`."""
 
     slot: StateSlot
     source_kind: str
@@ -46,36 +45,30 @@ class Conversion:
         return f"{self.source_kind} {self.format} -> {target}"
 
 
-def find_conversions(
-    optimizer: AdamW, stored: Mapping[str, TensorStorageMetadata]
-) -> list[Conversion]:
+def find_conversions(optimizer: AdamW, stored: Stored) -> list[Conversion]:
     """What cannot be read as it is from a checkpoint of tensors `stored`."""
     found = []
     for slot in slots(optimizer):
-        kind = _source_kind(optimizer, stored, slot.weight, slot.kind)
-        fmt = _format_of(stored, slot.weight, kind)
+        kind = _source_kind(optimizer, stored, slot.param, slot.kind)
+        fmt = _format_of(stored, kind, slot.param)
         if fmt is not None and (kind, fmt) != (slot.kind, slot.tensor.format):
             found.append(Conversion(slot, kind, fmt))
     return found
 
 
-def _source_kind(
-    optimizer: AdamW, stored: Mapping[str, TensorStorageMetadata], weight: str, kind: str
-) -> str:
+def _source_kind(optimizer: AdamW, stored: Stored, param: str, kind: str) -> str:
     if kind in ("exp_avg", "exp_avg_sq"):
         return kind
-    compute = optimizer.weights[weight].spec.format
+    compute = optimizer.weights[param].spec.format
     has_master = optimizer.precision.own_master(compute) is not None
-    if kind == "weight" and has_master and _format_of(stored, weight, "weight") == compute:
+    if kind == "weight" and has_master and _format_of(stored, "weight", param) == compute:
         return "weight"
-    return "weight" if _format_of(stored, weight, "master") is None else "master"
+    return "weight" if _format_of(stored, "master", param) is None else "master"
 
 
-def _format_of(
-    stored: Mapping[str, TensorStorageMetadata], weight: str, kind: str
-) -> Format | None:
-    """Of the `kind` of `weight`, None if that is not stored."""
-    tensor = stored.get(f"{slot_name(weight, kind)}.payload")
+def _format_of(stored: Stored, kind: str, param: str) -> Format | None:
+    """Of the `kind` of `param`, None if that is not stored."""
+    tensor = stored.get(StateKey(kind, param, "payload"))
     return None if tensor is None else _FORMATS.get(tensor.properties.dtype)
 
 
@@ -95,7 +88,7 @@ class Converter:
     ) -> None:
         self._optimizer, self._checkpoint = optimizer, checkpoint
         self._conversions, self._plans, self._group = conversions, plans, group
-        self._stored = checkpoint.tensors
+        self._stored = checkpoint.state
 
     def problems(self) -> list[str]:
         """What has another shape in the checkpoint."""
@@ -115,13 +108,13 @@ class Converter:
     def _take_amax(self) -> None:
         """Set `AdamW.amax` of what is converted to that of the rows whose states are here."""
         names = list(self._optimizer.weights)
-        for weight, column in {(c.slot.weight, c.slot.column) for c in self._conversions}:
-            amax = self._optimizer.amax[names.index(weight), column]
+        for param, column in {(c.slot.param, c.slot.column) for c in self._conversions}:
+            amax = self._optimizer.amax[names.index(param), column]
             amax.zero_()
-            rows = self._optimizer.sharding.local_shards.get(weight)
+            rows = self._optimizer.sharding.local_shards.get(param)
             if rows is not None and rows[0] < rows[1]:
-                kind = _source_kind(self._optimizer, self._stored, weight, KINDS[column])
-                amax.copy_(self._optimizer.kernels.amax(self._values(weight, kind, rows)))
+                kind = _source_kind(self._optimizer, self._stored, param, KINDS[column])
+                amax.copy_(self._optimizer.kernels.amax(self._values(kind, param, rows)))
 
     def _cast(self) -> None:
         names = list(self._optimizer.weights)
@@ -129,40 +122,39 @@ class Converter:
             slot, kind = conversion.slot, conversion.source_kind
             tensor = slot.tensor
             if conversion.format == tensor.format:
-                tensor.copy_(self._read(slot.weight, kind, slot.rows))
+                tensor.copy_(self._read(kind, slot.param, slot.rows))
                 continue
-            values = self._values(slot.weight, kind, slot.rows)
-            amax = self._optimizer.amax[names.index(slot.weight), slot.column]
+            values = self._values(kind, slot.param, slot.rows)
+            amax = self._optimizer.amax[names.index(slot.param), slot.column]
             tensor.copy_(self._optimizer.kernels.quantize(values, tensor.format, amax=amax))
 
-    def _values(self, weight: str, kind: str, rows: Rows) -> Tensor:
-        return self._optimizer.kernels.dequantize(self._read(weight, kind, rows))
+    def _values(self, kind: str, param: str, rows: Rows) -> Tensor:
+        return self._optimizer.kernels.dequantize(self._read(kind, param, rows))
 
-    def _read(self, weight: str, kind: str, rows: Rows) -> ScaledTensor:
-        """Rows `rows` of this rank's part of `weight`, as they are stored."""
-        spec, name = self._spec(weight), slot_name(weight, kind)
+    def _read(self, kind: str, param: str, rows: Rows) -> ScaledTensor:
+        """Rows `rows` of this rank's part of `param`, as they are stored."""
+        spec, payload = self._optimizer.weights[param].spec, StateKey(kind, param, "payload")
         shape = (rows[1] - rows[0], *spec.local_shape[1:])
-        fmt = _format_of(self._stored, weight, kind)
+        fmt = _format_of(self._stored, kind, param)
         if fmt is None:
-            raise InputError(f"{self._checkpoint.folder} holds no {name} in a format that is known")
+            folder = self._checkpoint.folder
+            raise InputError(f"{folder} holds no {payload} in a format that is known")
         tensor = ScaledTensor.zeros(shape, fmt, self._optimizer.amax.device)
         own = blocks(spec, tensor.payload.view(fmt.dtype), rows)
-        if plan := self._plans.get(weight):
-            own = plan.cut(own, self._stored[f"{name}.payload"])
-        shards = {f"{name}.payload": own}
+        if plan := self._plans.get(param):
+            own = plan.cut(own, self._stored[payload])
+        shards = {str(payload): own}
         if fmt.scaled:
-            shards[f"{name}.scale"] = [Shard.whole(tensor.scale)]
+            shards[str(StateKey(kind, param, "scale"))] = [Shard.whole(tensor.scale)]
         read_blocks(self._checkpoint.folder, self._checkpoint.metadata, shards)
         return tensor
 
     def _shapes(self, conversion: Conversion) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Name, and the shape that is wanted and found; the rows are planned where they differ."""
-        spec = self._spec(conversion.slot.weight)
-        name = f"{slot_name(conversion.slot.weight, conversion.source_kind)}.payload"
-        expected, found = spec.shard_spec.sections(spec.shape)[0], tuple(self._stored[name].size)
-        if conversion.slot.weight in self._plans:
+        slot = conversion.slot
+        key = StateKey(conversion.source_kind, slot.param, "payload")
+        expected = slot.spec.shard_spec.sections(slot.spec.shape)[0]
+        found = tuple(self._stored[key].size)
+        if slot.param in self._plans:
             expected, found = expected[1:], found[1:]
-        return name, tuple(expected), found
-
-    def _spec(self, weight: str) -> ParamSpec:
-        return self._optimizer.weights[weight].spec
+        return str(key), tuple(expected), found

@@ -16,11 +16,16 @@ from fp8lm.training.banner import banner
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
 from fp8lm.training.logger import RunInfo, TrainLogger
-from fp8lm.training.memory import memory_bytes
+from fp8lm.training.memory import (
+    bytes_per_parameter,
+    describe_state,
+    linear_weights,
+    memory_bytes,
+    state_bytes,
+)
 from fp8lm.training.progress import Interval, Progress
 from fp8lm.training.run_history import record_start, start_facts
 from fp8lm.training.run_length import end_of_run
-from fp8lm.training.state import bytes_per_parameter, describe_state, linear_weights, state_bytes
 
 
 class Reporter:

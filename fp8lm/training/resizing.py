@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fp8lm.checkpoint import Shard
+from fp8lm.checkpoint import Shard, StateKey
 from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.data.tokenizer import padded_vocab_size
 from fp8lm.layers.param import ParamSpec
 from fp8lm.model.init import initial_value
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
-from fp8lm.training.slots import StateSlot, slots
+from fp8lm.training.state import StateSlot, slots
 
 POSITION_TABLE = "embedding.position_embeddings.weight"
 EXTEND = "set checkpoint.extend_embeddings=true to start the new rows from initial values"
@@ -106,7 +106,7 @@ def row_multiple(config: Mapping[str, Any]) -> int:
 
 def plan_rows(
     specs: Mapping[str, ParamSpec],
-    stored: Mapping[str, TensorStorageMetadata],
+    stored: Mapping[StateKey, TensorStorageMetadata],
     vocabulary: Vocabulary,
     extend: bool,
 ) -> dict[str, RowPlan]:
@@ -117,7 +117,7 @@ def plan_rows(
     """
     plans = {}
     for name in (*WORD_TABLES, POSITION_TABLE):
-        table = stored.get(f"model.{name}.payload")
+        table = stored.get(StateKey("weight", name, "payload"))
         if name not in specs or table is None or not table.size:
             continue
         former, rows = table.size[0], specs[name].shape[0]
@@ -150,8 +150,8 @@ def start_rows(optimizer: AdamW, plans: Mapping[str, RowPlan]) -> None:
         if plan.new
     }
     for slot in slots(optimizer):
-        if plan := plans.get(slot.weight):
-            _start(slot, plan, initial.get(slot.weight), optimizer)
+        if plan := plans.get(slot.param):
+            _start(slot, plan, initial.get(slot.param), optimizer)
     names = list(optimizer.weights)
     for name, values in initial.items():
         amax = optimizer.amax[names.index(name)]
@@ -160,7 +160,7 @@ def start_rows(optimizer: AdamW, plans: Mapping[str, RowPlan]) -> None:
 
 
 def _start(slot: StateSlot, plan: RowPlan, initial: torch.Tensor | None, optimizer: AdamW) -> None:
-    spec, tensor = optimizer.weights[slot.weight].spec, slot.tensor
+    spec, tensor = slot.spec, slot.tensor
     first = spec.shard_spec.sections(spec.shape)[1][0] + slot.rows[0]
     count = len(tensor.payload)
     tensor.payload[plan.kept_of(first, count) :].zero_()

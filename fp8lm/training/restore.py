@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fp8lm.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
+from fp8lm.checkpoint import Checkpoint, StateKey, load_checkpoint, open_checkpoint
 from fp8lm.checkpoint.loading import check_fits
 from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.config import Config, TokenizerConfig, build_config
@@ -19,7 +19,7 @@ from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import tokenizer_of
-from fp8lm.training.state import model_shards
+from fp8lm.training.state import by_name, model_shards
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def restore_model(
     _check_is_stored(checkpoint, config, rows)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, rows, recipe, num_ids=tokenizer.vocab_size)
-    load_checkpoint(checkpoint, model_shards(named_params(model)), ignore_prefix="")
+    load_checkpoint(checkpoint, by_name(model_shards(named_params(model))), ignore_prefix="")
     return Restored(model.eval(), tokenizer, config, _warnings(checkpoint, tokenizer))
 
 
@@ -84,7 +84,7 @@ def _tokenizer(
 
 def _vocabulary_rows(checkpoint: Checkpoint) -> int:
     """Rows of the word tables as they are stored, whatever layout padded them."""
-    stored = checkpoint.tensors.get(f"model.{WORD_TABLES[0]}.payload")
+    stored = checkpoint.state.get(StateKey("weight", WORD_TABLES[0], "payload"))
     if stored is None or len(stored.size) != 2:
         raise InputError(f"{checkpoint.folder} holds no table {WORD_TABLES[0]}")
     return stored.size[0]
@@ -98,9 +98,10 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
     recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))
     model = GPTModel(config.model, rows, recipe)
     wanted = model_shards(named_params(model))
-    check_fits(checkpoint, wanted)
+    check_fits(checkpoint, by_name(wanted))
     # Fewer layers than are stored would load, and answer something.
-    unused = sorted(n for n in stored if n.startswith("model.") and n not in wanted)
+    weights = (key for key in checkpoint.state if key.kind == "weight")
+    unused = sorted(str(key) for key in weights if key not in wanted)
     if unused:
         raise InputError(
             f"{checkpoint.folder} is a checkpoint from another model than its config says: "

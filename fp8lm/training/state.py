@@ -1,73 +1,135 @@
-"""What a run is, byte for byte: the tensors a checkpoint holds, and how much memory they take."""
+"""What a run keeps from step to step: the tensors of a checkpoint, and this rank's blocks of them.
+
+Keys are those of `StateKey`. A `StateSlot` is a scaled tensor of one parameter: the weight itself,
+or a state of the optimizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from fp8lm.checkpoint import Shard
-from fp8lm.layers.param import Param, ParamSpec, QuantizedParam
+from fp8lm.checkpoint.state_key import FIELDS, StateKey
+from fp8lm.layers.param import Param, ParamSpec
 from fp8lm.optim import AdamW
+from fp8lm.scaled_tensor import ScaledTensor
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # in the order of the columns of `AdamW.amax`
+Rows = tuple[int, int]
+StateShards = dict[StateKey, list[Shard]]
 
 
-def model_tensors(weights: dict[str, Param]) -> dict[str, Tensor]:
-    """Payloads, and scales where the format has one, of all model parameters, by name."""
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[f"model.{name}.payload"] = weight.model_param.payload
-        if weight.model_param.format.scaled:
-            tensors[f"model.{name}.scale"] = weight.model_param.scale
-    return tensors
+@dataclass(frozen=True)
+class StateSlot:
+    """`tensor` holds rows `rows` of this rank's part of `param`, whose spec is `spec`.
 
-
-def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    """Master weights, moments, amaxes and the step count, by name."""
-    return {f"optimizer.{name}": tensor for name, tensor in optimizer.named_tensors()}
-
-
-def model_shards(weights: dict[str, Param]) -> dict[str, list[Shard]]:
-    """What `model_tensors` names, each as this rank's part of the logical tensor.
-
-    Payloads are views in their format's dtype, so that a checkpoint says what its bytes mean.
+    `kind` is "weight" for the model parameter, else one of `KINDS`.
     """
-    shards = {}
-    for name, tensor in model_tensors(weights).items():
-        path, _, field = name.removeprefix("model.").rpartition(".")
-        if field == "payload":
-            weight = weights[path]
-            codes, rows = tensor.view(weight.spec.format.dtype), (0, weight.spec.local_shape[0])
-            shards[name] = blocks(weight.spec, codes, rows)
-        else:  # a logical tensor has one scale
-            shards[name] = [Shard.whole(tensor)]
-    return shards
+
+    kind: str
+    param: str
+    tensor: ScaledTensor
+    spec: ParamSpec
+    rows: Rows
+
+    @property
+    def column(self) -> int:
+        """The column of `AdamW.amax` that its scale follows."""
+        return 0 if self.kind == "weight" else KINDS.index(self.kind)
+
+    def key(self, field: str) -> StateKey:
+        """Of its payload or scale."""
+        return StateKey(self.kind, self.param, field)
+
+    def tensors(self) -> dict[StateKey, Tensor]:
+        """Payload and scale as they are held; a weight has a scale where its format has one."""
+        found = {self.key("payload"): self.tensor.payload}
+        if self.kind != "weight" or self.tensor.format.scaled:
+            found[self.key("scale")] = self.tensor.scale
+        return found
+
+    def shards(self) -> StateShards:
+        """This rank's blocks of the logical tensors, of which each has one scale.
+
+        The payload is a view in its format's dtype, so that a checkpoint says what its bytes mean.
+        """
+        found = {key: [Shard.whole(tensor)] for key, tensor in self.tensors().items()}
+        codes = self.tensor.payload.view(self.tensor.format.dtype)
+        found[self.key("payload")] = blocks(self.spec, codes, self.rows)
+        return found
 
 
-def optimizer_shards(optimizer: AdamW) -> dict[str, list[Shard]]:
-    """What `optimizer_tensors` names, as `model_shards` does it."""
-    shards = {}
-    for name, tensor in optimizer_tensors(optimizer).items():
-        path, _, field = name.rpartition(".")
-        if field == "payload":  # optimizer.KIND.PATH.payload
-            _, kind, path = path.split(".", 2)
-            codes = tensor.view(getattr(optimizer.states[path], kind).format.dtype)
-            shards[name] = blocks(
-                optimizer.weights[path].spec, codes, optimizer.sharding.local_shards[path]
-            )
-        else:
-            shards[name] = [Shard.whole(tensor)]
-    return shards
+def weight_slots(weights: dict[str, Param]) -> Iterator[StateSlot]:
+    """The model parameters."""
+    for name, weight in weights.items():
+        rows = (0, weight.spec.local_shape[0])
+        yield StateSlot("weight", name, weight.model_param, weight.spec, rows)
 
 
-def without(shards: dict[str, list[Shard]], names: Iterable[str]) -> dict[str, list[Shard]]:
-    """`shards` but those of the weights `names` and of their states."""
-    marks = [f".{name}." for name in names]
-    return {
-        name: own for name, own in shards.items() if not any(mark in f"{name}." for mark in marks)
+def optimizer_slots(optimizer: AdamW) -> Iterator[StateSlot]:
+    """The states that this rank holds, without a master that is the model parameter."""
+    for name, state in optimizer.states.items():
+        spec, rows = optimizer.weights[name].spec, optimizer.sharding.local_shards[name]
+        for kind, tensor in zip(KINDS, state.stored, strict=True):
+            if kind != "master" or state.owns_master:
+                yield StateSlot(kind, name, tensor, spec, rows)
+
+
+def slots(optimizer: AdamW) -> Iterator[StateSlot]:
+    """All that this rank holds."""
+    yield from weight_slots(optimizer.weights)
+    yield from optimizer_slots(optimizer)
+
+
+def model_tensors(weights: dict[str, Param]) -> dict[StateKey, Tensor]:
+    """All model parameters, as they are held."""
+    return {key: own for slot in weight_slots(weights) for key, own in slot.tensors().items()}
+
+
+def model_shards(weights: dict[str, Param]) -> StateShards:
+    """This rank's blocks of all model parameters."""
+    return {key: own for slot in weight_slots(weights) for key, own in slot.shards().items()}
+
+
+def optimizer_tensors(optimizer: AdamW) -> dict[StateKey, Tensor]:
+    """Master weights, moments, amaxes and the step count, as they are held."""
+    states = (slot.tensors() for slot in optimizer_slots(optimizer))
+    return _counters(optimizer) | {key: own for state in states for key, own in state.items()}
+
+
+def optimizer_shards(optimizer: AdamW) -> StateShards:
+    """What `optimizer_tensors` holds, as this rank's blocks."""
+    whole = {key: [Shard.whole(tensor)] for key, tensor in _counters(optimizer).items()}
+    states = (slot.shards() for slot in optimizer_slots(optimizer))
+    return whole | {key: own for state in states for key, own in state.items()}
+
+
+def _counters(optimizer: AdamW) -> dict[StateKey, Tensor]:
+    amaxes = zip(optimizer.weights, optimizer.amax.unbind(), strict=True)
+    return {StateKey("num_steps"): optimizer.num_steps} | {
+        StateKey("amax", name): amax for name, amax in amaxes
     }
 
 
-def blocks(spec: ParamSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard]:
+def by_name(shards: StateShards) -> dict[str, list[Shard]]:
+    """`shards` as a checkpoint names them."""
+    return {str(key): own for key, own in shards.items()}
+
+
+def possible_names(optimizer: AdamW) -> set[str]:
+    """Every name under which some version of this rank's weights and states may be stored."""
+    return {
+        str(StateKey(kind, name, field))
+        for name in optimizer.weights
+        for kind in ("weight", *KINDS)
+        for field in FIELDS
+    }
+
+
+def blocks(spec: ParamSpec, tensor: Tensor, rows: Rows) -> list[Shard]:
     """`tensor`, rows `rows` of this rank's part of the weight `spec`, as rectangular blocks.
 
     Of a gated matrix the rows of each section are blocks of their own.
@@ -86,56 +148,3 @@ def blocks(spec: ParamSpec, tensor: Tensor, rows: tuple[int, int]) -> list[Shard
             block = tensor[start - first : stop - first][None]
             found.append(Shard(block, shape, (section, row, *offset[2:])))
     return found
-
-
-def state_bytes(
-    optimizer: AdamW, names: list[str] | None = None, padding: int = 0
-) -> dict[str, int]:
-    """Bytes this process holds for its weights (all, or those in `names`), by kind.
-
-    Counted from the buffers themselves, scales included, but for `operands`: what
-    `precision.cache_weight_operands` adds while a step lasts. `padding`: what the buffers of
-    weights have beyond these (see `NoDataParallel.padding`).
-    """
-    names = list(optimizer.weights) if names is None else names
-    weights = [optimizer.weights[name] for name in names]
-    states = [optimizer.states[name] for name in names if name in optimizer.states]
-    return {
-        "weights": sum(weight.model_param.nbytes for weight in weights) + padding,
-        "grads": sum(weight.main_grad.value.nbytes for weight in weights),
-        "master": sum(state.master.nbytes for state in states if state.owns_master),
-        "exp_avg": sum(state.exp_avg.nbytes for state in states),
-        "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in states),
-        "operands": sum(w.operand_bytes for w in weights if isinstance(w, QuantizedParam)),
-    }
-
-
-def linear_weights(weights: dict[str, Param]) -> list[str]:
-    """Names of the matrices of linear layers, which the low-precision formats are for."""
-    return [
-        name
-        for name, weight in weights.items()
-        if isinstance(weight, QuantizedParam) and not weight.spec.keep_high_precision
-    ]
-
-
-def bytes_per_parameter(optimizer: AdamW, names: list[str], padding: int = 0) -> float:
-    """Bytes of state this process holds for each parameter of the weights in `names`."""
-    return sum(state_bytes(optimizer, names, padding).values()) / _count(optimizer, names)
-
-
-def describe_state(optimizer: AdamW, names: list[str]) -> str:
-    """One line: bytes of state per parameter of the weights in `names`, by kind."""
-    count = _count(optimizer, names)
-    parts = ", ".join(
-        f"{kind} {size / count:.2f}" for kind, size in state_bytes(optimizer, names).items()
-    )
-    total = bytes_per_parameter(optimizer, names)
-    return (
-        f" linear layers: {count:,} parameters on this rank, {total:.2f} bytes of state each "
-        f"({parts})"
-    )
-
-
-def _count(optimizer: AdamW, names: list[str]) -> int:
-    return sum(optimizer.weights[name].spec.numel for name in names)

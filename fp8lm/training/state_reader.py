@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fp8lm.checkpoint import Checkpoint, Shard, load_checkpoint
 from fp8lm.checkpoint.collectives import Group, all_or_error, from_all
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.conversion import Conversion, Converter, find_conversions
 from fp8lm.training.resizing import RowPlan, Vocabulary, plan_rows, start_rows
-from fp8lm.training.slots import stored_names
+from fp8lm.training.state import StateShards, possible_names
 
 
 class StateReader:
@@ -30,7 +28,7 @@ class StateReader:
         group: Group,
     ) -> None:
         self._optimizer, self._checkpoint, self._group = optimizer, checkpoint, group
-        self._stored = checkpoint.tensors
+        self._stored = checkpoint.state
         specs = {name: weight.spec for name, weight in optimizer.weights.items()}
         self._rows: dict[str, RowPlan] = all_or_error(
             group, lambda: plan_rows(specs, self._stored, vocabulary, extend)
@@ -43,17 +41,17 @@ class StateReader:
         tables = {f"{name} by {len(p.new)} rows" for name, p in self._rows.items() if p.new}
         self.extended = sorted(set().union(*from_all(group, tables)))
 
-    def read(self, shards: Mapping[str, list[Shard]], ignore_prefix: str) -> None:
+    def read(self, shards: StateShards) -> None:
         """Fill the state, and whatever else `shards` names, which are all that a run keeps.
 
-        Stored tensors whose names begin with `ignore_prefix` need not be among them.
+        What a reduction has stored of its scaling need not be among them.
         """
+        mus = {str(key) for key in self._stored if key.kind == "mu"}
         load_checkpoint(
             self._checkpoint,
             self._as_stored(shards),
             self._group,
-            ignore_prefix=ignore_prefix,
-            known=stored_names(self._optimizer),
+            known=possible_names(self._optimizer) | mus,
         )
         if self.converted:
             self._converter.run()
@@ -63,21 +61,17 @@ class StateReader:
         if problems := self._converter.problems():
             raise InputError(f"a checkpoint from another model: {problems[0]}")
 
-    def _as_stored(self, shards: Mapping[str, list[Shard]]) -> dict[str, list[Shard]]:
-        """`shards` without what is converted, and tables cut to the rows that are read."""
-        converted = {conversion.slot.name for conversion in self._conversions}
+    def _as_stored(self, shards: StateShards) -> dict[str, list[Shard]]:
+        """`shards` by name, without what is converted, tables cut to the rows that are read."""
+        converted = {
+            (conversion.slot.kind, conversion.slot.param) for conversion in self._conversions
+        }
         found = {}
-        for name, own in shards.items():
-            slot, _, field = name.rpartition(".")
-            if field in ("payload", "scale") and slot in converted:
+        for key, own in shards.items():
+            if (key.kind, key.param) in converted:
                 continue
-            plan = self._rows.get(slot.removeprefix("model.")) or self._rows.get(_weight_of(slot))
-            if field == "payload" and plan is not None and name in self._stored:
-                own = plan.cut(own, self._stored[name])
-            found[name] = own
+            plan = self._rows.get(key.param)
+            if plan is not None and key.field == "payload" and key in self._stored:
+                own = plan.cut(own, self._stored[key])
+            found[str(key)] = own
         return found
-
-
-def _weight_of(slot: str) -> str:
-    """The weight's name in `optimizer.KIND.WEIGHT`."""
-    return slot.split(".", 2)[-1]

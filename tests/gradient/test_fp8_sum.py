@@ -138,7 +138,7 @@ def remembered(policy):
 
 def test_only_a_mu_that_moves_is_remembered(run_distributed):
     """A fixed one that came from a checkpoint would be that of another policy, or size."""
-    assert run_distributed(remembered, 2, "automatic")[0] == ["mu.w"]
+    assert run_distributed(remembered, 2, "automatic")[0] == ["w"]
     for policy in ("pre_scaling", "post_scaling"):
         assert run_distributed(remembered, 2, policy)[0] == []
 

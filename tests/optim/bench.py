@@ -9,6 +9,7 @@ from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.numerics import BF16, E4M3, FP32, format_by_name
 from fp8lm.optim import AdamW, StatePrecision
+from fp8lm.training.state import optimizer_tensors
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def step(adam, seed, amplitude=1e-2, lr=LR):
 
 def all_bytes(adam):
     """A copy of everything a step may change, as bytes by name."""
-    tensors = dict(adam.named_tensors())
+    tensors = {str(key): tensor for key, tensor in optimizer_tensors(adam).items()}
     for name, weight in adam.weights.items():
         tensors[f"{name}.payload"] = weight.model_param.payload
         tensors[f"{name}.scale"] = weight.model_param.scale

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fp8lm.config import load_config
 from fp8lm.planner.layout import STATES, plan_layout
 from fp8lm.runtime.errors import InputError
-from fp8lm.training.state import state_bytes
+from fp8lm.training.memory import state_bytes
 from tests.launch.conftest import ROOT
 from tests.planner.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, UNEVEN, tiny
 from tests.training.runs import LLAMA, trainer_of

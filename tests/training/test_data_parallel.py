@@ -17,12 +17,8 @@ from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.optim.step_scalars import NUM_GATHERED
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.evaluation import run_batches
-from fp8lm.training.state import (
-    linear_weights,
-    model_tensors,
-    optimizer_tensors,
-    state_bytes,
-)
+from fp8lm.training.memory import linear_weights, state_bytes
+from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import (
     LLAMA,
     curve,
@@ -121,11 +117,10 @@ def whole_state(results):
     whole = {}
     for _, tensors, owned in results:
         for name, tensor in tensors.items():
-            path = name.removesuffix(".payload").split(".", 2)[-1]
-            if not name.endswith(".payload"):
+            if name.field != "payload":
                 assert torch.equal(whole.setdefault(name, tensor), tensor), name
             else:
-                whole.setdefault(name, {})[owned[path][0]] = tensor
+                whole.setdefault(name, {})[owned[name.param][0]] = tensor
     return {
         name: torch.cat([parts[row] for row in sorted(parts)]) if isinstance(parts, dict) else parts
         for name, parts in whole.items()
