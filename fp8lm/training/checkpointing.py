@@ -26,11 +26,11 @@ from fp8lm.checkpoint import (
 from fp8lm.checkpoint.collectives import all_or_error, on_main
 from fp8lm.checkpoint.files import SET_ASIDE, delete_after
 from fp8lm.checkpoint.location import load_problem, locate
+from fp8lm.metrics.console import saved_line
 from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run
 from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model
-from fp8lm.training.console import saved_line
 from fp8lm.training.progress import MetricAccumulator, Progress
 from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.resizing import Vocabulary

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fp8lm.metrics.logger import RunInfo, TrainLogger
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder
 from fp8lm.training.banner import banner
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
-from fp8lm.training.logger import RunInfo, TrainLogger
 from fp8lm.training.memory import (
     bytes_per_parameter,
     describe_state,

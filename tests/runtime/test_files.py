@@ -14,6 +14,7 @@ import torch
 from fp8lm.checkpoint import Shard, claim_save_dir, save_checkpoint
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
+from fp8lm.metrics.metrics_file import MetricsFile
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import (
     NotRegular,
@@ -23,7 +24,6 @@ from fp8lm.runtime.files import (
     remove_unfinished,
     write_whole,
 )
-from fp8lm.training.metrics_file import MetricsFile
 from fp8lm.training.run_history import record_start
 
 TINY = Path(__file__).parents[2] / "configs" / "gpt_tiny.yaml"

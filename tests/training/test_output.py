@@ -11,9 +11,9 @@ import time
 import pytest
 
 from fp8lm.checkpoint import latest_iteration
+from fp8lm.metrics.console import Console
 from fp8lm.runtime.errors import run_command
 from fp8lm.runtime.streams import BestEffortStream, warn
-from fp8lm.training.console import Console
 
 
 @pytest.fixture

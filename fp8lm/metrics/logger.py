@@ -10,11 +10,11 @@ from typing import Any, TextIO
 
 from fp8lm.config import LoggingConfig
 from fp8lm.config.yaml_format import to_yaml
-from fp8lm.training.console import Console, evaluation_line, saved_line, training_line
-from fp8lm.training.metrics_file import MetricsFile
-from fp8lm.training.tensorboard_file import TensorBoard
-from fp8lm.training.trackers import BestEffortTracker
-from fp8lm.training.wandb_run import WandB
+from fp8lm.metrics.console import Console, evaluation_line, saved_line, training_line
+from fp8lm.metrics.metrics_file import MetricsFile
+from fp8lm.metrics.tensorboard_file import TensorBoard
+from fp8lm.metrics.trackers import BestEffortTracker
+from fp8lm.metrics.wandb_run import WandB
 
 UNWRITTEN = "unwritten.log"  # lines that stdout did not take
 

@@ -13,11 +13,11 @@ from datetime import datetime
 import pytest
 
 from fp8lm.config import LoggingConfig
+from fp8lm.metrics.console import evaluation_line, saved_line, training_line
+from fp8lm.metrics.logger import RunInfo, TrainLogger
+from fp8lm.metrics.metrics_file import MetricsFile
 from fp8lm.runtime.errors import InputError
-from fp8lm.training.console import evaluation_line, saved_line, training_line
-from fp8lm.training.logger import RunInfo, TrainLogger
-from fp8lm.training.metrics_file import MetricsFile
-from tests.training import reports
+from tests.metrics import reports
 
 VALUES = {"iteration": 100, **reports.VALUES, "state_bytes/weights": 123456789012}
 

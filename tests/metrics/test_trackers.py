@@ -10,10 +10,10 @@ import resource
 import pytest
 
 from fp8lm.config import LoggingConfig
-from fp8lm.training.logger import RunInfo, TrainLogger
-from fp8lm.training.tensorboard_file import TensorBoard
-from fp8lm.training.trackers import BestEffortTracker
-from tests.training.reports import VALUES
+from fp8lm.metrics.logger import RunInfo, TrainLogger
+from fp8lm.metrics.tensorboard_file import TensorBoard
+from fp8lm.metrics.trackers import BestEffortTracker
+from tests.metrics.reports import VALUES
 
 
 def log(folder, iterations, first=0, evaluate=False, **info):

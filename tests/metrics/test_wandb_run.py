@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from fp8lm.config import LoggingConfig
-from fp8lm.training.logger import RunInfo, TrainLogger
-from fp8lm.training.wandb_run import RunRecord
-from tests.training.reports import VALUES
+from fp8lm.metrics.logger import RunInfo, TrainLogger
+from fp8lm.metrics.wandb_run import RunRecord
+from tests.metrics.reports import VALUES
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # the form of a key, and nobody's
 
@@ -156,7 +156,7 @@ def test_without_a_key_it_goes_offline(tmp_path, capsys):
 def test_without_a_server_it_goes_offline_and_the_key_stays_secret(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("fp8lm.training.wandb_run.INIT_TIMEOUT", 1)
+    monkeypatch.setattr("fp8lm.metrics.wandb_run.INIT_TIMEOUT", 1)
     record = start(tmp_path, wandb_mode="online", facts={"git": {"commit": "0123abc"}})
     captured = capsys.readouterr()
     assert captured.err.count("warning: wandb is offline") == 1
