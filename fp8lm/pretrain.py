@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
     from fp8lm.comm.env import DistEnv
     from fp8lm.comm.groups import process_groups, rank_device
     from fp8lm.training.build import build, resolve_device
+    from fp8lm.training.hooks import build_trainer
     from fp8lm.training.run_folders import locked_folders
     from fp8lm.training.stopping import is_over
-    from fp8lm.training.trainer import Trainer
 
     adopt_launcher(os.environ)
     resumes = config.checkpoint.resumes
@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     ) as groups:
         run = build(config, groups, device)
         with locked_folders(config, groups) as locks:
-            return Trainer(run, locks).train()
+            trainer = build_trainer(run, locks)
+            trainer.load()
+            return trainer.train()
 
 
 def command() -> NoReturn:

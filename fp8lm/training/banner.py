@@ -7,10 +7,12 @@ import torch
 from fp8lm.config import Config
 from fp8lm.kernels.select import describe_kernels
 from fp8lm.training.build import Run
+from fp8lm.training.flops import Peak
+from fp8lm.training.memory import describe_state, linear_weights
 
 
-def banner(run: Run, num_parameters: int) -> list[str]:
-    """A few lines; `num_parameters` of the whole model."""
+def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
+    """A few lines; `num_parameters` of the whole model, `peak` of the GPU, if it is known."""
     config, groups = run.config, run.groups
     model, batch = config.model, config.train.global_batch_size
     sizes = {
@@ -26,6 +28,8 @@ def banner(run: Run, num_parameters: int) -> list[str]:
         f"{describe_kernels(run.device)}",
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
         f" folders: {_describe_folders(config)}",
+        describe_state(run.optimizer, linear_weights(run.weights)),
+        *([] if peak is None else [f" MFU is the share of {peak}"]),
     ]
 
 

@@ -7,7 +7,6 @@ intact, and the next is tried when it is due. The last one of a run must be writ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from fp8lm.checkpoint import (
     CheckpointSaver,
     Outcome,
     Retention,
-    Shard,
-    StateKey,
     check_save_folder,
     claim_save_dir,
     find_checkpoint,
@@ -29,58 +26,44 @@ from fp8lm.checkpoint.location import load_problem, locate
 from fp8lm.metrics.console import saved_line
 from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
-from fp8lm.training.build import Run
 from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model
-from fp8lm.training.progress import MetricAccumulator, Progress
 from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
-from fp8lm.training.resizing import Vocabulary
-from fp8lm.training.spikes import LossSpikeDetector
-from fp8lm.training.state import StateShards, by_name, model_shards, optimizer_shards
-from fp8lm.training.state_reader import StateReader
-
-# Facts without which a run cannot go on.
-NEEDED = (
-    "consumed_samples",
-    "batch_size",
-    "skipped_samples",
-    "rollbacks",
-    "losses",
-    "config",
-    "config.model",
-    "config.train",
-)
+from fp8lm.training.state import by_name
+from fp8lm.training.train_state import NEEDED, TrainState
 
 
 class RunCheckpoints:
-    """Saves and loads `run` with its `window`, `progress` and `losses`; a collective of all ranks.
+    """Saves and loads `state`; every method is a collective of all ranks.
 
-    `report` takes a line of text; `locks` are those of the run's folders.
+    Nothing is read or made before `open`. `report` takes a line of text; `locks` are those of the
+    run's folders.
     """
 
     def __init__(
-        self,
-        run: Run,
-        window: MetricAccumulator,
-        progress: Progress,
-        losses: LossSpikeDetector,
-        report: Callable[[str], None],
-        locks: RunLocks | None = None,
+        self, state: TrainState, report: Callable[[str], None], locks: RunLocks | None = None
     ) -> None:
-        self._run, self._window, self._progress, self._losses = run, window, progress, losses
-        self._report, self._group = report, run.groups.saving
-        self._config = config = run.config.checkpoint
+        self._state, self._report = state, report
+        self._run, self._progress = state.run, state.progress
+        self._config, self._group = state.run.config.checkpoint, state.run.groups.saving
+        self._locks = RunLocks() if locks is None else locks
         self._saver: CheckpointSaver | None = None
-        # Of data that may be replaced meanwhile: what this start reads.
         self._made_with: dict[str, Any] = {}
-        if config.save is not None or config.load is not None:
-            self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
-        self._locks = RunLocks() if locks is None else locks
+        self.is_open = False
+
+    def open(self) -> None:
+        """Check `checkpoint.load` and `checkpoint.save`: now, not after hours of training.
+
+        `InputError` for a folder that does not serve.
+        """
+        config, run = self._config, self._run
+        if config.save is not None or config.load is not None:
+            # Of data that may be replaced meanwhile: what this start reads.
+            self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
         if problem := on_main(self._group, lambda: load_problem(config)):
             raise InputError(problem)
         if config.save is not None:
-            # Now, not after hours of training.
             on_main(self._group, self._locks.verify)
             check_save_folder(config.save, self._group)
             self._locks.heartbeat()  # a full disk, cleared up now, may have left the record empty
@@ -93,6 +76,7 @@ class RunCheckpoints:
                 files=run.tokenizer.files,
                 training_group=run.groups.world,
             )
+        self.is_open = True
 
     def load(self) -> None:
         """Go on from `checkpoint.load`: the newest valid checkpoint in it, or the one that it is.
@@ -126,7 +110,7 @@ class RunCheckpoints:
         )
         changed = changed_keys(former, config)
         try:
-            reader = self._fill(found)
+            reader = self._state.fill(found)
         except InputError as error:
             if not (changed := [*changed, *changed_layout(former, config)]):
                 raise
@@ -157,18 +141,9 @@ class RunCheckpoints:
         """Begin a checkpoint, unless this iteration has one."""
         if self._saver is None or self._saved_iteration == self._progress.iteration:
             return
-        self._run.optimizer.share_amax()
-        self._run.data_parallel.finish_param_sync()
-        meta: dict[str, Any] = {
-            **asdict(self._progress),
-            "losses": self._losses.state,
-            "config": self._run.config.model_dump(mode="json"),
-            **self._made_with,
-        }
-        # A table that two stages have is cut into rows by each in its own way: one writes it.
-        shared, shards = self._run.shared_params, self._shards()
-        own = {key: blocks for key, blocks in shards.items() if key.param not in shared}
-        self._saver.save(self._progress.iteration, by_name(own), meta)
+        shards = by_name(self._state.shards_to_write())
+        facts = {**self._state.facts(), **self._made_with}
+        self._saver.save(self._progress.iteration, shards, facts)
         self._saved_iteration = self._progress.iteration
 
     def tell(self) -> None:
@@ -239,39 +214,5 @@ class RunCheckpoints:
             on_main(self._group, lambda: delete_after(root, iteration if own else 0))
         except OSError as error:  # one that stays is replaced when its iteration comes again
             self._report(f" warning: newer checkpoints than {iteration} cannot be deleted: {error}")
-        self._fill(checkpoint)
+        self._state.fill(checkpoint)
         self._saved_iteration = iteration if own else None
-
-    def _fill(self, checkpoint: Checkpoint) -> StateReader:
-        common, shards = checkpoint.common, self._shards()
-        if common.get("released"):
-            raise InputError(
-                f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
-                "from the checkpoint that it was made of"
-            )
-        # A reduction without mu passes over what another stored; one that finds none starts anew.
-        # The whole job's tensors tell: a stage may have none.
-        if not any(key.kind == "mu" for key in checkpoint.state):
-            shards = {key: blocks for key, blocks in shards.items() if key.kind != "mu"}
-        self._run.data_parallel.finish_param_sync()
-        reader = StateReader(
-            self._run.optimizer,
-            checkpoint,
-            Vocabulary.of(self._run.tokenizer.vocab_size, common),
-            self._config.extend_embeddings,
-            self._group,
-        )
-        reader.read(shards)
-        for name in asdict(self._progress):
-            setattr(self._progress, name, common[name])
-        self._losses.restore(common["losses"])
-        return reader
-
-    def _shards(self) -> StateShards:
-        mus = self._run.data_parallel.named_tensors()
-        return {
-            **model_shards(self._run.weights),
-            **optimizer_shards(self._run.optimizer),
-            StateKey("window"): [Shard.whole(self._window.sums)],
-            **{StateKey("mu", name): [Shard.whole(mu)] for name, mu in mus.items()},
-        }

@@ -1,4 +1,4 @@
-"""How far a run is, and the sums its next report will average."""
+"""How far a run is, the sums its next report averages, and the scalars of every step."""
 
 from __future__ import annotations
 
@@ -46,17 +46,27 @@ class Interval:
 class Stopwatch:
     """Measures training between reports, without what happens while it is paused."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._start(progress)
+    def __init__(self) -> None:
+        self._iteration = self._samples = 0
+        self._started, self._runs = 0.0, False
+
+    def start(self, progress: Progress) -> None:
+        """Begin an interval, unless one has begun."""
+        if not self._runs:
+            self._begin(progress)
+
+    def reset(self) -> None:
+        """Forget the interval."""
+        self._runs = False
 
     def interval(self, progress: Progress) -> Interval:
-        """What passed since the last lap; starts the next."""
+        """What has passed of the interval; begins the next."""
         interval = Interval(
             progress.iteration - self._iteration,
             progress.consumed_samples - self._samples,
             time.perf_counter() - self._started,
         )
-        self._start(progress)
+        self._begin(progress)
         return interval
 
     @contextmanager
@@ -66,7 +76,8 @@ class Stopwatch:
         yield
         self._started += time.perf_counter() - paused
 
-    def _start(self, progress: Progress) -> None:
+    def _begin(self, progress: Progress) -> None:
+        self._runs = True
         self._iteration, self._samples = progress.iteration, progress.consumed_samples
         self._started = time.perf_counter()
 
@@ -101,3 +112,35 @@ class MetricAccumulator:
         values = dict(zip(self.FIELDS, self.sums.tolist(), strict=True))
         self.sums[:4] = 0.0
         return values
+
+
+class AsyncScalars:
+    """A few numbers per step, in order: on a CPU at once, on a GPU one step later.
+
+    A GPU's step has not begun when the host has started it, so `push` returns the numbers of the
+    step before, which are there by then or soon. All ranks see the same step at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._arriving: tuple[int, Tensor, torch.cuda.Event] | None = None
+
+    def push(self, iteration: int, numbers: Tensor) -> tuple[int, list[float]] | None:
+        """Hand over those of `iteration` (1-d); take the next there are, with their iteration."""
+        if numbers.device.type != "cuda":
+            return iteration, numbers.tolist()
+        arrived = self.drain()
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._arriving = iteration, host, event
+        return arrived
+
+    def drain(self) -> tuple[int, list[float]] | None:
+        """Wait for what has not been returned yet."""
+        if self._arriving is None:
+            return None
+        iteration, host, event = self._arriving
+        self._arriving = None
+        event.synchronize()
+        return iteration, host.tolist()

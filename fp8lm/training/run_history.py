@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 import fp8lm
-from fp8lm.runtime.files import open_to_append
+from fp8lm.config import Config
+from fp8lm.runtime.errors import InputError
+from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
 
 NAME = "starts.jsonl"
@@ -32,6 +34,19 @@ def start_facts() -> dict[str, Any]:
         "megatron-core": version("megatron-core"),
     }
     return {"versions": versions, "git": asdict(source_revision())}
+
+
+def write_start(config: Config, facts: dict[str, Any], iteration: int, processes: int) -> None:
+    """Leave config.yaml and a line of a start in `logging.dir`; `InputError` if that fails."""
+    if config.logging.dir is None:
+        return
+    folder = Path(config.logging.dir)
+    try:
+        make_folder(folder)
+        config.save_yaml(folder / "config.yaml")
+        record_start(folder, facts, iteration, processes)
+    except OSError as error:
+        raise InputError(f"logging.dir={folder} cannot be written to: {error.strerror}") from error
 
 
 def record_start(folder: Path, facts: dict[str, Any], iteration: int, processes: int) -> None:

@@ -83,6 +83,21 @@ def end_of_run(
     return iteration, consumed_samples
 
 
+def describe_changed_batches(
+    train: TrainConfig, iteration: int, consumed_samples: int
+) -> str | None:
+    """What is left of a run of `train_iters` whose batch has changed; None if it has not."""
+    batch = train.global_batch_size
+    if train.train_iters is None or consumed_samples == iteration * batch:
+        return None
+    left = train.train_iters - iteration
+    return (
+        f" note: the batch has changed: {iteration} iterations read {consumed_samples} samples, "
+        f"the {left} that are left read {left * batch} in batches of {batch} "
+        "(train.global_batch_size); schedules count iterations"
+    )
+
+
 def _train_samples(train: TrainConfig) -> int:
     """`train.train_samples`, which the config has where `train.train_iters` is null."""
     if train.train_samples is None:

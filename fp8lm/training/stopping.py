@@ -1,4 +1,4 @@
-"""Why a run should stop before its end: a signal, its time is over, or its folders are lost.
+"""Why a run stops before its end, and how it goes on: a signal, its time, its folders are lost.
 
 A signal reaches one process, at any moment; all ranks must stop after the same step. So each rank
 says in the step's one exchange of scalars what it knows, and all act on the largest.
@@ -7,16 +7,19 @@ says in the step's one exchange of scalars what it knows, and all act on the lar
 from __future__ import annotations
 
 import math
+import shlex
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any
 
 import psutil
 
+from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.env import DistEnv
-from fp8lm.config import TrainConfig
-from fp8lm.runtime.errors import EXIT_RESTART
+from fp8lm.config import CheckpointConfig, TrainConfig
+from fp8lm.runtime.errors import EXIT_RESTART, InputError
 from fp8lm.runtime.run_lock import RunLocks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -69,6 +72,14 @@ def describe(reason: float) -> str:
     return f"received {signal.Signals(int(reason)).name}"
 
 
+def describe_stop(reason: float, config: CheckpointConfig, launch: DistEnv, iteration: int) -> str:
+    """Why a run has stopped and saved after `iteration`, and how it goes on."""
+    where = f" {describe(reason)}: stopped after iteration {iteration}"
+    if config.save is None:
+        return f"{where}; nothing is saved without checkpoint.save"
+    return where if config.resumes else f"{where}; to go on: {command_to_go_on(config, launch)}"
+
+
 def exit_code(reason: float, resumes: bool) -> int:
     """The code of a run that stopped for `reason`: `EXIT_RESTART` promises that it goes on.
 
@@ -97,3 +108,29 @@ def job_started(launch: DistEnv) -> float:
     process = psutil.Process()
     parent = process.parent() if launch.by_launcher else None
     return (parent or process).create_time()
+
+
+def describe_interruption(config: CheckpointConfig, launch: DistEnv, iteration: int) -> str:
+    """For a run that ends after `iteration` without saving."""
+    if config.save is None:
+        return f"after iteration {iteration}; nothing is saved without checkpoint.save"
+    try:
+        saved = latest_iteration(config.save)
+    except (InputError, OSError):
+        saved = None
+    if saved is None:
+        return f"after iteration {iteration}; there is no checkpoint in {config.save} yet"
+    lost = max(0, iteration - saved)
+    return (
+        f"after iteration {iteration}; the last checkpoint is of iteration {saved} in "
+        f"{config.save} ({lost} iteration{'s' * (lost != 1)} lost); to go on: "
+        f"{command_to_go_on(config, launch)}"
+    )
+
+
+def command_to_go_on(config: CheckpointConfig, launch: DistEnv) -> str:
+    """The command that starts from what this one has saved in `config.save`."""
+    more = [] if config.resumes else [f"checkpoint.load={config.save}"]
+    if launch.by_launcher:  # which was given its own command line
+        return " with ".join(["the same command", *more])
+    return shlex.join([*sys.orig_argv, *more])

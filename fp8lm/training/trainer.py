@@ -1,252 +1,255 @@
-"""The training loop: steps, reports, evaluation, checkpoints, and what can interrupt them."""
+"""The training loop, and the hooks that do everything else around its steps.
+
+    running                                 around all that follows
+        on_start
+        until the end, a stop or a rollback:
+            before_step
+            the step                        inside phase(STEP)
+            on_scalars                      on a GPU with those of the step before
+            after_step
+        on_end
+
+A hook subclasses `TrainerHook` and overrides what it needs; those of every run are in
+`fp8lm.training.hooks`: stop requests, reports, watchdog, skipped steps, loss spikes, evaluation,
+checkpoints. All ranks call all hooks in one order, so that a hook may use collectives.
+"""
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from fp8lm.checkpoint.collectives import on_main
 from fp8lm.comm.env import DistEnv
 from fp8lm.data.batches import BatchIterator
-from fp8lm.runtime.errors import LockLost, RunFailed
+from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
-from fp8lm.runtime.streams import say
 from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
-from fp8lm.training.evaluation import (
-    evaluation_loss,
-    first_validation_sample,
-    on_device,
-    run_batches,
-)
-from fp8lm.training.events import AsyncScalars
-from fp8lm.training.progress import MetricAccumulator, Progress, Stopwatch
-from fp8lm.training.report import Reporter
-from fp8lm.training.resume_command import command_to_go_on, describe_interruption
-from fp8lm.training.run_length import is_over
-from fp8lm.training.spikes import LossSpike, LossSpikeDetector, RollBack
+from fp8lm.training.evaluation import on_device, run_batches
+from fp8lm.training.progress import AsyncScalars, MetricAccumulator, Progress
+from fp8lm.training.run_length import describe_changed_batches, is_over
+from fp8lm.training.spikes import LossSpikeDetector, RollBack
 from fp8lm.training.step import StepResult, seed_generators, train_step
-from fp8lm.training.stopping import LOCK_LOST, StopRequests, describe, exit_code
-from fp8lm.training.watchdog import Watchdog
+from fp8lm.training.stopping import LOCK_LOST, describe_stop, exit_code
+from fp8lm.training.train_state import TrainState
+
+STEP = "step"
+LAST_SAVE = "saving the last checkpoint"
+
+
+@dataclass(frozen=True)
+class HostScalars:
+    """What a step has told the host: `loss`, how many steps in a row were skipped, why to `stop`.
+
+    `loss` is NaN where no token counts; `stop` is the largest reason of any rank (0: none).
+    """
+
+    iteration: int
+    loss: float
+    skipped_in_a_row: float
+    stop: float
+
+
+class TrainerHook:
+    """What happens around the steps of a training; every method does nothing by default."""
+
+    def running(self, trainer: Trainer) -> AbstractContextManager[object]:
+        """Around the whole training, also of a run without a step left; for what is held open."""
+        return nullcontext()
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, if there is one."""
+
+    def phase(self, trainer: Trainer, name: str) -> AbstractContextManager[None]:
+        """Around what takes its time: `STEP`, an evaluation, saving a checkpoint."""
+        return nullcontext()
+
+    def stop_reason(self) -> float:
+        """Why this rank asks to stop after the step that begins (0: it does not).
+
+        A signal's number or a constant of `stopping`; all ranks act on the largest of all.
+        """
+        return 0.0
+
+    def before_step(self, trainer: Trainer) -> None:
+        """The next iteration is `trainer.progress.iteration + 1`."""
+
+    def on_scalars(self, trainer: Trainer, scalars: HostScalars) -> None:
+        """The scalars of a step are on the host; may raise `RollBack`, or what ends the run."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """A step has been started; to read `result` is a host synchronisation."""
+
+    def on_evaluation(self, trainer: Trainer, split: str, loss: float) -> None:
+        """The mean loss (nats per token) on `split`: validation or test."""
+
+    def on_message(self, trainer: Trainer, line: str) -> None:
+        """Something to be said, as a line of text."""
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """The run is back at `trainer.progress.iteration`; later iterations will come again."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, unless an error ends the run."""
 
 
 class Trainer:
-    """Runs `run` from where its checkpoint left off to its end; `locks` are of its folders."""
+    """Trains `run`, from where `load` leaves it to its end; `locks` are of the run's folders.
 
-    def __init__(self, run: Run, locks: RunLocks | None = None) -> None:
+    `hooks` act in their order. They may read all that is public here: `window` are the sums since
+    the last report, `sent` the bytes that this rank sent in the last step, by wire. `exits`, set on
+    all ranks alike, ends the training after the step.
+    """
+
+    def __init__(
+        self, run: Run, hooks: Sequence[TrainerHook], locks: RunLocks | None = None
+    ) -> None:
         train = run.config.train
-        self._locks = RunLocks() if locks is None else locks
-        self.run = run
-        self.window = MetricAccumulator(run.device)
+        self.run, self.hooks = run, list(hooks)
+        self.locks = RunLocks() if locks is None else locks
         self.progress = Progress()
+        self.window = MetricAccumulator(run.device)
         self.losses = LossSpikeDetector(train.loss_spike_threshold, train.loss_spike_patience)
-        self._open_reporter: Reporter | None = None
-        state = self.window, self.progress, self.losses
-        self.checkpoints = RunCheckpoints(run, *state, self._say, self._locks)
+        state = TrainState(run, self.window, self.progress, self.losses)
+        self.checkpoints = RunCheckpoints(state, self.say, self.locks)
+        self.sent: dict[str, int] = {}
+        self.stop, self.exits = 0.0, False
+        self._scalars = AsyncScalars()
+
+    def load(self) -> None:
+        """Claim `checkpoint.save`, go on from `checkpoint.load`, and fit the data to it."""
+        self.checkpoints.open()
         self.checkpoints.load()
-        self._note_other_batches()
+        position = self.progress.iteration, self.progress.consumed_samples
+        note = describe_changed_batches(self.run.config.train, *position)
+        if note is not None and not self.finished:
+            self.say(note)
         self._fit_datasets()
-        self._stopwatch = Stopwatch(self.progress)
-        self._numbers = AsyncScalars()
-        self._stop, self._exits = 0.0, False
 
     def train(self) -> int:
         """Train to the end, or to where something asks to stop; saves before returning.
 
-        Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop. A
-        KeyboardInterrupt saves nothing, and says what there is.
+        Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop.
+        RuntimeError before `load`, without which a run would write over another's checkpoints.
         """
-        try:
-            return self._train()
-        except KeyboardInterrupt as interrupt:
-            config, iteration = self.run.config.checkpoint, self.progress.iteration
-            launch = DistEnv.from_environment(os.environ)
-            interrupt.args = (describe_interruption(config, launch, iteration),)
-            raise
-
-    def _train(self) -> int:
-        run, config = self.run, self.run.config.train
-        launch = DistEnv.from_environment(os.environ)
+        if not self.checkpoints.is_open:
+            raise RuntimeError("load() comes before train()")
+        on_main(self.run.groups.saving, self.locks.verify)
         with ExitStack() as stack:
-            on_main(run.groups.saving, self._locks.verify)
-            self._open_reporter = stack.enter_context(
-                Reporter(run, self.progress, self._locks.held)
-            )
-            self._requests = stack.enter_context(StopRequests(config, launch, self._locks))
-            self._watchdog = stack.enter_context(Watchdog(run.groups, config.slow_step_factor))
-            if self._finished:
-                self._say(f" nothing left to do: {self.progress.iteration} iterations done")
+            for hook in self.hooks:
+                stack.enter_context(hook.running(self))
+            if self.finished:
+                self.say(f" nothing left to do: {self.progress.iteration} iterations done")
                 return 0
-            if self.progress.iteration == 0:
-                self._evaluate("validation")  # where the curve starts
-            while not (self._finished or self._stop or self._exits):
-                self._go_on()
-            if self._stop == LOCK_LOST:
-                self._locks.verify()  # the main rank knows who has them
+            for hook in self.hooks:
+                hook.on_start(self)
+            while not self.over:
+                self._train_until_rollback()
+            if self.stop == LOCK_LOST:
+                self.locks.verify()  # the main rank knows who has them
                 raise LockLost("another run has taken the folders of this one over")
-            if self._finished:
-                self._evaluate("test")
-            run.data_parallel.finish_param_sync()  # collectives in flight end before their groups
-            self._save_last()
-            if self._finished or not self._stop:
-                return 0
-            return self._stopped()
-
-    def _stopped(self) -> int:
-        """Say why and where; the exit code."""
-        checkpoint = self.run.config.checkpoint
-        where = f"stopped after iteration {self.progress.iteration}"
-        if checkpoint.save is None:
-            where += "; nothing is saved without checkpoint.save"
-        elif not checkpoint.resumes:
-            launch = DistEnv.from_environment(os.environ)
-            where += f"; to go on: {command_to_go_on(checkpoint, launch)}"
-        self._say(f" {describe(self._stop)}: {where}")
-        return exit_code(self._stop, checkpoint.resumes)
+            self.run.data_parallel.finish_param_sync()  # collectives in flight end with the steps
+            for hook in self.hooks:
+                hook.on_end(self)
+            return 0 if self.finished or not self.stop else self._report_stop()
 
     @property
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether no step is left."""
         run, progress = self.run, self.progress
         position = progress.iteration, progress.consumed_samples
         return is_over(run.config.train, run.batch_size, *position)
 
-    def _due(self, interval: int | None) -> bool:
+    @property
+    def over(self) -> bool:
+        """Whether no step follows, now."""
+        return self.finished or bool(self.stop) or self.exits
+
+    def due(self, interval: int | None) -> bool:
+        """Whether something that is done every `interval` iterations is done after this one."""
         return interval is not None and self.progress.iteration % interval == 0
 
-    @property
-    def _reporter(self) -> Reporter:
-        if self._open_reporter is None:
-            raise RuntimeError("the training has not started")
-        return self._open_reporter
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell the hooks what takes its time inside."""
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(hook.phase(self, name))
+            yield
 
-    def _go_on(self) -> None:
-        """Train until the end, a stop, or a loss spike, from which it rolls back."""
-        progress = self.progress
-        dataset = self.run.train_dataset
+    def say(self, line: str) -> None:
+        """Say something, as a line of text; a rank that is not the main one may as well."""
+        for hook in self.hooks:
+            hook.on_message(self, line)
+
+    def drain_scalars(self) -> None:
+        """Wait for the scalars of all steps so far, and act on them."""
+        self._act_on(self._scalars.drain())
+
+    def _train_until_rollback(self) -> None:
+        progress, dataset = self.progress, self.run.train_dataset
+        position = progress.consumed_samples, progress.skipped_samples
         try:
-            with run_batches(
-                self.run, dataset, progress.consumed_samples, progress.skipped_samples
-            ) as batches:
-                self._stopwatch = Stopwatch(progress)
-                while not (self._finished or self._stop or self._exits):
+            with run_batches(self.run, dataset, *position) as batches:
+                while not self.over:
                     self._iterate(batches)
-            self._look_at(self._numbers.drain())
+            self.drain_scalars()
         except RollBack as answer:
             self._roll_back(answer)
 
     def _iterate(self, batches: BatchIterator) -> None:
-        """One step, and what is due after it."""
-        config = self.run.config
-        result = self._step(batches)
-        if self._due(config.logging.log_interval):
-            self._report(result)
-        if self._due(config.train.eval_interval) or self._finished:
-            self._evaluate("validation")
-        if self._due(config.checkpoint.save_interval):
-            self._save()
-        self.checkpoints.tell()
-        self._exits = self._due(config.train.exit_interval)
+        for hook in self.hooks:
+            hook.before_step(self)
+        with self.phase(STEP):
+            result = self._step(batches)
+            # A step of which no token counts has no loss that a mean could take.
+            loss = torch.where(result.share > 0, result.loss, torch.nan)
+            scalars = torch.stack((loss, self.window.skipped_in_a_row, result.stop))
+            arrived = self._scalars.push(self.progress.iteration, scalars)
+        self._act_on(arrived)
+        for hook in self.hooks:
+            hook.after_step(self, result)
+        self.exits = self.exits or self.due(self.run.config.train.exit_interval)
 
     def _step(self, batches: BatchIterator) -> StepResult:
         run, progress = self.run, self.progress
         consumed = progress.consumed_samples
-        with self._watchdog.step(progress.iteration + 1):
-            microbatches = batches.next(run.batch_size.num_microbatches(consumed))
-            self._seed_generators(consumed)
-            run.sent.take()  # what evaluations and reports sent is no step's
-            result = train_step(
-                run.model,
-                run.optimizer,
-                on_device(microbatches, run.device),
-                run.learning_rate.rate(progress.iteration, consumed),
-                run.data_parallel,
-                run.pipeline,
-                stop=self._requests.reason,
-                per_token=run.config.train.calculate_per_token_loss,
-            )
-            self._sent = run.sent.take()
-            self.window.add(result)
-            progress.advance(batches.consumed_samples)
-            self._reporter.advance()
-            # A step of which no token counts has no loss that a mean could take.
-            loss = torch.where(result.share > 0, result.loss, torch.nan)
-            numbers = torch.stack((loss, self.window.skipped_in_a_row, result.stop))
-            arrived = self._numbers.push(progress.iteration, numbers)
-        self._look_at(arrived)
+        microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+        self._seed_generators(consumed)
+        run.sent.take()  # what evaluations and reports sent is no step's
+        result = train_step(
+            run.model,
+            run.optimizer,
+            on_device(microbatches, run.device),
+            run.learning_rate.rate(progress.iteration, consumed),
+            run.data_parallel,
+            run.pipeline,
+            stop=max((hook.stop_reason() for hook in self.hooks), default=0.0),
+            per_token=run.config.train.calculate_per_token_loss,
+        )
+        self.sent = run.sent.take()
+        self.window.add(result)
+        progress.advance(batches.consumed_samples)
         return result
 
-    def _look_at(self, numbers: tuple[int, list[float]] | None) -> None:
-        """React to a step's loss, the skipped steps until it, and why to stop."""
-        if numbers is None:
+    def _act_on(self, arrived: tuple[int, list[float]] | None) -> None:
+        if arrived is None:
             return
-        iteration, (loss, skipped_in_a_row, stop) = numbers
-        self._stop = self._stop or stop
-        self._stop_if_stuck(int(skipped_in_a_row))
-        try:
-            self.losses.add(iteration, loss)
-        except LossSpike as spike:
-            self._answer(spike)
+        iteration, values = arrived
+        scalars = HostScalars(iteration, *values)
+        self.stop = self.stop or scalars.stop
+        for hook in self.hooks:
+            hook.on_scalars(self, scalars)
 
     def _seed_generators(self, consumed_samples: int) -> None:
         groups, seed = self.run.groups, self.run.config.train.seed
         same_stage = groups.data_parallel.rank(), groups.tensor_parallel.rank()
         seed_generators(seed, consumed_samples, *same_stage, groups.pipeline_parallel.rank())
-
-    def _report(self, result: StepResult) -> None:
-        """Log what happened since the last report: on a GPU the loop's only wait for the device."""
-        progress, window = self.progress, self.window.read()
-        before = progress.iteration - 1, progress.consumed_samples - progress.batch_size
-        lr = self.run.learning_rate.rate(*before)
-        interval = self._stopwatch.interval(progress)
-        self._reporter.log_training(
-            progress, interval, window, result.grad_norm.item(), lr, self._sent
-        )
-
-    def _stop_if_stuck(self, skipped_in_a_row: int) -> None:
-        limit = self.run.config.train.max_consecutive_skips
-        if skipped_in_a_row >= limit:
-            self._save_last()
-            raise RunFailed(
-                f"{skipped_in_a_row} steps in a row were skipped on non-finite values "
-                f"(train.max_consecutive_skips={limit}); weights are those before the first of them"
-            )
-
-    def _evaluate(self, split: str) -> None:
-        dataset = self.run.datasets[("train", "validation", "test").index(split)]
-        if dataset is None:
-            return
-        train, iteration, first = self.run.config.train, self.progress.iteration, 0
-        if split == "validation":
-            first = first_validation_sample(train, iteration, len(dataset))
-        with self._stopwatch.paused(), self._watchdog.phase("evaluation"):
-            loss = evaluation_loss(self.run, dataset, first)
-        self._reporter.log_evaluation(split, iteration, loss)
-
-    def _save(self) -> None:
-        self._look_at(self._numbers.drain())  # a checkpoint knows of all steps before it
-        with self._stopwatch.paused(), self._watchdog.phase("saving a checkpoint"):
-            self.checkpoints.save()
-
-    def _save_last(self) -> None:
-        with self._watchdog.phase("saving the last checkpoint"):
-            self.checkpoints.finish()
-
-    def _answer(self, spike: LossSpike) -> None:
-        """Raise `RollBack`, or go on where there is nothing to go back to.
-
-        `RunFailed` if it would be once too often.
-        """
-        limit = self.run.config.train.max_rollbacks
-        if self.progress.rollbacks >= limit:
-            self.checkpoints.wait()  # the process ends without the thread that is writing
-            raise RunFailed(f"{spike}, after {limit} rollbacks (train.max_rollbacks): stopped")
-        checkpoint = self.checkpoints.find_before(spike.first)
-        if checkpoint is not None:
-            raise RollBack(spike, checkpoint)
-        self._say(f" warning: {spike}, and no checkpoint before it: going on")
-        self.losses.forget()
 
     def _roll_back(self, answer: RollBack) -> None:
         """Go back to before the spike and skip the data since."""
@@ -254,36 +257,22 @@ class Trainer:
         position = progress.consumed_samples + progress.skipped_samples
         rollbacks = progress.rollbacks + 1
         self.checkpoints.rewind(answer.checkpoint)
-        self._numbers = AsyncScalars()  # a number in flight is of the steps that are undone
+        self._scalars = AsyncScalars()  # a number in flight is of the steps that are undone
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
         self._fit_datasets()
-        self._reporter.rewind(progress)
+        for hook in self.hooks:
+            hook.on_rollback(self)
         skipped = f"{progress.skipped_samples} samples are skipped"
-        self._say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
+        self.say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
 
     def _fit_datasets(self) -> None:
         """Have data for the steps that are left, whose batch may not be that of those done."""
         progress = self.progress
         self.run = resize_datasets(self.run, progress.iteration, progress.consumed_samples)
 
-    def _note_other_batches(self) -> None:
-        """Say what is left of a run measured in iterations whose batch has changed."""
-        train, done = self.run.config.train, self.progress
-        if train.train_iters is None or self._finished:
-            return
-        batch = train.global_batch_size
-        if done.consumed_samples != done.iteration * batch:
-            left = train.train_iters - done.iteration
-            self._say(
-                f" note: the batch has changed: {done.iteration} iterations read "
-                f"{done.consumed_samples} samples, the {left} that are left read {left * batch} in "
-                f"batches of {batch} (train.global_batch_size); schedules count iterations"
-            )
-
-    def _say(self, line: str) -> None:
-        """Print a line, on the main rank."""
-        if self._open_reporter is not None:
-            self._open_reporter.log_text(line)
-        elif self.run.groups.is_main:
-            say(line)
+    def _report_stop(self) -> int:
+        """Say why and where; the exit code."""
+        checkpoint, launch = self.run.config.checkpoint, DistEnv.from_environment(os.environ)
+        self.say(describe_stop(self.stop, checkpoint, launch, self.progress.iteration))
+        return exit_code(self.stop, checkpoint.resumes)

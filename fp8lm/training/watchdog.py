@@ -33,7 +33,7 @@ INTERVAL = 2.0  # seconds between heartbeats
 SHORTEST = 10.0  # seconds below which no step is worth a word
 UNUSUAL = 300.0  # seconds that are, where the usual time is not known yet
 SILENT_AFTER = 4  # heartbeats missed
-_WAITING = ("fp8lm.comm.", "fp8lm.training.events", "fp8lm.checkpoint.collectives")
+_WAITING = ("fp8lm.comm.", "fp8lm.training.progress", "fp8lm.checkpoint.collectives")
 _MOST_NAMED = 4
 
 

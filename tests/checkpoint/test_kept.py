@@ -21,7 +21,7 @@ from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
 from fp8lm.training.build import build
-from fp8lm.training.trainer import Trainer
+from fp8lm.training.hooks import build_trainer
 
 KEPT = Path(__file__).parent / "kept"
 COMMITS = sorted(folder.name for folder in KEPT.iterdir())
@@ -61,7 +61,9 @@ def test_a_run_goes_on_from_it(commit, kind, tmp_path, monkeypatch):
     config = build_config(sections)
     device = torch.device("cpu")
     with process_groups(device) as groups:
-        assert Trainer(build(config, groups, device)).train() == 0
+        trainer = build_trainer(build(config, groups, device))
+        trainer.load()
+        assert trainer.train() == 0
     lines = [json.loads(line) for line in Path("logs", "metrics.jsonl").read_text().splitlines()]
     losses = {str(line["iteration"]): line["lm loss"] for line in lines if "lm loss" in line}
     validation = next(x["lm loss validation"] for x in lines if "lm loss validation" in x)

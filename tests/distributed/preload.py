@@ -7,7 +7,7 @@ itself it would take ten seconds of CPU.
 import pytest  # noqa: F401
 import torch.distributed  # noqa: F401
 
-import fp8lm.training.trainer  # noqa: F401
+import fp8lm.training.hooks  # noqa: F401
 from fp8lm.runtime.quiet import quiet_megatron
 
 with quiet_megatron():

@@ -13,7 +13,7 @@ from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.build import build
-from fp8lm.training.trainer import Trainer
+from fp8lm.training.hooks import build_trainer
 from tests.data.tokenizers_of_all_types import write_config, write_model
 from tests.training.conftest import TINY
 from tools.hostile import facts, sign
@@ -35,7 +35,9 @@ def trained(tmp_path_factory):
         "checkpoint": {"save": str(root / "ck")},
     }
     with process_groups(torch.device("cpu")) as groups:
-        Trainer(build(build_config(sections), groups, torch.device("cpu"))).train()
+        trainer = build_trainer(build(build_config(sections), groups, torch.device("cpu")))
+        trainer.load()
+        trainer.train()
     shutil.copytree(root / "hub", root / "kept")
     shutil.rmtree(root / "hub")
     return root

@@ -10,7 +10,7 @@ import torch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
 from fp8lm.training.build import build
-from fp8lm.training.trainer import Trainer
+from fp8lm.training.hooks import build_trainer
 
 TINY = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 16},
@@ -51,7 +51,8 @@ def train_run():
     def train(config, prepare=lambda trainer: None):
         device = torch.device("cpu")
         with process_groups(device) as groups:
-            trainer = Trainer(build(config, groups, device))
+            trainer = build_trainer(build(config, groups, device))
+            trainer.load()
             prepare(trainer)
             trainer.train()
         return trainer

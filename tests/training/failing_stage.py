@@ -9,12 +9,13 @@ import torch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.training.build import build
-from fp8lm.training.trainer import Trainer
+from fp8lm.training.hooks import build_trainer
 
 config = load_config(sys.argv[1], sys.argv[2:])
 device = torch.device("cpu")
 with process_groups(device, pipeline_parallel=2) as groups:
-    trainer = Trainer(build(config, groups, device))
+    trainer = build_trainer(build(config, groups, device))
+    trainer.load()
     if groups.pipeline_parallel.rank() == 1:
         calls = []
 

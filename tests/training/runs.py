@@ -14,8 +14,10 @@ from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.model.gpt import GPTModel
 from fp8lm.training.build import build
 from fp8lm.training.checkpointing import RunCheckpoints
+from fp8lm.training.hooks import build_trainer
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from fp8lm.training.trainer import Trainer
+from fp8lm.training.train_state import TrainState
+from fp8lm.training.trainer import TrainerHook
 
 LLAMA = {
     "normalization": "RMSNorm",
@@ -37,7 +39,19 @@ def trainer_of(config, device="cpu"):
             pipeline_parallel=parallel.pipeline_model_parallel_size,
         ) as groups,
     ):
-        yield Trainer(build(config, groups, torch.device(device)))
+        trainer = build_trainer(build(config, groups, torch.device(device)))
+        trainer.load()
+        yield trainer
+
+
+class BeforeStep(TrainerHook):
+    """Calls `act` with the trainer before every step."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def before_step(self, trainer):
+        self.act(trainer)
 
 
 def train(config, device="cpu"):
@@ -71,7 +85,10 @@ def save_again(config, folder):
         run = replace(
             trainer.run, config=trainer.run.config.model_copy(update={"checkpoint": checkpoint})
         )
-        RunCheckpoints(run, trainer.window, trainer.progress, trainer.losses, print).finish()
+        state = TrainState(run, trainer.window, trainer.progress, trainer.losses)
+        checkpoints = RunCheckpoints(state, print)
+        checkpoints.open()
+        checkpoints.finish()
 
 
 def train_with_infinite_loss(config, bad_rank):

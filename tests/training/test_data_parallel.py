@@ -264,7 +264,7 @@ def sent(config):
     ranks = trainer.run.groups.world.size()
     scalars = (ranks - 1) * 4 * NUM_GATHERED
     scalars += all_reduce_sent(ranks, 4 * 4 * len(trainer.run.weights))  # gradients and states
-    return trainer._sent["grads"] - scalars, trainer._sent["params"]
+    return trainer.sent["grads"] - scalars, trainer.sent["params"]
 
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}

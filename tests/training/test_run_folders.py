@@ -19,8 +19,8 @@ from fp8lm.runtime.holder import this_process
 from fp8lm.runtime.lock_file import NAME
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import build
+from fp8lm.training.hooks import build_trainer
 from fp8lm.training.run_folders import locked_folders, run_folders
-from fp8lm.training.trainer import Trainer
 from tests.training.runs import trainer_of
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,9 @@ def test_a_run_whose_folder_is_taken_over_stops_and_writes_no_more(
         run = build(config, groups, torch.device("cpu"))
         locks.take(run_folders(config))
         with pytest.raises(LockLost, match="elsewhere"):
-            Trainer(run, locks).train()
+            trainer = build_trainer(run, locks)
+            trainer.load()
+            trainer.train()
         locks.release()
     assert locks.before is not None and contents(folder) == locks.before
     assert (folder / NAME).exists()
@@ -79,7 +81,8 @@ def test_a_run_whose_folder_is_taken_over_stops_and_writes_no_more(
 def lose(config, folder, rank):
     """Train on all ranks until the folder is stolen; how this rank ends, and where."""
     with trainer_of(config) as trainer, locked_folders(config, trainer.run.groups) as locks:
-        trainer = Trainer(trainer.run, locks)
+        trainer = build_trainer(trainer.run, locks)
+        trainer.load()
         tell, calls = trainer.checkpoints.tell, []
 
         def tell_and_steal():

@@ -14,7 +14,7 @@ from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.runtime.errors import RunFailed
 from fp8lm.training import trainer as trainer_module
 from fp8lm.training.spikes import LossSpike, LossSpikeDetector
-from tests.training.runs import curve, read
+from tests.training.runs import BeforeStep, curve, read
 
 
 def watch(losses, threshold=0.5, patience=3):
@@ -163,14 +163,11 @@ def test_a_run_killed_before_it_saves_again_finds_the_spike_again(config, train_
         return train_run(config(folders), both)
 
     def die_after_the_rollback(trainer):
-        step = trainer._step
+        trainer.hooks.append(BeforeStep(die))
 
-        def dying(batches):
-            if trainer.progress.rollbacks and trainer.progress.iteration == 14:
-                raise KeyboardInterrupt
-            return step(batches)
-
-        trainer._step = dying
+    def die(trainer):
+        if trainer.progress.rollbacks and trainer.progress.iteration == 14:
+            raise KeyboardInterrupt
 
     run("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -261,14 +258,11 @@ def test_a_newer_checkpoint_that_cannot_be_deleted_stops_no_rollback(
 def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsys):
     def prepare(trainer):
         garble(trainer, range(4 * 14, 4 * 16))
-        step = trainer._step
+        trainer.hooks.append(BeforeStep(damage))
 
-        def damaging(batches):
-            if trainer.progress.iteration == 13:
-                (tmp_path / "ck" / "iter_0000012" / "common.json").write_text("{")
-            return step(batches)
-
-        trainer._step = damaging
+    def damage(trainer):
+        if trainer.progress.iteration == 13:
+            (tmp_path / "ck" / "iter_0000012" / "common.json").write_text("{")
 
     trainer = train_run(config({"checkpoint": {"save_interval": 12}}), prepare)
     assert (trainer.progress.iteration, trainer.progress.rollbacks) == (20, 0)

@@ -14,16 +14,16 @@ from fp8lm.checkpoint import latest_iteration
 from fp8lm.comm.env import DistEnv
 from fp8lm.config import CheckpointConfig, TrainConfig
 from fp8lm.runtime.errors import EXIT_INTERRUPTED, EXIT_RESTART, run_command
-from fp8lm.training.resume_command import command_to_go_on
 from fp8lm.training.stopping import (
     TIME_IS_OVER,
     StopRequests,
+    command_to_go_on,
     describe,
     exit_code,
     is_over,
     job_started,
 )
-from tests.training.runs import curve, trainer_of
+from tests.training.runs import BeforeStep, curve, trainer_of
 
 SIZES = {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1}
 
@@ -79,14 +79,12 @@ def test_only_what_resumes_asks_for_a_restart(reason, resumes, code):
 def train_and_kill(config, rank, iteration, number):
     """The exit code and the last iteration of this rank; `rank` gets the signal."""
     with trainer_of(config) as trainer:
-        step = trainer._step
 
-        def kill_and_step(batches):
+        def kill(trainer):
             if trainer.progress.iteration + 1 == iteration and dist.get_rank() == rank:
                 os.kill(os.getpid(), number)
-            return step(batches)
 
-        trainer._step = kill_and_step
+        trainer.hooks.append(BeforeStep(kill))
         return trainer.train(), trainer.progress.iteration
 
 
@@ -135,17 +133,11 @@ def test_the_end_of_time(tiny_config, run_distributed, tmp_path):
 def interrupt_at(iteration):
     """For `train_run`: Ctrl-C before step `iteration`."""
 
-    def prepare(trainer):
-        step = trainer._step
+    def interrupt(trainer):
+        if trainer.progress.iteration + 1 == iteration:
+            raise KeyboardInterrupt
 
-        def interrupted(batches):
-            if trainer.progress.iteration + 1 == iteration:
-                raise KeyboardInterrupt
-            return step(batches)
-
-        trainer._step = interrupted
-
-    return prepare
+    return lambda trainer: trainer.hooks.append(BeforeStep(interrupt))
 
 
 def test_ctrl_c_says_what_there_is_and_how_to_go_on(tiny_config, train_run, tmp_path, capsys):

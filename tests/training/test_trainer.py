@@ -12,6 +12,7 @@ from fp8lm.config import load_config
 from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.training.build import resolve_device
 from fp8lm.training.state import model_tensors, optimizer_tensors
+from tests.training.runs import BeforeStep
 
 REPORTED = {
     "iteration",
@@ -113,13 +114,7 @@ def test_a_nan_step_is_skipped_counted_and_changes_no_byte(
 
     def prepare(trainer):
         poison(trainer, {9})  # in the third step
-        step = trainer._step
-
-        def recording_step(batches):
-            states.append(all_state(trainer))
-            return step(batches)
-
-        trainer._step = recording_step
+        trainer.hooks.append(BeforeStep(lambda trainer: states.append(all_state(trainer))))
 
     train_run(config, prepare)
     reports = [line for line in read_metrics(tmp_path) if "lm loss" in line]
