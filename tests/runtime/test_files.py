@@ -24,7 +24,7 @@ from fp8lm.runtime.files import (
     remove_unfinished,
     write_whole,
 )
-from fp8lm.training.run_history import record_start
+from fp8lm.training.run_start import record_start
 
 TINY = Path(__file__).parents[2] / "configs" / "gpt_tiny.yaml"
 SECRET = "what somebody else has written\n"

@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fp8lm.metrics.logger import RunInfo, TrainLogger
 from fp8lm.runtime.streams import say
-from fp8lm.training.banner import banner
 from fp8lm.training.progress import Stopwatch
-from fp8lm.training.run_history import start_facts, write_start
 from fp8lm.training.run_length import end_of_run
+from fp8lm.training.run_start import banner, start_facts, write_start
 from fp8lm.training.step import StepResult
 from fp8lm.training.step_metrics import StepMetrics
 from fp8lm.training.trainer import STEP, Trainer, TrainerHook

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8lm.config.yaml_format import to_yaml
-from fp8lm.training.run_history import record_start, start_facts
+from fp8lm.training.run_start import record_start, start_facts
 
 
 def test_every_start_of_a_run_leaves_a_line(tmp_path, tiny_config, train_run, folders):

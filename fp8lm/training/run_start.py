@@ -1,0 +1,99 @@
+"""What a run says at its start, and leaves in its folder: a banner, config.yaml, starts.jsonl.
+
+A long run is started many times, and not always from the same commit: a line of starts.jsonl for
+every start says with which code and versions it ran which iterations.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fp8lm
+from fp8lm.config import Config
+from fp8lm.kernels.select import describe_kernels
+from fp8lm.runtime.errors import InputError
+from fp8lm.runtime.files import make_folder, open_to_append
+from fp8lm.runtime.revision import source_revision
+from fp8lm.training.build import Run
+from fp8lm.training.flops import Peak
+from fp8lm.training.memory import describe_state, linear_weights
+
+NAME = "starts.jsonl"
+
+
+def start_facts() -> dict[str, Any]:
+    """Versions and revision of what runs in this process."""
+    versions = {
+        "fp8lm": fp8lm.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str, which YAML does not know
+        "megatron-core": version("megatron-core"),
+    }
+    return {"versions": versions, "git": asdict(source_revision())}
+
+
+def write_start(config: Config, facts: dict[str, Any], iteration: int, processes: int) -> None:
+    """Leave config.yaml and a line of a start in `logging.dir`; `InputError` if that fails."""
+    if config.logging.dir is None:
+        return
+    folder = Path(config.logging.dir)
+    try:
+        make_folder(folder)
+        config.save_yaml(folder / "config.yaml")
+        record_start(folder, facts, iteration, processes)
+    except OSError as error:
+        raise InputError(f"logging.dir={folder} cannot be written to: {error.strerror}") from error
+
+
+def record_start(folder: Path, facts: dict[str, Any], iteration: int, processes: int) -> None:
+    """Append a line for a start at `iteration`, with the `facts` of it; OSError if it cannot."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"time": now, "iteration": iteration, "processes": processes, **facts}
+    with open_to_append(folder / NAME) as file:
+        file.write(f"{json.dumps(line)}\n".encode())
+
+
+def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
+    """A few lines; `num_parameters` of the whole model, `peak` of the GPU, if it is known."""
+    config, groups = run.config, run.groups
+    model, batch = config.model, config.train.global_batch_size
+    sizes = {
+        "TP": groups.tensor_parallel.size(),
+        "PP": groups.pipeline_parallel.size(),
+        "DP": groups.data_parallel.size(),
+    }
+    layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return [
+        f" model: {num_parameters:,} parameters in all ({model.num_layers} layers of "
+        f"{model.hidden_size}), precision {config.precision.preset}",
+        f" device: {groups.world.size()} x {_describe_device(run.device)} ({layout}); kernels: "
+        f"{describe_kernels(run.device)}",
+        f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
+        f" folders: {_describe_folders(config)}",
+        describe_state(run.optimizer, linear_weights(run.weights)),
+        *([] if peak is None else [f" MFU is the share of {peak}"]),
+    ]
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU process of {threads} thread{'s' * (threads > 1)}"
+
+
+def _describe_folders(config: Config) -> str:
+    folders = {
+        "checkpoint.save": config.checkpoint.save,
+        "checkpoint.load": config.checkpoint.load,
+        "logging.dir": config.logging.dir,
+    }
+    return ", ".join(f"{key}={folder or 'null'}" for key, folder in folders.items())
