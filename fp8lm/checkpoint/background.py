@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fp8lm.checkpoint.collectives import Group, from_all
 from fp8lm.checkpoint.files import Retention
-from fp8lm.checkpoint.host_copy import HostCopies
-from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
+from fp8lm.checkpoint.planners import ShardKey, Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
+from fp8lm.checkpoint.shard import Shard
 from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
 
@@ -146,3 +148,58 @@ class CheckpointSaver:
         except (SaveError, LockLost) as failure:
             error = failure
         return Outcome(iteration, time.perf_counter() - started, error)
+
+
+class HostCopies:
+    """Copies the blocks that this rank writes, and only those.
+
+    Replicas hold the same blocks and each is written once. Which rank writes which depends on their
+    shapes alone, so what the first checkpoint showed holds for all later ones.
+    """
+
+    def __init__(self) -> None:
+        self._written: Collection[ShardKey] | None = None
+
+    def copy(self, shards: Shards) -> CopiedPlanner:
+        """A planner over copies of `shards` in host memory; wait for it before reading them.
+
+        On a GPU the copies are ordered before whatever the current stream does next, and the host
+        does not wait for them.
+        """
+        copies: dict[str, list[Shard]] = {}
+        for name, blocks in shards.items():
+            copies[name] = [
+                replace(block, tensor=self._copy((name, tuple(block.offset)), block.tensor))
+                for block in blocks
+            ]
+        event = None
+        if torch.cuda.is_available():
+            event = torch.cuda.Event()
+            event.record()
+        return CopiedPlanner(copies, event)
+
+    def learn(self, planner: ShardSavePlanner) -> None:
+        """Remember what this rank wrote."""
+        self._written = planner.written
+
+    def _copy(self, place: ShardKey, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if self._written is not None and place not in self._written:
+            return torch.empty_like(tensor, device="meta")
+        if tensor.device.type != "cuda":
+            return tensor.clone()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+class CopiedPlanner(ShardSavePlanner):
+    """Plans the writing of copies, which may still be arriving from a GPU until `wait`."""
+
+    def __init__(self, copies: Mapping[str, list[Shard]], event: torch.cuda.Event | None) -> None:
+        super().__init__(copies)
+        self._event = event
+
+    def wait(self) -> None:
+        """Return when all copies are there."""
+        if self._event is not None:
+            self._event.synchronize()
