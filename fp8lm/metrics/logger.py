@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from fp8lm.config import LoggingConfig
 from fp8lm.config.yaml_format import to_yaml
-from fp8lm.metrics.console import Console, evaluation_line, saved_line, training_line
+from fp8lm.metrics.console import Console, evaluation_line, training_line
 from fp8lm.metrics.metrics_file import MetricsFile
 from fp8lm.metrics.tensorboard_file import TensorBoard
 from fp8lm.metrics.trackers import BestEffortTracker
@@ -97,10 +97,6 @@ class TrainLogger:
         if self._console is not None:
             self._console.write(evaluation_line(split, iteration, loss))
             self._record({"iteration": iteration, f"lm loss {split}": loss})
-
-    def log_saved(self, iteration: int, folder: str) -> None:
-        """Report a saved checkpoint."""
-        self.log_text(saved_line(iteration, folder))
 
     def log_text(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""

@@ -71,7 +71,7 @@ def test_stdout_without_a_terminal(capsys):
         logger.advance()
         logger.log_step(VALUES)
         logger.log_validation(100, 3.0)
-        logger.log_saved(100, "runs/x")
+        logger.log_text(saved_line(100, "runs/x"))
     captured = capsys.readouterr()
     assert [line.split(" |")[0] for line in captured.out.splitlines()][1:] == [
         " validation loss at iteration 100",
@@ -101,7 +101,7 @@ def test_other_processes_are_silent(tmp_path, capsys):
     logger.advance()
     logger.log_step(VALUES)
     logger.log_validation(1, 2.0)
-    logger.log_saved(1, "x")
+    logger.log_text("x")
     logger.close()
     captured = capsys.readouterr()
     assert captured.out + captured.err == "" and not (tmp_path / "run").exists()
