@@ -114,6 +114,19 @@ class MetricAccumulator:
         return values
 
 
+@dataclass(frozen=True)
+class HostScalars:
+    """What a step has told the host: `loss`, how many steps in a row were skipped, why to `stop`.
+
+    `loss` is NaN where no token counts; `stop` is the largest reason of any rank (0: none).
+    """
+
+    iteration: int
+    loss: float
+    skipped_in_a_row: float
+    stop: float
+
+
 class AsyncScalars:
     """A few numbers per step, in order: on a CPU at once, on a GPU one step later.
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
@@ -31,7 +30,7 @@ from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import on_device, run_batches
-from fp8lm.training.progress import AsyncScalars, MetricAccumulator, Progress
+from fp8lm.training.progress import AsyncScalars, HostScalars, MetricAccumulator, Progress
 from fp8lm.training.run_length import describe_changed_batches, is_over
 from fp8lm.training.spikes import LossSpikeDetector, RollBack
 from fp8lm.training.step import StepResult, seed_generators, train_step
@@ -40,19 +39,6 @@ from fp8lm.training.train_state import TrainState
 
 STEP = "step"
 LAST_SAVE = "saving the last checkpoint"
-
-
-@dataclass(frozen=True)
-class HostScalars:
-    """What a step has told the host: `loss`, how many steps in a row were skipped, why to `stop`.
-
-    `loss` is NaN where no token counts; `stop` is the largest reason of any rank (0: none).
-    """
-
-    iteration: int
-    loss: float
-    skipped_in_a_row: float
-    stop: float
 
 
 class TrainerHook:

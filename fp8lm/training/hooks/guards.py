@@ -10,9 +10,10 @@ from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import CheckpointConfig, TrainConfig
 from fp8lm.runtime.errors import RunFailed
 from fp8lm.runtime.run_lock import RunLocks
+from fp8lm.training.progress import HostScalars
 from fp8lm.training.spikes import LossSpike, RollBack
 from fp8lm.training.stopping import StopRequests, describe_interruption
-from fp8lm.training.trainer import LAST_SAVE, STEP, HostScalars, Trainer, TrainerHook
+from fp8lm.training.trainer import LAST_SAVE, STEP, Trainer, TrainerHook
 from fp8lm.training.watchdog import Watchdog
 
 
