@@ -15,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fp8lm.config.precision import WireConfig
 from fp8lm.numerics import BF16, FP32, Format
 
-WIRES = ("grads", "params", "tp_gather", "tp_reduce", "pipeline")
+# The names under which the bytes of the keys of `precision.wire` are counted, where they differ.
+_COUNTED_AS = {"gather": "tp_gather", "reduce": "tp_reduce"}
+WIRES = tuple(_COUNTED_AS.get(key, key) for key in WireConfig.model_fields)
 PRECISIONS = ("fp8", "bf16", "fp32")
 
 
@@ -57,6 +60,11 @@ class Wire:
         if self.precision not in PRECISIONS:
             raise ValueError(f"wire {self.name} carries one of {PRECISIONS}, not {self.precision}")
         self.counter.add(self.name, 0)
+
+    @classmethod
+    def of_key(cls, key: str, wires: WireConfig, counter: WireCounter) -> Wire:
+        """The wire that `precision.wire.KEY` is about."""
+        return cls(_COUNTED_AS.get(key, key), wires.of(key), counter)
 
     def format(self, fp8: Format) -> Format:
         """The format to send in: `fp8` (E4M3 or E5M2) unless the wire carries BF16 or FP32."""

@@ -28,6 +28,40 @@ GradsWireFormat = Literal["fp8", "bf16", "fp32"]
 _Wires = tuple[WireFormat, GradsWireFormat, WireFormat]  # activations, gradients, weights
 
 
+class WireConfig(Section):
+    """What travels between ranks; null only until `PrecisionConfig` has filled it in."""
+
+    # Every field is a wire: `fp8lm.comm.accounting` counts its bytes.
+
+    gather: WireFormat | None = Field(
+        None,
+        description="Activations and gradients that sequence parallelism gathers. Null: what the "
+        "preset says.",
+    )
+    reduce: WireFormat | None = Field(
+        None, description="Partial sums of activations and gradients. Null: what the preset says."
+    )
+    grads: GradsWireFormat | None = Field(
+        None,
+        description="Gradients of linear layers' matrices to the ranks that step them; one kept "
+        "in fewer bytes travels as it is. Null: what the preset says.",
+    )
+    params: WireFormat | None = Field(
+        None,
+        description="Stepped weights to all ranks: fp8, or in two bytes. Null: what the preset "
+        "says; FP8 weights alone travel as fp8.",
+    )
+    pipeline: WireFormat | None = Field(
+        None,
+        description="Activations and their gradients between pipeline stages; fp8 has a scale per "
+        "token. Null: what the preset says.",
+    )
+
+    def of(self, name: str) -> str:
+        """The format of one wire, once it is filled in."""
+        return getattr(self, name)
+
+
 def _preset(
     gemm: GemmFormat,
     params: ParamsDtype,
@@ -50,13 +84,8 @@ def _preset(
             "master_rounding": rounding,
             "first_last_layers_bf16": False,
             "wire": MappingProxyType(
-                {
-                    "gather": wire,
-                    "reduce": wire,
-                    "grads": grads,
-                    "params": params_wire,
-                    "pipeline": wire,
-                }
+                dict.fromkeys(WireConfig.model_fields, wire)
+                | {"grads": grads, "params": params_wire}
             ),
         }
     )
@@ -88,38 +117,6 @@ def _of_preset(key: str, description: str) -> Any:
     return derived(
         lambda precision: PRESETS[precision["preset"]][key], "what the preset says", description
     )
-
-
-class WireConfig(Section):
-    """What travels between ranks; null only until `PrecisionConfig` has filled it in."""
-
-    gather: WireFormat | None = Field(
-        None,
-        description="Activations and gradients that sequence parallelism gathers. Null: what the "
-        "preset says.",
-    )
-    reduce: WireFormat | None = Field(
-        None, description="Partial sums of activations and gradients. Null: what the preset says."
-    )
-    grads: GradsWireFormat | None = Field(
-        None,
-        description="Gradients of linear layers' matrices to the ranks that step them; one kept "
-        "in fewer bytes travels as it is. Null: what the preset says.",
-    )
-    params: WireFormat | None = Field(
-        None,
-        description="Stepped weights to all ranks: fp8, or in two bytes. Null: what the preset "
-        "says; FP8 weights alone travel as fp8.",
-    )
-    pipeline: WireFormat | None = Field(
-        None,
-        description="Activations and their gradients between pipeline stages; fp8 has a scale per "
-        "token. Null: what the preset says.",
-    )
-
-    def of(self, name: Literal["gather", "reduce", "grads", "params", "pipeline"]) -> str:
-        """The format of one wire, once it is filled in."""
-        return getattr(self, name)
 
 
 class PrecisionConfig(Section):

@@ -58,8 +58,8 @@ def build_tp_context(
     parallel, wire = config.parallel, config.precision.wire
     if parallel.tensor_model_parallel_size == 1:
         return NO_TP
-    gather_wire = Wire("tp_gather", wire.of("gather"), counter)
-    reduce_wire = Wire("tp_reduce", wire.of("reduce"), counter)
+    gather_wire = Wire.of_key("gather", wire, counter)
+    reduce_wire = Wire.of_key("reduce", wire, counter)
     sharing = parallel.tensor_model_parallel_size // config.model.num_query_groups
     query_group = None
     if sharing > 1:
@@ -141,7 +141,7 @@ def build_data_parallel(
         weights,
         rows,
         build_reduction(
-            config, groups, kernels, Wire("grads", wire.of("grads"), counter), same_stage, weights
+            config, groups, kernels, Wire.of_key("grads", wire, counter), same_stage, weights
         ),
         parallel.ddp_bucket_size,
         overlap=parallel.overlap_grad_reduce,
@@ -247,7 +247,7 @@ def build_pipeline(
     stages = parallel.pipeline_model_parallel_size
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     shape = (model.seq_length // split, train.micro_batch_size, model.hidden_size)
-    wire = Wire("pipeline", config.precision.wire.of("pipeline"), counter)
+    wire = Wire.of_key("pipeline", config.precision.wire, counter)
     wgrad_store = WeightGradStore()
     for weight in weights.values():
         if isinstance(weight, QuantizedParam):
