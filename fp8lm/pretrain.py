@@ -6,11 +6,10 @@ import os
 from datetime import timedelta
 from typing import NoReturn
 
-from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.ending import exit_at_second_signal, exit_with
 from fp8lm.runtime.errors import EXIT_RESTART
 from fp8lm.runtime.launchers import adopt_launcher
 from fp8lm.runtime.parent_death import tie_to_parent
-from fp8lm.runtime.signals import exit_at_second_signal
 
 
 def main(argv: list[str]) -> int:

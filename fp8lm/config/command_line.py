@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lm.config.help import help_text
+from fp8lm.config.generated import help_text, reference_text, schema_text
 from fp8lm.config.loading import load_config
 from fp8lm.config.options import explain_options
-from fp8lm.config.reference import reference_text
 from fp8lm.config.root import Config
-from fp8lm.config.schema import schema_text
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
 

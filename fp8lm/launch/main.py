@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,15 +18,16 @@ from fp8lm.launch.command import (
     torchrun_environment,
 )
 from fp8lm.launch.options import Options, parse_options
-from fp8lm.launch.progress import progress_line
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.launchers import find_tasks
 from fp8lm.runtime.output import show
-from fp8lm.runtime.streams import say
+from fp8lm.runtime.streams import complain, say
 
 if TYPE_CHECKING:
     from fp8lm.config import Config
     from fp8lm.planner.plan import Plan
+
+PATIENCE = 3.0  # seconds without a word
 
 
 def main(argv: Sequence[str]) -> int:
@@ -129,3 +133,19 @@ def start(options: Options, processes: int) -> int:
         return simulate(options, processes, say)
     os.environ.update(torchrun_environment(options))
     return run_agent(torchrun_arguments(options, processes))
+
+
+@contextmanager
+def progress_line(text: str, after: float = PATIENCE) -> Iterator[None]:
+    """Print `text` on stderr if the `with` block takes longer than `after` seconds.
+
+    Only to a terminal: a log gains nothing from it.
+    """
+    timer = threading.Timer(after, complain, [text])
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +11,20 @@ from typing import Any
 from fp8lm.arguments import number_type, path_text
 from fp8lm.config.command_line import config_and_overrides
 from fp8lm.config.options import explain_options
-from fp8lm.launch.values import (
-    MOST_PER_NODE,
-    MOST_PROCESSES,
-    MOST_SIMULATED,
-    endpoint,
-    job_name,
-    node_count,
-)
 from fp8lm.runtime.errors import CommandParser, InputError
 
 PROGRAM = "python -m fp8lm.launch"
 USAGE = f"{PROGRAM} [options] CONFIG.yaml [section.key=value ...]"
 GRACE = 240
 MEETING = ("node_rank", "rdzv_endpoint", "local_addr")  # how one of several machines joins them
+DEFAULT_PORT = 29400
+MOST_PORT = 65535
+# Beyond these a number is a slip, and the layout of so many processes not worth waiting for.
+MOST_PROCESSES = 65536
+MOST_PER_NODE = 1024
+MOST_SIMULATED = 256
+_IPV6 = re.compile(r"(?=.*:.*:)[0-9a-fA-F:.]+(%\w+)?", re.ASCII)  # without its brackets
+_ENDPOINT = re.compile(r"(\[[\w.:-]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -174,3 +175,32 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     )
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
     add("--all-ranks", action="store_true", help="with --dry-run: a line per rank")
+
+
+def node_count(text: str) -> int:
+    """N, or N:N as Kubeflow writes it; the batches of a run do not fit any number of machines."""
+    least, _, most = text.partition(":")
+    if most not in ("", least):
+        raise argparse.ArgumentTypeError(f"{text!r} is a range: give one number")
+    return number_type(1, MOST_PROCESSES, "no job has so many machines")(least)
+
+
+def endpoint(text: str) -> str:
+    """HOST:PORT of HOST, HOST:PORT or [IPv6]:PORT; InputError if it is none of them."""
+    option = f"--rdzv-endpoint={text}"
+    match = _ENDPOINT.fullmatch(text)
+    if match is None and _IPV6.fullmatch(text):
+        raise InputError(f"{option}: an IPv6 address is written in brackets, [::1]:{DEFAULT_PORT}")
+    if match is None:
+        raise InputError(f"{option}: write it as HOST:PORT")
+    host, port = match[1], int(match[2] or DEFAULT_PORT)
+    if not 1 <= port <= MOST_PORT:
+        raise InputError(f"{option}: a port is a number from 1 to {MOST_PORT}")
+    return f"{host}:{port}"
+
+
+def job_name(text: str) -> str:
+    """The name of a job, which is part of a folder's; InputError if it cannot be."""
+    if not re.fullmatch(r"[^/\s]+", text):
+        raise InputError(f"--rdzv-id={text}: a folder of logs gets that name: no slashes or spaces")
+    return text

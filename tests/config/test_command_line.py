@@ -9,8 +9,8 @@ import pytest
 
 from fp8lm.config import Config, load_config, parse_command_line
 from fp8lm.config.command_line import main
+from fp8lm.config.generated import schema_text
 from fp8lm.config.keys import list_keys
-from fp8lm.config.schema import schema_text
 from fp8lm.runtime.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, run_command
 
 CONFIGS = Path(__file__).parents[2] / "configs"

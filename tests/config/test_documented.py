@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8lm.config import load_config
-from fp8lm.config.reference import reference_text
+from fp8lm.config.generated import reference_text
 from fp8lm.launch.preflight import check_run
 from tests.launch.documented import arithmetic, launch_options, opening
 

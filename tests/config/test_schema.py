@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from fp8lm.config import Config
+from fp8lm.config.generated import schema_text
 from fp8lm.config.keys import list_keys
 from fp8lm.config.loading import load_config
-from fp8lm.config.schema import schema_text
 from fp8lm.runtime.errors import InputError
 
 SCHEMA = json.loads(schema_text())

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp8lm.config import load_config
 from fp8lm.launch import preflight
-from fp8lm.launch.main import main
+from fp8lm.launch.main import main, progress_line
 from fp8lm.launch.preflight import (
     check_devices,
     check_rendezvous,
@@ -26,7 +26,6 @@ from fp8lm.launch.preflight import (
     local_address,
     notes,
 )
-from fp8lm.launch.progress import progress_line
 from fp8lm.planner.layout import plan_layout
 from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.runtime.run_lock import RunFolder, RunLocks

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from fp8lm.runtime.signals import SAME_REQUEST, second_signal
+from fp8lm.runtime.ending import SAME_REQUEST, second_signal
 from tests.bad_input.cases import ROOT
 
 # Answers no signal: it waits in C for a lock that it holds itself.
 DEAF = """
 import ctypes, signal, sys
-from fp8lm.runtime.signals import exit_at_second_signal
+from fp8lm.runtime.ending import exit_at_second_signal
 exit_at_second_signal()
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
