@@ -33,6 +33,7 @@ POLL = 0.005
 GRACE = 10.0  # seconds that the other ranks have when one has failed
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _IMPORTS = (
+    "fp8lm.training.trainer",
     "fp8lm.training.hooks",
     "fp8lm.training.build",
     "fp8lm.comm.groups",
