@@ -67,6 +67,7 @@ def during(name, iteration, *events):
 def test_the_order_of_events(tiny_config, train_run, tmp_path):
     config = tiny_config(
         {"train": {"train_iters": 2, "eval_interval": 4}, "scheduler": {"lr_warmup_iters": 1}},
+        {"data": {"split": "8,1,1"}},
         {"checkpoint": {"save": str(tmp_path), "save_interval": 1, "async_save": False}},
     )
     hook = Recording()
