@@ -31,12 +31,8 @@ def main(argv: list[str]) -> int:
         return EXIT_RESTART  # torchrun has started again what had saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel
-    with process_groups(
-        device,
-        tensor_parallel=parallel.tensor_model_parallel_size,
-        pipeline_parallel=parallel.pipeline_model_parallel_size,
-        timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-    ) as groups:
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    with process_groups(device, parallel, timeout=timeout) as groups:
         run = build(config, groups, device)
         with locked_folders(config, groups) as locks:
             trainer = build_trainer(run, locks)

@@ -47,13 +47,8 @@ def main(argv: list[str]) -> None:
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]
     mock += ["tokenizer.tokenizer_type=NullTokenizer", "tokenizer.vocab_size=511"]
     config = load_config(options.config, [*mock, *overrides])
-    parallel = config.parallel
     device = rank_device(resolve_device(config.train.device))
-    with process_groups(
-        device,
-        tensor_parallel=parallel.tensor_model_parallel_size,
-        pipeline_parallel=parallel.pipeline_model_parallel_size,
-    ) as groups:
+    with process_groups(device, config.parallel) as groups:
         run = build(config, groups, device)
         result = measure(run, options)
         if groups.is_main:

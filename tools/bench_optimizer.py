@@ -47,14 +47,13 @@ def main(argv: list[str]) -> None:
     }
     config = configs[PRESETS[0]]
     device = rank_device(resolve_device(config.train.device))
-    ranks = config.parallel.tensor_model_parallel_size
     stages = config.parallel.pipeline_model_parallel_size
     if stages > 1:
         raise InputError(
             f"parallel.pipeline_model_parallel_size = {stages}: a stage holds a part of the model, "
             "and replicas of whole models are measured here: set it to 1"
         )
-    with process_groups(device, tensor_parallel=ranks) as groups:
+    with process_groups(device, config.parallel) as groups:
         runs = {preset: build(config, groups, device) for preset, config in configs.items()}
         results = measure(runs, groups, options.steps)
         if groups.is_main:

@@ -1,8 +1,6 @@
 """The process groups of a run. A group of size one is an ordinary case.
 
-Ranks are numbered as Megatron does: tensor parallel first, then data parallel, then pipeline
-parallel. With t and p ranks in the first and the last and d = W / (t p), rank
-`(stage * d + replica) * t + shard` holds that shard of that stage of that replica.
+Which ranks are in which group is `ParallelDims`' arithmetic.
 """
 
 from __future__ import annotations
@@ -17,9 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.env import DistEnv
 from fp8lm.comm.rank_check import addresses_line, call_roll
 from fp8lm.comm.store import job_store
+from fp8lm.config import ParallelConfig
 from fp8lm.devices import NO_NCCL
 from fp8lm.runtime.addresses import INTERFACES
 from fp8lm.runtime.errors import InputError
@@ -33,12 +33,13 @@ SAVING_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Groups this process belongs to, passed to whatever communicates.
+    """Groups this process belongs to, one along each axis of `dims`, passed to what communicates.
 
     `saving` has all ranks, over gloo: what is written beside the training talks over it. `store` is
     the job's key-value store, None where the processes were not joined here.
     """
 
+    dims: ParallelDims
     world: dist.ProcessGroup
     tensor_parallel: dist.ProcessGroup
     data_parallel: dist.ProcessGroup
@@ -68,14 +69,14 @@ class ProcessGroups:
 @contextmanager
 def process_groups(
     device: torch.device,
+    parallel: ParallelConfig | None = None,
     *,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
     backend: str | None = None,
     timeout: timedelta = TIMEOUT,
 ) -> Iterator[ProcessGroups]:
     """Join the job that the launcher's environment describes, or make one of a single process.
 
+    Config section `parallel` divides the processes (default: replicas of the whole model).
     `device` is this rank's own (see `rank_device`). The backend is NCCL for a GPU and gloo for
     the CPU. NCCL wants a GPU for each rank; to let several ranks share one, for tests, pass
     `backend="gloo"`: it moves bytes of GPU tensors through the host. A collective that takes longer
@@ -87,7 +88,7 @@ def process_groups(
     """
     adopt_launcher(os.environ)
     launch = DistEnv.from_environment(os.environ)
-    check_sizes(launch.world_size, tensor_parallel, pipeline_parallel)
+    dims = ParallelDims.from_config(parallel or ParallelConfig(), launch.world_size)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         if backend == "nccl" and not dist.is_nccl_available():
@@ -102,12 +103,7 @@ def process_groups(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
     try:
-        with model_parallel_groups(
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            store=store,
-            timeout=timeout,
-        ) as groups:
+        with model_parallel_groups(dims, store=store, timeout=timeout) as groups:
             yield groups
     except BaseException:
         if launch.world_size == 1:
@@ -125,28 +121,25 @@ def _gpu(device: torch.device, backend: str) -> str | None:
 
 @contextmanager
 def model_parallel_groups(
+    dims: ParallelDims | None = None,
     *,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
     store: dist.Store | None = None,
     timeout: timedelta = TIMEOUT,
 ) -> Iterator[ProcessGroups]:
-    """Divide the processes of the job that this one has joined.
+    """Divide the processes of the job that this one has joined (default: all are replicas).
 
     Only the groups that this project uses are made, not the twenty of Megatron's
     `initialize_model_parallel`: a gloo group costs three threads that poll, an NCCL one memory.
     """
-    world_size = dist.get_world_size()
-    check_sizes(world_size, tensor_parallel, pipeline_parallel)
-    replicas = world_size // (tensor_parallel * pipeline_parallel)
+    dims = dims or ParallelDims.divide(dist.get_world_size())
     tp, dp, pp = (
-        _joined(dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
-        for ranks in rank_lists(tensor_parallel, replicas, pipeline_parallel).values()
+        _joined(dist.new_subgroups_by_enumeration(dims.rank_lists(axis), timeout=timeout)[0])
+        for axis in ("tp", "dp", "pp")
     )
     saving = dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT)
     # Those that parts of the run divide off later are in the list, too, by the end.
     made = [tp, dp, pp, saving]
-    yield ProcessGroups(_joined(dist.group.WORLD), tp, dp, pp, saving, store, timeout, made)
+    yield ProcessGroups(dims, _joined(dist.group.WORLD), tp, dp, pp, saving, store, timeout, made)
     for group in made:  # not after an exception: other ranks may not come here
         dist.destroy_process_group(group)
 
@@ -158,20 +151,6 @@ def _joined(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def rank_lists(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
-    """The ranks of every tensor-parallel ("tp"), data-parallel ("dp") and pipeline ("pp") group."""
-    shards, replicas, stages = range(tensor), range(data), range(pipeline)
-
-    def rank(stage: int, replica: int, shard: int) -> int:
-        return (stage * data + replica) * tensor + shard
-
-    return {
-        "tp": [[rank(s, r, t) for t in shards] for s in stages for r in replicas],
-        "dp": [[rank(s, r, t) for r in replicas] for s in stages for t in shards],
-        "pp": [[rank(s, r, t) for s in stages] for r in replicas for t in shards],
-    }
-
-
 @dataclass(frozen=True)
 class NodeGroups:
     """Of a group whose rank r is number r % m of node r // m: this node, and this number of all."""
@@ -180,19 +159,20 @@ class NodeGroups:
     across: dist.ProcessGroup
 
 
-def node_groups(groups: ProcessGroups, node_size: int, *, given: bool = True) -> NodeGroups | None:
-    """The data-parallel group by nodes of `node_size` processes; a collective of all processes.
+def node_groups(
+    groups: ProcessGroups, node_size: int, *, axis: str = "dp", given: bool = True
+) -> NodeGroups | None:
+    """The group along `axis` by nodes of `node_size` processes; a collective of all processes.
 
     None where that leaves one rank per node, or one node. See `replicas_per_node`.
     """
-    per_node = replicas_per_node(
-        groups.data_parallel.size(), groups.tensor_parallel.size(), node_size, given=given
-    )
+    dims = groups.dims
+    per_node = replicas_per_node(dims.size(axis), dims.stride(axis), node_size, given=given)
     if per_node is None:
         return None
-    replicas = _all_like(groups.data_parallel)
-    nodes = [list(r[i : i + per_node]) for r in replicas for i in range(0, len(r), per_node)]
-    numbers = [list(r[i::per_node]) for r in replicas for i in range(per_node)]
+    replicas = dims.rank_lists(axis)
+    nodes = [r[i : i + per_node] for r in replicas for i in range(0, len(r), per_node)]
+    numbers = [r[i::per_node] for r in replicas for i in range(per_node)]
     return NodeGroups(groups.divide(nodes), groups.divide(numbers))
 
 
@@ -201,10 +181,10 @@ def tensor_parallel_neighbours(groups: ProcessGroups, size: int) -> dist.Process
 
     A collective of all processes.
     """
-    if size == groups.tensor_parallel.size():
+    if size == groups.dims.tp:
         return groups.tensor_parallel
-    lists = _all_like(groups.tensor_parallel)
-    return groups.divide([list(r[i : i + size]) for r in lists for i in range(0, len(r), size)])
+    lists = groups.dims.rank_lists("tp")
+    return groups.divide([r[i : i + size] for r in lists for i in range(0, len(r), size)])
 
 
 def processes_per_node() -> int | None:
@@ -218,24 +198,24 @@ def processes_per_node() -> int | None:
     return local if len(set(sizes)) == 1 else None
 
 
-def replicas_per_node(ranks: int, shards: int, node_size: int, *, given: bool) -> int | None:
+def replicas_per_node(ranks: int, stride: int, node_size: int, *, given: bool) -> int | None:
     """How many of `ranks` data-parallel ranks sum on their node, None where it is one or all.
 
-    A replica's stage is `shards` processes. Nodes may not be alike, as stages need not begin where
+    They are every `stride`th process. Nodes may not be alike, as stages need not begin where
     nodes do: InputError if the user has `given` their size, else the most neighbours that are on
     one node wherever they are.
     """
-    per_node = max(1, node_size // shards)
+    per_node = max(1, node_size // stride)
     if per_node == 1 or per_node >= ranks:
         return None
-    if ranks % per_node == 0 and node_size % shards == 0:
+    if ranks % per_node == 0 and node_size % stride == 0:
         return per_node
     if given:
         raise InputError(
             f"parallel.node_size = {node_size} does not divide {ranks} data-parallel ranks of "
-            f"{shards} processes evenly over nodes: set it to a size that does"
+            f"{stride} processes evenly over nodes: set it to a size that does"
         )
-    together = 1 if node_size % shards else math.gcd(per_node, ranks)
+    together = 1 if node_size % stride else math.gcd(per_node, ranks)
     return together if together > 1 else None
 
 
@@ -257,18 +237,11 @@ class PipelineGroups:
 
 def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
     """Groups that pipelines need beyond `groups`; a collective of all processes."""
-    pipelines = _all_like(groups.pipeline_parallel)
-    pp_backward = groups.divide([list(ranks) for ranks in pipelines])
+    pipelines = groups.dims.rank_lists("pp")
+    pp_backward = groups.divide(pipelines)
     embd = groups.divide_some([[ranks[0], ranks[-1]] for ranks in pipelines])
-    same_stage = groups.divide([list(ranks) for ranks in zip(*pipelines, strict=True)])
+    same_stage = groups.divide(groups.dims.rank_lists("tp", "cp", "dp"))
     return PipelineGroups(groups.pipeline_parallel, pp_backward, embd, same_stage)
-
-
-def _all_like(group: dist.ProcessGroup) -> list[tuple[int, ...]]:
-    """Ranks of every group of the kind that `group` is one of."""
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, dist.get_process_group_ranks(group))
-    return sorted({tuple(ranks) for ranks in gathered})
 
 
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:
@@ -277,18 +250,3 @@ def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.devi
         return device
     num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
     return torch.device("cuda", DistEnv.from_environment(os.environ).local_rank % num_gpus)
-
-
-def check_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raise `InputError` unless `world_size` processes can be divided like that."""
-    if (
-        tensor_parallel < 1
-        or pipeline_parallel < 1
-        or world_size % (tensor_parallel * pipeline_parallel)
-    ):
-        raise InputError(
-            f"{world_size} process{'es' * (world_size > 1)} cannot be divided by "
-            f"tensor_model_parallel_size={tensor_parallel} times "
-            f"pipeline_model_parallel_size={pipeline_parallel}: start a multiple of "
-            f"{tensor_parallel * pipeline_parallel}, or change the sizes"
-        )

@@ -55,12 +55,11 @@ def _summed_per_node(layout: Layout) -> int | None:
 
     InputError if `parallel.node_size` does not fit.
     """
-    config, given = layout.config, layout.config.parallel.node_size
-    if layout.num_replicas == 1 or config.precision.grad_reduce != "fp32_accumulate":
+    dims, given = layout.dims, layout.config.parallel.node_size
+    if dims.dp == 1 or layout.config.precision.grad_reduce != "fp32_accumulate":
         return None
-    shards = config.parallel.tensor_model_parallel_size
     size = given or layout.node_size
-    return replicas_per_node(layout.num_replicas, shards, size, given=given is not None)
+    return replicas_per_node(dims.dp, dims.stride("dp"), size, given=given is not None)
 
 
 def check_devices(config: Config, nproc_per_node: int) -> None:
@@ -161,7 +160,7 @@ def default_processes(config: Config) -> int:
 def notes(layout: Layout, max_restarts: int) -> list[str]:
     """What is allowed, and probably not meant."""
     found, config, nproc_per_node = [], layout.config, layout.node_size
-    checkpoint, shards = config.checkpoint, config.parallel.tensor_model_parallel_size
+    checkpoint, shards = config.checkpoint, layout.dims.tp
     if max_restarts and not checkpoint.resumes:
         found.append(
             "a restart begins anew: checkpoint.save and checkpoint.load do not name one folder"
@@ -179,8 +178,7 @@ def _note_of_balance(layout: Layout) -> list[str]:
         return []
     if parallel.partition == "tensor":
         why = (
-            f"whole tensors do not go round {layout.num_replicas} replicas, "
-            "parallel.partition=even does"
+            f"whole tensors do not go round {layout.dims.dp} replicas, parallel.partition=even does"
         )
     elif parallel.overlap_param_gather:
         why = "row blocks of small buckets go to few, a larger parallel.ddp_bucket_size to more"
@@ -194,8 +192,8 @@ def _note_of_balance(layout: Layout) -> list[str]:
 
 def _note_of_nodes(layout: Layout) -> list[str]:
     """Where as many replicas as a machine has would sum on it, if only they divided all."""
-    parallel, replicas = layout.config.parallel, layout.num_replicas
-    here, rest = divmod(layout.node_size, parallel.tensor_model_parallel_size)
+    parallel, replicas = layout.config.parallel, layout.dims.dp
+    here, rest = divmod(layout.node_size, layout.dims.stride("dp"))
     summed = layout.config.precision.grad_reduce == "fp32_accumulate"
     if not summed or parallel.node_size or rest or replicas % here == 0 or not 1 < here < replicas:
         return []

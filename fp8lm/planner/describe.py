@@ -38,16 +38,16 @@ def summary(layout: Layout, batches: Batches, compared: Sequence[Layout] = ()) -
 
 
 def _division(config: Config, layout: Layout) -> str:
-    parallel = config.parallel
-    tensor = f"TP {parallel.tensor_model_parallel_size}"
+    parallel, dims = config.parallel, layout.dims
+    tensor = f"TP {dims.tp}"
     tensor += " with SP" * parallel.sequence_parallel
-    stages = f"PP {parallel.pipeline_model_parallel_size}"
-    if parallel.pipeline_model_parallel_size > 1:
+    stages = f"PP {dims.pp}"
+    if dims.pp > 1:
         chunks = len(layout.stages[0].chunks)
         kind = f"interleaved, {chunks} chunks" if chunks > 1 else parallel.pipeline_schedule
         stages += f" ({kind})"
-    replicas = f"DP {layout.num_replicas}"
-    if layout.num_replicas > 1:
+    replicas = f"DP {dims.dp}"
+    if dims.dp > 1:
         zero = f"ZeRO, {parallel.partition}" if parallel.use_distributed_optimizer else "plain"
         replicas += f" ({zero})"
     return f"{tensor}, {stages}, {replicas}"

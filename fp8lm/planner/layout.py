@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from fp8lm.comm.groups import check_sizes, rank_lists
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.config import Config
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import Param, QuantizedParam, named_params
@@ -65,6 +65,7 @@ class Layout:
     """All ranks and all stages of a run."""
 
     config: Config
+    dims: ParallelDims
     node_size: int
     ranks: tuple[RankPlacement, ...]
     stages: tuple[Stage, ...]
@@ -73,11 +74,6 @@ class Layout:
     def num_nodes(self) -> int:
         """Machines."""
         return self.ranks[-1].node + 1
-
-    @property
-    def num_replicas(self) -> int:
-        """Data-parallel ranks."""
-        return len(self.stages[0].state)
 
     @property
     def num_parameters(self) -> int:
@@ -114,26 +110,20 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
     `num_ids` is the size of the tokenizer's vocabulary. InputError if the processes do not divide
     into replicas.
     """
-    parallel = config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    check_sizes(world_size, tensor, stages)
-    replicas = world_size // (tensor * stages)
+    dims = ParallelDims.from_config(config.parallel, world_size)
     rows = model_vocab_size(config, num_ids)
-    made = tuple(plan_stage(config, rows, stage, replicas) for stage in range(stages))
-    return Layout(config, node_size, _placements(world_size, tensor, stages, node_size), made)
+    made = tuple(plan_stage(config, rows, stage, dims.dp) for stage in range(dims.pp))
+    return Layout(config, dims, node_size, _placements(dims, node_size), made)
 
 
-def _placements(
-    world_size: int, tensor: int, stages: int, node_size: int
-) -> tuple[RankPlacement, ...]:
-    groups = rank_lists(tensor, world_size // (tensor * stages), stages)
-    numbers = [
-        {rank: number for group in groups[kind] for number, rank in enumerate(group)}
-        for kind in ("tp", "dp", "pp")
-    ]
+def _placements(dims: ParallelDims, node_size: int) -> tuple[RankPlacement, ...]:
     return tuple(
-        RankPlacement(rank, *divmod(rank, node_size), *(number[rank] for number in numbers))
-        for rank in range(world_size)
+        RankPlacement(
+            rank,
+            *divmod(rank, node_size),
+            *(dims.coordinate(rank, axis) for axis in ("tp", "dp", "pp")),
+        )
+        for rank in range(dims.world_size)
     )
 
 

@@ -33,7 +33,7 @@ class Plan:
 def plan_run(config: Config, num_ids: int, world_size: int, node_size: int) -> Plan:
     """Work out a run; InputError if processes or batches do not divide."""
     layout = plan_layout(config, num_ids, world_size, node_size)
-    batches = plan_batches(config, layout.num_replicas)
+    batches = plan_batches(config, layout.dims.dp)
     baseline = None
     if config.precision.preset != BASELINE:
         plain = config.model_copy(update={"precision": PrecisionConfig(preset=BASELINE)})

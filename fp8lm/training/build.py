@@ -142,7 +142,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    check_batches(config, groups.data_parallel.size())
+    check_batches(config, groups.dims.dp)
     tokenizer = _tokenizer(config)
     vocab_size = model_vocab_size(config, tokenizer.vocab_size)
     sizes = dataset_sizes(config)
@@ -166,7 +166,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         weights=parallel.weights,
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
-        batch_size=BatchSize(config.train, groups.data_parallel.size()),
+        batch_size=BatchSize(config.train, groups.dims.dp),
         datasets=datasets,
         dataset_sizes=sizes,
         data_parallel=parallel.data_parallel,

@@ -65,12 +65,8 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
     """A few lines; `num_parameters` of the whole model, `peak` of the GPU, if it is known."""
     config, groups = run.config, run.groups
     model, batch = config.model, config.train.global_batch_size
-    sizes = {
-        "TP": groups.tensor_parallel.size(),
-        "PP": groups.pipeline_parallel.size(),
-        "DP": groups.data_parallel.size(),
-    }
-    layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    dims = groups.dims
+    layout = f"TP {dims.tp}, PP {dims.pp}, DP {dims.dp}"
     return [
         f" model: {num_parameters:,} parameters in all ({model.num_layers} layers of "
         f"{model.hidden_size}), precision {config.precision.preset}",

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import all_gather, max_over_group
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import E4M3
 from tests.comm.ranks import KERNELS, same_bits, sent, values, wire
@@ -44,7 +45,7 @@ def test_the_worst_of_any_rank_reaches_all(run_distributed, world_size):
 
 def reduce_alone(amax):
     used = wire()
-    with model_parallel_groups(tensor_parallel=1) as groups:
+    with model_parallel_groups() as groups:
         return max_over_group(amax, groups.tensor_parallel, used).wait(), sent(used)
 
 
@@ -62,7 +63,7 @@ def test_only_fp32_is_taken():
 
 def gather_with_amax_over(group_name):
     """2 x 2 ranks: each tensor-parallel pair gathers the tensor of its replica."""
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         shard, replica = groups.tensor_parallel.rank(), groups.data_parallel.rank()
         x = replica_tensor(replica).chunk(2)[shard]
         amax_group = getattr(groups, group_name)

@@ -18,6 +18,7 @@ from fp8lm.comm import (
     join,
     max_over_group,
 )
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 from fp8lm.scaled_tensor import ScaledTensor
@@ -121,7 +122,7 @@ def test_broadcast(run_distributed, world_size, src, bad_rank):
 
 
 def broadcast_in_pairs():
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         x = KERNELS.quantize(shard(dist.get_rank()), E4M3)
         return broadcast(x, 1, groups.tensor_parallel, wire()).wait()
 

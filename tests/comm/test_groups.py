@@ -13,18 +13,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import (
     model_parallel_groups,
     node_groups,
     pipeline_groups,
     process_groups,
     rank_device,
-    rank_lists,
     replicas_per_node,
 )
+from fp8lm.config import ParallelConfig
 from fp8lm.runtime.errors import InputError, RunFailed
 
 CPU = torch.device("cpu")
+
+
+def parallel(tp, pp=1):
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
 
 
 def members(groups):
@@ -33,9 +38,9 @@ def members(groups):
     return [dist.get_process_group_ranks(getattr(groups, n)) for n in names], groups.is_main
 
 
-def divide(tensor_parallel, pipeline_parallel):
-    sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-    with model_parallel_groups(**sizes) as groups:
+def divide(tp, pp):
+    dims = ParallelDims.divide(dist.get_world_size(), tp=tp, pp=pp)
+    with model_parallel_groups(dims) as groups:
         return members(groups)
 
 
@@ -67,7 +72,7 @@ def test_one_process(monkeypatch):
 
 def blocks_on_nodes(tp, dp, pp, node_size, per_node):
     """Nodes of every run of `per_node` replicas that sum together, as sets."""
-    for ranks in rank_lists(tp, dp, pp)["dp"]:
+    for ranks in ParallelDims(tp=tp, dp=dp, pp=pp).rank_lists("dp"):
         for first in range(0, dp, per_node):
             yield {rank // node_size for rank in ranks[first : first + per_node]}
 
@@ -105,7 +110,7 @@ def test_replicas_that_a_node_does_not_divide():
 def threads_after(repeats):
     for _ in range(repeats):
         divide(2, 1)
-        with model_parallel_groups(pipeline_parallel=2) as groups:
+        with model_parallel_groups(ParallelDims(dp=2, pp=2)) as groups:
             assert pipeline_groups(groups).embd is not None
         with model_parallel_groups() as groups:
             assert node_groups(groups, 2).node.size() == 2
@@ -118,11 +123,11 @@ def test_groups_leave_nothing_behind(run_distributed):
     assert all(after <= before for before, after in zip(few, many, strict=True))
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (0, 1)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_one_process_cannot_be_divided(tp, pp):
     with (
         pytest.raises(InputError, match=f"1 process cannot .*tensor_model_parallel_size={tp}"),
-        process_groups(CPU, tensor_parallel=tp, pipeline_parallel=pp),
+        process_groups(CPU, parallel(tp, pp)),
     ):
         pass
     assert not dist.is_initialized()
@@ -141,8 +146,8 @@ def under_a_launcher(port, rejoin):
     }
     with mock.patch.dict(os.environ, environment):
         with pytest.raises(InputError, match="start a multiple of 3"):
-            process_groups(CPU, tensor_parallel=3).__enter__()
-        with process_groups(rank_device(CPU), tensor_parallel=2) as groups:
+            process_groups(CPU, parallel(3)).__enter__()
+        with process_groups(rank_device(CPU), parallel(2)) as groups:
             found = members(groups)
     dist.init_process_group(
         "gloo", init_method=f"file://{rejoin}", rank=rank, world_size=world_size

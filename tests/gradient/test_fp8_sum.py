@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_bytes, sums_fp8
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.gradient.fp8_sum import GROWTH, AutoScaler, Fp8Sum, ring_sum
 from fp8lm.numerics import BF16, E4M3
@@ -248,7 +249,7 @@ def test_mu_finds_the_middle():
 
 def wrong_group():
     """Scales of two replicas of two ranks each; with the world's the other pair's would count."""
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         rank = groups.world.rank()
         reduction = reducer(groups.data_parallel, "post_scaling", groups.world)
         # Ranks 0 and 2 are replicas, as are 1 and 3, whose gradients are far larger.
@@ -266,7 +267,7 @@ def test_scales_are_shared_among_replicas_only(run_distributed):
 
 def mu_of_shards():
     """Of two shards of a tensor, on two replicas each, only the sum of the second saturates."""
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         replica, shard = divmod(groups.world.rank(), 2)
         reduction = reducer(groups.data_parallel, "automatic", groups.world)
         value = torch.full(SHAPE, 1.0 if shard else (-1.0) ** replica)

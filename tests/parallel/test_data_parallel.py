@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fp8lm.comm import Wire, WireCounter
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec
@@ -16,7 +17,7 @@ from tests.parallel.ranks import KERNELS, random, recipe
 
 def shared():
     """(largest of the group's amaxes, scale of a gathered input, of a recast weight, a sum)."""
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         counter = WireCounter(("tp_gather", "tp_reduce"))
         tp = TensorParallel(
             group=groups.tensor_parallel,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.layers.linear import GemmPath
 from fp8lm.layers.quantizer import Quantizer
@@ -135,7 +136,7 @@ def test_partition(run_distributed):
 
 def gather_in_each_replica():
     """Two replicas of two ranks; what the second gathers is 1000 times larger."""
-    with model_parallel_groups(tensor_parallel=2) as groups:
+    with model_parallel_groups(ParallelDims(tp=2, dp=2)) as groups:
         tp = replace(tensor_parallel(), group=groups.tensor_parallel)
         size = 1000.0 if groups.data_parallel.rank() else 1.0
         whole = (random(TOKENS, FEATURES, seed=4) * size).bfloat16()

@@ -13,7 +13,7 @@ from fp8lm.training.hooks import build_trainer
 
 config = load_config(sys.argv[1], sys.argv[2:])
 device = torch.device("cpu")
-with process_groups(device, pipeline_parallel=2) as groups:
+with process_groups(device, config.parallel) as groups:
     trainer = build_trainer(build(config, groups, device))
     trainer.load()
     if groups.pipeline_parallel.rank() == 1:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.model.gpt import GPTModel
 from fp8lm.training.build import build
@@ -31,14 +33,8 @@ LLAMA = {
 @contextlib.contextmanager
 def trainer_of(config, device="cpu"):
     """A trainer of this rank's part of the job, within its process groups."""
-    parallel = config.parallel
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        model_parallel_groups(
-            tensor_parallel=parallel.tensor_model_parallel_size,
-            pipeline_parallel=parallel.pipeline_model_parallel_size,
-        ) as groups,
-    ):
+    dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
+    with contextlib.redirect_stdout(io.StringIO()), model_parallel_groups(dims) as groups:
         trainer = build_trainer(build(config, groups, torch.device(device)))
         trainer.load()
         yield trainer
