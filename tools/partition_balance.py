@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fp8lm.comm.dims import ParallelDims
 from fp8lm.config import load_config
-from fp8lm.parallel.data_parallel import tensors_of
-from fp8lm.parallel.param_layout import BufferEntry, ParamLayout, assign_whole_tensors, shard_rows
+from fp8lm.parallel.param_layout import BufferEntry, ParamLayout
+from fp8lm.parallel.sharded_params import PARTITIONS, tensors_of
 from fp8lm.planner.layout import plan_stage
 from fp8lm.runtime.errors import run_command
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     print(f"{'max/mean':16}" + "".join(f"{size:>7}" for size in REPLICAS))
     for model in MODELS:
         tensors = local_tensors(model)
-        for name, place in (("tensor", assign_whole_tensors), ("even", shard_rows)):
+        for name, place in PARTITIONS.items():
             ratios = [balance(place([tensors], size)[0], tensors) for size in REPLICAS]
             print(f"{model:8}{name:8}" + "".join(f"{ratio:7.3f}" for ratio in ratios))
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
 def local_tensors(model: str) -> list[BufferEntry]:
     """What a rank of the first stage holds in preset o3."""
     config = load_config(CONFIGS / f"gpt_{model}.yaml", ["data.mock_data=true"])
-    return tensors_of(plan_stage(config, VOCABULARY, stage=0, num_replicas=1).weights)
+    return tensors_of(plan_stage(config, ParallelDims(), VOCABULARY, stage=0).weights)
 
 
 def balance(layout: ParamLayout, tensors: list[BufferEntry]) -> float:

@@ -226,13 +226,12 @@ class PipelineGroups:
     Messages to a later stage use `pp_forward`, those to an earlier one `pp_backward`: NCCL runs the
     sends and receives of two ranks of one group in order, so that in a single group an activation
     would wait for a gradient that waits for it. `embd` holds the first and the last
-    stage (None on the stages between), `same_stage` all ranks of this stage.
+    stage (None on the stages between).
     """
 
     pp_forward: dist.ProcessGroup
     pp_backward: dist.ProcessGroup
     embd: dist.ProcessGroup | None
-    same_stage: dist.ProcessGroup
 
 
 def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
@@ -240,8 +239,7 @@ def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
     pipelines = groups.dims.rank_lists("pp")
     pp_backward = groups.divide(pipelines)
     embd = groups.divide_some([[ranks[0], ranks[-1]] for ranks in pipelines])
-    same_stage = groups.divide(groups.dims.rank_lists("tp", "cp", "dp"))
-    return PipelineGroups(groups.pipeline_parallel, pp_backward, embd, same_stage)
+    return PipelineGroups(groups.pipeline_parallel, pp_backward, embd)
 
 
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:

@@ -1,31 +1,42 @@
 """Bucketed reduction of gradients, overlapped with backward.
 
-Buckets hold weights in the order in which backward completes them, last layer first. In the
-backward of the last micro-batch a bucket is reduced as soon as autograd is done with all of its
-weights: with one that is used twice (tied embeddings) after both uses, with one that is not used
-when backward is over. All ranks reduce the buckets in the same order.
+Buckets hold weights of one parameter group in the order in which backward completes them, last
+layer first. In the backward of the last micro-batch a bucket is reduced as soon as autograd is done
+with all of its weights: with one that is used twice (tied embeddings) after both uses, with one
+that is not used when backward is over. All ranks reduce the buckets in the same order, those of all
+groups in one sequence: ranks that wait for each other in different groups would wait for ever.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, all_gather_uneven
 from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
-from fp8lm.layers.param import Param
+from fp8lm.layers.param import Param, by_group
 from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
 UNDER_WAY = 2
 
 
-class GradientBuckets:
-    """Reduces the gradients of `weights` to the ranks that own their `rows` (one map per rank).
+@dataclass(frozen=True)
+class ShardedReduction:
+    """How the gradients of one parameter group are reduced; rank r of its group owns `rows[r]`."""
 
+    reduction: GradientReduction
+    rows: Sequence[Rows]
+
+
+class GradientBuckets:
+    """Reduces the gradients of `weights` to the ranks that own their rows.
+
+    `reductions` are those of the weights' parameter groups by name, in one order on all ranks.
     `overlap`: reduce during the last backward, otherwise after it. At most two buckets are in
     flight at a time, which bounds the memory of their messages.
     """
@@ -33,13 +44,12 @@ class GradientBuckets:
     def __init__(
         self,
         weights: dict[str, Param],
-        rows: Sequence[Rows],
-        reduction: GradientReduction,
+        reductions: Mapping[str, ShardedReduction],
         bucket_size: int,
         *,
         overlap: bool,
     ) -> None:
-        self.weights, self.rows, self.reduction = weights, rows, reduction
+        self.weights, self.reductions = weights, reductions
         self.buckets = _fill(weights, bucket_size)
         self._bucket_of = {name: i for i, names in enumerate(self.buckets) for name in names}
         self._missing: list[set[str]] = []
@@ -65,27 +75,46 @@ class GradientBuckets:
 
     def finish_everywhere(self) -> dict[str, ScaledTensor]:
         """Means of all rows on every rank, in the format they were sent in, the same bits."""
-        group, wire, kernels = (
-            self.reduction.group,
-            self.reduction.wire,
-            self.reduction.kernels,
-        )
+        means = self.finish()
+        gradients: dict[str, ScaledTensor] = {}
+        for sharded in self.reductions.values():
+            gradients |= self._gather(means, sharded)
+        return {name: gradients[name] for name in self.weights}
+
+    def finish_step(self, skipped: Tensor) -> None:
+        """See `GradientReduction`."""
+        for sharded in self.reductions.values():
+            sharded.reduction.finish_step(skipped)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """See `GradientReduction`."""
+        return {
+            name: tensor
+            for sharded in self.reductions.values()
+            for name, tensor in sharded.reduction.named_tensors().items()
+        }
+
+    def _gather(
+        self, means: Mapping[str, ScaledTensor], sharded: ShardedReduction
+    ) -> dict[str, ScaledTensor]:
+        reduction, rank = sharded.reduction, sharded.reduction.group.rank()
         own = [
-            kernels.quantize(mean.payload, self._sent_format(name))
-            for name, mean in self.finish().items()
+            reduction.kernels.quantize(mean.payload, self._sent_format(name))
+            for name, mean in means.items()
+            if name in sharded.rows[rank]
         ]
-        layouts = [self._layout(rows) for rows in self.rows]
+        layouts = [self._layout(rows) for rows in sharded.rows]
         device = next(iter(self.weights.values())).model_param.device
         sizes = [layout.nbytes for layout in layouts]
         buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         if own:
-            layouts[group.rank()].pack(own, buffer.split(sizes)[group.rank()])
+            layouts[rank].pack(own, buffer.split(sizes)[rank])
+        messages = all_gather_uneven(buffer, sizes, reduction.group, reduction.wire).wait()
         gradients: dict[str, ScaledTensor] = {}
-        messages = all_gather_uneven(buffer, sizes, group, wire).wait().split(sizes)
-        for rows, layout, message in zip(self.rows, layouts, messages, strict=True):
+        for rows, layout, message in zip(sharded.rows, layouts, messages.split(sizes), strict=True):
             names = [name for name in self.weights if name in rows]
             gradients.update(zip(names, layout.views(message), strict=True))
-        return {name: gradients[name] for name in self.weights}
+        return gradients
 
     def _layout(self, rows: Rows) -> MessageLayout:
         parts = []
@@ -96,11 +125,12 @@ class GradientBuckets:
                 parts.append((shape, self._sent_format(name)))
         return MessageLayout(tuple(parts))
 
+    def _reduction_of(self, name: str) -> ShardedReduction:
+        return self.reductions[self.weights[name].spec.group]
+
     def _sent_format(self, name: str) -> Format:
-        spec = self.weights[name].spec
-        return sent_format(
-            spec.grad_format, self.reduction.wire, keep_high_precision=spec.keep_high_precision
-        )
+        spec, wire = self.weights[name].spec, self._reduction_of(name).reduction.wire
+        return sent_format(spec.grad_format, wire, keep_high_precision=spec.keep_high_precision)
 
     def _complete(self, name: str) -> None:
         """All uses of a weight are behind the backward that runs: start the buckets that can go."""
@@ -114,8 +144,9 @@ class GradientBuckets:
 
     def _start(self) -> None:
         self._wait(at_most=UNDER_WAY - 1)
-        sent = {name: self._sent(name) for name in self.buckets[self._num_started]}
-        self._under_way.append(self.reduction.start(sent, self.rows))
+        names = self.buckets[self._num_started]
+        sent, sharded = {name: self._sent(name) for name in names}, self._reduction_of(names[0])
+        self._under_way.append(sharded.reduction.start(sent, sharded.rows))
         self._num_started += 1
 
     def _wait(self, at_most: int) -> None:
@@ -124,7 +155,8 @@ class GradientBuckets:
 
     def _sent(self, name: str) -> ScaledTensor:
         """The whole gradient in the format it is sent in: its scale does not depend on sharding."""
-        accumulator, kernels = self.weights[name].main_grad, self.reduction.kernels
+        accumulator = self.weights[name].main_grad
+        kernels = self._reduction_of(name).reduction.kernels
         accumulator.zero_if_unused()  # a weight that no micro-batch used
         gradient, fmt = accumulator.value, self._sent_format(name)
         if fmt == gradient.format:
@@ -133,7 +165,13 @@ class GradientBuckets:
 
 
 def _fill(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:
-    """Names in buckets of about `bucket_size` parameters, last weight first."""
+    """Names in buckets of about `bucket_size` parameters, by when backward completes the last."""
+    completed = {name: number for number, name in enumerate(reversed(weights))}
+    buckets = [b for members in by_group(weights).values() for b in _cut(members, bucket_size)]
+    return sorted(buckets, key=lambda names: completed[names[-1]])
+
+
+def _cut(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:
     buckets: list[list[str]] = [[]]
     size = 0
     for name, weight in reversed(weights.items()):

@@ -3,6 +3,7 @@
     s_g   = min_i s_i, over g_i != 0                one shared scale per tensor      (eq. 4)
     g''_i = FP8(mu s_g g_i)                         mu in [2^-ceil(log2 N), 2]       (eq. 3, 5)
     g     = sum_i g''_i  /  (N s_g mu)              every sum rounded to FP8         (eq. 6)
+                                                    (N here: `ParamGroup.divisor`)
 
 mu is one number per tensor, applied as a power of two. It halves after a step in which more than
 1e-5 of the reduced values are at the format's maximum, and grows otherwise, doubling in 1,000
@@ -89,10 +90,11 @@ class Fp8Sum:
         kernels: Kernels,
         scaling: AutoScaler,
         native: ReduceScatter | None = None,
+        divisor: int | None = None,
     ) -> None:
         self.group, self.everyone, self.native = group, everyone, native
         self.wire, self.kernels, self.scaling = wire, kernels, scaling
-        self._others = Fp32ReduceScatter(group, wire, kernels)
+        self._others = Fp32ReduceScatter(group, wire, kernels, divisor)
 
     def start(
         self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
@@ -130,7 +132,7 @@ class Fp8Sum:
     def _mean(
         self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[Rows]
     ) -> dict[str, Tensor]:
-        rank, size = self.group.rank(), self.group.size()
+        rank = self.group.rank()
         sent = {
             name: ScaledTensor(
                 self.kernels.cast(self.kernels.dequantize(gradient), scale, gradient.format),
@@ -143,7 +145,7 @@ class Fp8Sum:
         sums = self._ring(parts) if self.native is None else self._at_once(parts, self.native)
         self._count(names[rank], sums)
         return {
-            name: self.kernels.dequantize(total).div_(size)
+            name: self.kernels.dequantize(total).div_(self._others.divisor)
             for name, total in zip(names[rank], sums, strict=True)
         }
 

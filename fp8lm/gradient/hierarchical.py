@@ -39,7 +39,9 @@ class HierarchicalReduceScatter:
         across: dist.ProcessGroup,
         wire: Wire,
         kernels: Kernels,
+        divisor: int | None = None,
     ) -> None:
+        self.divisor = divisor or group.size()
         self.group, self.node, self.across = group, node, across
         self.wire = wire
         self.kernels = kernels
@@ -64,8 +66,8 @@ class HierarchicalReduceScatter:
             by_node = [[(name, next(left)) for name in owned] for owned in held]
             amaxes = self._amaxes(by_node, scaled, shared, device)
             total = self._sum_across(by_node, like, amaxes, device).wait()
-            own, size = names[self.group.rank()], self.group.size()
-            return {name: value.div_(size) for name, value in zip(own, total, strict=True)}
+            own = names[self.group.rank()]
+            return {name: value.div_(self.divisor) for name, value in zip(own, total, strict=True)}
 
         summing = reduce_scatter_fp32(by_number, self.node, self.wire, self.kernels, device)
         return summing.then(go_across)

@@ -1,6 +1,6 @@
 """Gradients of all replicas to their owners: each in its own scale, summed in fp32.
 
-    g[own rows] = 1/d sum_r dequantize(g_r[own rows])
+    g[own rows] = 1/d sum_r dequantize(g_r[own rows])      d: see `ParamGroup.divisor`
 
 Every rank sends its bytes and its scale straight to the owner, who sums in rank order: one
 rounding per contribution, where a ring that sums in FP8 (see `fp8_sum`) rounds at every hop, and
@@ -50,12 +50,19 @@ class GradientReduction(Protocol):
 
 
 class Fp32ReduceScatter:
-    """Straight to the owner, sums in fp32."""
+    """Straight to the owner, sums in fp32; `divisor` None: the number of ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        wire: Wire,
+        kernels: Kernels,
+        divisor: int | None = None,
+    ) -> None:
         self.group = group
         self.wire = wire
         self.kernels = kernels
+        self.divisor = divisor or group.size()
 
     def start(
         self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
@@ -67,8 +74,7 @@ class Fp32ReduceScatter:
 
         def mean(sums: list[Tensor]) -> dict[str, Tensor]:
             own = names[self.group.rank()]
-            size = self.group.size()
-            return {name: total.div_(size) for name, total in zip(own, sums, strict=True)}
+            return {name: total.div_(self.divisor) for name, total in zip(own, sums, strict=True)}
 
         return summing.then(mean)
 

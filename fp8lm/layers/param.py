@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fp8lm.comm.param_groups import DENSE, REPLICA_AXIS
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.main_grad import MainGrad
 from fp8lm.layers.quantizer import Quantizer
@@ -37,6 +38,7 @@ class ParamSpec:
     `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only, so
     that gradients have to be summed over the tensor-parallel group.
     `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
+    `group`: which ranks share it (see `fp8lm.comm.param_groups`).
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,7 @@ class ParamSpec:
     shard_spec: ShardSpec = REPLICATED
     sequence_parallel: bool = False
     keep_high_precision: bool = False
+    group: str = DENSE
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -273,6 +276,7 @@ def vector_spec(
     *,
     shard_spec: ShardSpec = REPLICATED,
     sequence_parallel: bool = False,
+    group: str = DENSE,
 ) -> ParamSpec:
     """Spec of a norm's or bias's vector: constant start, fp32 gradient, no weight decay."""
 
@@ -288,7 +292,17 @@ def vector_spec(
         shard_spec=shard_spec,
         sequence_parallel=sequence_parallel,
         keep_high_precision=True,
+        group=group,
     )
+
+
+def by_group(params: Mapping[str, Param]) -> dict[str, dict[str, Param]]:
+    """`params` of every parameter group that has some, the groups in the same order everywhere."""
+    groups = {
+        group: {name: param for name, param in params.items() if param.spec.group == group}
+        for group in REPLICA_AXIS
+    }
+    return {group: members for group, members in groups.items() if members}
 
 
 def named_params(module: nn.Module) -> dict[str, Param]:

@@ -156,7 +156,7 @@ class AdamW:
 
         Between steps it covers the rows that this rank updates: `step` shares it.
         """
-        self.amax.copy_(self.sharding.max(self.amax.flatten()).view_as(self.amax))
+        self.amax.copy_(self.sharding.max(self.amax))
 
     def params_norm(self) -> Tensor:
         """Euclidean norm of all master weights (0-d fp32)."""
@@ -177,9 +177,8 @@ class AdamW:
 
     def _largest(self, grad_amax: Tensor) -> tuple[Tensor, Tensor]:
         """Amaxes [W] of the logical gradients and [W, 3] of the logical states, in one exchange."""
-        local = torch.cat((grad_amax, self.amax.flatten()))
-        grad, states = self.sharding.max(local).split((len(grad_amax), self.amax.numel()))
-        return grad, states.view_as(self.amax)
+        largest = self.sharding.max(torch.cat((grad_amax[:, None], self.amax), dim=1))
+        return largest[:, 0], largest[:, 1:]
 
     @property
     def _state_formats(self) -> tuple[Format, Format, Format]:

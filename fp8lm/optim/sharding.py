@@ -17,10 +17,10 @@ Rows = tuple[int, int]
 class OptimizerSharding:
     """Rows (first dimension) of each parameter whose states this rank holds, by name.
 
-    `gather` collects a vector of every rank that updates the model, [n] -> [ranks, n]; `max` takes
-    the elementwise maximum (not negative; NaN wins) over the ranks that hold shards of the same
-    parameters. `norm_owner` says for each parameter whether its gradient counts in the norm here:
-    of a gradient that several ranks hold, only one counts.
+    `gather` collects a vector of every rank that updates the model, [n] -> [ranks, n]. `max` takes
+    values of every parameter, [W, n], to their maximum (not negative; NaN wins) over the ranks that
+    hold shards of that parameter. `norm_owner` says for each parameter whether its gradient counts
+    in the norm here: of a gradient that several ranks hold, only one counts.
     """
 
     tp: TPContext
@@ -38,18 +38,18 @@ class OptimizerSharding:
         local_shards: Mapping[str, Rows] | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
         max: Callable[[Tensor], Tensor] | None = None,
-        is_norm_owner: bool = True,
+        is_norm_owner: Callable[[str], bool] = lambda name: True,
         shared_params: Container[str] = (),
     ) -> OptimizerSharding:
         """By default one replica and one stage: all rows, scalars shared over `tp`.
 
-        `is_norm_owner` is False on replicas whose gradients another one counts, `shared_params` are
+        `is_norm_owner` is False for a gradient that another replica counts, `shared_params` are
         parameters that another pipeline stage counts.
         """
         if local_shards is None:
             local_shards = {name: (0, p.spec.local_shape[0]) for name, p in params.items()}
         norm_owner = {
-            name: is_norm_owner
+            name: is_norm_owner(name)
             and name not in shared_params
             and (tp.rank == 0 or not param.spec.shard_spec.is_whole)
             for name, param in params.items()

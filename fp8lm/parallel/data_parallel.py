@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from fp8lm.comm.param_groups import ParamGroup
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.norm import LayerNorm, RMSNorm
 from fp8lm.layers.param import Param, named_params
 from fp8lm.parallel.param_buffer import ParamBuffer
-from fp8lm.parallel.param_layout import BufferEntry
 from fp8lm.scaled_tensor import ScaledTensor
 
 Rows = tuple[int, int]
@@ -30,7 +30,6 @@ Rows = tuple[int, int]
 class NoDataParallel:
     """One replica; `local_shards` are the rows (first dimension) of each parameter it updates."""
 
-    is_norm_owner = True
     padding = 0  # bytes held beside the weights
 
     def __init__(self, weights: dict[str, Param]) -> None:
@@ -38,6 +37,13 @@ class NoDataParallel:
         self.local_shards: dict[str, Rows] = {
             name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()
         }
+
+    def is_norm_owner(self, name: str) -> bool:
+        """Whether the gradient of parameter `name` that `reduce` returns counts in the norm here.
+
+        Of what several replicas return, one counts.
+        """
+        return True
 
     def enable_grad_sync(self) -> None:
         """Gradients are complete after the backward that follows."""
@@ -64,31 +70,40 @@ class BucketedDataParallel(NoDataParallel):
 
     def __init__(self, weights: dict[str, Param], buckets: GradientBuckets) -> None:
         super().__init__(weights)
-        self._buckets = buckets
+        self.buckets = buckets
 
     def enable_grad_sync(self) -> None:
         """See `NoDataParallel`."""
-        self._buckets.enable_grad_sync()
+        self.buckets.enable_grad_sync()
 
     def named_tensors(self) -> dict[str, Tensor]:
         """See `NoDataParallel`."""
-        return self._buckets.reduction.named_tensors()
+        return self.buckets.named_tensors()
 
     def start_param_sync(self, skipped: Tensor) -> None:
         """See `NoDataParallel`."""
-        self._buckets.reduction.finish_step(skipped)
+        self.buckets.finish_step(skipped)
 
 
 class DistributedDataParallel(BucketedDataParallel):
     """Every rank holds all optimizer states and applies the same update."""
 
-    def __init__(self, weights: dict[str, Param], buckets: GradientBuckets, rank: int) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Param],
+        buckets: GradientBuckets,
+        groups: Mapping[str, ParamGroup],
+    ) -> None:
         super().__init__(weights, buckets)
-        self.is_norm_owner = rank == 0
+        self._groups = groups
+
+    def is_norm_owner(self, name: str) -> bool:
+        """See `NoDataParallel`: here the first replica's."""
+        return self._groups[self.weights[name].spec.group].is_first_replica
 
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `NoDataParallel`: here all rows."""
-        return self._buckets.finish_everywhere()
+        return self.buckets.finish_everywhere()
 
 
 class ZeroDataParallel(BucketedDataParallel):
@@ -109,7 +124,7 @@ class ZeroDataParallel(BucketedDataParallel):
 
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `NoDataParallel`."""
-        return self._buckets.finish()
+        return self.buckets.finish()
 
     def start_param_sync(self, skipped: Tensor) -> None:
         """See `NoDataParallel`."""
@@ -149,26 +164,3 @@ def _waiting(parts: Iterable[ParamBuffer]) -> Callable[..., None]:
             part.wait()
 
     return wait
-
-
-def tensors_of(weights: Mapping[str, Param]) -> list[BufferEntry]:
-    """The model parameters of `weights` as entries of a `ParamLayout`."""
-    made = []
-    for name, weight in weights.items():
-        payload = weight.model_param.payload
-        rows = payload.shape[0]
-        made.append(BufferEntry(name, rows, payload.numel() // rows, payload.itemsize))
-    return made
-
-
-def in_parts(weights: dict[str, Param], size: int | None) -> list[dict[str, Param]]:
-    """`weights` in parts of about `size` parameters, in order; None: all in one."""
-    parts: list[dict[str, Param]] = [{}]
-    count = 0
-    for name, weight in weights.items():
-        if size is not None and count >= size:
-            parts.append({})
-            count = 0
-        parts[-1][name] = weight
-        count += weight.spec.numel
-    return parts

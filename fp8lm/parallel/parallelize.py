@@ -5,46 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from fp8lm.comm import (
     Wire,
     WireCounter,
     all_gather_scalars,
-    max_over_group,
-    reduce_scatter_fp8,
-    sums_fp8,
 )
 from fp8lm.comm.groups import (
     PipelineGroups,
     ProcessGroups,
-    node_groups,
     pipeline_groups,
-    processes_per_node,
     tensor_parallel_neighbours,
 )
 from fp8lm.comm.p2p import PipelineP2P
+from fp8lm.comm.param_groups import build_param_groups
 from fp8lm.config import Config
-from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
-from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
-from fp8lm.gradient.reduction import Fp32ReduceScatter, GradientReduction
 from fp8lm.kernels import Kernels
 from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.gpt import GPTModel, StageSpec
-from fp8lm.numerics import E4M3
 from fp8lm.optim.sharding import OptimizerSharding
-from fp8lm.parallel.data_parallel import (
-    DistributedDataParallel,
-    NoDataParallel,
-    ZeroDataParallel,
-    in_parts,
-    tensors_of,
-)
-from fp8lm.parallel.param_buffer import ParamBuffer
-from fp8lm.parallel.param_layout import ParamLayout, assign_whole_tensors, shard_rows
+from fp8lm.parallel.build_data_parallel import build_data_parallel, max_by_group
+from fp8lm.parallel.data_parallel import NoDataParallel, ZeroDataParallel
 from fp8lm.parallel.pipeline import Executor, NoPipeline, Pipeline
 from fp8lm.parallel.query_groups import SharedQueryGroup
 from fp8lm.parallel.stages import WORD_TABLE, TiedEmbeddingSync, layer_ranges, schedule_maker
@@ -99,13 +82,12 @@ def parallelize(
 ) -> ParallelModel:
     """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective."""
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
-    same_stage: dist.ProcessGroup = groups.world
     pipeline: Executor = NoPipeline(chunks[0].forward_step)
-    if groups.pipeline_parallel.size() > 1:
+    if groups.dims.pp > 1:
         stages = pipeline_groups(groups)
-        same_stage = stages.same_stage
         pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
-    data_parallel = build_data_parallel(config, groups, kernels, counter, same_stage, weights)
+    param_groups = build_param_groups(groups)
+    data_parallel = build_data_parallel(config, groups, param_groups, kernels, counter, weights)
     if config.parallel.overlap_param_gather and isinstance(data_parallel, ZeroDataParallel):
         for chunk in chunks:
             data_parallel.overlap_gather(chunk)
@@ -116,95 +98,11 @@ def parallelize(
         chunks[0].tp,
         local_shards=data_parallel.local_shards,
         gather=lambda values: all_gather_scalars(values, groups.world, scalars),
-        max=lambda values: max_over_group(values, same_stage, scalars).wait(),
+        max=max_by_group(weights, param_groups, scalars),
         is_norm_owner=data_parallel.is_norm_owner,
         shared_params=shared,
     )
     return ParallelModel(weights, data_parallel, pipeline, sharding, shared)
-
-
-def build_data_parallel(
-    config: Config,
-    groups: ProcessGroups,
-    kernels: Kernels,
-    counter: WireCounter,
-    same_stage: dist.ProcessGroup,
-    weights: dict[str, Param],
-) -> NoDataParallel:
-    """How config section `parallel` divides gradients and states over `groups.data_parallel`."""
-    parallel, wire, group = config.parallel, config.precision.wire, groups.data_parallel
-    if group.size() == 1:
-        return NoDataParallel(weights)
-    parts, layouts = param_layouts(config, weights, group.size())
-    rows = rows_by_rank(layouts)
-    buckets = GradientBuckets(
-        weights,
-        rows,
-        build_reduction(
-            config, groups, kernels, Wire.of_key("grads", wire, counter), same_stage, weights
-        ),
-        parallel.ddp_bucket_size,
-        overlap=parallel.overlap_grad_reduce,
-    )
-    if not parallel.use_distributed_optimizer:
-        return DistributedDataParallel(weights, buckets, group.rank())
-    # Weights that are not FP8 are sent as they are stored.
-    sent = wire.of("params") if config.precision.params_dtype == "fp8_e4m3" else "fp8"
-    params = Wire("params", sent, counter)
-    buffers = [
-        ParamBuffer(part, layout, group, params, kernels)
-        for part, layout in zip(parts, layouts, strict=True)
-    ]
-    return ZeroDataParallel(weights, buffers, buckets)
-
-
-def param_layouts(
-    config: Config, weights: dict[str, Param], num_replicas: int
-) -> tuple[list[dict[str, Param]], list[ParamLayout]]:
-    """`weights` in the parts that are gathered separately, and the layout of each."""
-    parallel = config.parallel
-    place = {"tensor": assign_whole_tensors, "even": shard_rows}[parallel.partition]
-    # Forward can begin with the first weights only if these are gathered before the last.
-    size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
-    parts = in_parts(weights, size)
-    return parts, place([tensors_of(part) for part in parts], num_replicas)
-
-
-def rows_by_rank(layouts: list[ParamLayout]) -> list[dict[str, tuple[int, int]]]:
-    """The rows of every weight that each rank owns."""
-    return [
-        {name: span for layout in layouts for name, span in layout.rows[rank].items()}
-        for rank in range(layouts[0].num_ranks)
-    ]
-
-
-def build_reduction(
-    config: Config,
-    groups: ProcessGroups,
-    kernels: Kernels,
-    wire: Wire,
-    same_stage: dist.ProcessGroup,
-    weights: dict[str, Param],
-) -> GradientReduction:
-    """How `precision.grad_reduce` adds gradients over `groups.data_parallel`.
-
-    `same_stage` are all ranks that hold parts of the same weights.
-    """
-    kind, group = config.precision.grad_reduce, groups.data_parallel
-    if kind == "fp32_accumulate":
-        # Each rank knows its own machine only: what they do has to follow from what all know.
-        given = config.parallel.node_size
-        size = given or processes_per_node()
-        nodes = None if size is None else node_groups(groups, size, given=given is not None)
-        if nodes is None:
-            return Fp32ReduceScatter(group, wire, kernels)
-        return HierarchicalReduceScatter(group, nodes.node, nodes.across, wire, kernels)
-    names = [name for name, weight in weights.items() if weight.spec.grad_format == E4M3]
-    policy = {"fp8_sum": "automatic"}.get(kind, kind.removeprefix("fp8_"))
-    device = next(iter(weights.values())).model_param.device
-    scaling = AutoScaler(names, group.size(), policy, device)
-    native = reduce_scatter_fp8 if sums_fp8(group, device) else None
-    return Fp8Sum(group, same_stage, wire, kernels, scaling, native)
 
 
 def stage_specs(config: Config, stage: int) -> list[StageSpec]:

@@ -18,15 +18,17 @@ from functools import cached_property
 import torch
 
 from fp8lm.comm.dims import ParallelDims
+from fp8lm.comm.param_groups import REPLICA_AXIS
 from fp8lm.config import Config
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.layers.param import Param, QuantizedParam, named_params
+from fp8lm.layers.param import Param, QuantizedParam, by_group, named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.model.gpt import StageSpec
 from fp8lm.optim import StatePrecision
-from fp8lm.parallel.parallelize import param_layouts, rows_by_rank, stage_specs
+from fp8lm.parallel.parallelize import stage_specs
+from fp8lm.parallel.sharded_params import shard_params
 from fp8lm.training.build import gpt, model_vocab_size
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -112,7 +114,7 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
     """
     dims = ParallelDims.from_config(config.parallel, world_size)
     rows = model_vocab_size(config, num_ids)
-    made = tuple(plan_stage(config, rows, stage, dims.dp) for stage in range(dims.pp))
+    made = tuple(plan_stage(config, dims, rows, stage) for stage in range(dims.pp))
     return Layout(config, dims, node_size, _placements(dims, node_size), made)
 
 
@@ -143,8 +145,8 @@ class ShapesOnly(TPContext):
         return ShardSpec(dim, num_sections, 0, self.size)
 
 
-def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stage:
-    """What each of `num_replicas` replicas holds of stage number `stage`.
+def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Stage:
+    """What each replica holds of stage number `stage`.
 
     `rows` are those of the word table, padding included.
     """
@@ -155,24 +157,28 @@ def plan_stage(config: Config, rows: int, stage: int, num_replicas: int) -> Stag
     chunks = [gpt(config, rows, None, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owned, padding = local_shards_of(config, weights, num_replicas)
+    owned, padding = local_shards_of(config, dims, weights)
     held = _held_bytes(weights, padding)
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
     return Stage(tuple(specs), weights, state)
 
 
 def local_shards_of(
-    config: Config, weights: dict[str, Param], num_replicas: int
+    config: Config, dims: ParallelDims, weights: dict[str, Param]
 ) -> tuple[list[dict[str, Rows]], int]:
     """The rows of each weight whose states each replica holds; bytes that pad the weights."""
-    if num_replicas == 1 or not config.parallel.use_distributed_optimizer:
+    if dims.dp == 1 or not config.parallel.use_distributed_optimizer:
         everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
-        return [everything] * num_replicas, 0
-    owners = param_layouts(config, weights, num_replicas)[1]
-    padded = sum(sum(layout.shard_bytes) for layout in owners)
-    return rows_by_rank(owners), padded - sum(
-        w.model_param.payload.nbytes for w in weights.values()
-    )
+        return [everything] * dims.dp, 0
+    owned: list[dict[str, Rows]] = [{} for _ in range(dims.dp)]
+    padding = -sum(weight.model_param.payload.nbytes for weight in weights.values())
+    for group, params in by_group(weights).items():
+        axis = REPLICA_AXIS[group]
+        sharded = shard_params(config.parallel, params, dims.size(axis))
+        padding += sharded.nbytes
+        for replica, rows in enumerate(owned):
+            rows |= sharded.rows[dims.coordinate(dims.rank(dp=replica), axis)]
+    return owned, padding
 
 
 def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:

@@ -7,15 +7,16 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
-from fp8lm.gradient.buckets import GradientBuckets
+from fp8lm.comm.param_groups import DENSE
+from fp8lm.gradient.buckets import GradientBuckets, ShardedReduction
 from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.layers.recipe import FP8_GEMM
 from fp8lm.numerics import BF16, E4M3, FP32
-from fp8lm.parallel.data_parallel import tensors_of
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
+from fp8lm.parallel.sharded_params import tensors_of
 from tests.parallel.ranks import CPU, KERNELS, random
 
 
@@ -70,7 +71,8 @@ def reduce(place, wire, overlap, bucket_size, microbatches=2):
     rows = place([tensors_of(made)], group.size())[0].rows
     reduction = RecordingReduction(group, Wire("grads", wire, WireCounter(("grads",))), KERNELS)
     reduction.events = events
-    buckets = GradientBuckets(made, rows, reduction, bucket_size, overlap=overlap)
+    reductions = {DENSE: ShardedReduction(reduction, rows)}
+    buckets = GradientBuckets(made, reductions, bucket_size, overlap=overlap)
     for weight in made.values():
         weight.main_grad.add(torch.ones(weight.spec.shape))  # of the step before
         weight.main_grad.zero()

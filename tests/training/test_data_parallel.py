@@ -311,7 +311,7 @@ def on_machines(config, *sizes):
         with trainer_of(config) as trainer:
             trainer.train()
         run = trainer.run
-        reduction = run.data_parallel._buckets.reduction
+        reduction = run.data_parallel.buckets.reductions["dense"].reduction
     per_node = reduction.node.size() if isinstance(reduction, HierarchicalReduceScatter) else None
     return model_tensors(run.weights), per_node
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars, max_over_group
+from fp8lm.comm.param_groups import DENSE
 from fp8lm.config import OptimizerConfig, PrecisionConfig
-from fp8lm.gradient.buckets import GradientBuckets
+from fp8lm.gradient.buckets import GradientBuckets, ShardedReduction
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter
@@ -27,11 +28,11 @@ from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.data_parallel import ZeroDataParallel, in_parts, tensors_of
-from fp8lm.parallel.parallelize import rows_by_rank
+from fp8lm.parallel.data_parallel import ZeroDataParallel
 from fp8lm.parallel.param_buffer import ParamBuffer
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
 from fp8lm.parallel.pipeline import NoPipeline
+from fp8lm.parallel.sharded_params import ShardedParams, in_parts, tensors_of
 from fp8lm.training.step import train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 
@@ -129,9 +130,9 @@ def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
     weights, grads = named_params(gpt), Wire("grads", "fp8", counter)
     parts = in_parts(weights, 3000)
     owners = place([tensors_of(part) for part in parts], group.size())
-    buckets = GradientBuckets(
-        weights, rows_by_rank(owners), reduction(kind, ranks, grads, weights), 2000, overlap=True
-    )
+    rows = ShardedParams(parts, owners).rows
+    reductions = {DENSE: ShardedReduction(reduction(kind, ranks, grads, weights), rows)}
+    buckets = GradientBuckets(weights, reductions, 2000, overlap=True)
     params = Wire("params", "fp8", counter)
     slabs = [ParamBuffer(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
     data_parallel = ZeroDataParallel(weights, slabs, buckets)

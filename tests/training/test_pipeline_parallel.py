@@ -197,7 +197,8 @@ def followed(config):
     """Stage of this rank, its weights' shards, the weights, and every mu after each step."""
     with trainer_of(config) as trainer:
         run, history = trainer.run, []
-        in_two_hops = isinstance(run.data_parallel._buckets.reduction, HierarchicalReduceScatter)
+        reduction = run.data_parallel.buckets.reductions["dense"].reduction
+        in_two_hops = isinstance(reduction, HierarchicalReduceScatter)
         assert in_two_hops == (config.parallel.node_size is not None)
         finish = run.data_parallel.start_param_sync
 
