@@ -103,7 +103,8 @@ class ParallelDims:
 
         ValueError for axes that are not of one view.
         """
-        within, apart = [], []
+        within: list[range] = []
+        apart: list[range] = []
         for axis in reversed(_order(axes)):  # the outermost varies slowest
             offsets = range(0, self.size(axis) * self.stride(axis), self.stride(axis))
             (within if axis in axes else apart).append(offsets)

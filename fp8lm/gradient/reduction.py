@@ -27,7 +27,7 @@ Parts = Sequence[Sequence[ScaledTensor]]
 
 
 class GradientReduction(Protocol):
-    """Mean of gradients over the ranks of `group`, each row on the rank that owns it."""
+    """Mean of gradients, summed over the ranks of `group`, each row on the rank that owns it."""
 
     group: dist.ProcessGroup
     wire: Wire

@@ -35,7 +35,9 @@ def build_data_parallel(
     parallel, wire = config.parallel, config.precision.wire
     if groups.dims.dp == 1:
         return NoDataParallel(weights)
-    grads, sharded, reductions = Wire.of_key("grads", wire, counter), {}, {}
+    grads = Wire.of_key("grads", wire, counter)
+    sharded: dict[str, ShardedParams] = {}
+    reductions: dict[str, ShardedReduction] = {}
     for name, params in by_group(weights).items():
         group = param_groups[name]
         sharded[name] = shard_params(parallel, params, group.reduce_group.size())
