@@ -87,7 +87,9 @@ def train(config, run, batches):
         gradients = data_parallel.reduce()
         norm = adam.step(1e-2, gradients)
         data_parallel.start_param_sync(norm.skip)
-        values = {name: gradient.dequantize(KERNELS) for name, gradient in gradients.items()}
+        values = {
+            name: gradient.dequantize(KERNELS).clone() for name, gradient in gradients.items()
+        }
         amaxes = dict(zip(weights, norm.amax.tolist(), strict=True))
         steps.append((values, amaxes, norm.norm.item(), norm.clip_factor.item(), bool(norm.skip)))
     data_parallel.finish_param_sync()
