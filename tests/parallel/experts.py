@@ -53,13 +53,7 @@ class TinyExperts(nn.Module):
 def layer(formats, group, std):
     shape = (FEATURES, FEATURES)
     spec = ParamSpec(shape, normal_init(std), formats.weight, formats.weight_grad, group=group)
-    return Linear(
-        spec,
-        precision=formats.gemm,
-        kernels=KERNELS,
-        device=CPU,
-        bias=vector_spec(FEATURES, 0.5, BF16, group=group),
-    )
+    return Linear(spec, formats, bias=vector_spec(FEATURES, 0.5, BF16, group=group))
 
 
 def batch(step, replica, ep):
@@ -88,7 +82,7 @@ def train(config, run, batches):
         norm = adam.step(1e-2, gradients)
         data_parallel.start_param_sync(norm.skip)
         values = {
-            name: gradient.dequantize(KERNELS).clone() for name, gradient in gradients.items()
+            name: KERNELS.dequantize(gradient).clone() for name, gradient in gradients.items()
         }
         amaxes = dict(zip(weights, norm.amax.tolist(), strict=True))
         steps.append((values, amaxes, norm.norm.item(), norm.clip_factor.item(), bool(norm.skip)))
