@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam
+from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.quantizer import Quantizer, TensorKind
 from fp8lm.layers.recipe import GemmPrecision, Recipe
 from fp8lm.layers.tp_context import TPComm
@@ -63,10 +64,10 @@ class Linear(nn.Module):
         """Those of this layer, by the kind of tensor."""
         return {**self.path.quantizers, "weight": self.weight.quantizer}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O] of this rank's tokens and features."""
+    def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        """[..., I] -> [..., O] of this rank's tokens and features; of `prologue(x)`, if given."""
         bias = None if self.bias is None else self.bias.param
-        return linear(x, self.weight, self.path, bias)
+        return linear(x, self.weight, self.path, bias, prologue)
 
 
 class GemmPath:
@@ -108,12 +109,23 @@ class GemmPath:
         return quantizer(self.kernels.dequantize(gathered, exact))
 
 
-def linear(x: Tensor, weight: QuantizedParam, path: GemmPath, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: QuantizedParam,
+    path: GemmPath,
+    bias: Tensor | None = None,
+    prologue: Prologue | None = None,
+) -> Tensor:
     """`x W^T + b`; the gradient of `weight` is added to its `main_grad`. See the module.
 
-    `path` gathers and scatters the first dimension of `x`.
+    `path` gathers and scatters the first dimension of `x`. With `prologue` f it is `f(x) W^T + b`.
     """
-    return _LinearFunction.apply(x, weight.autograd_proxy, bias, weight, path)
+    parameters = () if prologue is None else prologue.differentiated
+    proxy = weight.autograd_proxy
+    return _LinearFunction.apply(x, proxy, bias, weight, path, prologue, *parameters)
+
+
+_NUM_INPUTS = 6  # of the function below, before the parameters of its prologue
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -125,9 +137,12 @@ class _LinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         weight: QuantizedParam,
         path: GemmPath,
+        prologue: Prologue | None,
+        *parameters: Tensor,
     ) -> Tensor:
         kernels, reduces = path.kernels, path.output_comm.reduces
-        sent = path.sent_input(x.reshape(-1, x.shape[-1]))
+        y, of_prologue = (x, ()) if prologue is None else prologue.forward_saving(x)
+        sent = path.sent_input(y.reshape(-1, y.shape[-1]))
         gathering = path.input_comm.gather(sent)
         w_OI = weight.operand()
         x_TI = path.operand(gathering.wait(), path.input)
@@ -142,9 +157,9 @@ class _LinearFunction(torch.autograd.Function):
         if bias is not None and reduces:
             y_TO.add_(bias)
         saved = sent if path.input_comm.gathers else kernels.transpose(x_TI)
-        ctx.save_for_backward(saved.payload, saved.scale)
+        ctx.save_for_backward(saved.payload, saved.scale, *of_prologue)
         ctx.saved_as = saved.format, saved.granularity
-        ctx.weight, ctx.path, ctx.input_shape = weight, path, x.shape
+        ctx.weight, ctx.path, ctx.prologue, ctx.input_shape = weight, path, prologue, y.shape
         # Of the leading dimensions only the first can have changed.
         return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1])
 
@@ -158,13 +173,14 @@ class _LinearFunction(torch.autograd.Function):
         gathered = path.output_comm.gather(path.sent_grad_output(dy)).wait()
         dy_TO = path.operand(gathered, path.grad_output)
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
-        saved = ScaledTensor(*ctx.saved_tensors, *ctx.saved_as)
+        payload, scale, *of_prologue = ctx.saved_tensors
+        saved = ScaledTensor(payload, scale, *ctx.saved_as)
         # A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
         gathering = None
         if input_comm.gathers and not weight.wgrad_store.is_deferring:
             gathering = input_comm.gather(saved)
         reducing = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[_NUM_INPUTS:]):
             dx_TI = kernels.gemm(dy_TO, weight.transposed_operand(), out_dtype=dtype)
             reducing = input_comm.reduce(dx_TI)
 
@@ -178,4 +194,7 @@ class _LinearFunction(torch.autograd.Function):
 
         weight.wgrad_store.add(compute_weight_gradient)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
-        return dx, None, db, None, None
+        gradients = (dx,)
+        if dx is not None and ctx.prologue is not None:
+            gradients = ctx.prologue.backward_from(tuple(of_prologue), dx)
+        return gradients[0], None, db, None, None, None, *gradients[1:]

@@ -1,4 +1,7 @@
-"""LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside torch's kernels."""
+"""LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside torch's kernels.
+
+Each is a module of its own, and the `Prologue` of the linear layer that reads it.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,25 @@ class LayerNorm(nn.Module):
         """[..., size] -> [..., size]."""
         return functional.layer_norm(x, x.shape[-1:], self.weight.param, self.bias.param, self.eps)
 
+    @property
+    def differentiated(self) -> tuple[Tensor, ...]:
+        """See `Prologue`: weight and bias."""
+        return self.weight.param, self.bias.param
+
+    def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Prologue`."""
+        weight, bias = self.weight.param, self.bias.param
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        return y, (x, mean, rstd)
+
+    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+        """See `Prologue`."""
+        x, mean, rstd = saved
+        weight, bias = self.weight.param, self.bias.param
+        return torch.ops.aten.native_layer_norm_backward(
+            dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+        )
+
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
@@ -63,6 +85,23 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
         return functional.rms_norm(x, x.shape[-1:], self.weight.param, self.eps)
+
+    @property
+    def differentiated(self) -> tuple[Tensor, ...]:
+        """See `Prologue`: the weight."""
+        return (self.weight.param,)
+
+    def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Prologue`."""
+        return self(x), (x,)
+
+    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+        """See `Prologue`."""
+        # PyTorch has a kernel for this on GPUs only: the norm is computed again for its graph.
+        x, weight = (tensor.detach().requires_grad_() for tensor in (*saved, self.weight.param))
+        with torch.enable_grad():
+            y = functional.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return torch.autograd.grad(y, (x, weight), dy)
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

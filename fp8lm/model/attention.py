@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8lm.config import ModelConfig
+from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.parallel_linear import column_linear, row_linear
@@ -44,9 +45,14 @@ class SelfAttention(nn.Module):
             hidden, query_size, output_init(std, layers), recipe, bias=bias
         )
 
-    def forward(self, x_SBH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None."""
-        q_SBND, k_SBGD, v_SBGD = self._project(x_SBH)
+    def forward(
+        self,
+        x_SBH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        norm: Prologue | None = None,
+    ) -> Tensor:
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `norm` is applied to the input."""
+        q_SBND, k_SBGD, v_SBGD = self._project(x_SBH, norm)
         if rope is not None:
             q_SBND, k_SBGD = apply_rope(q_SBND, *rope), apply_rope(k_SBGD, *rope)
         if self.recompute_core and torch.is_grad_enabled():
@@ -55,9 +61,9 @@ class SelfAttention(nn.Module):
             context = self._core(q_SBND, k_SBGD, v_SBGD)
         return self.linear_proj(context)
 
-    def _project(self, x_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_SBH: Tensor, norm: Prologue | None) -> tuple[Tensor, Tensor, Tensor]:
         per_group = (self.heads_per_group + 2, self.head_size)
-        qkv = self.linear_qkv(x_SBH)
+        qkv = self.linear_qkv(x_SBH, norm)
         if self.ranks_per_group > 1:
             qkv = self.tp.gather_query_group(qkv)
         qkv = qkv.unflatten(2, (self.num_groups, *per_group))

@@ -42,6 +42,6 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout."""
         first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
-        attended = self.self_attention(self.input_layernorm(x_SBH), rope)
+        attended = self.self_attention(x_SBH, rope, self.input_layernorm)
         h = x_SBH + dropout(attended, self.dropout, first)
-        return h + dropout(self.mlp(self.pre_mlp_layernorm(h)), self.dropout, second)
+        return h + dropout(self.mlp(h, self.pre_mlp_layernorm), self.dropout, second)

@@ -6,9 +6,10 @@ The gated first matrix keeps Megatron's row order [gate | up].
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fp8lm.config import ModelConfig
+from fp8lm.layers.activation import Gelu, SwiGlu
+from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.parallel_linear import column_linear, row_linear
@@ -19,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         super().__init__()
-        self.swiglu = config.swiglu
+        self.activation: Prologue = SwiGlu() if config.swiglu else Gelu()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         std, layers = config.init_method_std, config.num_layers
         bias, num_sections = not config.disable_bias_linear, 2 if config.swiglu else 1
@@ -33,10 +34,6 @@ class MLP(nn.Module):
         )
         self.linear_fc2 = row_linear(hidden, ffn, output_init(std, layers), recipe, bias=bias)
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        """[S,B,H] -> [S,B,H]."""
-        inner = self.linear_fc1(x_SBH)
-        if self.swiglu:
-            gate, up = inner.chunk(2, dim=-1)
-            return self.linear_fc2(functional.silu(gate) * up)
-        return self.linear_fc2(functional.gelu(inner, approximate="tanh"))
+    def forward(self, x_SBH: Tensor, norm: Prologue | None = None) -> Tensor:
+        """[S,B,H] -> [S,B,H]; `norm` is applied to the input."""
+        return self.linear_fc2(self.linear_fc1(x_SBH, norm), self.activation)

@@ -1,0 +1,30 @@
+"""What a linear layer does to its input before it quantizes it: a norm, an activation.
+
+    forward    y = f(x)    x8 = quantize(y)         y is not kept
+    backward   dx = f'(x) dy                        dy is dgrad's output
+
+A prologue is a part of the layer's one autograd function, as in TransformerEngine's
+LayerNormLinear and LayerNormMLP: no autograd node and no high-precision tensor lies between it and
+the cast, so a kernel can do both in one pass. Under sequence parallelism it works on this rank's
+tokens, and the group's amax is found between it and the cast.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Prologue(Protocol):
+    """`f` and its gradient; both run without autograd."""
+
+    @property
+    def differentiated(self) -> tuple[Tensor, ...]:
+        """Parameters of `f`, to which autograd brings the gradients that `backward` returns."""
+
+    def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`f(x)`, and what `backward` needs: tensors of autograd's own keeping."""
+
+    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of `x` and of every tensor in `differentiated`."""
