@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fp8lm.config.checks import find_problems
 from fp8lm.config.keys import Key, list_keys, suggest
 from fp8lm.config.merging import Layer, merge
 from fp8lm.config.options import cure_override
@@ -44,15 +45,16 @@ def build_config(content: Mapping[str, Any]) -> Config:
 
 def _build(content: Mapping[str, Any], problems: list[str]) -> Config:
     """The same, with `problems` that were found before."""
+    config = None
     given = {section: {} if keys is None else keys for section, keys in content.items()}
     try:
         config = Config.model_validate(_with_all_sections(given))
     except ValidationError as error:
         mistakes, missing = _explain(error, given)
         problems = [*problems, *mistakes, *missing]
-    except InputError as error:  # sections that disagree
-        problems = [*problems, str(error)]
-    if problems:
+    else:
+        problems = [*problems, *find_problems(config)]
+    if problems or config is None:
         raise InputError("; ".join(problems))
     return config
 
@@ -68,9 +70,7 @@ def _mistakes(content: Mapping[str, Any]) -> list[str]:
         Config.model_validate(_with_all_sections(content))
     except ValidationError as error:
         return _explain(error, content)[0]
-    except InputError:  # sections may agree with what is not here
-        return []
-    return []
+    return []  # sections may agree with what is not here
 
 
 def parse_overrides(overrides: Iterable[str]) -> Layer:

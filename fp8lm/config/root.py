@@ -1,13 +1,12 @@
-"""`Config`: all sections of one run, validated together and fully resolved."""
+"""`Config`: all sections of one run, fully resolved."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from fp8lm.config.checks import find_problems
 from fp8lm.config.model import ModelConfig
 from fp8lm.config.parallel import ParallelConfig
 from fp8lm.config.precision import PrecisionConfig
@@ -15,12 +14,11 @@ from fp8lm.config.section import Section
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.config.yaml_format import to_yaml
-from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
 
 
 class Config(Section):
-    """One run. Sections that disagree raise `InputError` naming every disagreement."""
+    """One run. Each section is valid; `load_config` sees to it that they agree."""
 
     model: ModelConfig = Field(description="Shape of the network.")
     precision: PrecisionConfig = Field(
@@ -44,12 +42,6 @@ class Config(Section):
     logging: LoggingConfig = Field(
         default_factory=LoggingConfig, description="What a run reports, and where."
     )
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
-        if problems := find_problems(self):
-            raise InputError("; ".join(problems))
-        return self
 
     def to_yaml(self) -> str:
         """Write every key with its resolved value; loading the text gives an equal config."""

@@ -5,12 +5,8 @@ A check yields a sentence for each: which keys, their values, what would be vali
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fp8lm.config.checks import model, parallel, precision, schedule, storage, training
-
-if TYPE_CHECKING:
-    from fp8lm.config.root import Config
+from fp8lm.config.root import Config
 
 _CHECKS = (
     model.heads,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fp8lm.config.root import Config
+from fp8lm.config.root import Config
 
 TENSOR_PARALLEL = "parallel.tensor_model_parallel_size"
 QKV_WIDTH = "the width of queries, keys and values (model.num_query_groups, model.kv_channels)"

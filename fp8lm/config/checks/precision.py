@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fp8lm.config.checks.parallel import QKV_WIDTH, TENSOR_PARALLEL
-
-if TYPE_CHECKING:
-    from fp8lm.config.root import Config
+from fp8lm.config.root import Config
 
 FP8_GEMM_MULTIPLE = 16  # cuBLASLt: every dimension of an FP8 GEMM
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fp8lm.config.root import Config
+from fp8lm.config.root import Config
 
 
 def learning_rate(config: Config) -> Iterator[str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fp8lm.config.root import Config
+from fp8lm.config.root import Config
 
 
 def data(config: Config) -> Iterator[str]:
