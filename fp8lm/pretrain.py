@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.comm.env import DistEnv
     from fp8lm.comm.groups import process_groups, rank_device
-    from fp8lm.training.build import build, resolve_device
+    from fp8lm.training.build import build
+    from fp8lm.training.builders import resolve_device
     from fp8lm.training.hooks import build_trainer
     from fp8lm.training.run_folders import locked_folders
     from fp8lm.training.stopping import is_over

@@ -19,17 +19,19 @@ import time
 from pathlib import Path
 
 from fp8lm.arguments import as_path
+from fp8lm.batch import Batch
 from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
-from fp8lm.training.build import Run, build, resolve_device
-from fp8lm.training.evaluation import on_device, run_batches
+from fp8lm.training.build import Run, build
+from fp8lm.training.builders import resolve_device
+from fp8lm.training.evaluation import run_batches
 from fp8lm.training.memory import state_bytes
 from fp8lm.training.state import by_name, model_shards, optimizer_shards
-from fp8lm.training.step import Batch, train_step
+from fp8lm.training.step import train_step
 
 MODES = ("none", "synchronous", "asynchronous")
 COLUMNS = ("held up", "longer", "on disk after")
@@ -62,7 +64,8 @@ def main(argv: list[str]) -> None:
 def measure(run: Run, options: argparse.Namespace) -> dict:
     """Medians by mode."""
     count = run.batch_size.num_microbatches(0)
-    microbatches = on_device(run_batches(run, run.train_dataset, 0).next(count), run.device)
+    batches = run_batches(run, run.train_dataset, 0).next(count)
+    microbatches = [batch.to(run.device) for batch in batches]
     savers = {
         mode: CheckpointSaver(
             options.folder / mode, run.groups.saving, asynchronous=mode == "asynchronous"
@@ -91,7 +94,13 @@ def one_round(
     began = time.perf_counter()
     for step in range(steps):
         result = train_step(
-            run.model, run.optimizer, microbatches, 1e-6, run.data_parallel, run.pipeline
+            run.model,
+            run.optimizer,
+            run.training_objective,
+            microbatches,
+            1e-6,
+            run.data_parallel,
+            run.pipeline,
         )
         result.loss.item()
         if step == 0 and saver is not None:

@@ -24,7 +24,8 @@ from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
-from fp8lm.training.build import Run, build, resolve_device
+from fp8lm.training.build import Run, build
+from fp8lm.training.builders import resolve_device
 from fp8lm.training.memory import state_bytes
 
 PRESETS = ("bf16", "o3")

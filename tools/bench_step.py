@@ -22,13 +22,15 @@ import torch
 from tqdm import tqdm
 
 from fp8lm.arguments import path_text
+from fp8lm.batch import Batch
 from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.kernels import select_kernels
 from fp8lm.model import GPTModel
+from fp8lm.model.objectives import LanguageModeling
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import CommandParser, run_command
-from fp8lm.training.build import build_model, resolve_device
+from fp8lm.training.builders import build_one_process, resolve_device
 from fp8lm.training.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -90,18 +92,16 @@ def build_contestants(
     for preset in options.presets.split(","):
         config = make_config(options, preset)
         kernels = select_kernels(device)
-        model, optimizer, _ = build_model(config, options.vocab_size, kernels, device)
+        model, optimizer = build_one_process(config, options.vocab_size, kernels, device)
         contestants[preset] = partial(_loss_of_step, model, optimizer, batch)
     return contestants
 
 
-def _loss_of_step(
-    model: GPTModel, optimizer: AdamW, batch: list[dict[str, torch.Tensor]]
-) -> torch.Tensor:
-    return train_step(model, optimizer, batch, LR).loss
+def _loss_of_step(model: GPTModel, optimizer: AdamW, batches: list[Batch]) -> torch.Tensor:
+    return train_step(model, optimizer, LanguageModeling(), batches, LR).loss
 
 
-def make_batch(options: argparse.Namespace, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def make_batch(options: argparse.Namespace, device: torch.device) -> list[Batch]:
     """Micro-batches of random tokens, predicted by their successors."""
     generator = torch.Generator().manual_seed(0)
     shape = (options.micro_batch_size, options.seq_length + 1)
@@ -109,7 +109,7 @@ def make_batch(options: argparse.Namespace, device: torch.device) -> list[dict[s
     for _ in range(options.num_microbatches):
         tokens = torch.randint(options.vocab_size, shape, generator=generator).to(device)
         mask = torch.ones(tokens[:, 1:].shape, device=device)
-        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask})
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask))
     return batches
 
 

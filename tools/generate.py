@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fp8lm.arguments import finite, number_type, path_text
 from fp8lm.data.tokenizer import TOKENIZER_TYPES
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
-from fp8lm.training.build import resolve_device
+from fp8lm.training.builders import resolve_device
 from fp8lm.training.restore import restore_model
 
 MOST_SEED = 2**64 - 1

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.arguments import as_path
+from fp8lm.batch import Batch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -72,9 +73,8 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
     batches = run_batches(run, run.train_dataset, 0)
     for step in range(1, max(moments.values()) + 1):
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
-        train_step(
-            run.model, run.optimizer, microbatches, run.learning_rate.rate(step - 1, consumed)
-        )
+        rate = run.learning_rate.rate(step - 1, consumed)
+        train_step(run.model, run.optimizer, run.training_objective, microbatches, rate)
         consumed = batches.consumed_samples
         for moment, at in moments.items():
             if at == step:
@@ -88,14 +88,14 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
     return results
 
 
-def replicas_of(run: Run, microbatches: list[dict[str, Tensor]]) -> Gradients:
+def replicas_of(run: Run, microbatches: list[Batch]) -> Gradients:
     """Gradients of the linear layers' matrices for every micro-batch alone."""
     names = linear_weights(run.weights)
     gradients: Gradients = {name: [] for name in names}
     assert isinstance(run.model, GPTModel)  # one process has one stage
     for batch in microbatches:
         zero_gradients(run.weights)
-        run.model.forward_step(None, batch).backward()
+        run.objective.loss(run.model.forward_step(None, batch), batch).backward()
         for name in names:
             gradients[name].append(run.weights[name].main_grad.value.payload.clone())
     return gradients

@@ -15,22 +15,27 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from fp8lm.batch import Batch
 from fp8lm.comm.groups import process_groups
 from fp8lm.comm.handles import Handle
 from fp8lm.config import load_config
 from fp8lm.data.batches import BatchIterator
-from fp8lm.data.datasets import build_datasets
-from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.quantizer import Quantizer
 from fp8lm.layers.tp_context import TPComm, TPContext
 from fp8lm.model import GPTModel
+from fp8lm.model.objectives import Objective
 from fp8lm.numerics import E4M3, E5M2, Format
 from fp8lm.optim.schedule import LearningRate
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor
-from fp8lm.training.build import build_model, model_vocab_size
+from fp8lm.training.builders import (
+    build_data,
+    build_objective,
+    build_one_process,
+    model_vocab_size,
+)
 from fp8lm.training.step import train_step
 
 KERNELS = ReferenceKernels()
@@ -84,37 +89,34 @@ def main(argv: list[str]) -> None:
     options, overrides = parser.parse_known_args(argv)
     config = load_config(options.config, overrides)
     with process_groups(torch.device("cpu")):
-        tokenizer = build_tokenizer(config.tokenizer)
         samples = (options.steps + 2) * config.train.global_batch_size
-        data = build_datasets(config, tokenizer, (samples, 0, 0))[0]
-    assert data is not None  # its size is not 0
+        data = build_data(config, (samples, 0, 0))
+    training, num_ids = data.datasets[0], data.tokenizer.vocab_size
+    assert training is not None  # its size is not 0
     batches = BatchIterator(
-        data,
+        training,
         micro_batch_size=config.train.micro_batch_size,
         rank=0,
         world_size=1,
         consumed_samples=0,
     )
     tp = RecordingContext()
-    model, optimizer, _ = build_model(
-        config,
-        model_vocab_size(config, tokenizer.vocab_size),
-        KERNELS,
-        torch.device("cpu"),
-        num_ids=tokenizer.vocab_size,
-        tp=tp,
-    )
+    vocab_size, cpu = model_vocab_size(config, num_ids), torch.device("cpu")
+    model, optimizer = build_one_process(config, vocab_size, KERNELS, cpu, tp)
+    objective = build_objective(config, num_ids, tp)
     rates = LearningRate(config.optimizer, config.scheduler, config.train)
     for step in range(options.steps):
         rate = rates.rate(step, batches.consumed_samples)
-        train_step(model, optimizer, batches.next(1), rate)
-    report(record_step(model, tp, batches.next(1)[0]))
+        train_step(model, optimizer, objective, batches.next(1), rate)
+    report(record_step(model, objective, tp, batches.next(1)[0]))
 
 
-def record_step(model: GPTModel, tp: RecordingContext, batch: dict[str, Tensor]) -> Traffic:
+def record_step(
+    model: GPTModel, objective: Objective, tp: RecordingContext, batch: Batch
+) -> Traffic:
     """Traffic of one forward and backward."""
     tp.traffic = defaultdict(list)
-    loss = model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
+    loss = objective.loss(model.forward_step(None, batch), batch)
     tp.in_backward = True
     loss.backward()
     return tp.traffic

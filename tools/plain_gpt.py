@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fp8lm.batch import Batch
+
 
 class PlainAttention(nn.Module):
     """Causal self-attention with rotary positions on [B,S,H]."""
@@ -85,14 +87,14 @@ class PlainTraining:
         groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
-    def step(self, microbatches: list[dict[str, Tensor]]) -> Tensor:
+    def step(self, microbatches: list[Batch]) -> Tensor:
         """Forward, backward, clip, update; the mean loss."""
-        total = torch.zeros((), device=microbatches[0]["tokens"].device)
+        total = torch.zeros((), device=microbatches[0].tokens.device)
         for batch in microbatches:
-            logits = self.model(batch["tokens"])
-            loss = functional.cross_entropy(
-                logits.flatten(0, 1).float(), batch["labels"].flatten()
-            ) / len(microbatches)
+            logits = self.model(batch.tokens)
+            labels = batch.labels.flatten()
+            loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels)
+            loss = loss / len(microbatches)
             loss.backward()
             total = total + loss.detach()
             self._collect_gradients()

@@ -20,11 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from fp8lm.batch import Batch
 from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.runtime.faults import describe_full_shared_memory
 from fp8lm.runtime.parent_death import end_with_parent
 
-FIELDS = ("tokens", "labels", "loss_mask")
+FIELDS = ("tokens", "labels", "loss_mask", "positions")  # of an item; positions may be missing
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
 
 
@@ -66,10 +67,7 @@ class MicroBatchSampler:
 
 
 class BatchIterator:
-    """Hands out micro-batches, dicts of tensors.
-
-    `tokens`, `labels` [B, S] int64; `loss_mask` [B, S] fp32; `samples` [B] int64, the numbers of
-    the samples in the run.
+    """Hands out micro-batches of the items of `dataset`, dicts of the `FIELDS` of `Batch`.
 
     `num_workers` > 0 prefetches in that many processes, with the same result; where these send
     nothing for `worker_timeout` seconds (0: no limit), `next` raises `RunFailed`, and where one of
@@ -140,7 +138,7 @@ class BatchIterator:
             worker.join(END_WAIT)
         self._workers = []
 
-    def next(self, num_microbatches: int) -> list[dict[str, torch.Tensor]]:
+    def next(self, num_microbatches: int) -> list[Batch]:
         """The next micro-batches of this rank; `InputError` when the dataset has too few left."""
         if num_microbatches > self._left:
             raise InputError(
@@ -153,13 +151,13 @@ class BatchIterator:
         self.consumed_samples += num_microbatches * self.stride
         return batches
 
-    def _next(self) -> dict[str, torch.Tensor]:
+    def _next(self) -> Batch:
         try:
             with self._limited():
                 fields = next(self._iterator)
         except InputError as error:  # of a worker, with its traceback as text
             raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2]) from None
-        batch = {**fields, "samples": self._samples}
+        batch = Batch(**fields, sample_ids=self._samples)
         self._samples = self._samples + self.stride
         return batch
 
@@ -209,7 +207,8 @@ def _start(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
 def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     # In a worker this stacks in shared memory, and says so if that is full. The queue's own thread,
     # which would move the batch there, loses the error with the batch.
-    return default_collate([{field: item[field] for field in FIELDS} for item in items])
+    fields = [field for field in FIELDS if field in items[0]]
+    return default_collate([{field: item[field] for field in fields} for item in items])
 
 
 def _begin_worker(_worker: int) -> None:

@@ -34,7 +34,7 @@ from fp8lm.runtime.addresses import (
 )
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.run_lock import running_here
-from fp8lm.training.build import resolve_device
+from fp8lm.training.builders import resolve_device
 from fp8lm.training.run_folders import run_folders
 from fp8lm.training.run_length import dataset_sizes
 

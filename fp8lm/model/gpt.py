@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fp8lm.batch import Batch
 from fp8lm.config import ModelConfig
-from fp8lm.layers.cross_entropy import cross_entropy
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model.block import TransformerLayer
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
@@ -63,14 +62,24 @@ class Embedding(nn.Module):
         if config.position_embedding_type == "learned_absolute":
             self.position_embeddings = EmbeddingMatrix.of_positions(config, recipe)
 
-    def forward(self, tokens_BS: Tensor, noise: DropoutNoise | None = None) -> Tensor:
-        """[B,S] int64 -> [S,B,H]."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        noise: DropoutNoise | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        """[B,S] int64 -> [S,B,H]; learned positions are `positions_BS`, or 0 .. S - 1."""
         tokens_SB = tokens_BS.t().contiguous()
         h_SBH = embed(tokens_SB, self.word_embeddings.weight, self.tp.replicated_side())
         if self.position_embeddings is not None:
             first = self.tp.rank * len(h_SBH) if self.tp.sequence_parallel else 0
-            positions = torch.arange(first, first + len(h_SBH), device=h_SBH.device)
-            h_SBH = h_SBH + embed(positions, self.position_embeddings.weight)[:, None]
+            here = slice(first, first + len(h_SBH))
+            table = self.position_embeddings.weight
+            if positions_BS is not None:
+                h_SBH = h_SBH + embed(positions_BS.t()[here].contiguous(), table)
+            else:
+                positions = torch.arange(here.start, here.stop, device=h_SBH.device)
+                h_SBH = h_SBH + embed(positions, table)[:, None]
         return dropout(h_SBH, self.dropout, noise)
 
 
@@ -141,9 +150,8 @@ class TiedEmbedding(nn.Module):
 class GPTModel(nn.Module):
     """Token ids to logits; `config` is the config section `model`.
 
-    `vocab_size` is the padded one, `num_ids` how many of its rows are tokens (default: all);
-    `seed` enters the masks of hidden dropout. `part` is what a pipeline stage holds of the model
-    (default: all); weights have the names they have in the whole.
+    `vocab_size` is the padded one; `seed` enters the masks of hidden dropout. `part` is what a
+    pipeline stage holds of the model (default: all); weights have the names they have in the whole.
     """
 
     def __init__(
@@ -152,7 +160,6 @@ class GPTModel(nn.Module):
         vocab_size: int,
         recipe: Recipe,
         recompute_granularity: str | None = None,
-        num_ids: int | None = None,
         seed: int = 0,
         part: StageSpec | None = None,
     ) -> None:
@@ -161,7 +168,6 @@ class GPTModel(nn.Module):
         self.seed = seed
         self.drops_hidden = config.hidden_dropout > 0
         self.tp = recipe.tp
-        self.num_ids = vocab_size if num_ids is None else num_ids
         self.head = GemmPath(
             recipe.head_gemm, recipe.kernels, self.tp.replicated_side(), self.tp.sharded_side()
         )
@@ -189,18 +195,21 @@ class GPTModel(nn.Module):
     def forward(
         self,
         tokens_BS: Tensor,
-        samples_B: Tensor | None = None,
         h_SBH: Tensor | None = None,
+        *,
+        positions_BS: Tensor | None = None,
+        sample_ids_B: Tensor | None = None,
     ) -> Tensor:
         """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations.
 
-        Hidden dropout needs `samples_B` (int64), the samples' numbers in the run. A part without
-        embedding starts from the hidden states `h_SBH`, one without head returns them.
+        A part without embedding starts from the hidden states `h_SBH`, one without head returns
+        them. Hidden dropout needs `sample_ids_B`; for these and `positions_BS` see `Batch`.
         """
-        noise = self._noise(samples_B, tokens_BS.shape[1])
+        noise = self._noise(sample_ids_B, tokens_BS.shape[1])
         if isinstance(self.embedding, Embedding):
-            h_SBH = self.embedding(tokens_BS, noise and noise.at(0))
-        h_SBH = self.decoder(h_SBH, self._rope(tokens_BS.shape[1]), noise and noise.at(1))
+            h_SBH = self.embedding(tokens_BS, noise and noise.at(0), positions_BS)
+        rope = self._rope(tokens_BS.shape[1], positions_BS)
+        h_SBH = self.decoder(h_SBH, rope, noise and noise.at(1))
         if not self.part.has_head:
             return h_SBH
         table = self.output_layer
@@ -209,65 +218,33 @@ class GPTModel(nn.Module):
             table = self.embedding.word_embeddings
         return linear(h_SBH, table.weight, self.head)
 
-    def loss(
-        self,
-        tokens_BS: Tensor,
-        labels_BS: Tensor,
-        mask_BS: Tensor,
-        samples_B: Tensor | None = None,
-        h_SBH: Tensor | None = None,
-    ) -> Tensor:
-        """`language_model_loss` of a micro-batch, the same on all ranks of the partition."""
-        logits_SBV = self(tokens_BS, samples_B, h_SBH)
-        return language_model_loss(logits_SBV, labels_BS, mask_BS, self.num_ids, self.tp)
+    def forward_step(self, h_SBH: Tensor | None, batch: Batch) -> Tensor:
+        """Logits of a micro-batch, or hidden states where this part lacks the head."""
+        return self(
+            batch.tokens, h_SBH, positions_BS=batch.positions, sample_ids_B=batch.sample_ids
+        )
 
-    def forward_step(self, h_SBH: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
-        """Hidden states of a micro-batch, or its loss where this part has the head.
-
-        `batch` has `tokens`, `labels`, `loss_mask` [B,S], and for dropout `samples` [B].
-        """
-        samples = batch.get("samples")
-        if not self.part.has_head:
-            return self(batch["tokens"], samples, h_SBH)
-        return self.loss(batch["tokens"], batch["labels"], batch["loss_mask"], samples, h_SBH)
-
-    def _noise(self, samples_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
+    def _noise(self, sample_ids_B: Tensor | None, seq_length: int) -> DropoutNoise | None:
         if not (self.training and self.drops_hidden):
             return None
-        if samples_B is None:
+        if sample_ids_B is None:
             raise ValueError("hidden dropout needs the numbers of the micro-batch's samples")
         first = 0
         if self.tp.sequence_parallel:
             first = self.tp.rank * seq_length // self.tp.size
-        return DropoutNoise.of_samples(samples_B, self.seed, first)
+        return DropoutNoise.of_samples(sample_ids_B, self.seed, first)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the hidden states."""
         return self.rope_dtype
 
-    def _rope(self, seq_length: int) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, seq_length: int, positions_BS: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [S,1,1,R], or with positions of every sample [S,B,1,R]."""
         if self.rope is None:
             return None
-        cos, sin = (table[:seq_length].to(self.rope_dtype) for table in self.rope)
-        return cos, sin
-
-
-def language_model_loss(
-    logits_SBV: Tensor,
-    labels_BS: Tensor,
-    mask_BS: Tensor,
-    num_ids: int | None = None,
-    tp: TPContext = NO_TP,
-) -> Tensor:
-    """Cross-entropy summed over the unmasked tokens, over the number of all (0-d fp32).
-
-    All tokens are as many in every micro-batch, so that means of this are weighted by tokens; over
-    the unmasked share it is the mean of these. The softmax is taken in fp32.
-    `num_ids` is the size of the vocabulary without padding (default: all rows are tokens).
-    """
-    logits_TV = logits_SBV.flatten(0, 1)
-    if num_ids is None:
-        num_ids = logits_TV.shape[1] * tp.size
-    losses = cross_entropy(logits_TV, labels_BS.t().reshape(-1), num_ids, tp)
-    return torch.dot(losses, mask_BS.t().reshape(-1)) / mask_BS.numel()
+        if positions_BS is None:
+            cos, sin = (table[:seq_length] for table in self.rope)
+        else:
+            cos, sin = (table[positions_BS.t()].squeeze(2) for table in self.rope)
+        return cos.to(self.rope_dtype), sin.to(self.rope_dtype)

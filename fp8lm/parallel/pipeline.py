@@ -3,9 +3,9 @@
 (FP8-LM, arXiv 2310.18313, section 2.3.)
 
 A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
-first) and the micro-batch, to hidden states, or for the last chunk to the micro-batch's loss. The
-executor never looks inside. Messages between stages are sent in the order of the schedule and
-apart from what comes back (see `PipelineGroups`).
+first) and the micro-batch, to hidden states, or for the last chunk to the model's output, of which
+the objective takes the loss. The executor never looks inside. Messages between stages are sent in
+the order of the schedule and apart from what comes back (see `PipelineGroups`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fp8lm.batch import Batch
 from fp8lm.comm.groups import PipelineGroups
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.layers.weight_grad_store import WeightGradStore
+from fp8lm.model.objectives import Objective
 from fp8lm.parallel.schedule import Action, Schedule, forwards
 from fp8lm.parallel.stages import TiedEmbeddingSync
 
-Batch = dict[str, Tensor]
 Chunk = Callable[[Tensor | None, Batch], Tensor]
 
 
@@ -35,39 +36,46 @@ class Executor(Protocol):
 
     num_stages: int
 
-    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+    def train(
+        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+    ) -> Tensor:
         """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
 
         `before_last` is called before the last backward, if gradients are complete after it.
         """
 
-    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
         """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
 
 
 class NoPipeline:
-    """One stage: micro-batches one after the other; `forward_step` returns a micro-batch's loss."""
+    """One stage, which is the whole model: micro-batches one after the other."""
 
     num_stages = 1
 
     def __init__(self, forward_step: Chunk) -> None:
         self._forward_step = forward_step
 
-    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+    def train(
+        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+    ) -> Tensor:
         """See `Executor`."""
         losses = []
         for number, batch in enumerate(microbatches, start=1):
             if number == len(microbatches):
                 before_last()
-            loss = self._forward_step(None, batch) / len(microbatches)
+            loss = self._loss(batch, objective) / len(microbatches)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
         """See `Executor`; holds one micro-batch at a time."""
-        return torch.stack([self._forward_step(None, batch) for batch in microbatches]).mean()
+        return torch.stack([self._loss(batch, objective) for batch in microbatches]).mean()
+
+    def _loss(self, batch: Batch, objective: Objective) -> Tensor:
+        return objective.loss(self._forward_step(None, batch), batch)
 
 
 class Pipeline:
@@ -105,7 +113,9 @@ class Pipeline:
         """Whether this is the last stage."""
         return self.stage == self.num_stages - 1
 
-    def train(self, microbatches: list[Batch], before_last: Callable[[], None]) -> Tensor:
+    def train(
+        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+    ) -> Tensor:
         """See `Executor`."""
         schedule = self.schedule(len(microbatches))
         actions = schedule.stages[self.stage]
@@ -116,23 +126,25 @@ class Pipeline:
             complete = len(self.chunks) == 1 and not schedule.splits_backward and not self.tied
             if number == last and complete:
                 before_last()
-            self._do(action, microbatches, schedule.splits_backward)
+            self._do(action, microbatches, objective, schedule.splits_backward)
         if self.tied is not None:
             self.tied.sum_gradients()
         return self._finish()
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[Batch]) -> Tensor:
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
         """See `Executor`."""
         microbatches = list(microbatches)
         self._most_messages = self.num_stages
         for action in forwards(self.num_stages, len(microbatches), len(self.chunks)):
-            self._forward(action, microbatches)
+            self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
         return self._finish()
 
-    def _do(self, action: Action, microbatches: list[Batch], splits: bool) -> None:
+    def _do(
+        self, action: Action, microbatches: list[Batch], objective: Objective, splits: bool
+    ) -> None:
         if action.kind == "F":
-            self._forward(action, microbatches)
+            self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
             held = len(self._held) + len(self.wgrad_store)
             self.most_in_flight = max(self.most_in_flight, held)
         elif action.kind == "W":
@@ -141,17 +153,18 @@ class Pipeline:
             with self.wgrad_store.deferring(action.microbatch if splits else None):
                 self._backward(action)
 
-    def _forward(self, action: Action, microbatches: list[Batch]) -> None:
+    def _forward(self, action: Action, batch: Batch, objective: Objective, count: int) -> None:
+        """Run one of `count` micro-batches through a chunk."""
         virtual = self._virtual(action)
         received = None
         if virtual:
             received = self._receive((self.stage - 1) % self.num_stages)
             received.requires_grad_(torch.is_grad_enabled())
-        output = self.chunks[action.chunk](received, microbatches[action.microbatch])
+        output = self.chunks[action.chunk](received, batch)
         if virtual < self._last_virtual:
             self._send(output, (self.stage + 1) % self.num_stages, self._sending["F"])
         else:
-            output = output / len(microbatches)
+            output = objective.loss(output, batch) / count
             self._losses.append(output.detach())
         if torch.is_grad_enabled():
             self._held[action.microbatch, action.chunk] = received, get_gradient_edge(output)

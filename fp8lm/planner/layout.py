@@ -29,7 +29,7 @@ from fp8lm.model.gpt import StageSpec
 from fp8lm.optim import StatePrecision
 from fp8lm.parallel.parallelize import stage_specs
 from fp8lm.parallel.sharded_params import shard_params
-from fp8lm.training.build import gpt, model_vocab_size
+from fp8lm.training.builders import build_model, model_vocab_size
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 KINDS = ("weights", "grads", "operands", *STATES)
@@ -154,7 +154,7 @@ def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Sta
     tp = ShapesOnly(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
     recipe = Recipe.from_config(config.precision, HopperKernels(), torch.device("meta"), tp)
     specs = stage_specs(config, stage)
-    chunks = [gpt(config, rows, None, recipe, part) for part in specs]
+    chunks = [build_model(config, rows, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
     owned, padding = local_shards_of(config, dims, weights)

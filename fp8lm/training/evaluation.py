@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fp8lm.batch import Batch
 from fp8lm.comm import Wire, all_gather_scalars
 from fp8lm.config import TrainConfig
 from fp8lm.data.batches import BatchIterator, SizedDataset
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
-from fp8lm.training.loss_weights import Batch, counted_share
 
 
 def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> float:
@@ -63,26 +63,18 @@ def run_batches(
     )
 
 
-def on_device(microbatches: list[Batch], device: torch.device) -> list[Batch]:
-    """Micro-batches as tensors of `device`."""
-    return [
-        {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        for batch in microbatches
-    ]
-
-
 def _local_loss(run: Run, batches: BatchIterator, count: int) -> tuple[Tensor, Tensor]:
     """Mean loss of `count` micro-batches (see `Executor`), and the share of tokens that count."""
     shares = []
 
     def microbatches() -> Iterator[Batch]:
         for _ in range(count):
-            batch = on_device(batches.next(1), run.device)
-            shares.append(counted_share(batch))
-            yield from batch
+            batch = batches.next(1)[0].to(run.device)
+            shares.append(run.objective.counted_share([batch]))
+            yield batch
 
     run.model.eval()
-    loss = run.pipeline.evaluate(microbatches())
+    loss = run.pipeline.evaluate(microbatches(), run.objective)
     return loss, torch.stack(shares).double().mean().float()
 
 

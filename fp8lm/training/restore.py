@@ -58,7 +58,7 @@ def restore_model(
         )
     _check_is_stored(checkpoint, config, rows)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
-    model = GPTModel(config.model, rows, recipe, num_ids=tokenizer.vocab_size)
+    model = GPTModel(config.model, rows, recipe)
     load_checkpoint(checkpoint, by_name(model_shards(named_params(model))), ignore_prefix="")
     return Restored(model.eval(), tokenizer, config, _warnings(checkpoint, tokenizer))
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fp8lm.batch import Batch
 from fp8lm.layers.param import Param, QuantizedParam
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.model import GPTModel
+from fp8lm.model.objectives import Objective
 from fp8lm.optim import AdamW
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.pipeline import Executor, NoPipeline
 from fp8lm.scaled_tensor import ScaledTensor
-from fp8lm.training.loss_weights import Batch, counted_share, weigh_alike
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,20 @@ class StepResult:
 def train_step(
     model: GPTModel | nn.ModuleList,
     optimizer: AdamW,
+    objective: Objective,
     microbatches: list[Batch],
     lr: float,
     data_parallel: NoDataParallel | None = None,
     pipeline: Executor | None = None,
     *,
     stop: float = 0.0,
-    per_token: bool = True,
 ) -> StepResult:
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
-    A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks. All
-    tokens that count have the same weight (see `loss_weights`), or with `per_token` false all
-    micro-batches. `pipeline` runs `model`, this stage's part (default: the whole on one stage).
-    `stop` goes to all ranks with the step's other scalars. Where no token counts the gradient is
-    zero: moments and weights decay.
+    A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks.
+    `objective` takes the loss and says what counts. `pipeline` runs `model`, this stage's part
+    (default: the whole on one stage). `stop` goes to all ranks with the step's other scalars. Where
+    no token counts the gradient is zero: moments and weights decay.
     """
     model.train()
     weights, tp = optimizer.weights, optimizer.sharding.tp
@@ -61,13 +61,11 @@ def train_step(
             raise TypeError("several chunks need the pipeline that runs them")
         pipeline = NoPipeline(model.forward_step)
     zero_gradients(weights)
-    share = counted_share(microbatches) if per_token else None
-    if not per_token:
-        microbatches = weigh_alike(microbatches)
+    share = objective.counted_share(microbatches)
     if any(isinstance(w, QuantizedParam) and w.needs_cast for w in weights.values()):
         data_parallel.finish_param_sync()
     with cached_weight_operands(weights.values(), tp):
-        loss = pipeline.train(microbatches, data_parallel.enable_grad_sync)
+        loss = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
     gradients = data_parallel.reduce()
     complete_gradients(weights, gradients, tp)
     norm = optimizer.step(lr, gradients, share=share, loss=loss, stop=torch.full_like(loss, stop))

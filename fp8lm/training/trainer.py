@@ -29,7 +29,7 @@ from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training.build import Run, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
-from fp8lm.training.evaluation import on_device, run_batches
+from fp8lm.training.evaluation import run_batches
 from fp8lm.training.progress import AsyncScalars, HostScalars, MetricAccumulator, Progress
 from fp8lm.training.run_length import describe_changed_batches, is_over
 from fp8lm.training.spikes import LossSpikeDetector, RollBack
@@ -211,12 +211,12 @@ class Trainer:
         result = train_step(
             run.model,
             run.optimizer,
-            on_device(microbatches, run.device),
+            run.training_objective,
+            [batch.to(run.device) for batch in microbatches],
             run.learning_rate.rate(progress.iteration, consumed),
             run.data_parallel,
             run.pipeline,
             stop=max((hook.stop_reason() for hook in self.hooks), default=0.0),
-            per_token=run.config.train.calculate_per_token_loss,
         )
         self.sent = run.sent.take()
         self.window.add(result)

@@ -16,11 +16,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8lm.batch import Batch
 from fp8lm.config import build_config
 from fp8lm.data.mock import MockDataset
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.model.objectives import LanguageModeling
 from fp8lm.parallel.pipeline import NoPipeline
-from fp8lm.training.build import build_model
+from fp8lm.training.builders import build_one_process
 from fp8lm.training.step import train_step
 
 STEPS, BATCH, VOCAB, SEQ = 120, 8, 512, 32
@@ -45,7 +47,7 @@ def make_batches(split, count):
     keys = ("tokens", "labels", "loss_mask")
     samples = [data[index] for index in range(count * BATCH)]
     return [
-        {key: torch.stack([item[key] for item in samples[i : i + BATCH]]) for key in keys}
+        Batch(*(torch.stack([item[key] for item in samples[i : i + BATCH]]) for key in keys))
         for i in range(0, len(samples), BATCH)
     ]
 
@@ -71,11 +73,12 @@ def final_loss(precision, training, validation):
             "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB - 1},
         }
     )
-    model, optimizer, _ = build_model(config, VOCAB, ReferenceKernels(), torch.device("cpu"))
+    model, optimizer = build_one_process(config, VOCAB, ReferenceKernels(), torch.device("cpu"))
+    objective = LanguageModeling()
     for step, batch in enumerate(training):
-        train_step(model, optimizer, [batch], PEAK_LR * (1 - step / STEPS))
+        train_step(model, optimizer, objective, [batch], PEAK_LR * (1 - step / STEPS))
     model.eval()
-    return NoPipeline(model.forward_step).evaluate(validation).item()
+    return NoPipeline(model.forward_step).evaluate(validation, objective).item()
 
 
 @pytest.fixture(scope="module")

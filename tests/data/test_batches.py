@@ -57,7 +57,7 @@ def iterate(size=48, rank=0, world_size=1, consumed_samples=0, num_workers=0, mi
 
 
 def samples(batches):
-    return [batch["tokens"][:, 0].tolist() for batch in batches]
+    return [batch.tokens[:, 0].tolist() for batch in batches]
 
 
 def test_ranks_take_turns_as_in_megatron():
@@ -69,17 +69,32 @@ def test_ranks_take_turns_as_in_megatron():
 def test_samples_are_numbered(rank):
     batches = iterate(rank=rank, world_size=2, consumed_samples=8).next(3)
     for batch in batches:
-        assert batch["samples"].tolist() == batch["tokens"][:, 0].tolist()
+        assert batch.sample_ids.tolist() == batch.tokens[:, 0].tolist()
 
 
 def test_batches_are_stacked_fields():
     (batch,) = iterate().next(1)
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
+    found = {key: value for key, value in vars(batch).items() if value is not None}
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in found.items()} == {
         "tokens": (torch.int64, (2, 4)),
         "labels": (torch.int64, (2, 4)),
         "loss_mask": (torch.float32, (2, 4)),
-        "samples": (torch.int64, (2,)),
+        "sample_ids": (torch.int64, (2,)),
     }
+
+
+class Positioned(Numbered):
+    """Items that have positions of their own."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"positions": torch.arange(4) % 3}
+
+
+def test_positions_are_those_of_the_items():
+    (batch,) = iterate(dataset=Positioned(48)).next(1)
+    assert batch.positions.tolist() == [[0, 1, 2, 0]] * 2
+    moved = batch.to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values()} == {"meta"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -138,8 +153,8 @@ def test_megatrons_dataset_through_the_iterator(
     )
     (batch,) = batches.next(1)
     for row, index in enumerate(range(12, 16)):
-        assert torch.equal(batch["tokens"][row], train[index]["tokens"])
-        assert torch.equal(batch["labels"][row], train[index]["labels"])
+        assert torch.equal(batch.tokens[row], train[index]["tokens"])
+        assert torch.equal(batch.labels[row], train[index]["labels"])
 
 
 def hang():

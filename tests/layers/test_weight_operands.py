@@ -11,6 +11,7 @@ from fp8lm.layers.param import ParamSpec, QuantizedParam, named_params
 from fp8lm.layers.quantizer import Quantizer, quantizers_of
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
+from fp8lm.model.objectives import LanguageModeling
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
 from fp8lm.optim import StatePrecision
 from fp8lm.training.step import train_step
@@ -74,7 +75,7 @@ def test_a_step_uses_the_scales_of_its_own_weights(preset):
     recast = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
     scales = []
     for _ in range(3):
-        train_step(gpt, adam, [batch()], 0.5)
+        train_step(gpt, adam, LanguageModeling(), [batch()], 0.5)
         values = KERNELS.dequantize(recast.model_param, torch.float32)
         scales.append(KERNELS.quantize(values, E4M3).scale.item())
         assert recast.operand().scale == scales[-1]
@@ -95,7 +96,8 @@ def test_kept_operands_change_no_byte_and_are_made_once(preset):
             if kind == "weight":
                 quantizer.observer = lambda x, quantized, seen=seen: seen.append(x.shape)
         for _ in range(2):
-            train_step(gpt, adam, [batch(seed=seed) for seed in range(3)], 0.01)
+            batches = [batch(seed=seed) for seed in range(3)]
+            train_step(gpt, adam, LanguageModeling(), batches, 0.01)
         casts.append(len(seen))
         states.append({name: tensor.clone() for name, tensor in adam.named_tensors()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -7,14 +7,13 @@ import math
 import torch
 
 
-def rotate(x_BSD, base, percent):
+def rotate(x_BSD, positions_S, base, percent):
     """Rotary embedding as a product of complex numbers; pairs are halves apart."""
     size = x_BSD.shape[-1]
     pairs = int(size * percent) // 2
     z = torch.complex(x_BSD[..., :pairs], x_BSD[..., pairs : 2 * pairs])
-    position = torch.arange(x_BSD.shape[1], dtype=x_BSD.dtype)
     frequency = torch.tensor([base ** (-j / pairs) for j in range(pairs)], dtype=x_BSD.dtype)
-    angle = position[:, None] * frequency
+    angle = positions_S[:, None] * frequency
     z = z * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag, x_BSD[..., 2 * pairs :]), dim=-1)
 
@@ -32,7 +31,7 @@ def norm(x, w, name, config):
     return x + w[f"{name}.bias"] if config.normalization == "LayerNorm" else x
 
 
-def attention(x, w, name, config):
+def attention(x, w, name, config, positions):
     """One head after the other, each with a copy of its group's key and value."""
     size = config.kv_channels
     heads = config.num_attention_heads // config.num_query_groups  # of a group
@@ -43,7 +42,7 @@ def attention(x, w, name, config):
         *queries, key, value = chunks[group * (heads + 2) :][: heads + 2]
         for query in queries:
             if config.position_embedding_type == "rope":
-                turn = (config.rotary_base, config.rotary_percent)
+                turn = (positions, config.rotary_base, config.rotary_percent)
                 query, turned = rotate(query, *turn), rotate(key, *turn)
             else:
                 turned = key
@@ -63,16 +62,18 @@ def mlp(x, w, name, config):
     return affine(inner, w, f"{name}.linear_fc2")
 
 
-def logits(tokens_BS, w, config):
+def logits(tokens_BS, w, config, positions_S=None):
     """[B,S] -> [B,S,V]."""
+    if positions_S is None:
+        positions_S = torch.arange(tokens_BS.shape[1])
     table = w["embedding.word_embeddings.weight"]
     h = table[tokens_BS]
     if config.position_embedding_type == "learned_absolute":
-        h = h + w["embedding.position_embeddings.weight"][: tokens_BS.shape[1]]
+        h = h + w["embedding.position_embeddings.weight"][positions_S]
     for index in range(config.num_layers):
         layer = f"decoder.layers.{index}"
         attended = norm(h, w, f"{layer}.input_layernorm", config)
-        h = h + attention(attended, w, f"{layer}.self_attention", config)
+        h = h + attention(attended, w, f"{layer}.self_attention", config, positions_S)
         h = h + mlp(norm(h, w, f"{layer}.pre_mlp_layernorm", config), w, f"{layer}.mlp", config)
     h = norm(h, w, "decoder.final_layernorm", config)
     return h @ w.get("output_layer.weight", table).t()

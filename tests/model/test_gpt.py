@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fp8lm.layers.param import named_params
-from fp8lm.model.gpt import language_model_loss
+from fp8lm.model.objectives import LanguageModeling
 from tests.model import plain
 from tests.model.tiny import (
     BATCH,
@@ -22,15 +24,20 @@ from tests.model.tiny import (
 )
 
 
-def reference(gpt, config, data):
-    """Logits, loss and gradients in float64, from the dequantized weights of `gpt`."""
-    weights = {
+def double_weights(gpt):
+    """The dequantized weights of `gpt` in float64, for `plain`."""
+    return {
         name: KERNELS.dequantize(weight.model_param).double().requires_grad_()
         for name, weight in named_params(gpt).items()
     }
-    logits = plain.logits(data["tokens"], weights, config)
-    mask = data["loss_mask"].double()
-    loss = plain.loss(logits, data["labels"], mask) * mask.mean()
+
+
+def reference(gpt, config, data):
+    """Logits, loss and gradients in float64."""
+    weights = double_weights(gpt)
+    logits = plain.logits(data.tokens, weights, config)
+    mask = data.loss_mask.double()
+    loss = plain.loss(logits, data.labels, mask) * mask.mean()
     loss.backward()
     return logits.detach(), loss.detach(), {name: w.grad for name, w in weights.items()}
 
@@ -42,7 +49,7 @@ def relative_error(result, expected):
 def compare(shape, precision, tolerance):
     gpt, data = build(SHAPES[shape], precision), batch()
     expected_logits, expected_loss, expected = reference(gpt, model_config(**SHAPES[shape]), data)
-    logits = gpt(data["tokens"])
+    logits = gpt(data.tokens)
     loss, gradients = loss_and_gradients(gpt, data)
     assert logits.shape == (SEQUENCE, BATCH, VOCABULARY)
     assert relative_error(logits.transpose(0, 1), expected_logits) < tolerance / 3
@@ -70,9 +77,40 @@ def test_low_precision_model_is_plain_pytorch_within_its_formats(shape, preset, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shorter_sequences_are_a_prefix(shape):
-    gpt, tokens = build(SHAPES[shape]), batch()["tokens"]
+    gpt, tokens = build(SHAPES[shape]), batch().tokens
     whole, half = gpt(tokens), gpt(tokens[:, : SEQUENCE // 2])
     torch.testing.assert_close(half, whole[: SEQUENCE // 2], rtol=1e-5, atol=1e-5)
+
+
+POSITIONED = ["gpt", "partial rope", "learned"]
+
+
+@pytest.mark.parametrize("shape", POSITIONED)
+def test_positions_in_order_are_the_default(shape):
+    gpt, data = build(SHAPES[shape], dict(preset="o3")), batch()
+    given = replace(data, positions=torch.arange(SEQUENCE).expand(BATCH, -1))
+    (loss, gradients), (same, others) = (loss_and_gradients(gpt, d) for d in (data, given))
+    assert torch.equal(same, loss)
+    for name, gradient in gradients.items():
+        # Otherwise the samples' gradients of a position are added in BF16, here in fp32.
+        if "position" not in name:
+            assert torch.equal(gradient.payload, others[name].payload), name
+
+
+@pytest.mark.parametrize("shape", POSITIONED)
+def test_positions_that_restart_or_leave_gaps(shape):
+    keys = SHAPES[shape] | {"max_position_embeddings": 2 * SEQUENCE}
+    gpt, config = build(keys), model_config(**keys)
+    positions = torch.stack((torch.arange(SEQUENCE) % 10, 2 * torch.arange(SEQUENCE)))
+    data = replace(batch(), positions=positions)
+    weights = double_weights(gpt)
+    samples = zip(data.tokens, positions, strict=True)
+    expected = [plain.logits(tokens[None], weights, config, own) for tokens, own in samples]
+    expected, mask = torch.cat(expected), data.loss_mask.double()
+    assert relative_error(gpt.forward_step(None, data).transpose(0, 1), expected) < 1e-6
+    (plain.loss(expected, data.labels, mask) * mask.mean()).backward()
+    for name, gradient in loss_and_gradients(gpt, data)[1].items():
+        assert relative_error(KERNELS.dequantize(gradient), weights[name].grad) < 3e-6, name
 
 
 def test_tied_gradient_is_the_sum_of_both_uses():
@@ -127,30 +165,26 @@ def test_loss_is_the_sum_over_unmasked_tokens_over_the_number_of_all():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(SEQUENCE, BATCH, VOCABULARY, generator=generator).requires_grad_()
     data = batch()
-    loss = language_model_loss(logits, data["labels"], data["loss_mask"])
+    loss = LanguageModeling().loss(logits, data)
     expected = plain.loss(
-        logits.detach().double().transpose(0, 1), data["labels"], data["loss_mask"].double()
+        logits.detach().double().transpose(0, 1), data.labels, data.loss_mask.double()
     )
-    expected = expected * data["loss_mask"].double().mean()
+    expected = expected * data.loss_mask.double().mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     loss.backward()
-    masked = data["loss_mask"].t() == 0
+    masked = data.loss_mask.t() == 0
     assert masked.any()
     assert (logits.grad[masked] == 0).all()
 
 
 def test_loss_of_bf16_logits_is_taken_in_fp32():
-    logits = torch.randn(SEQUENCE, BATCH, VOCABULARY).bfloat16()
-    data = batch()
-    arguments = data["labels"], data["loss_mask"]
-    assert language_model_loss(logits, *arguments) == language_model_loss(
-        logits.float(), *arguments
-    )
+    logits, objective = torch.randn(SEQUENCE, BATCH, VOCABULARY).bfloat16(), LanguageModeling()
+    assert objective.loss(logits, batch()) == objective.loss(logits.float(), batch())
 
 
 def test_a_batch_with_every_token_masked_has_loss_and_gradient_zero():
     gpt, data = build(), batch()
-    data["loss_mask"].zero_()
+    data.loss_mask.zero_()
     loss, gradients = loss_and_gradients(gpt, data)
     assert loss == 0.0
     assert all((g.payload == 0).all() for g in gradients.values())
@@ -161,11 +195,11 @@ def test_a_batch_with_every_token_masked_has_loss_and_gradient_zero():
 def test_conversion_of_the_model_changes_nothing(preset, convert):
     gpt, data = build(SHAPES["gpt"], dict(preset=preset)), batch()
     state = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
-    logits, (loss, gradients) = gpt(data["tokens"]), loss_and_gradients(gpt, data)
+    logits, (loss, gradients) = gpt(data.tokens), loss_and_gradients(gpt, data)
     getattr(gpt, convert)()
     for name, tensor in gpt.state_dict().items():
         assert torch.equal(tensor.view(state[name].dtype), state[name]), name
-    assert torch.equal(gpt(data["tokens"]), logits)
+    assert torch.equal(gpt(data.tokens), logits)
     new_loss, new_gradients = loss_and_gradients(gpt, data)
     assert new_loss == loss
     assert all(torch.equal(gradients[n].payload, new_gradients[n].payload) for n in gradients)
@@ -174,7 +208,7 @@ def test_conversion_of_the_model_changes_nothing(preset, convert):
 @pytest.mark.parametrize("event", [torch.nan, torch.inf])
 def test_a_bad_activation_reaches_loss_and_gradients(event):
     gpt, data = build(SHAPES["gpt"], dict(preset="o3")), batch()
-    used = data["tokens"][0, 0]
+    used = data.tokens[0, 0]
     gpt.embedding.word_embeddings.weight.payload[used, 0] = event
     loss, gradients = loss_and_gradients(gpt, data)
     assert loss.isnan()

@@ -25,7 +25,8 @@ def test_rope_is_a_complex_rotation(base, size, percent):
     cos, sin = rope_tables(64, size, base, percent, CPU)
     result = apply_rope(x_SBND, cos[:40], sin[:40])
     x_BSD = x_SBND.double().permute(1, 2, 0, 3).reshape(6, 40, size)
-    expected = plain.rotate(x_BSD, base, percent).view(2, 3, 40, size).permute(2, 0, 1, 3)
+    expected = plain.rotate(x_BSD, torch.arange(40), base, percent)
+    expected = expected.view(2, 3, 40, size).permute(2, 0, 1, 3)
     # The angle, up to 40, is rounded to fp32: 40 * 2^-24.
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-5)
 
@@ -62,8 +63,9 @@ def test_attention_repeats_keys_and_values_of_a_group(groups, position):
     gpt, config = build(keys), model_config(**keys)
     module = gpt.decoder.layers["0"].self_attention
     x_SBH = random(16, 2, 32)
-    y_SBH = module(x_SBH, gpt._rope(16))
-    expected = plain.attention(x_SBH.double().transpose(0, 1), weights_of(module, "a"), "a", config)
+    y_SBH = module(x_SBH, gpt.rope and tuple(table[:16] for table in gpt.rope))
+    x_BSH, weights = x_SBH.double().transpose(0, 1), weights_of(module, "a")
+    expected = plain.attention(x_BSH, weights, "a", config, torch.arange(16))
     torch.testing.assert_close(y_SBH.transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -55,20 +55,20 @@ def test_nothing_is_recomputed_without_gradients(recompute):
     kernels = RecordingKernels()
     gpt = build({}, dict(preset="o3"), recompute=recompute, kernels=kernels)
     with torch.no_grad():
-        gpt(batch()["tokens"])
+        gpt(batch().tokens)
     assert len(kernels.gemms) == 9
 
 
 @pytest.mark.parametrize("where", ["hidden_dropout", "attention_dropout"])
 def test_dropout_acts_in_training_only(where):
     gpt, data = build({where: 0.5}), batch()
-    without = build({})(data["tokens"])
-    assert not torch.equal(gpt(data["tokens"], data["samples"]), without)
-    assert torch.equal(gpt.eval()(data["tokens"]), without)
+    without = build({})(data.tokens)
+    assert not torch.equal(gpt(data.tokens, sample_ids_B=data.sample_ids), without)
+    assert torch.equal(gpt.eval()(data.tokens), without)
 
 
 def test_attention_dropout_draws_from_the_generator():
-    gpt, tokens = build(dict(attention_dropout=0.3)), batch()["tokens"]
+    gpt, tokens = build(dict(attention_dropout=0.3)), batch().tokens
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -78,17 +78,17 @@ def test_attention_dropout_draws_from_the_generator():
 
 
 def test_hidden_dropout_is_a_function_of_the_sample():
-    gpt, tokens = build(dict(hidden_dropout=0.3)), batch()["tokens"]
+    gpt, tokens = build(dict(hidden_dropout=0.3)), batch().tokens
     same = tokens[:1].expand(2, -1)
-    both = gpt(same, torch.tensor([7, 8]))
-    alone = gpt(same[:1], torch.tensor([8]))
+    both = gpt(same, sample_ids_B=torch.tensor([7, 8]))
+    alone = gpt(same[:1], sample_ids_B=torch.tensor([8]))
     torch.testing.assert_close(both[:, 1:], alone)
     assert not torch.allclose(both[:, 0], both[:, 1], atol=0.1)
 
 
 def test_hidden_dropout_without_samples_is_refused():
     with pytest.raises(ValueError, match="numbers of the micro-batch's samples"):
-        build(dict(hidden_dropout=0.3))(batch()["tokens"])
+        build(dict(hidden_dropout=0.3))(batch().tokens)
 
 
 def test_first_and_last_layers_in_bf16():
@@ -108,7 +108,7 @@ def test_first_and_last_layers_in_bf16():
 
 def test_saved_activations_of_linear_layers_are_bytes():
     saved = []
-    gpt, tokens = build(SHAPES["llama"], dict(preset="o3")), batch()["tokens"]
+    gpt, tokens = build(SHAPES["llama"], dict(preset="o3")), batch().tokens
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         gpt(tokens)
     codes = [tensor for tensor in saved if tensor.dtype == torch.uint8]

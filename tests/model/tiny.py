@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fp8lm.batch import Batch
 from fp8lm.config import ModelConfig, PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
-from fp8lm.model.gpt import language_model_loss
 from fp8lm.model.init import initial_value
+from fp8lm.model.objectives import LanguageModeling
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -62,12 +63,12 @@ def build(model=None, precision=None, *, recompute=None, kernels=KERNELS, seed=0
 def batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (BATCH, SEQUENCE)
-    return {
-        "tokens": torch.randint(0, VOCABULARY, shape, generator=generator),
-        "labels": torch.randint(0, VOCABULARY, shape, generator=generator),
-        "loss_mask": (torch.rand(shape, generator=generator) < 0.8).float(),
-        "samples": torch.arange(BATCH) + BATCH * seed,
-    }
+    return Batch(
+        tokens=torch.randint(0, VOCABULARY, shape, generator=generator),
+        labels=torch.randint(0, VOCABULARY, shape, generator=generator),
+        loss_mask=(torch.rand(shape, generator=generator) < 0.8).float(),
+        sample_ids=torch.arange(BATCH) + BATCH * seed,
+    )
 
 
 def loss_and_gradients(gpt, data):
@@ -75,9 +76,7 @@ def loss_and_gradients(gpt, data):
     weights = named_params(gpt)
     for weight in weights.values():
         weight.main_grad.zero()
-    loss = language_model_loss(
-        gpt(data["tokens"], data["samples"]), data["labels"], data["loss_mask"]
-    )
+    loss = LanguageModeling().loss(gpt.forward_step(None, data), data)
     loss.backward()
     for weight in weights.values():
         weight.main_grad.zero_if_unused()

@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 import pytest
 import torch
 
+from fp8lm.batch import Batch
 from fp8lm.comm import Handle
 from fp8lm.comm.groups import PipelineGroups
 from fp8lm.layers.weight_grad_store import WeightGradStore
@@ -20,6 +21,14 @@ from fp8lm.parallel.stages import schedule_maker
 
 CPU = torch.device("cpu")
 ONE, SEVERAL = ("1f1b", 1), ("1f1b", 3)
+EMPTY = Batch(*(torch.empty(1, 0) for _ in range(3)))
+
+
+class Sum:
+    """An objective."""
+
+    def loss(self, output, batch):
+        return output.sum()
 
 
 class Stage:
@@ -57,7 +66,7 @@ class Recorder:
 def operations(kind, stages, microbatches, stage, names=("up", "down"), training=True):
     groups = PipelineGroups(*(Stage(name, stage, stages) for name in names), None, None)
     chunk = [lambda h, batch: (torch.ones(1, 1, 1, requires_grad=True) if h is None else h) * 1]
-    last = [lambda h, batch: h.sum()] if stage == stages - 1 else chunk
+    last = [lambda h, batch: h] if stage == stages - 1 else chunk
     name, chunks = kind
     run = schedule_maker(name, stages, chunks)
     wire = Recorder(stage)
@@ -65,9 +74,9 @@ def operations(kind, stages, microbatches, stage, names=("up", "down"), training
         chunk * (chunks - 1) + last, run, groups, wire, CPU, WeightGradStore(), None
     )
     if training:
-        pipeline.train([{}] * microbatches, lambda: None)
+        pipeline.train([EMPTY] * microbatches, Sum(), lambda: None)
     else:
-        pipeline.evaluate([{}] * microbatches)
+        pipeline.evaluate([EMPTY] * microbatches, Sum())
     return wire.operations
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8lm.batch import Batch
 from fp8lm.config import ModelConfig, OptimizerConfig, PrecisionConfig
 from fp8lm.layers.param import named_params
 from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
+from fp8lm.model.objectives import LanguageModeling
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.training.step import train_step
@@ -45,7 +47,7 @@ def build(shape, precision, tp, recompute=None):
     model = dict(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQUENCE)
     config = ModelConfig(**{**model, **(SHAPES | SHARED | {"wide": WIDE})[shape]})
     r = recipe(tp, **precision)
-    gpt = GPTModel(config, VOCABULARY, r, recompute, NUM_IDS)
+    gpt = GPTModel(config, VOCABULARY, r, recompute)
     weights = named_params(gpt)
     states = StatePrecision.from_config(PrecisionConfig(**precision))
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
@@ -65,12 +67,12 @@ def parallel(shape, **keys):
 def batch(seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (BATCH, SEQUENCE)
-    return {
-        "tokens": torch.randint(0, NUM_IDS, shape, generator=generator),
-        "labels": torch.randint(0, NUM_IDS, shape, generator=generator),
-        "loss_mask": (torch.rand(shape, generator=generator) < 0.8).float(),
-        "samples": torch.arange(BATCH) + BATCH * seed,
-    }
+    return Batch(
+        tokens=torch.randint(0, NUM_IDS, shape, generator=generator),
+        labels=torch.randint(0, NUM_IDS, shape, generator=generator),
+        loss_mask=(torch.rand(shape, generator=generator) < 0.8).float(),
+        sample_ids=torch.arange(BATCH) + BATCH * seed,
+    )
 
 
 def compare(shape, sequence_parallel, precision, wire, recompute=None):
@@ -79,7 +81,8 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
     results = []
     for context in (NO_TP, tp):
         gpt, adam = build(shape, precision, context, recompute)
-        step = train_step(gpt, adam, [batch(1), batch(2)], 0.0)
+        objective = LanguageModeling(NUM_IDS, context)
+        step = train_step(gpt, adam, objective, [batch(1), batch(2)], 0.0)
         results.append((step.loss, step.grad_norm, adam.weights))
     (loss, norm, whole), (own_loss, own_norm, part) = results
     gradients = [
@@ -124,7 +127,8 @@ def losses_of_steps(shape, sequence_parallel, precision, wire, steps):
     curves = []
     for context in (NO_TP, tp):
         gpt, adam = build(shape, precision, context)
-        steps_done = [train_step(gpt, adam, [batch(0)], 1e-2) for _ in range(steps)]
+        objective = LanguageModeling(NUM_IDS, context)
+        steps_done = [train_step(gpt, adam, objective, [batch(0)], 1e-2) for _ in range(steps)]
         curves.append(torch.stack([step.loss for step in steps_done]))
     adam.share_amax()
     replicated = {

@@ -410,7 +410,7 @@ def arrivals(config):
             part.start_gather()
         events.clear()
         batch = run_batches(run, run.datasets[0], 0).next(1)[0]
-        model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
+        model.forward_step(None, batch)
     return events, len(replicas._buffers)
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fp8lm.batch import Batch
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.model.objectives import LanguageModeling, MeanOfMicrobatches
 from fp8lm.numerics import FP32
 from fp8lm.optim.clipping import gradient_norm
-from fp8lm.training.loss_weights import counted_share, weigh_alike
 from tests.training.runs import read, trainer_of
 
 FP32_KEYS = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}
@@ -140,21 +141,28 @@ def test_mean_of_means_by_key(losses):
     assert abs(cut[2] / whole[2] - 1) > 1e-4
 
 
+def masked(mask):
+    labels = torch.arange(4)[None]
+    return Batch(labels, labels, torch.tensor([mask]))
+
+
 def test_a_mean_of_means_is_what_it_says():
-    batches = [{"loss_mask": torch.tensor([mask])} for mask in MASKS]
-    weighed = weigh_alike(batches)
-    for before, after in zip(batches, weighed, strict=True):
-        mask, weights = before["loss_mask"], after["loss_mask"]
-        expected = mask / mask.mean() if mask.any() else mask
-        torch.testing.assert_close(weights, expected)
-    assert torch.equal(weighed[0]["loss_mask"], batches[0]["loss_mask"])
+    by_token, by_microbatch = LanguageModeling(), MeanOfMicrobatches(LanguageModeling())
+    logits = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(0))
+    for batch in map(masked, MASKS):
+        share = by_token.counted_share([batch])
+        expected = by_token.loss(logits, batch) / share.clamp(min=0.25)
+        torch.testing.assert_close(by_microbatch.loss(logits, batch), expected)
+        assert by_microbatch.counted_share([batch]) == 1.0
+    whole = masked(MASKS[0])
+    assert torch.equal(by_microbatch.loss(logits, whole), by_token.loss(logits, whole))
 
 
 MASKS = [[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 
 
 def test_the_share_that_counts():
-    batches = [{"loss_mask": torch.tensor([mask])} for mask in MASKS]
+    batches, counted_share = [masked(mask) for mask in MASKS], LanguageModeling().counted_share
     assert counted_share(batches[:1]) == 1.0
     assert counted_share(batches[:2]) == 7 / 8
     assert counted_share(batches) == torch.tensor(7 / 12)

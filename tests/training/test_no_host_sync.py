@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fp8lm.batch import Batch
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars, max_over_group
 from fp8lm.comm.param_groups import DENSE
 from fp8lm.config import OptimizerConfig, PrecisionConfig
@@ -24,6 +25,7 @@ from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model import GPTModel
+from fp8lm.model.objectives import LanguageModeling
 from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
@@ -42,12 +44,12 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 def batch():
     shape = (BATCH, SEQUENCE)
-    return {
-        "tokens": torch.zeros(shape, dtype=torch.int64, device=META),
-        "labels": torch.zeros(shape, dtype=torch.int64, device=META),
-        "loss_mask": torch.ones(shape, device=META),
-        "samples": torch.zeros(BATCH, dtype=torch.int64, device=META),
-    }
+    return Batch(
+        tokens=torch.zeros(shape, dtype=torch.int64, device=META),
+        labels=torch.zeros(shape, dtype=torch.int64, device=META),
+        loss_mask=torch.ones(shape, device=META),
+        sample_ids=torch.zeros(BATCH, dtype=torch.int64, device=META),
+    )
 
 
 KERNELS = HopperKernels()
@@ -56,7 +58,7 @@ KERNELS = HopperKernels()
 def model(shape, precision, tp=NO_TP):
     recipe = Recipe.from_config(precision, KERNELS, META, tp)
     config = model_config(**SHAPES[shape], **DROPOUT)
-    return GPTModel(config, VOCABULARY, recipe, num_ids=VOCABULARY - 3)
+    return GPTModel(config, VOCABULARY, recipe)
 
 
 def optimizer(weights, precision, sharding=None):
@@ -68,8 +70,9 @@ def optimizer(weights, precision, sharding=None):
 
 
 def check_two_steps(gpt, adam, data_parallel=None):
+    objective = LanguageModeling(VOCABULARY - 3, gpt.tp)
     for _ in range(2):  # weights of the first may still travel in the second
-        step = train_step(gpt, adam, [batch(), batch()], 1e-3, data_parallel)
+        step = train_step(gpt, adam, objective, [batch(), batch()], 1e-3, data_parallel)
     if data_parallel is not None:
         data_parallel.finish_param_sync()
     adam.share_amax()
@@ -83,7 +86,8 @@ def test_steps_and_an_evaluation(preset, shape):
     precision = PrecisionConfig(preset=preset)
     gpt = model(shape, precision)
     check_two_steps(gpt, optimizer(named_params(gpt), precision))
-    assert NoPipeline(gpt.forward_step).evaluate([batch()]).device == META
+    loss = NoPipeline(gpt.forward_step).evaluate([batch()], LanguageModeling(VOCABULARY - 3))
+    assert loss.device == META
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from fp8lm.checkpoint import latest_iteration
 from fp8lm.config import load_config
 from fp8lm.runtime.errors import InputError, RunFailed
-from fp8lm.training.build import resolve_device
+from fp8lm.training.builders import resolve_device
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import BeforeStep
 

@@ -1,0 +1,82 @@
+"""What a model is trained for: the loss of its output.
+
+    loss = sum_t mask_t l_t / sum_t mask_t        t over all tokens of the step, on all replicas
+
+Backward begins before a rank knows how many tokens count elsewhere. So each micro-batch takes the
+sum of its counted tokens over the number of *all* its tokens, which is the same everywhere, and
+the share of tokens that count is one of the step's scalars: the optimizer divides by its mean,
+which is exactly 1 where nothing is masked. How a batch is cut into micro-batches, replicas and
+stages then changes its gradient by roundings alone.
+
+Shapes: B micro-batch, S sequence, V padded vocabulary (this rank's part of it), T = S B tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8lm.batch import Batch
+from fp8lm.layers.cross_entropy import cross_entropy
+from fp8lm.layers.tp_context import NO_TP, TPContext
+
+
+class Objective(Protocol):
+    """The loss of a micro-batch, and how much of the micro-batch it counts."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Summed over what counts, over the number of all (0-d fp32); `output` is the model's."""
+
+    def counted_share(self, microbatches: Sequence[Batch]) -> Tensor:
+        """Share of `microbatches`, all of one size, that the loss counts (0-d fp32)."""
+
+
+@dataclass(frozen=True)
+class LanguageModeling:
+    """Predict the label of every token that the mask counts: cross-entropy in fp32, in nats.
+
+    `num_ids` is the size of the vocabulary without padding (default: all rows are tokens). The
+    loss is the same on all ranks of `tp`, over which the vocabulary is split.
+    """
+
+    num_ids: int | None = None
+    tp: TPContext = NO_TP
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """See `Objective`; `output` are logits [S, B, V] in the dtype of activations."""
+        logits_TV = output.flatten(0, 1)
+        num_ids = logits_TV.shape[1] * self.tp.size if self.num_ids is None else self.num_ids
+        losses_T = cross_entropy(logits_TV, batch.labels.t().reshape(-1), num_ids, self.tp)
+        mask = batch.loss_mask
+        return torch.dot(losses_T, mask.t().reshape(-1)) / mask.numel()
+
+    def counted_share(self, microbatches: Sequence[Batch]) -> Tensor:
+        """See `Objective`."""
+        # Counts are exact in double precision, so that the share is 1 where nothing is masked.
+        shares = [batch.loss_mask.mean(dtype=torch.float64) for batch in microbatches]
+        return torch.stack(shares).mean().float()
+
+
+@dataclass(frozen=True)
+class MeanOfMicrobatches:
+    """`objective`, with the same weight for every micro-batch, however many tokens it counts.
+
+    The loss is then the mean of their means, as in Megatron-LM without --calculate-per-token-loss.
+    """
+
+    objective: Objective
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """See `Objective`: over what counts."""
+        mask = batch.loss_mask
+        # All masked: zeros, not NaN.
+        mean = mask * (mask.numel() / mask.sum().clamp(min=1.0))
+        return self.objective.loss(output, replace(batch, loss_mask=mean))
+
+    def counted_share(self, microbatches: Sequence[Batch]) -> Tensor:
+        """See `Objective`: 1."""
+        return torch.ones((), device=microbatches[0].loss_mask.device)
