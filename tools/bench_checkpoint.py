@@ -131,7 +131,7 @@ def summary(run: Run, rounds: dict[str, list[list[float]]], options: argparse.Na
         "steps": options.steps,
         "step milliseconds": 1e3 * step,
         "state bytes of the main process": sum(
-            state_bytes(run.optimizer, padding=run.data_parallel.padding).values()
+            state_bytes(run.weights, run.optimizer.states, run.data_parallel.padding).values()
         ),
         "checkpoint bytes": sum(path.stat().st_size for path in files) // (options.rounds + 1),
         "milliseconds": {

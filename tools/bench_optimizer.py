@@ -83,7 +83,7 @@ def measure(runs: dict[str, Run], groups: ProcessGroups, steps: int) -> dict[str
             "milliseconds": {k: 1e3 * statistics.median(v) for k, v in times[preset].items()},
             "bytes sent": {wire: sent[preset][wire] for wire in ("grads", "params")},
             "bytes held": sum(
-                state_bytes(run.optimizer, padding=run.data_parallel.padding).values()
+                state_bytes(run.weights, run.optimizer.states, run.data_parallel.padding).values()
             ),
         }
         for preset, run in runs.items()

@@ -14,6 +14,7 @@ Shapes: T tokens (all leading dimensions of the input), I input features, O outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,9 +157,11 @@ class _LinearFunction(torch.autograd.Function):
         y_TO = path.output_comm.reduce(y_TO).wait()
         if bias is not None and reduces:
             y_TO.add_(bias)
-        saved = sent if path.input_comm.gathers else kernels.transpose(x_TI)
-        ctx.save_for_backward(saved.payload, saved.scale, *of_prologue)
-        ctx.saved_as = saved.format, saved.granularity
+        saved: tuple[Tensor, ...] = ()
+        if weight.spec.trainable:
+            own = sent if path.input_comm.gathers else kernels.transpose(x_TI)
+            saved, ctx.saved_as = (own.payload, own.scale), (own.format, own.granularity)
+        ctx.save_for_backward(*saved, *of_prologue)
         ctx.weight, ctx.path, ctx.prologue, ctx.input_shape = weight, path, prologue, y.shape
         # Of the leading dimensions only the first can have changed.
         return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1])
@@ -173,28 +176,45 @@ class _LinearFunction(torch.autograd.Function):
         gathered = path.output_comm.gather(path.sent_grad_output(dy)).wait()
         dy_TO = path.operand(gathered, path.grad_output)
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
-        payload, scale, *of_prologue = ctx.saved_tensors
-        saved = ScaledTensor(payload, scale, *ctx.saved_as)
-        # A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
-        gathering = None
-        if input_comm.gathers and not weight.wgrad_store.is_deferring:
-            gathering = input_comm.gather(saved)
+        wgrad, of_prologue = None, ctx.saved_tensors  # once: a recomputation unpacks them
+        if weight.spec.trainable:
+            payload, scale, *of_prologue = of_prologue
+            saved = ScaledTensor(payload, scale, *ctx.saved_as)
+            wgrad = _weight_gradient(weight, path, saved, dy_TO)
         reducing = None
         if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[_NUM_INPUTS:]):
             dx_TI = kernels.gemm(dy_TO, weight.transposed_operand(), out_dtype=dtype)
             reducing = input_comm.reduce(dx_TI)
-
-        def compute_weight_gradient() -> None:
-            x_IT = saved
-            if input_comm.gathers:
-                arriving = gathering or input_comm.gather(saved)
-                x_IT = kernels.transpose(path.operand(arriving.wait(), path.input))
-            dw_OI = kernels.gemm(kernels.transpose(dy_TO), x_IT, out_dtype=dtype)
-            weight.main_grad.add(dw_OI)
-
-        weight.wgrad_store.add(compute_weight_gradient)
+        if wgrad is not None:
+            weight.wgrad_store.add(wgrad)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
-        gradients = (dx,)
-        if dx is not None and ctx.prologue is not None:
-            gradients = ctx.prologue.backward_from(tuple(of_prologue), dx)
+        # Of the input and the prologue's parameters, which may all be frozen.
+        gradients: tuple[Tensor | None, ...] = (dx,)
+        if ctx.prologue is not None:
+            gradients = (None,) * (1 + len(ctx.needs_input_grad) - _NUM_INPUTS)
+            if dx is not None:
+                gradients = ctx.prologue.backward_from(tuple(of_prologue), dx)
         return gradients[0], None, db, None, None, None, *gradients[1:]
+
+
+def _weight_gradient(
+    weight: QuantizedParam, path: GemmPath, saved: ScaledTensor, dy_TO: ScaledTensor
+) -> Callable[[], None]:
+    """What computes the weight's gradient and adds it; begins to gather the `saved` inputs.
+
+    A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
+    """
+    kernels, comm = path.kernels, path.input_comm
+    gathering = None
+    if comm.gathers and not weight.wgrad_store.is_deferring:
+        gathering = comm.gather(saved)
+
+    def compute() -> None:
+        x_IT = saved
+        if comm.gathers:
+            arriving = gathering or comm.gather(saved)
+            x_IT = kernels.transpose(path.operand(arriving.wait(), path.input))
+        dw_OI = kernels.gemm(kernels.transpose(dy_TO), x_IT, out_dtype=path.precision.output)
+        weight.main_grad.add(dw_OI)
+
+    return compute

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ParamSpec:
     that gradients have to be summed over the tensor-parallel group.
     `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
     `group`: which ranks share it (see `fp8lm.comm.param_groups`).
+    `trainable` False: frozen, without gradient buffer or optimizer states.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +51,7 @@ class ParamSpec:
     sequence_parallel: bool = False
     keep_high_precision: bool = False
     group: str = DENSE
+    trainable: bool = True
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -69,7 +71,37 @@ class Param(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels = kernels
-        self.main_grad = MainGrad(spec.local_shape, spec.grad_format, kernels, device)
+        self._main_grad = None
+        if spec.trainable:
+            self._main_grad = MainGrad(spec.local_shape, spec.grad_format, kernels, device)
+
+    @property
+    def main_grad(self) -> MainGrad:
+        """The gradient summed over micro-batches; RuntimeError for a frozen weight."""
+        if self._main_grad is None:
+            raise RuntimeError("a frozen weight has no gradient")
+        return self._main_grad
+
+    def freeze(self) -> None:
+        """Train the weight no more: drop its gradient buffer.
+
+        Before an optimizer or data parallelism has been given it.
+        """
+        self.spec = replace(self.spec, trainable=False)
+        self._main_grad = None
+        self._differentiated.requires_grad_(False)
+
+    def set_value(self, value: Tensor) -> Tensor:
+        """Set to this rank's part of the whole fp32 `value`; returns the amax of the whole.
+
+        So that every part has the scale of the whole.
+        """
+        target = self.model_param
+        value = value.to(target.device)
+        amax = self.kernels.amax(value)
+        part = self.spec.shard_spec.take(value)
+        target.copy_(self.kernels.quantize(part, target.format, amax=amax))
+        return amax
 
     @property
     def model_param(self) -> ScaledTensor:
@@ -142,7 +174,8 @@ class QuantizedParam(Param):
         self.register_buffer("scale", initial.scale)
         # Something for autograd to differentiate, so that a layer's backward runs even when its
         # input needs no gradient; it is empty and its gradient is always None.
-        self.autograd_proxy = nn.Parameter(torch.empty(0, device=device))
+        proxy = torch.empty(0, device=device)
+        self.autograd_proxy = nn.Parameter(proxy, requires_grad=spec.trainable)
 
     @property
     def model_param(self) -> ScaledTensor:
@@ -224,9 +257,10 @@ class VectorParam(Param):
     def __init__(self, spec: ParamSpec, kernels: Kernels, device: torch.device) -> None:
         super().__init__(spec, kernels, device)
         initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
-        self.param = nn.Parameter(initial)
-        # Autograd would sum micro-batches in the parameter's bf16.
-        _after_gradient(self.param, self._collect)
+        self.param = nn.Parameter(initial, requires_grad=spec.trainable)
+        if spec.trainable:
+            # Autograd would sum micro-batches in the parameter's bf16.
+            _after_gradient(self.param, self._collect)
 
     @property
     def model_param(self) -> ScaledTensor:
@@ -308,3 +342,14 @@ def by_group(params: Mapping[str, Param]) -> dict[str, dict[str, Param]]:
 def named_params(module: nn.Module) -> dict[str, Param]:
     """All weights of `module` by their path, which is the Megatron parameter name."""
     return {name: child for name, child in module.named_modules() if isinstance(child, Param)}
+
+
+def freeze(module: nn.Module) -> None:
+    """Freeze all weights of `module`; see `Param.freeze`."""
+    for weight in named_params(module).values():
+        weight.freeze()
+
+
+def trainable(weights: Mapping[str, Param]) -> dict[str, Param]:
+    """Those of `weights` that are not frozen."""
+    return {name: weight for name, weight in weights.items() if weight.spec.trainable}

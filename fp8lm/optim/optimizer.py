@@ -81,11 +81,8 @@ class AdamW:
     def initialize(self, name: str, value: Tensor) -> None:
         """Set weight `name` to its part of the whole fp32 `value` and start its states."""
         weight, p = self.weights[name], self.precision
-        compute = weight.model_param
-        value = value.to(compute.device)
-        amax = self.kernels.amax(value)  # of the whole, so that every part has its scale
-        value = weight.spec.shard_spec.take(value)
-        compute.copy_(self.kernels.quantize(value, compute.format, amax=amax))
+        compute, amax = weight.model_param, weight.set_value(value)
+        value = weight.spec.shard_spec.take(value.to(compute.device))
         self.amax[self._rows[name], 0] = amax
         if name not in self.sharding.local_shards:
             return

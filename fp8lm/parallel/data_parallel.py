@@ -148,7 +148,8 @@ class ZeroDataParallel(BucketedDataParallel):
         for path, module in model.named_modules():
             if isinstance(module, Linear | LayerNorm | RMSNorm):
                 names = [f"{path}.{name}" for name in named_params(module)]
-                module.register_forward_pre_hook(_waiting(part_of[name] for name in names))
+                parts = [part_of[name] for name in names if name in part_of]  # but frozen ones
+                module.register_forward_pre_hook(_waiting(parts))
                 waited_for.update(names)
         # Tables are no modules that are called.
         model.register_forward_pre_hook(

@@ -21,7 +21,7 @@ from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.comm.param_groups import build_param_groups
 from fp8lm.config import Config
 from fp8lm.kernels import Kernels
-from fp8lm.layers.param import Param, QuantizedParam, named_params
+from fp8lm.layers.param import Param, QuantizedParam, named_params, trainable
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.gpt import GPTModel, StageSpec
@@ -80,25 +80,31 @@ def parallelize(
     counter: WireCounter,
     device: torch.device,
 ) -> ParallelModel:
-    """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective."""
+    """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective.
+
+    Frozen weights take part in nothing but forward and backward. ValueError where all are.
+    """
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
+    trained = trainable(weights)
+    if not trained:
+        raise ValueError("all weights of this pipeline stage are frozen: nothing is left to train")
     pipeline: Executor = NoPipeline(chunks[0].forward_step)
     if groups.dims.pp > 1:
         stages = pipeline_groups(groups)
         pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
     param_groups = build_param_groups(groups)
-    data_parallel = build_data_parallel(config, groups, param_groups, kernels, counter, weights)
+    data_parallel = build_data_parallel(config, groups, param_groups, kernels, counter, trained)
     if config.parallel.overlap_param_gather and isinstance(data_parallel, ZeroDataParallel):
         for chunk in chunks:
             data_parallel.overlap_gather(chunk)
     shared = shared_params(config, groups.pipeline_parallel.rank())
     scalars = Wire("grads", "fp32", counter)
     sharding = OptimizerSharding.build(
-        weights,
+        trained,
         chunks[0].tp,
         local_shards=data_parallel.local_shards,
         gather=lambda values: all_gather_scalars(values, groups.world, scalars),
-        max=max_by_group(weights, param_groups, scalars),
+        max=max_by_group(trained, param_groups, scalars),
         is_norm_owner=data_parallel.is_norm_owner,
         shared_params=shared,
     )
@@ -151,7 +157,8 @@ def build_pipeline(
         if isinstance(weight, QuantizedParam):
             weight.use_wgrad_store(wgrad_store)
     tied = None
-    if groups.embd is not None and not model.untie_embeddings_and_output_weights:
+    tied_weights = not model.untie_embeddings_and_output_weights
+    if groups.embd is not None and tied_weights and weights[WORD_TABLE].spec.trainable:
         fp32 = Wire("pipeline", "fp32", counter)
         tied = TiedEmbeddingSync(groups.embd, fp32, kernels, weights[WORD_TABLE])
     return Pipeline(

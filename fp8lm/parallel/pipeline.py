@@ -103,7 +103,7 @@ class Pipeline:
         self.most_in_flight = 0
         self._most_messages = self.num_stages
         # Of an output only its place in the graph is held: its values have been sent.
-        self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         # Messages that may not have arrived yet: activations and gradients.
         self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}
         self._losses: list[Tensor] = []
@@ -167,7 +167,9 @@ class Pipeline:
             output = objective.loss(output, batch) / count
             self._losses.append(output.detach())
         if torch.is_grad_enabled():
-            self._held[action.microbatch, action.chunk] = received, get_gradient_edge(output)
+            # A first chunk whose weights are all frozen has no backward.
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            self._held[action.microbatch, action.chunk] = received, edge
 
     def _backward(self, action: Action) -> None:
         virtual = self._virtual(action)
@@ -175,7 +177,8 @@ class Pipeline:
         gradient = None
         if virtual < self._last_virtual:
             gradient = self._receive((self.stage + 1) % self.num_stages)
-        torch.autograd.backward(output, gradient)
+        if output is not None:
+            torch.autograd.backward(output, gradient)
         if received is not None:
             if received.grad is None:
                 raise RuntimeError("the loss does not depend on what the stage before has sent")

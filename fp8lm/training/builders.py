@@ -12,7 +12,7 @@ from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
 from fp8lm.kernels import Kernels
-from fp8lm.layers.param import Param, named_params
+from fp8lm.layers.param import Param, named_params, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model import GPTModel
@@ -104,11 +104,16 @@ def build_optimizer(
     kernels: Kernels,
     sharding: OptimizerSharding,
 ) -> AdamW:
-    """The optimizer of `weights`, which get their initial values."""
+    """The optimizer of those of `weights` that are not frozen; all get their initial values."""
     precision, seed = StatePrecision.from_config(config.precision), config.train.seed
-    optimizer = AdamW(weights, config.optimizer, precision, kernels, seed=seed, sharding=sharding)
+    trained = trainable(weights)
+    optimizer = AdamW(trained, config.optimizer, precision, kernels, seed=seed, sharding=sharding)
     for name, weight in weights.items():
-        optimizer.initialize(name, initial_value(name, weight.spec, seed))
+        value = initial_value(name, weight.spec, seed)
+        if name in trained:
+            optimizer.initialize(name, value)
+        else:
+            weight.set_value(value)
     return optimizer
 
 
@@ -123,5 +128,5 @@ def build_one_process(
     recipe = Recipe.from_config(config.precision, kernels, device, tp)
     model = build_model(config, vocab_size, recipe)
     weights = named_params(model)
-    sharding = OptimizerSharding.build(weights, tp)
+    sharding = OptimizerSharding.build(trainable(weights), tp)
     return model, build_optimizer(config, weights, kernels, sharding)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 
 import psutil
 import torch
 
-from fp8lm.layers.param import Param, QuantizedParam
-from fp8lm.optim import AdamW
+from fp8lm.layers.param import Param, QuantizedParam, trainable
+from fp8lm.optim.states import AdamState
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
@@ -27,53 +28,56 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
 
 
 def state_bytes(
-    optimizer: AdamW, names: list[str] | None = None, padding: int = 0
+    weights: Mapping[str, Param], states: Mapping[str, AdamState], padding: int = 0
 ) -> dict[str, int]:
-    """Bytes this process holds for its weights (all, or those in `names`), by kind.
+    """Bytes this process holds for `weights`, by kind; `states` are the optimizer's, by weight.
 
     Counted from the buffers themselves, scales included, but for `operands`: what
     `precision.cache_weight_operands` adds while a step lasts. `padding`: what the buffers of
-    weights have beyond these (see `NoDataParallel.padding`).
+    weights have beyond these (see `NoDataParallel.padding`). A frozen weight has no more
+    than itself.
     """
-    names = list(optimizer.weights) if names is None else names
-    weights = [optimizer.weights[name] for name in names]
-    states = [optimizer.states[name] for name in names if name in optimizer.states]
+    held = [states[name] for name in weights if name in states]
+    gradients = [weight.main_grad.value for weight in trainable(weights).values()]
+    matrices = [weight for weight in weights.values() if isinstance(weight, QuantizedParam)]
     return {
-        "weights": sum(weight.model_param.nbytes for weight in weights) + padding,
-        "grads": sum(weight.main_grad.value.nbytes for weight in weights),
-        "master": sum(state.master.nbytes for state in states if state.owns_master),
-        "exp_avg": sum(state.exp_avg.nbytes for state in states),
-        "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in states),
-        "operands": sum(w.operand_bytes for w in weights if isinstance(w, QuantizedParam)),
+        "weights": sum(weight.model_param.nbytes for weight in weights.values()) + padding,
+        "grads": sum(gradient.nbytes for gradient in gradients),
+        "master": sum(state.master.nbytes for state in held if state.owns_master),
+        "exp_avg": sum(state.exp_avg.nbytes for state in held),
+        "exp_avg_sq": sum(state.exp_avg_sq.nbytes for state in held),
+        "operands": sum(matrix.operand_bytes for matrix in matrices),
     }
 
 
-def linear_weights(weights: dict[str, Param]) -> list[str]:
-    """Names of the matrices of linear layers, which the low-precision formats are for."""
-    return [
-        name
+def linear_weights(weights: Mapping[str, Param]) -> dict[str, Param]:
+    """The matrices of linear layers, which the low-precision formats are for."""
+    return {
+        name: weight
         for name, weight in weights.items()
         if isinstance(weight, QuantizedParam) and not weight.spec.keep_high_precision
-    ]
+    }
 
 
-def bytes_per_parameter(optimizer: AdamW, names: list[str], padding: int = 0) -> float:
-    """Bytes of state this process holds for each parameter of the weights in `names`."""
-    return sum(state_bytes(optimizer, names, padding).values()) / _count(optimizer, names)
+def bytes_per_parameter(
+    weights: Mapping[str, Param], states: Mapping[str, AdamState], padding: int = 0
+) -> float:
+    """Bytes of state this process holds for each parameter of `weights`; see `state_bytes`."""
+    return sum(state_bytes(weights, states, padding).values()) / _count(weights)
 
 
-def describe_state(optimizer: AdamW, names: list[str]) -> str:
-    """One line: bytes of state per parameter of the weights in `names`, by kind."""
-    count = _count(optimizer, names)
+def describe_state(weights: Mapping[str, Param], states: Mapping[str, AdamState]) -> str:
+    """One line: bytes of state per parameter of `weights`, by kind."""
+    count = _count(weights)
     parts = ", ".join(
-        f"{kind} {size / count:.2f}" for kind, size in state_bytes(optimizer, names).items()
+        f"{kind} {size / count:.2f}" for kind, size in state_bytes(weights, states).items()
     )
-    total = bytes_per_parameter(optimizer, names)
+    total = bytes_per_parameter(weights, states)
     return (
         f" linear layers: {count:,} parameters on this rank, {total:.2f} bytes of state each "
         f"({parts})"
     )
 
 
-def _count(optimizer: AdamW, names: list[str]) -> int:
-    return sum(optimizer.weights[name].spec.numel for name in names)
+def _count(weights: Mapping[str, Param]) -> int:
+    return sum(weight.spec.numel for weight in weights.values())

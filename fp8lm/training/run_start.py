@@ -74,7 +74,7 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         f"{describe_kernels(run.device)}",
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
         f" folders: {_describe_folders(config)}",
-        describe_state(run.optimizer, linear_weights(run.weights)),
+        describe_state(linear_weights(run.weights), run.optimizer.states),
         *([] if peak is None else [f" MFU is the share of {peak}"]),
     ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lm.batch import Batch
-from fp8lm.layers.param import Param, QuantizedParam
+from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.model import GPTModel
@@ -64,7 +64,7 @@ def train_step(
     share = objective.counted_share(microbatches)
     if any(isinstance(w, QuantizedParam) and w.needs_cast for w in weights.values()):
         data_parallel.finish_param_sync()
-    with cached_weight_operands(weights.values(), tp):
+    with cached_weight_operands(named_params(model).values(), tp):
         loss = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
     gradients = data_parallel.reduce()
     complete_gradients(weights, gradients, tp)

@@ -23,13 +23,12 @@ class StepMetrics:
         self.peak = peak_of(run.config.precision.gemm, run.device)
         self.num_parameters = _count_parameters(run)
         padding, linear = run.data_parallel.padding, linear_weights(run.weights)
-        held = state_bytes(run.optimizer, padding=padding)
+        states = run.optimizer.states
+        held = state_bytes(run.weights, states, padding)
         self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
             "parameters": self.num_parameters,
-            "state_bytes_per_parameter": bytes_per_parameter(
-                run.optimizer, list(run.weights), padding
-            ),
-            "state_bytes_per_linear_parameter": bytes_per_parameter(run.optimizer, linear),
+            "state_bytes_per_parameter": bytes_per_parameter(run.weights, states, padding),
+            "state_bytes_per_linear_parameter": bytes_per_parameter(linear, states),
         }
 
     def values(

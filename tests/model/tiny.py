@@ -7,7 +7,7 @@ import torch
 from fp8lm.batch import Batch
 from fp8lm.config import ModelConfig, PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.param import named_params
+from fp8lm.layers.param import named_params, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
 from fp8lm.model.init import initial_value
@@ -72,8 +72,8 @@ def batch(seed=0):
 
 
 def loss_and_gradients(gpt, data):
-    """Loss, and every weight's accumulated gradient as a ScaledTensor."""
-    weights = named_params(gpt)
+    """Loss, and the accumulated gradient of every weight that is trained as a ScaledTensor."""
+    weights = trainable(named_params(gpt))
     for weight in weights.values():
         weight.main_grad.zero()
     loss = LanguageModeling().loss(gpt.forward_step(None, data), data)

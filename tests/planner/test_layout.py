@@ -44,7 +44,7 @@ def held(config):
             groups.data_parallel.rank(),
             groups.pipeline_parallel.rank(),
         )
-        state = state_bytes(run.optimizer, padding=run.data_parallel.padding)
+        state = state_bytes(run.weights, run.optimizer.states, run.data_parallel.padding)
         return state, place, sorted(run.weights), dist.get_rank()
 
 

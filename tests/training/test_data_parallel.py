@@ -209,10 +209,9 @@ def held(config):
     """(bytes by kind, of all weights and of the linear layers' only) that this rank holds."""
     with trainer_of(config) as trainer:
         run = trainer.run
+        states, padding = run.optimizer.states, run.data_parallel.padding
         linear = linear_weights(run.weights)
-        return state_bytes(run.optimizer, padding=run.data_parallel.padding), state_bytes(
-            run.optimizer, linear
-        )
+        return state_bytes(run.weights, states, padding), state_bytes(linear, states)
 
 
 MODEL = {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
