@@ -43,7 +43,7 @@ def load_problem(config: CheckpointConfig) -> str | None:
     root, iteration = locate(config.load)
     if iteration is not None:
         return _problem_of_one(config, root, iteration)
-    if saved_iterations(root) or _has_checkpoints(root):
+    if _holds_any(config.load):
         return None
     meant = _what_is_there(root)
     # A folder beside one of a similar name is a new run's: `runs/run2` beside `runs/run1`.
@@ -56,6 +56,26 @@ def load_problem(config: CheckpointConfig) -> str | None:
     return (
         f"{problem}; to start a new run leave checkpoint.load out, or name one folder as save too"
     )
+
+
+def pretrained_problem(config: CheckpointConfig) -> str | None:
+    """Why a run may not start from the weights that `config` names; None if it may, or resumes."""
+    if config.pretrained is None or (config.load is not None and _holds_any(config.load)):
+        return None
+    if _holds_any(config.pretrained):
+        return None
+    return (
+        f"no checkpoint in checkpoint.pretrained = {config.pretrained}: "
+        f"{why_none(Path(config.pretrained))}; to start from initial weights leave it out"
+    )
+
+
+def _holds_any(path: str) -> bool:
+    """Whether `path` is a checkpoint or a folder of some."""
+    root, iteration = locate(path)
+    if iteration is not None:
+        return find_folder(root, iteration) is not None
+    return bool(saved_iterations(root)) or _has_checkpoints(root)
 
 
 def _problem_of_one(config: CheckpointConfig, root: Path, iteration: int) -> str | None:

@@ -103,6 +103,16 @@ RENAMED: Mapping[str, str] = {
     "null_tokenizer_vocab_size": "tokenizer.vocab_size",
     # checkpoint, logging
     "async_checkpoint": "checkpoint.async_save=true",
+    "ckpt_step": (
+        "checkpoint.load=DIR/iter_0000100, saving elsewhere (checkpoint.pretrained takes one as "
+        "well), or the iteration written into latest_checkpointed_iteration.txt"
+    ),
+    "finetune": "checkpoint.pretrained=DIR in place of checkpoint.load=DIR",
+    "load_optim": "checkpoint.pretrained=DIR for weights alone; iteration and data start anew too",
+    "no_load_optim": (
+        "checkpoint.pretrained=DIR for weights alone; iteration and data start anew too"
+    ),
+    "pretrained_checkpoint": "checkpoint.pretrained",
     "dist_ckpt_format": "checkpoint.ckpt_format=torch_dist",
     "keep_last_n_checkpoints": "checkpoint.keep_last",
     "save_dir": "checkpoint.save",
@@ -304,7 +314,6 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         "save_optim",
     ),
     "the signals are SIGTERM and SIGUSR1, see train.exit_signal_handler": ("exit_signal",),
-    "write the iteration into latest_checkpointed_iteration.txt": ("ckpt_step",),
     "times per iteration are always logged": (
         "barrier_with_l1_time",
         "log_timers_to_tensorboard",
@@ -544,7 +553,6 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "ckpt_convert_update_legacy_dist_opt_format",
         "auto_detect_ckpt_format",
         "dist_ckpt_strictness",
-        "pretrained_checkpoint",
     ),
     "fine-tuning and preference training": (
         "finetune_data_split",
@@ -586,11 +594,6 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "per_dataset_sequences_path",
         "per_split_data_args_path",
         "yaml_cfg",
-    ),
-    "loading of the weights alone into a new run": (
-        "finetune",
-        "load_optim",
-        "no_load_optim",
     ),
 }
 

@@ -78,6 +78,11 @@ class CheckpointConfig(Section):
         description="Folder to resume from, or one checkpoint (.../iter_0000100); the same folder "
         "as save continues a run.",
     )
+    pretrained: PathText | None = Field(
+        None,
+        description="Checkpoint, or folder of checkpoints, whose weights a new run starts from; "
+        "optimizer, schedule and data start anew. Not read if load has a checkpoint.",
+    )
     save_interval: Count | None = Field(
         None, description="Iterations between checkpoints; null: only at the end."
     )

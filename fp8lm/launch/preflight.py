@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fp8lm.checkpoint.location import load_problem
+from fp8lm.checkpoint.location import load_problem, pretrained_problem
 from fp8lm.checkpoint.save_folder import foreign_checkpoints
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.config import Config
@@ -93,7 +93,8 @@ def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[
             found.append(f"{folder.complaint}: {reason}")
         elif user := running_here(folder, os.environ):
             found.append(user)
-    found += filter(None, [load_problem(config.checkpoint)])
+    checkpoint = config.checkpoint
+    found += filter(None, [load_problem(checkpoint), pretrained_problem(checkpoint)])
     if save is not None and not config.checkpoint.resumes:
         found += filter(None, [foreign_checkpoints(Path(save))])
     return found

@@ -6,7 +6,7 @@ intact, and the next is tried when it is due. The last one of a run must be writ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint.collectives import all_or_error, on_main
 from fp8lm.checkpoint.files import SET_ASIDE, delete_after
-from fp8lm.checkpoint.location import load_problem, locate
+from fp8lm.checkpoint.location import load_problem, locate, pretrained_problem
 from fp8lm.metrics.console import saved_line
 from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
+from fp8lm.training import pretrained
 from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model
 from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.state import by_name
@@ -61,7 +62,9 @@ class RunCheckpoints:
         if config.save is not None or config.load is not None:
             # Of data that may be replaced meanwhile: what this start reads.
             self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
-        if problem := on_main(self._group, lambda: load_problem(config)):
+        if problem := on_main(
+            self._group, lambda: load_problem(config) or pretrained_problem(config)
+        ):
             raise InputError(problem)
         if config.save is not None:
             on_main(self._group, self._locks.verify)
@@ -82,27 +85,46 @@ class RunCheckpoints:
         """Go on from `checkpoint.load`: the newest valid checkpoint in it, or the one that it is.
 
         A folder without any starts a new run if the run saves there too, so that one command serves
-        to start and to resume. Raises `InputError` for any other without one, for a checkpoint that
-        does not fit this model, and for a `checkpoint.save` that holds those of another run.
+        to start and to resume: from the weights of `checkpoint.pretrained`, else from initial ones.
+        Raises `InputError` for any other without one, for a checkpoint that does not fit this
+        model, and for a `checkpoint.save` that holds those of another run.
         """
-        folder = self._config.load
-        found = None if folder is None else self._find(folder)
+        folder, weights = self._config.load, self._config.pretrained
+        found = None if folder is None else self._find(folder, NEEDED)
         if found is not None:
             self._go_on_from(found)
+            if weights is not None:
+                self._report(f" not read, since this run resumes: checkpoint.pretrained={weights}")
+        elif weights is not None:
+            self._start_from(weights)
         elif folder is not None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
         if self._saver is not None:
             self._claim_save_dir(self._saver.root, 0 if found is None else found.iteration)
 
-    def _find(self, folder: str) -> Checkpoint | None:
+    def _find(self, folder: str, needed: Collection[str]) -> Checkpoint | None:
         root, iteration = on_main(self._group, lambda: locate(folder))
         if iteration is not None:
-            return open_checkpoint(root, iteration, self._group, needed=NEEDED)
-        return find_checkpoint(root, self._group, needed=NEEDED)
+            return open_checkpoint(root, iteration, self._group, needed=needed)
+        found = find_checkpoint(root, self._group, needed=needed)
+        for problem in found.passed_over if found is not None else ():
+            self._report(f" warning: passed over a checkpoint: {problem}")
+        return found
+
+    def _start_from(self, folder: str) -> None:
+        try:
+            found = self._find(folder, pretrained.NEEDED)
+            if found is None:  # there was one when the run began
+                raise InputError(f"no checkpoint in {folder}")
+            lines = pretrained.start_from_weights(self._run, found, self._group)
+        except InputError as error:
+            raise InputError(f"checkpoint.pretrained = {folder}: {error}") from error
+        where = f"{found.folder.parent}, iteration {found.iteration}"
+        self._report(f" new run from the weights of checkpoint.pretrained: {where}")
+        for line in lines:
+            self._report(f" {line}")
 
     def _go_on_from(self, found: Checkpoint) -> None:
-        for problem in found.passed_over:
-            self._report(f" warning: passed over a checkpoint: {problem}")
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
         tokenizer_changed = all_or_error(

@@ -11,7 +11,7 @@ and cast to nearest, with the scale of the logical tensor's amax, taken from wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,10 +45,12 @@ class Conversion:
         return f"{self.source_kind} {self.format} -> {target}"
 
 
-def find_conversions(optimizer: AdamW, stored: Stored) -> list[Conversion]:
-    """What cannot be read as it is from a checkpoint of tensors `stored`."""
+def find_conversions(optimizer: AdamW, stored: Stored, kinds: Collection[str]) -> list[Conversion]:
+    """Which states of `kinds` cannot be read as they are from a checkpoint of tensors `stored`."""
     found = []
     for slot in slots(optimizer):
+        if slot.kind not in kinds:
+            continue
         kind = _source_kind(optimizer, stored, slot.param, slot.kind)
         fmt = _format_of(stored, kind, slot.param)
         if fmt is not None and (kind, fmt) != (slot.kind, slot.tensor.format):

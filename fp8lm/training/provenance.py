@@ -63,22 +63,22 @@ def check_same_tokenizer(
 
 
 def kept_tokenizer(config: CheckpointConfig) -> str | None:
-    """Where the checkpoint that a run would go on from keeps its tokenizer; None if nowhere.
+    """Where the checkpoint that a run would go on or start from keeps its tokenizer, if anywhere.
 
     For a message: nothing but the facts is read, and nothing checked.
     """
-    if config.load is None:
-        return None
-    try:
-        root, iteration = locate(config.load)
-        iteration = latest_iteration(root) if iteration is None else iteration
-        folder = None if iteration is None else find_folder(root, iteration)
-        if folder is None:
+    for path in filter(None, (config.load, config.pretrained)):
+        try:
+            root, iteration = locate(path)
+            iteration = latest_iteration(root) if iteration is None else iteration
+            folder = None if iteration is None else find_folder(root, iteration)
+            if folder is None:
+                continue
+            common = parse_common(read_regular(folder / COMMON, LARGEST_COMMON), ("tokenizer",))
+        except (InputError, OSError, ValueError):
             return None
-        common = parse_common(read_regular(folder / COMMON, LARGEST_COMMON), ("tokenizer",))
-    except (InputError, OSError, ValueError):
-        return None
-    return _where(folder, common) if common["tokenizer"].get("files") else None
+        return _where(folder, common) if common["tokenizer"].get("files") else None
+    return None
 
 
 def _where(folder: Path, common: Mapping[str, Any]) -> str:

@@ -92,4 +92,6 @@ def _describe_folders(config: Config) -> str:
         "checkpoint.load": config.checkpoint.load,
         "logging.dir": config.logging.dir,
     }
+    if config.checkpoint.pretrained is not None:
+        folders["checkpoint.pretrained"] = config.checkpoint.pretrained
     return ", ".join(f"{key}={folder or 'null'}" for key, folder in folders.items())

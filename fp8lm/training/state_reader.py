@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fp8lm.checkpoint import Checkpoint, Shard, load_checkpoint
 from fp8lm.checkpoint.collectives import Group, all_or_error, from_all
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.conversion import Conversion, Converter, find_conversions
 from fp8lm.training.resizing import RowPlan, Vocabulary, plan_rows, start_rows
-from fp8lm.training.state import StateShards, possible_names
+from fp8lm.training.state import KINDS, StateShards, possible_names
 
 
 class StateReader:
@@ -16,7 +18,8 @@ class StateReader:
 
     What is stored as it is held here is read as it is; other formats are cast (see `conversion`),
     and other paddings and, with `extend`, more tokens or positions are fitted (see `resizing`).
-    Raises `InputError` before anything is filled if a tensor does not fit.
+    `kinds` are the states that are read. Raises `InputError` before anything is filled if a tensor
+    does not fit.
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class StateReader:
         vocabulary: Vocabulary,
         extend: bool,
         group: Group,
+        kinds: Collection[str] = ("weight", *KINDS),
     ) -> None:
         self._optimizer, self._checkpoint, self._group = optimizer, checkpoint, group
         self._stored = checkpoint.state
@@ -33,7 +37,7 @@ class StateReader:
         self._rows: dict[str, RowPlan] = all_or_error(
             group, lambda: plan_rows(specs, self._stored, vocabulary, extend)
         )
-        self._conversions: list[Conversion] = find_conversions(optimizer, self._stored)
+        self._conversions: list[Conversion] = find_conversions(optimizer, self._stored, kinds)
         self._converter = Converter(optimizer, checkpoint, self._conversions, self._rows, group)
         all_or_error(group, self._check)
         own = {str(conversion) for conversion in self._conversions}
@@ -41,17 +45,16 @@ class StateReader:
         tables = {f"{name} by {len(p.new)} rows" for name, p in self._rows.items() if p.new}
         self.extended = sorted(set().union(*from_all(group, tables)))
 
-    def read(self, shards: StateShards) -> None:
-        """Fill the state, and whatever else `shards` names, which are all that a run keeps.
+    def read(self, shards: StateShards, unused: Collection[str]) -> None:
+        """Fill the state, and whatever else `shards` names.
 
-        What a reduction has stored of its scaling need not be among them.
+        Stored tensors that are `unused`, or may be states of this run, need not be among them.
         """
-        mus = {str(key) for key in self._stored if key.kind == "mu"}
         load_checkpoint(
             self._checkpoint,
             self._as_stored(shards),
             self._group,
-            known=possible_names(self._optimizer) | mus,
+            known={*possible_names(self._optimizer), *unused},
         )
         if self.converted:
             self._converter.run()

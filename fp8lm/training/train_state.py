@@ -70,14 +70,16 @@ class TrainState:
         run, common = self.run, checkpoint.common
         if common.get("released"):
             raise InputError(
-                f"{checkpoint.folder} is a release, without optimizer states: a training goes on "
-                "from the checkpoint that it was made of"
+                f"{checkpoint.folder} is a release, without optimizer states: resume from the "
+                "checkpoint that it was made of, or start a new run with checkpoint.pretrained="
+                f"{checkpoint.folder.parent} in place of checkpoint.load"
             )
         run.data_parallel.finish_param_sync()
         vocabulary = Vocabulary.of(run.tokenizer.vocab_size, common)
         extend = run.config.checkpoint.extend_embeddings
         reader = StateReader(run.optimizer, checkpoint, vocabulary, extend, run.groups.saving)
-        reader.read(self._expected_in(checkpoint))
+        mus = [str(key) for key in checkpoint.state if key.kind == "mu"]
+        reader.read(self._expected_in(checkpoint), unused=mus)
         for name in asdict(self.progress):
             setattr(self.progress, name, common[name])
         self.losses.restore(common["losses"])

@@ -12,6 +12,7 @@ from fp8lm.checkpoint.checksums import CHECKSUMS, checksums_text, file_digest
 from tests.bad_input.cases import run, train, writes
 
 LOAD = "checkpoint.load=ck"
+WEIGHTS = "checkpoint.pretrained=ck"
 STRICT = ("checkpoint.exit_on_missing_checkpoint=true", "checkpoint.save=ck", LOAD)
 META = {
     "iteration": 1,
@@ -80,6 +81,16 @@ def not_of_chaos(folder):
     (folder / "ck" / "undisturbed" / "thesis.txt").write_text("")
 
 
+def of_32_tokens(folder):
+    """A checkpoint of one table."""
+    identity = {"tokenizer_type": "NullTokenizer", "vocab_size": 32}
+    facts = {"tokenizer": {"identity": identity, "files": []}}
+    table = Shard.whole(torch.zeros(32, 64).bfloat16())
+    shards = {"model.embedding.word_embeddings.weight.payload": [table]}
+    save_checkpoint(folder / "ck", 1, shards, META | facts)
+
+
+SAVE = "checkpoint.save=new"
 NONE = "no valid checkpoint in ck: iteration 1: "
 FILE = "__0_0.distcp"
 CASES = [
@@ -103,6 +114,30 @@ CASES = [
     train("logging.dir=ck", says=("logging.dir=ck", "nowhere"), prepare=a_link_to_nowhere),
     train("checkpoint.save=ck/in", says="cannot save checkpoints in ck/in", prepare=a_file),
     train("logging.dir=ck", says="logging.dir=ck cannot be written to", prepare=a_file),
+    train(WEIGHTS, SAVE, says="no checkpoint in checkpoint.pretrained = ck: it does not exist"),
+    train("checkpoint.pretrained=ckk", says="did you mean ck?", prepare=saved()),
+    train("checkpoint.pretrained=ck/iter_0000002", says="does not exist", prepare=saved()),
+    train(WEIGHTS, says="a Hugging Face model", prepare=writes(**{"ck/model__safetensors": ""})),
+    train(WEIGHTS, SAVE, says=("checkpoint.pretrained = ck", "num_layers"), prepare=saved()),
+    train(
+        WEIGHTS,
+        SAVE,
+        says=("checkpoint.pretrained = ck", FILE, "truncated"),
+        prepare=saved(cut(FILE)),
+    ),
+    train(
+        WEIGHTS,
+        says=("checkpoint.pretrained = ck", "checkpoint.extend_embeddings=true"),
+        prepare=of_32_tokens,
+    ),
+    train(
+        WEIGHTS,
+        SAVE,
+        "tokenizer.vocab_size=15",
+        "checkpoint.allow_tokenizer_change=true",
+        says=("checkpoint.pretrained = ck", "cannot be cut"),
+        prepare=of_32_tokens,
+    ),
     run("generate", "--load", "ck", "--prompt", "1", says="no checkpoint in ck"),
     run("checkpoint", "list", "ck", says="no checkpoint in ck"),
     run("checkpoint", "inspect", "ck", says="no checkpoint in ck: it does not exist"),
