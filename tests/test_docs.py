@@ -74,7 +74,7 @@ def test_navigation_names_every_page():
     api = "".join(page.read_text() for page in (ROOT / "docs/reference/api").glob("*.md"))
     shown = set(re.findall(r"^::: fp8lm\.(\w+)$", api, re.MULTILINE))
     packages = {path.parent.name for path in ROOT.glob("fp8lm/*/__init__.py")}
-    assert shown == packages | {"scaled_tensor"}
+    assert shown == packages | {"batch", "scaled_tensor"}
 
 
 @pytest.mark.parametrize("name", ["extending", "debugging"])
