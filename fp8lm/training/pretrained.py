@@ -58,8 +58,8 @@ def _fill(run: Run, found: Checkpoint, group: Group) -> StateReader:
     states = optimizer_shards(run.optimizer).items()
     masters = {key: shards for key, shards in states if key.kind == "master"}
     # Of the model every tensor has to be used: fewer layers would load, and train something.
-    unused = [name for name in found.tensors if not name.startswith("model.")]
-    reader.read({**model_shards(run.weights), **masters}, unused)
+    weights = {str(key) for key in found.state if key.kind == "weight"}
+    reader.read({**model_shards(run.weights), **masters}, found.tensors.keys() - weights)
     return reader
 
 
