@@ -72,6 +72,7 @@ NEUTRAL = {
     "parallel.overlap_param_gather": ("true", "false"),
     "parallel.ddp_bucket_size": (1, 3000, 40_000_000),
     "checkpoint.async_save": ("true", "false"),
+    "precision.cache_weight_operands": ("true", "false"),
     "data.num_workers": (0, 0, 1),
 }
 PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3")
