@@ -174,7 +174,7 @@ def mutations_of(source: str, file: str) -> Iterator[Mutation]:
     """Every mutation of one line of `source`."""
     lines = source.splitlines()
     for node in _code(ast.parse(source)):
-        if getattr(node, "lineno", 0) != getattr(node, "end_lineno", -1):
+        if not isinstance(node, ast.expr | ast.stmt) or node.lineno != node.end_lineno:
             continue
         line = lines[node.lineno - 1]
         start = len(line.encode()[: node.col_offset].decode())
@@ -235,7 +235,8 @@ def draw(root: Path, under: list[str], count: int, seed: int) -> list[Mutation]:
                 found.setdefault(mutation.kind, []).append(mutation)
     if sum(map(len, found.values())) < count:
         raise InputError(f"--count {count}: there are {sum(map(len, found.values()))} mutations")
-    generator, drawn = random.Random(seed), []
+    generator = random.Random(seed)
+    drawn: list[Mutation] = []
     kinds = sorted(found)
     while len(drawn) < count:
         kind = generator.choice([kind for kind in kinds if found[kind]])
