@@ -45,9 +45,16 @@ class TinyExperts(nn.Module):
         self.last = layer(formats, DENSE, 0.2)
 
     def forward_step(self, h, batch):
-        """The micro-batch's loss."""
-        h = self.last(self.experts[str(batch["expert"])](self.first(batch["x"])))
-        return (h * batch["target"]).float().mean()
+        """Hidden states of the micro-batch."""
+        return self.last(self.experts[str(batch["expert"])](self.first(batch["x"])))
+
+
+class MeanProduct:
+    """An objective."""
+
+    def loss(self, output, batch):
+        """Mean of the outputs, each weighted by its target."""
+        return (output * batch["target"]).float().mean()
 
 
 def layer(formats, group, std):
@@ -77,7 +84,7 @@ def train(config, run, batches):
     for microbatches in batches:
         zero_gradients(weights)
         data_parallel.finish_param_sync()
-        pipeline.train(microbatches, data_parallel.enable_grad_sync)
+        pipeline.train(microbatches, MeanProduct(), data_parallel.enable_grad_sync)
         gradients = data_parallel.reduce()
         norm = adam.step(1e-2, gradients)
         data_parallel.start_param_sync(norm.skip)

@@ -64,7 +64,7 @@ class Recorder:
 
 
 def operations(kind, stages, microbatches, stage, names=("up", "down"), training=True):
-    groups = PipelineGroups(*(Stage(name, stage, stages) for name in names), None, None)
+    groups = PipelineGroups(*(Stage(name, stage, stages) for name in names), None)
     chunk = [lambda h, batch: (torch.ones(1, 1, 1, requires_grad=True) if h is None else h) * 1]
     last = [lambda h, batch: h] if stage == stages - 1 else chunk
     name, chunks = kind
