@@ -36,6 +36,13 @@ OVERLAP = {"overlap_param_gather": True, "ddp_bucket_size": 20_000}
 PLAIN = {"use_distributed_optimizer": False}
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 8, "eval_iters": 2}
+# Where what is compared is there after one step, or after a few.
+ONE_STEP = {
+    "train": {"train_iters": 1, "eval_iters": 1},
+    "scheduler": {"lr_warmup_iters": 0},
+    "logging": {"log_interval": 1},
+}
+FEW_STEPS = {"train": {"train_iters": 4, "eval_iters": 1}}
 LAYOUTS = {
     "dp2": (2, {}),
     "dp4": (4, {}),
@@ -94,7 +101,9 @@ def threads_after(config, runs):
     "layout", [TP2 | OVERLAP, TP2 | PLAIN, {"pipeline_model_parallel_size": 2}]
 )
 def test_a_run_that_is_over_is_freed(layout, config, run_distributed):
-    few, many = (run_distributed(threads_after, 4, config(layout), runs) for runs in (1, 3))
+    few, many = (
+        run_distributed(threads_after, 4, config(layout, ONE_STEP), runs) for runs in (1, 3)
+    )
     assert all(after <= before for before, after in zip(few, many, strict=True))
 
 
@@ -148,7 +157,8 @@ def test_division_of_states_changes_no_byte(preset, config, run_distributed):
     settings.append({"overlap_param_gather": True, "ddp_bucket_size": 1500})
     settings.append(EVEN | {"overlap_param_gather": True, "ddp_bucket_size": 1})
     check_same_bytes(
-        [config(keys, precision={"preset": preset}) for keys in settings], run_distributed
+        [config(keys, FEW_STEPS, precision={"preset": preset}) for keys in settings],
+        run_distributed,
     )
 
 
@@ -176,7 +186,7 @@ def test_buckets_change_no_byte_where_the_owner_makes_a_difference(
     nodes = {} if reduction else {"node_size": 2}
     settings = [{}, {"overlap_grad_reduce": False}, {"ddp_bucket_size": 1}]
     check_same_bytes(
-        [config(partition | nodes | keys, precision=reduction) for keys in settings],
+        [config(partition | nodes | keys, FEW_STEPS, precision=reduction) for keys in settings],
         run_distributed,
     )
 
@@ -278,7 +288,8 @@ def test_bytes_on_the_wires(ranks, layers, division, config, run_distributed):
     dense = SIZES["tables"] // tp + SIZES["norms"]
     mean = {}
     for preset in ("o3", "bf16"):
-        changed = config(layers | division, {"model": WIDE}, precision={"preset": preset})
+        keys, of_preset = layers | division, {"preset": preset}
+        changed = config(keys, {"model": WIDE}, ONE_STEP, precision=of_preset)
         mean[preset] = torch.tensor(run_distributed(sent, ranks, changed)).double().mean(dim=0)
     # In ring terms a rank sends (d-1)/d of what there is; 2 % are scales, alignment and, of row
     # blocks, padding.
@@ -334,7 +345,7 @@ def divided(rank, sizes):
     ids=str,
 )
 def test_machines_of_a_launcher(sizes, parallel, per_node, config, run_distributed):
-    made = config(parallel, {"train": {"global_batch_size": 12}})
+    made = config(parallel, FEW_STEPS, {"train": {"global_batch_size": 12}})
     expected = run_distributed(train, sum(sizes), made)
     found = run_distributed(on_machines, sum(sizes), made, *sizes)
     assert [summed for _, summed in found] == [per_node] * sum(sizes)
