@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60.0
+TIMEOUT = 150.0  # of what hangs: a busy machine takes several times as long as an idle one
 START_TIMEOUT = 100.0  # the first workers wait for seconds of imports
 
 

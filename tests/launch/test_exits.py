@@ -88,7 +88,7 @@ def test_workers_under_torchrun(workers, code, told, tmp_path):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
     )
     assert done.returncode == code, done.stderr
     assert told in done.stderr

@@ -54,7 +54,7 @@ def sbatch(slurm, **variables):
         env=slurm | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 MODEL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "eval_iters": 1}
+CURVE = {"train": {"train_iters": 5}}
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire": {"grads": "fp32"}}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
@@ -86,8 +87,8 @@ def curve_of(run_distributed, tmp_path_factory):
             logging = {"logging": {"dir": str(folder), "log_interval": 1}}
             model = {"hidden_dropout": 0.1} if tied else LLAMA
             keys = PRECISIONS[precision][0]
-            changed = config(parallel, logging, model=model, precision=keys)
-            run_distributed(train, ranks, changed, timeout=120)
+            changed = config(parallel, logging, CURVE, model=model, precision=keys)
+            run_distributed(train, ranks, changed)
             made[key] = losses(folder)
         return made[key]
 
@@ -101,7 +102,7 @@ def test_curve_of_one_process(layout, tied, config, curve_of):
     for precision, (_, bound) in PRECISIONS.items():
         one = curve_of(config, 1, {}, tied, precision)
         several = curve_of(config, ranks, parallel, tied, precision)
-        assert one[7] < 0.9 * one[0]
+        assert one[4] < 0.9 * one[0]
         assert ((several - one).abs() / one).max() < bound, precision
 
 

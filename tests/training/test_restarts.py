@@ -21,7 +21,7 @@ SMALL = ["model.num_layers=2", "train.global_batch_size=8", "train.eval_iters=1"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_nothing_is_lost_when_workers_are_killed(tmp_path):
     """Once between saves and once in one; torchrun starts the workers anew, which resume."""
     report = tmp_path / "report.json"
@@ -29,7 +29,7 @@ def test_nothing_is_lost_when_workers_are_killed(tmp_path):
     command += [f"--folder={tmp_path}", f"--output={report}", "--save-interval=4", *SMALL]
     command += ["train.train_iters=60", "checkpoint.async_save=true"]
     done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=230
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(report.read_text())
@@ -47,13 +47,13 @@ def test_a_warning_of_the_cluster_reaches_all_through_torchrun(tmp_path):
     log = tmp_path / "log.txt"
     with log.open("w") as file:
         job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while "iteration        3/" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     workers = psutil.Process(job.pid).children()
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) != 0
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert job.wait(120) != 0
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     text = log.read_text()
     assert f"received SIGTERM: stopped after iteration {latest_iteration(tmp_path)}" in text
     assert latest_iteration(tmp_path) >= 3
