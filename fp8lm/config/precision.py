@@ -155,8 +155,9 @@ class PrecisionConfig(Section):
     cache_weight_operands: Bool = Field(
         False,
         description="Keep what GEMMs read of the weights while a step lasts, instead of making it "
-        "anew in every micro-batch: the FP8 copy of a weight stored in another format, and on a "
-        "GPU the transposed copy that dgrad reads. Up to one byte per parameter each.",
+        "anew in every micro-batch: the copy in the GEMM's format of a weight stored in another, "
+        "and on a GPU the transposed copy of an FP8 weight that dgrad reads. In FP8 one byte per "
+        "parameter each.",
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,

@@ -3,7 +3,7 @@
 A weight stored in another format than its GEMM's (presets te, o1 and o2) is cast to FP8 with one
 scale over the ranks that hold its parts: the amaxes of all such weights travel in one exchange.
 With `precision.cache_weight_operands` the cast payload and the transposed one stay for the step as
-well, up to one byte per parameter each, and every further micro-batch reads them.
+well, in FP8 one byte per parameter each, and every further micro-batch reads them.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class GPTModel(nn.Module):
         self.output_layer = None
         if part.has_head and not tied:
             self.output_layer = EmbeddingMatrix.of_vocabulary(vocab_size, config, recipe)
-        self.rope_dtype = recipe.high_precision.dtype
+        self.dtype = recipe.high_precision.dtype  # of the hidden states
         self.rope = None
         if config.position_embedding_type == "rope":
             self.rope = rope_tables(
@@ -234,11 +234,6 @@ class GPTModel(nn.Module):
             first = self.tp.rank * seq_length // self.tp.size
         return DropoutNoise.of_samples(sample_ids_B, self.seed, first)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
-        return self.rope_dtype
-
     def _rope(self, seq_length: int, positions_BS: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """cos and sin [S,1,1,R], or with positions of every sample [S,B,1,R]."""
         if self.rope is None:
@@ -247,4 +242,4 @@ class GPTModel(nn.Module):
             cos, sin = (table[:seq_length] for table in self.rope)
         else:
             cos, sin = (table[positions_BS.t()].squeeze(2) for table in self.rope)
-        return cos.to(self.rope_dtype), sin.to(self.rope_dtype)
+        return cos.to(self.dtype), sin.to(self.dtype)

@@ -27,7 +27,7 @@ _STEP_KEY = 0x632BE5AB  # noise differs from step to step
 
 
 class AdamW:
-    """Updates all `weights` (by name); see `AdamCoefficients` for the arithmetic.
+    """Updates all `weights` (by name); see `fp8lm.kernels.adam` for the arithmetic.
 
     `config` is the config section `optimizer`; `seed` enters the noise of stochastic rounding.
     `sharding` says which rows of which weights have their states on this rank (default: all), and

@@ -94,7 +94,7 @@ def zero_gradients(weights: dict[str, Param]) -> None:
 def complete_gradients(
     weights: dict[str, Param], gradients: dict[str, ScaledTensor], tp: TPContext
 ) -> None:
-    """Sum over the ranks of `partition` what each computed from its part of the sequence."""
+    """Sum over the ranks of `tp` what each computed from its part of the sequence."""
     tp.sum_in_place(
         gradient.payload
         for name, gradient in gradients.items()

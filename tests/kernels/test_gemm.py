@@ -156,6 +156,18 @@ def test_what_is_handed_to_cublas_is_the_product_of_the_values(formats, transpos
     torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=2.0**-7 * expected.abs().max())
 
 
+@pytest.mark.parametrize("kernels", [KERNELS, HopperKernels()], ids=["reference", "hopper"])
+@pytest.mark.parametrize("formats", [*FP8_PAIRS, (BF16, BF16)], ids=repr)
+def test_bias_is_added_to_every_row(kernels, formats):
+    a, b = operand(48, 64, formats[0], seed=14), operand(32, 64, formats[1], seed=15)
+    bias = 8 * torch.randn(32, generator=torch.Generator().manual_seed(16)).bfloat16()
+    product, magnitude = exact_product(a, b)
+    # Two roundings to bf16 at most, of the product and of the sum.
+    bound = 2.0**-8 * (product.abs() + (product + bias).abs()) + 64 * 2.0**-14 * magnitude
+    result = kernels.gemm(a, b, bias=bias).double()
+    assert ((result - (product + bias)).abs() <= bound).all()
+
+
 def test_operands_are_not_copied_unseen():
     a, b = operand(48, 64, E4M3, seed=10), operand(32, 64, E4M3, seed=11)
     strided = ScaledTensor(a.payload.t().contiguous().t(), a.scale, a.format)

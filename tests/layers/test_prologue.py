@@ -12,7 +12,7 @@ from fp8lm.layers.activation import Gelu, SwiGlu
 from fp8lm.layers.norm import NORMS
 from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM
 from fp8lm.numerics import BF16, E4M3, FP32
-from tests.layers.test_linear import IN, OUT, T, layer, random
+from tests.layers.test_linear import IN, OUT, T, gradient_of, layer, random
 
 KERNELS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def results(linear, run, x, dy, parameters):
     x.grad = None
     y = run(x)
     y.backward(dy)
-    return [y.detach(), x.grad, *(KERNELS.dequantize(w.main_grad.value).clone() for w in weights)]
+    return [y.detach(), x.grad, *(gradient_of(weight) for weight in weights)]
 
 
 @pytest.mark.parametrize("kind", PROLOGUES)

@@ -18,7 +18,7 @@ from fp8lm.training.trainer import STEP, Trainer, TrainerHook
 class ReportHook(TrainerHook):
     """Reports every `interval` iterations, evaluations, and what is said; prints on the main rank.
 
-    Only here does the loop wait for a GPU.
+    A report waits for the device; a step between reports, evaluations and saves does not.
     """
 
     _logger: TrainLogger
