@@ -28,10 +28,12 @@ def test_element_index_is_where_the_values_come_from(shape, dim, num_sections, s
         assert local.is_contiguous()
         # In pieces, as the optimizer asks for them.
         middle, count = local.numel() // 3, local.numel()
-        index = [
-            shard_spec.element_index(shape, start).numbers(0, stop - start, torch.device("cpu"))
-            for start, stop in ((0, middle), (middle, count))
-        ]
+        spans, cpu = ((0, middle), (middle, count)), torch.device("cpu")
+        whole = shard_spec.element_index(shape)
+        index = [whole.numbers(start, stop - start, cpu) for start, stop in spans]
+        # And of a part that begins there, of which the first element is left out.
+        part = shard_spec.element_index(shape, middle - 1)
+        assert torch.equal(part.numbers(1, count - middle, cpu), index[1])
         assert torch.equal(torch.cat(index), local.flatten())
         assert index[0].dtype == torch.int32
 

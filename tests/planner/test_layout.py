@@ -79,6 +79,22 @@ def test_bytes_of_preset_o3_by_hand():
     }
 
 
+@pytest.mark.parametrize(("preset", "copies"), [("bf16", 0), ("o3", 1), ("o2", 2), ("te", 2)])
+def test_kept_operands_are_counted_as_on_a_gpu(preset, copies):
+    """The FP8 copy of what is stored otherwise, and the transposed copy of what is FP8."""
+    planned = {}
+    for kept in (False, True):
+        precision = {"preset": preset, "cache_weight_operands": kept}
+        planned[kept] = plan_layout(tiny(precision=precision), NUM_IDS, 1, 1).stages[0]
+    matrices = sum(
+        weight.spec.numel
+        for weight in planned[True].weights.values()
+        if not weight.spec.keep_high_precision
+    )
+    assert planned[False].state[0]["operands"] == 0
+    assert planned[True].state[0]["operands"] == copies * matrices
+
+
 EVEN, OVERLAP = "parallel.partition=even", "parallel.overlap_param_gather=true"
 
 
