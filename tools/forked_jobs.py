@@ -38,6 +38,8 @@ _IMPORTS = (
     "fp8lm.training.build",
     "fp8lm.comm.groups",
     "fp8lm.config",
+    "megatron.core.optimizer_param_scheduler",
+    "torch.distributed.checkpoint",
 )
 
 

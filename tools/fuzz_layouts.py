@@ -179,8 +179,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     precision = rng.choice(PRECISIONS)
     overrides = FIXED | {key: rng.choice(values) for key, values in MODELS.items()}
     overrides |= _precision(rng, precision) | {"train.seed": rng.randrange(1000)}
-    batch = rng.choice((8, 16))
-    iterations = rng.randint(4, 8)
+    batch = rng.choice((4, 8))
+    iterations = rng.randint(3, 6)
     overrides |= _length(rng, batch, iterations)
     ends = [*sorted(rng.sample(range(1, iterations), rng.randint(0, 2))), iterations]
     micro = rng.choice((1, 2))
@@ -190,7 +190,7 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     # With FP8 sums on the way, and on nodes, the number of replicas and its nodes are numerics.
     phases = [
         Phase(
-            draw_layout(rng, max_processes, batch // micro, 8 // micro, on_nodes=on_nodes),
+            draw_layout(rng, max_processes, batch // micro, 4 // micro, on_nodes=on_nodes),
             end,
             *_kill(rng, start, end),
         )
@@ -214,15 +214,15 @@ def _precision(rng: random.Random, name: str) -> Overrides:
 
 
 def _length(rng: random.Random, batch: int, iterations: int) -> Overrides:
-    """Iterations of one batch, or a ramp-up from 8 samples to 16."""
+    """Iterations of one batch, or a ramp-up from 4 samples to 8."""
     keys: Overrides = {"train.global_batch_size": batch}
-    if batch == 16 and rng.random() < 0.5:
-        ramp = {"train.rampup_batch_size": "[8,8,24]", "train.train_iters": "null"}
-        # Three steps of 8, then 16.
+    if batch == 8 and rng.random() < 0.5:
+        ramp = {"train.rampup_batch_size": "[4,4,12]", "train.train_iters": "null"}
+        # Three steps of 4, then 8.
         return (
             keys
             | ramp
-            | {"train.train_samples": 24 + 16 * max(1, iterations - 3)}
+            | {"train.train_samples": 12 + 8 * max(1, iterations - 3)}
             | {"scheduler.lr_warmup_fraction": 0.2}
         )
     return keys | {"train.train_iters": iterations}
