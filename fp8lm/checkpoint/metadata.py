@@ -113,19 +113,19 @@ class _Index(MetadataIndex):
 def _memory_format(value: Any) -> enum.Enum:
     if type(value) is not int:
         raise TypeError("expected the number of a memory format")
-    return metadata._MEM_FORMAT_ENCODING(value)
+    return metadata._MEM_FORMAT_ENCODING(value)  # noqa: SLF001 (what files name)
 
 
 def _enum_member(kind: Any, name: Any) -> enum.Enum:
     if kind is not _memory_format or type(name) is not str:
         raise InputError(f"refused to read the attribute {name!r:.100} of {kind!r:.100}")
-    return metadata._MEM_FORMAT_ENCODING[name]
+    return metadata._MEM_FORMAT_ENCODING[name]  # noqa: SLF001
 
 
 def _layout(name: Any) -> torch.layout:
     if type(name) is not str:
         raise TypeError("expected the name of a layout")
-    return torch.serialization._get_layout(name)
+    return torch.serialization._get_layout(name)  # noqa: SLF001
 
 
 _STAND_INS = {

@@ -132,7 +132,7 @@ class BatchIterator:
         # to itself it sends a hanging worker a SIGTERM, which that ignores, and Python's exit would
         # wait for it without end.
         if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
-            self._iterator._shutdown_workers()
+            self._iterator._shutdown_workers()  # noqa: SLF001
         for worker in self._workers:
             worker.kill()
             worker.join(END_WAIT)

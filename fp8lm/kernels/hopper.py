@@ -57,7 +57,7 @@ class HopperKernels:
                 raise ValueError(f"the contraction of {operand} is not contiguous: transpose it")
             if not operand.granularity.is_per_tensor:
                 raise ValueError(f"cuBLASLt is not asked for scales {operand.granularity}")
-        return torch._scaled_mm(
+        return torch._scaled_mm(  # noqa: SLF001 (torch has no public one)
             a.fp8,
             b.fp8.t(),
             scale_a=a.scale.reciprocal(),

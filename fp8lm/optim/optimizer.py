@@ -54,6 +54,8 @@ class AdamW:
         self.seed = seed
         self.states: dict[str, AdamState] = {}
         device = next(iter(weights.values())).model_param.device
+        # On a GPU the host does not know whether a step is skipped: every write is masked instead.
+        self.masks_writes = device.type != "cpu"
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Row i: of the i-th weight. The true amax of master, m and v, and the scales of the model
         # parameter and of these three, which weights and states have as views.
@@ -123,10 +125,9 @@ class AdamW:
         norm = self._norm(gradients, self.config.clip_grad, share=share, loss=loss, stop=stop)
         grad_amax, amax = self._largest(norm.amax)
         norm = replace(norm, amax=grad_amax)
-        on_host = norm.skip.device.type == "cpu"
-        if on_host and norm.skip:
+        if not self.masks_writes and norm.skip:
             return norm
-        skip = None if on_host else norm.skip
+        skip = norm.skip if self.masks_writes else None
         self.num_steps += (~norm.skip).long()
         self._update(self._coefficients(lr, norm, skip), amax, norm.amax, gradients)
         return norm

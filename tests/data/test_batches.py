@@ -229,7 +229,7 @@ def test_what_a_worker_refuses_is_said_as_by_this_process(capsys):
 
 
 def test_a_worker_that_hangs_does_not_outlive_its_iterator(monkeypatch):
-    monkeypatch.setattr(data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # noqa: SLF001 (5 s)
     before = set(multiprocessing.active_children())
     with iterate(dataset=Failing(hang), num_workers=2) as batches:
         batches.next(1)

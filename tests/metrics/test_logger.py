@@ -17,6 +17,7 @@ from fp8lm.metrics.console import evaluation_line, saved_line, training_line
 from fp8lm.metrics.logger import RunInfo, TrainLogger
 from fp8lm.metrics.metrics_file import MetricsFile
 from fp8lm.runtime.errors import InputError
+from tests.checkpoint.tensors import file_size_limit
 from tests.metrics import reports
 
 VALUES = {"iteration": 100, **reports.VALUES, "state_bytes/weights": 123456789012}
@@ -152,7 +153,8 @@ def test_a_file_that_is_removed_is_made_anew(tmp_path, capsys):
 
 def test_lines_that_wait_are_not_written_to_a_folder_that_is_anothers(tmp_path):
     metrics = MetricsFile(tmp_path, 0)
-    metrics._unwritten = b"of this run\n"  # as on a full disk
+    with file_size_limit(0):  # as on a full disk
+        metrics.write({"iteration": 1})
     metrics.close(may_write=False)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import resource
 
 import pytest
 
@@ -13,6 +11,7 @@ from fp8lm.config import LoggingConfig
 from fp8lm.metrics.logger import RunInfo, TrainLogger
 from fp8lm.metrics.tensorboard_file import TensorBoard
 from fp8lm.metrics.trackers import BestEffortTracker
+from tests.checkpoint.tensors import file_size_limit
 from tests.metrics.reports import VALUES
 
 
@@ -89,21 +88,10 @@ def test_tensorboard_that_cannot_start_is_one_warning(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a full disk, a write that makes a file longer raises OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_one_warning_each_and_metrics_wait_for_space(tmp_path, capsys):
     stream = io.StringIO()
     with TrainLogger(LoggingConfig(dir=str(tmp_path)), RunInfo(1000), stream) as logger:
-        with files_of_at_most(2000):
+        with file_size_limit(2000):
             for iteration in range(1, 41):
                 logger.log_step({**VALUES, "iteration": iteration})
         logger.log_step({**VALUES, "iteration": 41})
@@ -176,5 +164,5 @@ def test_interrupting_is_not_a_failure():
 
 def test_tensorboard_raises_where_it_fails(tmp_path):
     board = TensorBoard(tmp_path, 0, {})
-    with files_of_at_most(10), pytest.raises(OSError):
+    with file_size_limit(10), pytest.raises(OSError):
         board.log({"x": 1.0}, 1)

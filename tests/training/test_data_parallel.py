@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
 from unittest import mock
@@ -13,9 +14,11 @@ import torch.distributed as dist
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
+from fp8lm.comm import all_gather_uneven
 from fp8lm.comm.accounting import all_reduce_sent
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.optim.step_scalars import NUM_GATHERED
+from fp8lm.parallel import param_buffer
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.memory import linear_weights, state_bytes
@@ -412,22 +415,19 @@ def arrivals(config):
         for index, layer in model.decoder.layers.items():
             layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
         trainer.train()
-        events.clear()
-        for number, part in enumerate(replicas._buffers):
-            finish = part.wait
-            under_way = lambda part=part: part._arriving is not None  # noqa: E731
+        replicas.finish_param_sync()
+        parts = itertools.count()
 
-            def wait(finish=finish, number=number, under_way=under_way):
-                if under_way():
-                    events.append(f"part {number}")
-                finish()
+        def gather(*args):
+            part = next(parts)
+            return all_gather_uneven(*args).then(lambda _: events.append(f"part {part}"))
 
-            part.wait = wait
-            part.start_gather()
+        with mock.patch.object(param_buffer, "all_gather_uneven", gather):
+            replicas.start_param_sync(torch.tensor(False))
         events.clear()
         batch = run_batches(run, run.datasets[0], 0).next(1)[0]
         model.forward_step(None, batch)
-    return events, len(replicas._buffers)
+    return events, next(parts)
 
 
 def test_layers_start_before_later_weights_have_arrived(config, run_distributed):
