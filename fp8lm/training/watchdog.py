@@ -174,7 +174,7 @@ class Heartbeats:
 
 def place_of(thread: int) -> str:
     """The innermost function of this package that `thread` is in: `module.function, line N`."""
-    frame = sys._current_frames()  # noqa: SLF001 (documented).get(thread)
+    frame = sys._current_frames().get(thread)  # noqa: SLF001 (documented)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith("fp8lm."):
