@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fp8lm.comm.dims import ParallelDims
 from fp8lm.config import load_config
+from fp8lm.parallel.distributed_optimizer import PARTITIONS, tensors_of
 from fp8lm.parallel.param_layout import BufferEntry, ParamLayout
-from fp8lm.parallel.sharded_params import PARTITIONS, tensors_of
 from fp8lm.planner.layout import plan_stage
 from fp8lm.runtime.errors import run_command
 

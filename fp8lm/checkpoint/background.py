@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fp8lm.checkpoint.collectives import Group, from_all
 from fp8lm.checkpoint.files import Retention
-from fp8lm.checkpoint.planners import ShardKey, Shards, ShardSavePlanner
+from fp8lm.checkpoint.resharding import ShardKey, Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 from fp8lm.runtime.errors import LockLost

@@ -21,7 +21,7 @@ from fp8lm.checkpoint.files import LATEST, find_folder, latest_iteration, saved_
 from fp8lm.checkpoint.integrity import LARGEST_OTHER, Contents, check_files, inspect_folder
 from fp8lm.checkpoint.location import locate, why_none
 from fp8lm.checkpoint.metadata import DamagedCheckpoint, tensor_entries
-from fp8lm.checkpoint.planners import ShardLoadPlanner, Shards
+from fp8lm.checkpoint.resharding import ShardLoadPlanner, Shards
 from fp8lm.checkpoint.state_key import StateKey
 from fp8lm.checkpoint.storage import read_shards
 from fp8lm.runtime.errors import InputError

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from fp8lm.checkpoint.files import anybody_may
 from fp8lm.checkpoint.loading import Checkpoint, load_checkpoint
-from fp8lm.checkpoint.planners import ShardSavePlanner
+from fp8lm.checkpoint.resharding import ShardSavePlanner
 from fp8lm.checkpoint.saving import save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 from fp8lm.checkpoint.state_key import StateKey

@@ -27,7 +27,7 @@ from fp8lm.checkpoint.files import (
     saved_iterations,
     start_writing,
 )
-from fp8lm.checkpoint.planners import Shards, ShardSavePlanner
+from fp8lm.checkpoint.resharding import Shards, ShardSavePlanner
 from fp8lm.checkpoint.room import describe_room, make_room
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.runtime.errors import InputError, LockLost, RunFailed

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fp8lm.checkpoint.collectives import Group
-from fp8lm.checkpoint.planners import (
+from fp8lm.checkpoint.resharding import (
     ShardLoadPlanner,
     Shards,
     ShardSavePlanner,

@@ -8,6 +8,9 @@ divided over the ranks that hold replicas of everything else, so there are two v
 
 Along its axis a rank's neighbours are `stride` ranks apart, the product of the sizes of the axes
 before it: coordinate = rank // stride % size.
+
+Every parameter belongs to a group, "dense" or "expert", whose replicas lie along an axis of its own
+(`REPLICA_AXIS`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from fp8lm.runtime.errors import InputError
 
 DENSE_ORDER = ("tp", "cp", "dp", "pp")
 EXPERT_ORDER = ("tp", "ep", "expert_dp", "pp")
+
+DENSE, EXPERT = "dense", "expert"
+REPLICA_AXIS = {DENSE: "dp", EXPERT: "expert_dp"}
 
 
 @dataclass(frozen=True, kw_only=True)

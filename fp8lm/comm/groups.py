@@ -1,6 +1,14 @@
 """The process groups of a run. A group of size one is an ordinary case.
 
-Which ranks are in which group is `ParallelDims`' arithmetic.
+Which ranks are in which group is `ParallelDims`' arithmetic. Which ranks share a parameter is a
+rule per group of parameters (`ParamGroup`), along axes of `ParallelDims`, in a pipeline stage:
+
+    parameters   replicas: gradients, states    all that hold a part: amaxes
+    dense        dp                             tp x dp
+    expert       expert_dp                      tp x expert_dp
+
+An expert's gradient has the tokens in it that the ranks of its `ep` group sent to it, and the loss
+is the mean over all `dp` replicas: whatever the number of summands, a sum is divided by dp.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fp8lm.comm.dims import ParallelDims
+from fp8lm.comm.dims import DENSE, EXPERT, REPLICA_AXIS, ParallelDims
 from fp8lm.comm.env import DistEnv
 from fp8lm.comm.rank_check import addresses_line, call_roll
 from fp8lm.comm.store import job_store
@@ -240,6 +248,46 @@ def pipeline_groups(groups: ProcessGroups) -> PipelineGroups:
     pp_backward = groups.divide(pipelines)
     embd = groups.divide_some([[ranks[0], ranks[-1]] for ranks in pipelines])
     return PipelineGroups(groups.pipeline_parallel, pp_backward, embd)
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """The ranks that share the parameters of group `name` with this one.
+
+    `reduce_group`: the replicas, over which gradients are summed, then divided by `divisor`, and
+    optimizer states sharded. `amax_group`: all ranks that hold a part of the same parameters.
+    """
+
+    name: str
+    reduce_group: dist.ProcessGroup
+    amax_group: dist.ProcessGroup
+    divisor: int
+
+    @property
+    def axis(self) -> str:
+        """The axis of `ParallelDims` along which the replicas are."""
+        return REPLICA_AXIS[self.name]
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank counts what all replicas hold, as gradients in the norm."""
+        return self.reduce_group.rank() == 0
+
+
+def build_param_groups(groups: ProcessGroups) -> dict[str, ParamGroup]:
+    """Every group by its name; a collective of all processes."""
+    dims = groups.dims
+    if dims.cp > 1:
+        raise NotImplementedError("context-parallel ranks hold replicas too, in no group yet")
+    stage = groups.world if dims.pp == 1 else groups.divide(dims.rank_lists("tp", "dp"))
+    dense = ParamGroup(DENSE, groups.data_parallel, stage, dims.dp)
+    if dims.ep == 1:
+        expert = ParamGroup(EXPERT, dense.reduce_group, dense.amax_group, dims.dp)
+    else:
+        replicas = groups.divide(dims.rank_lists("expert_dp"))
+        holders = groups.divide(dims.rank_lists("tp", "expert_dp"))
+        expert = ParamGroup(EXPERT, replicas, holders, dims.dp)
+    return {DENSE: dense, EXPERT: expert}
 
 
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:

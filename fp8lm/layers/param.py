@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8lm.comm.param_groups import DENSE, REPLICA_AXIS
+from fp8lm.comm.dims import DENSE, REPLICA_AXIS
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.main_grad import MainGrad
 from fp8lm.layers.quantizer import Quantizer
@@ -38,7 +38,7 @@ class ParamSpec:
     `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only, so
     that gradients have to be summed over the tensor-parallel group.
     `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
-    `group`: which ranks share it (see `fp8lm.comm.param_groups`).
+    `group`: which ranks share it (see `fp8lm.comm.groups.ParamGroup`).
     `trainable` False: frozen, without gradient buffer or optimizer states.
     """
 

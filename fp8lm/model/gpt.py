@@ -7,21 +7,17 @@ between layers. With tensor parallelism it has its part of V.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fp8lm.batch import Batch
 from fp8lm.config import ModelConfig
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import GemmPath, linear
-from fp8lm.layers.norm import NORMS
 from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.layers.recipe import Recipe
-from fp8lm.model.block import TransformerLayer
+from fp8lm.model.decoder import Decoder, StageSpec
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
 
@@ -81,62 +77,6 @@ class Embedding(nn.Module):
                 positions = torch.arange(here.start, here.stop, device=h_SBH.device)
                 h_SBH = h_SBH + embed(positions, table)[:, None]
         return dropout(h_SBH, self.dropout, noise)
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """What a pipeline stage holds of the model: which layers, and its ends."""
-
-    layers: range
-    has_embedding: bool = True
-    has_head: bool = True
-
-
-class Decoder(nn.Module):
-    """The transformer layers `part` names, by their number in the model, and the final norm."""
-
-    def __init__(
-        self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: StageSpec
-    ) -> None:
-        super().__init__()
-        self.recompute_layers = recompute == "full"
-        self.layers = nn.ModuleDict(
-            {
-                str(index): TransformerLayer(
-                    config,
-                    recipe.for_layer(index, config.num_layers),
-                    recompute_core=recompute == "selective",
-                )
-                for index in part.layers
-            }
-        )
-        self.final_layernorm = None
-        if not part.has_head:
-            return
-        norm = NORMS[config.normalization]
-        self.final_layernorm = norm(
-            config.hidden_size,
-            config.norm_epsilon,
-            recipe.high_precision,
-            recipe.kernels,
-            recipe.device,
-            sequence_parallel=recipe.tp.sequence_parallel,
-        )
-
-    def forward(
-        self,
-        h_SBH: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        noise: DropoutNoise | None = None,
-    ) -> Tensor:
-        """[S,B,H] -> [S,B,H]."""
-        for index, layer in self.layers.items():
-            of_layer = None if noise is None else noise.at(int(index))
-            if self.recompute_layers and torch.is_grad_enabled():
-                h_SBH = checkpoint(layer, h_SBH, rope, of_layer, use_reentrant=False)
-            else:
-                h_SBH = layer(h_SBH, rope, of_layer)
-        return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)
 
 
 class TiedEmbedding(nn.Module):

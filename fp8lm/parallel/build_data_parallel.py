@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.comm import Wire, WireCounter, max_over_group, reduce_scatter_fp8, sums_fp8
-from fp8lm.comm.groups import ProcessGroups, node_groups, processes_per_node
-from fp8lm.comm.param_groups import ParamGroup
+from fp8lm.comm.groups import ParamGroup, ProcessGroups, node_groups, processes_per_node
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import GradientBuckets, ShardedReduction
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
@@ -18,9 +17,9 @@ from fp8lm.gradient.reduction import Fp32ReduceScatter, GradientReduction
 from fp8lm.kernels import Kernels
 from fp8lm.layers.param import Param, by_group
 from fp8lm.numerics import E4M3
-from fp8lm.parallel.data_parallel import DistributedDataParallel, NoDataParallel, ZeroDataParallel
+from fp8lm.parallel.data_parallel import DistributedDataParallel, NoDataParallel
+from fp8lm.parallel.distributed_optimizer import ShardedParams, ZeroDataParallel, shard_params
 from fp8lm.parallel.param_buffer import ParamBuffer
-from fp8lm.parallel.sharded_params import ShardedParams, shard_params
 
 
 def build_data_parallel(

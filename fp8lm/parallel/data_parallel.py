@@ -1,27 +1,19 @@
-"""Data parallelism: gradients reduced, parameters gathered (FP8-LM, sections 2.1 and 2.3).
+"""Data parallelism: replicas of the model, whose gradients are reduced (FP8-LM, section 2.1).
 
-    reduce     gradients to the rank that owns their rows                   (`fp8lm.gradient`)
-    gather     the owners' new parameters to all ranks, payloads as they are stored
-
-`NoDataParallel` is a single replica. `ZeroDataParallel` shards optimizer states (ZeRO stage 1) and
-reduced gradients (stage 2); with `DistributedDataParallel` every rank holds all of them. Bytes sent
-by a rank in a step for N one-byte parameters on d ranks, without padding:
-
-    reduce (d-1)/d N        gather (d-1)/d N        plain: 2 (d-1)/d N and no gather
+`NoDataParallel` is a single replica. With `DistributedDataParallel` every rank holds all optimizer
+states; `fp8lm.parallel.distributed_optimizer` shards them. Bytes that a rank sends in a step for N
+one-byte parameters on d ranks, without padding: 2 (d-1)/d N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fp8lm.comm.param_groups import ParamGroup
+from fp8lm.comm.groups import ParamGroup
 from fp8lm.gradient.buckets import GradientBuckets
-from fp8lm.layers.linear import Linear
-from fp8lm.layers.norm import LayerNorm, RMSNorm
-from fp8lm.layers.param import Param, named_params
-from fp8lm.parallel.param_buffer import ParamBuffer
+from fp8lm.layers.param import Param
 from fp8lm.scaled_tensor import ScaledTensor
 
 Rows = tuple[int, int]
@@ -104,64 +96,3 @@ class DistributedDataParallel(BucketedDataParallel):
     def reduce(self) -> dict[str, ScaledTensor]:
         """See `NoDataParallel`: here all rows."""
         return self.buckets.finish_everywhere()
-
-
-class ZeroDataParallel(BucketedDataParallel):
-    """Every rank updates its rows; model parameters are views of all-gathered buffers.
-
-    `buffers` divide the weights, in the order in which forward needs them.
-    """
-
-    def __init__(
-        self, weights: dict[str, Param], buffers: list[ParamBuffer], buckets: GradientBuckets
-    ) -> None:
-        super().__init__(weights, buckets)
-        self._buffers, self.overlaps = buffers, False
-        self.local_shards = {
-            name: rows for part in buffers for name, rows in part.local_shards.items()
-        }
-        self.padding = sum(part.padding for part in buffers)
-
-    def reduce(self) -> dict[str, ScaledTensor]:
-        """See `NoDataParallel`."""
-        return self.buckets.finish()
-
-    def start_param_sync(self, skipped: Tensor) -> None:
-        """See `NoDataParallel`."""
-        super().start_param_sync(skipped)
-        for part in self._buffers:
-            part.start_gather()
-        if not self.overlaps:
-            self.finish_param_sync()
-
-    def finish_param_sync(self) -> None:
-        """See `NoDataParallel`."""
-        for part in self._buffers:
-            part.wait()
-
-    def overlap_gather(self, model: nn.Module) -> None:
-        """From now on a module of `model` waits for its own weights only, in its next forward."""
-        self.overlaps = True
-        here = named_params(model)
-        part_of = {name: part for part in self._buffers for name in part.names if name in here}
-        waited_for = set()
-        for path, module in model.named_modules():
-            if isinstance(module, Linear | LayerNorm | RMSNorm):
-                names = [f"{path}.{name}" for name in named_params(module)]
-                parts = [part_of[name] for name in names if name in part_of]  # but frozen ones
-                module.register_forward_pre_hook(_waiting(parts))
-                waited_for.update(names)
-        # Tables are no modules that are called.
-        model.register_forward_pre_hook(
-            _waiting(part for name, part in part_of.items() if name not in waited_for)
-        )
-
-
-def _waiting(parts: Iterable[ParamBuffer]) -> Callable[..., None]:
-    parts = list(dict.fromkeys(parts))
-
-    def wait(*_: object) -> None:
-        for part in parts:
-            part.wait()
-
-    return wait

@@ -14,20 +14,22 @@ from fp8lm.comm import (
 from fp8lm.comm.groups import (
     PipelineGroups,
     ProcessGroups,
+    build_param_groups,
     pipeline_groups,
     tensor_parallel_neighbours,
 )
 from fp8lm.comm.p2p import PipelineP2P
-from fp8lm.comm.param_groups import build_param_groups
 from fp8lm.config import Config
 from fp8lm.kernels import Kernels
 from fp8lm.layers.param import Param, QuantizedParam, named_params, trainable
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.layers.weight_grad_store import WeightGradStore
-from fp8lm.model.gpt import GPTModel, StageSpec
+from fp8lm.model.decoder import StageSpec
+from fp8lm.model.gpt import GPTModel
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.build_data_parallel import build_data_parallel, max_by_group
-from fp8lm.parallel.data_parallel import NoDataParallel, ZeroDataParallel
+from fp8lm.parallel.data_parallel import NoDataParallel
+from fp8lm.parallel.distributed_optimizer import ZeroDataParallel
 from fp8lm.parallel.pipeline import Executor, NoPipeline, Pipeline
 from fp8lm.parallel.query_groups import SharedQueryGroup
 from fp8lm.parallel.stages import WORD_TABLE, TiedEmbeddingSync, layer_ranges, schedule_maker

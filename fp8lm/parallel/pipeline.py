@@ -25,7 +25,7 @@ from fp8lm.comm.handles import Handle
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.objectives import Objective
-from fp8lm.parallel.schedule import Action, Schedule, forwards
+from fp8lm.parallel.pipeline_schedule import Action, Schedule, forwards
 from fp8lm.parallel.stages import TiedEmbeddingSync
 
 Chunk = Callable[[Tensor | None, Batch], Tensor]

@@ -11,7 +11,12 @@ from fp8lm.comm import Wire, all_reduce
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
 from fp8lm.numerics import FP32
-from fp8lm.parallel.schedule import Schedule, interleaved, one_forward_one_backward, zero_bubble
+from fp8lm.parallel.pipeline_schedule import (
+    Schedule,
+    interleaved,
+    one_forward_one_backward,
+    zero_bubble,
+)
 
 WORD_TABLE = "embedding.word_embeddings.weight"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fp8lm.config import Config
 from fp8lm.optim.schedule import BatchSize
-from fp8lm.parallel.schedule import simulate
+from fp8lm.parallel.pipeline_schedule import simulate
 from fp8lm.parallel.stages import schedule_maker
 from fp8lm.training.run_length import check_batches, end_of_run
 

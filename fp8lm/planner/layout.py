@@ -17,18 +17,17 @@ from functools import cached_property
 
 import torch
 
-from fp8lm.comm.dims import ParallelDims
-from fp8lm.comm.param_groups import REPLICA_AXIS
+from fp8lm.comm.dims import REPLICA_AXIS, ParallelDims
 from fp8lm.config import Config
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import Param, QuantizedParam, by_group, named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import TPContext
-from fp8lm.model.gpt import StageSpec
+from fp8lm.model.decoder import StageSpec
 from fp8lm.optim import StatePrecision
+from fp8lm.parallel.distributed_optimizer import shard_params
 from fp8lm.parallel.parallelize import stage_specs
-from fp8lm.parallel.sharded_params import shard_params
 from fp8lm.training.builders import build_model, model_vocab_size
 
 STATES = ("master", "exp_avg", "exp_avg_sq")

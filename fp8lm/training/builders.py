@@ -16,7 +16,7 @@ from fp8lm.layers.param import Param, named_params, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model import GPTModel
-from fp8lm.model.gpt import StageSpec
+from fp8lm.model.decoder import StageSpec
 from fp8lm.model.init import initial_value
 from fp8lm.model.objectives import LanguageModeling, Objective
 from fp8lm.optim import AdamW, StatePrecision

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
-from fp8lm.comm.param_groups import DENSE
+from fp8lm.comm.dims import DENSE
 from fp8lm.gradient.buckets import GradientBuckets, ShardedReduction
 from fp8lm.gradient.reduction import Fp32ReduceScatter
 from fp8lm.layers.embedding import embed
@@ -15,8 +15,8 @@ from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.layers.recipe import FP8_GEMM
 from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.parallel.distributed_optimizer import tensors_of
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
-from fp8lm.parallel.sharded_params import tensors_of
 from tests.parallel.ranks import CPU, KERNELS, random
 
 

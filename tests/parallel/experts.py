@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fp8lm.comm import WireCounter
-from fp8lm.comm.dims import ParallelDims
+from fp8lm.comm.dims import DENSE, EXPERT, ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.comm.param_groups import DENSE, EXPERT
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec, named_params, vector_spec
 from fp8lm.layers.tp_context import NO_TP

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.dims import ParallelDims
-from fp8lm.comm.groups import model_parallel_groups
-from fp8lm.comm.param_groups import build_param_groups
+from fp8lm.comm.groups import build_param_groups, model_parallel_groups
 from fp8lm.layers.param import named_params
 from fp8lm.parallel.build_data_parallel import max_by_group
 from tests.parallel.experts import EXPERTS, TinyExperts, on_one_process, on_ranks

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fp8lm.batch import Batch
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars, max_over_group
-from fp8lm.comm.param_groups import DENSE
+from fp8lm.comm.dims import DENSE
 from fp8lm.config import OptimizerConfig, PrecisionConfig
 from fp8lm.gradient.buckets import GradientBuckets, ShardedReduction
 from fp8lm.gradient.fp8_sum import AutoScaler, Fp8Sum
@@ -30,11 +30,15 @@ from fp8lm.numerics import E4M3
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel import TensorParallel
-from fp8lm.parallel.data_parallel import ZeroDataParallel
+from fp8lm.parallel.distributed_optimizer import (
+    ShardedParams,
+    ZeroDataParallel,
+    in_parts,
+    tensors_of,
+)
 from fp8lm.parallel.param_buffer import ParamBuffer
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
 from fp8lm.parallel.pipeline import NoPipeline
-from fp8lm.parallel.sharded_params import ShardedParams, in_parts, tensors_of
 from fp8lm.training.step import train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 

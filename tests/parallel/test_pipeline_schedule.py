@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fp8lm.parallel.schedule import (
+from fp8lm.parallel.pipeline_schedule import (
     Action,
     Schedule,
     forwards,

@@ -1,0 +1,109 @@
+"""The transformer layers, each pre-norm: `h = x + attn(norm(x)); y = h + mlp(norm(h))`.
+
+Recomputation in backward is of a whole layer (here) or of its attention core (see `SelfAttention`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fp8lm.config import ModelConfig
+from fp8lm.layers.dropout import DropoutNoise, dropout
+from fp8lm.layers.norm import NORMS
+from fp8lm.layers.recipe import Recipe
+from fp8lm.model.attention import SelfAttention
+from fp8lm.model.mlp import MLP
+
+
+class TransformerLayer(nn.Module):
+    """[S,B,H] -> [S,B,H]."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
+        super().__init__()
+        make_norm = partial(
+            NORMS[config.normalization],
+            config.hidden_size,
+            config.norm_epsilon,
+            recipe.high_precision,
+            recipe.kernels,
+            recipe.device,
+            sequence_parallel=recipe.tp.sequence_parallel,
+        )
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = make_norm()
+        self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
+        self.pre_mlp_layernorm = make_norm()
+        self.mlp = MLP(config, recipe)
+
+    def forward(
+        self,
+        x_SBH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        noise: DropoutNoise | None = None,
+    ) -> Tensor:
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout."""
+        first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
+        attended = self.self_attention(x_SBH, rope, self.input_layernorm)
+        h = x_SBH + dropout(attended, self.dropout, first)
+        return h + dropout(self.mlp(h, self.pre_mlp_layernorm), self.dropout, second)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a pipeline stage holds of the model: which layers, and its ends."""
+
+    layers: range
+    has_embedding: bool = True
+    has_head: bool = True
+
+
+class Decoder(nn.Module):
+    """The transformer layers `part` names, by their number in the model, and the final norm."""
+
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: StageSpec
+    ) -> None:
+        super().__init__()
+        self.recompute_layers = recompute == "full"
+        self.layers = nn.ModuleDict(
+            {
+                str(index): TransformerLayer(
+                    config,
+                    recipe.for_layer(index, config.num_layers),
+                    recompute_core=recompute == "selective",
+                )
+                for index in part.layers
+            }
+        )
+        self.final_layernorm = None
+        if not part.has_head:
+            return
+        norm = NORMS[config.normalization]
+        self.final_layernorm = norm(
+            config.hidden_size,
+            config.norm_epsilon,
+            recipe.high_precision,
+            recipe.kernels,
+            recipe.device,
+            sequence_parallel=recipe.tp.sequence_parallel,
+        )
+
+    def forward(
+        self,
+        h_SBH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        noise: DropoutNoise | None = None,
+    ) -> Tensor:
+        """[S,B,H] -> [S,B,H]."""
+        for index, layer in self.layers.items():
+            of_layer = None if noise is None else noise.at(int(index))
+            if self.recompute_layers and torch.is_grad_enabled():
+                h_SBH = checkpoint(layer, h_SBH, rope, of_layer, use_reentrant=False)
+            else:
+                h_SBH = layer(h_SBH, rope, of_layer)
+        return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)
