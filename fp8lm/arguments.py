@@ -1,4 +1,4 @@
-"""What argparse takes as types: numbers within bounds, and paths; mistakes in one line."""
+"""Types for argparse: numbers within bounds, and paths."""
 
 from __future__ import annotations
 

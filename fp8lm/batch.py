@@ -1,4 +1,4 @@
-"""A micro-batch: what the model reads, and what its loss is taken of.
+"""A micro-batch: the inputs of the model and of its loss.
 
 Shapes: B samples of S tokens.
 """

@@ -1,4 +1,4 @@
-"""What is said of GPUs that this project cannot use, before a run and in it."""
+"""Messages about GPUs that this project cannot use."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from fp8lm.runtime.parent_death import tie_to_parent
 
 def main(argv: list[str]) -> int:
     """Read the config, build the run, train it; the exit code."""
-    from fp8lm.config import parse_command_line  # here, so that a missing package is told
+    from fp8lm.config import parse_command_line  # inside, so that a missing package is reported
 
     config = parse_command_line(argv)
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     adopt_launcher(os.environ)
     resumes = config.checkpoint.resumes
     if resumes and is_over(config.train, DistEnv.from_environment(os.environ)):
-        return EXIT_RESTART  # torchrun has started again what had saved and stopped
+        return EXIT_RESTART  # torchrun has restarted a run that saved and stopped
     device = rank_device(resolve_device(config.train.device))
     parallel = config.parallel
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def command() -> NoReturn:
-    """Run it as this process's command; its end is the end of the process."""
+    """Entry point: run `main` and end the process."""
     tie_to_parent()
     exit_at_second_signal()
     exit_with(main)

@@ -90,7 +90,7 @@ class ScaledTensor:
         return ScaledTensor(self.payload.clone(), self.scale.clone(), self.format, self.granularity)
 
     def copy_(self, other: ScaledTensor) -> ScaledTensor:
-        """Take over payload and scale of `other`, which has the same format and shape."""
+        """Copy payload and scale from `other`, which has the same format and shape."""
         same = (self.format, self.granularity, self.shape)
         if (other.format, other.granularity, other.shape) != same:
             raise TypeError(f"cannot copy {other} into {self}")

@@ -1,7 +1,7 @@
 """Bytes that leave this rank, by wire, in the terms of ring and all-to-all algorithms.
 
     all-gather of n bytes per rank      (W - 1) n
-    all-to-all                          what goes to the others: with n for each, (W - 1) n
+    all-to-all                          the bytes for other ranks: (W - 1) n if each gets n
     all-reduce of n bytes               2 (W - 1) n / W, rounded up
     broadcast of n bytes                n on every rank but the last of the ring that starts at the
                                         source
@@ -40,14 +40,14 @@ class WireCounter:
         self._sent[name] += num_bytes
 
     def take(self) -> dict[str, int]:
-        """What `sent` says, and start again from 0."""
+        """Return `sent` and restart from 0."""
         sent, self._sent = self._sent, dict.fromkeys(self._sent, 0)
         return sent
 
 
 @dataclass(frozen=True)
 class Wire:
-    """One kind of traffic: its name, what it carries (`fp8`, `bf16` or `fp32`), its counter.
+    """One kind of communication: its name, its precision (`fp8`, `bf16` or `fp32`), its counter.
 
     ValueError for any other precision, KeyError for a name the counter does not have.
     """
@@ -63,7 +63,7 @@ class Wire:
 
     @classmethod
     def of_key(cls, key: str, wires: WireConfig, counter: WireCounter) -> Wire:
-        """The wire that `precision.wire.KEY` is about."""
+        """The wire of the config key `precision.wire.KEY`."""
         return cls(_COUNTED_AS.get(key, key), wires.of(key), counter)
 
     def format(self, fp8: Format) -> Format:

@@ -44,7 +44,7 @@ class ParallelDims:
     def divide(
         cls, world_size: int, *, tp: int = 1, cp: int = 1, ep: int = 1, pp: int = 1
     ) -> ParallelDims:
-        """Replicas on what is left of `world_size` processes; InputError if that is no number."""
+        """Dims with dp = `world_size` / (tp cp pp); InputError if it does not divide."""
         sizes = {
             "tensor_model_parallel_size": tp,
             "context_parallel_size": cp,
@@ -69,7 +69,7 @@ class ParallelDims:
 
     @classmethod
     def from_config(cls, parallel: ParallelConfig, world_size: int) -> ParallelDims:
-        """Those that config section `parallel` describes, on `world_size` processes."""
+        """The dims of config section `parallel` on `world_size` processes."""
         return cls.divide(
             world_size,
             tp=parallel.tensor_model_parallel_size,
@@ -91,12 +91,12 @@ class ParallelDims:
         return getattr(self, axis)
 
     def stride(self, axis: str) -> int:
-        """How far apart in number neighbours along `axis` are."""
+        """Difference in rank of neighbours along `axis`."""
         order = DENSE_ORDER if axis in DENSE_ORDER else EXPERT_ORDER
         return math.prod(self.size(before) for before in order[: order.index(axis)])
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """Which of the ranks along `axis` number `rank` is."""
+        """Position of `rank` along `axis`."""
         return rank // self.stride(axis) % self.size(axis)
 
     def rank(self, **coordinates: int) -> int:

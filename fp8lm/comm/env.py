@@ -1,4 +1,4 @@
-"""Which process of the job this is, as the launcher's environment says."""
+"""This process's place in the job, from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CURE = "start with torchrun, or unset them to run one process"
 class DistEnv:
     """Number of this process in the job and on its machine, and how many there are in each.
 
-    `restart` counts how often torchrun has started the processes of this machine anew; of several
-    `machines` each counts for itself.
+    `restart` counts how often torchrun has restarted the processes of this machine; each of several
+    `machines` counts its own.
     """
 
     rank: int = 0
@@ -33,7 +33,7 @@ class DistEnv:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> DistEnv:
-        """What torchrun (or any launcher that sets the same variables) says; else one process.
+        """Read the variables of torchrun (or a launcher that sets the same); else one process.
 
         InputError if variables are missing or make no sense.
         """

@@ -1,4 +1,4 @@
-"""All-gather and broadcast of scaled tensors, payloads as they are: nothing is rounded.
+"""All-gather and broadcast of scaled tensors, without any rounding: payloads are sent as stored.
 
 A tensor whose scale is NaN (its amax was not finite) arrives with that scale, so everything
 decoded from it is NaN on every rank.
@@ -23,8 +23,8 @@ from fp8lm.scaled_tensor import ScaledTensor
 def all_gather(x: ScaledTensor, group: dist.ProcessGroup, wire: Wire) -> Handle[ScaledTensor]:
     """Shards [n, ...] -> the tensor [n * W, ...], in rank order.
 
-    All ranks must have cast with one scale (see `max_over_group`), which therefore does not
-    travel, and have the same n. `x` must not be written to before `wait()`; in a group of one
+    All ranks must have cast with one scale (see `max_over_group`), which therefore is not sent,
+    and have the same n. `x` must not be written to before `wait()`; in a group of one
     rank the result shares its memory.
     """
     if not x.shape:
@@ -69,9 +69,9 @@ def join(shards: Sequence[ScaledTensor], kernels: Kernels, dtype: torch.dtype) -
 def broadcast(
     x: ScaledTensor, src: int, group: dist.ProcessGroup, wire: Wire
 ) -> Handle[ScaledTensor]:
-    """The `x` of the rank that is number `src` in `group`, payload and scale in one message.
+    """Payload and scale of `x` on rank number `src` of `group`, in one message.
 
-    On the others `x` gives shape and format and is left as it is.
+    On other ranks `x` only gives shape and format.
     """
     if not 0 <= src < group.size():
         raise ValueError(f"rank {src} does not exist in a group of {group.size()}")

@@ -41,10 +41,10 @@ SAVING_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Groups this process belongs to, one along each axis of `dims`, passed to what communicates.
+    """Groups of this process along the axes of `dims`, passed to the code that communicates.
 
-    `saving` has all ranks, over gloo: what is written beside the training talks over it. `store` is
-    the job's key-value store, None where the processes were not joined here.
+    `saving` has all ranks, over gloo, for checkpoints written in the background. `store` is the
+    job's key-value store, None where the processes were not joined here.
     """
 
     dims: ParallelDims
@@ -58,11 +58,11 @@ class ProcessGroups:
     made: list[dist.ProcessGroup] = field(default_factory=list)
 
     def divide(self, ranks: list[list[int]]) -> dist.ProcessGroup:
-        """This process's one of the groups of `ranks`, which live as long as these groups do."""
+        """A group for each list of `ranks`, destroyed with the others; returns this process's."""
         return _joined(self.divide_some(ranks))
 
     def divide_some(self, ranks: list[list[int]]) -> dist.ProcessGroup | None:
-        """The same where `ranks` may leave processes out; None for those."""
+        """As `divide`, but `ranks` may leave processes out, which get None."""
         group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self.timeout)
         if group is not None:
             self.made.append(group)
@@ -103,7 +103,7 @@ def process_groups(
             raise InputError(NO_NCCL)
         torch.cuda.set_device(device)
     store = job_store(launch, timeout)
-    if launch.world_size > 1 or os.environ.get(INTERFACES[0]):  # gloo listens there in any case
+    if launch.world_size > 1 or os.environ.get(INTERFACES[0]):  # gloo listens there
         present = call_roll(store, launch, os.environ, _gpu(device, backend))
         if launch.rank == 0 and (line := addresses_line(present)):
             say(line)
@@ -121,7 +121,7 @@ def process_groups(
 
 
 def _gpu(device: torch.device, backend: str) -> str | None:
-    """What tells this process's GPU from others, where two processes may not share one."""
+    """The UUID of this process's GPU with NCCL, where two processes may not share one."""
     if device.type != "cuda" or backend != "nccl":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -145,7 +145,7 @@ def model_parallel_groups(
         for axis in ("tp", "dp", "pp")
     )
     saving = dist.new_group(backend="gloo", timeout=SAVING_TIMEOUT)
-    # Those that parts of the run divide off later are in the list, too, by the end.
+    # Groups that `divide` makes later are appended to this list.
     made = [tp, dp, pp, saving]
     yield ProcessGroups(dims, _joined(dist.group.WORLD), tp, dp, pp, saving, store, timeout, made)
     for group in made:  # not after an exception: other ranks may not come here
@@ -153,7 +153,7 @@ def model_parallel_groups(
 
 
 def _joined(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A group that this process has to be in; torch has None for those it is not in."""
+    """`group`, which must include this process (torch returns None for others)."""
     if group is None:
         raise RuntimeError("this process is in none of the groups")
     return group
@@ -161,7 +161,10 @@ def _joined(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """Of a group whose rank r is number r % m of node r // m: this node, and this number of all."""
+    """Subgroups of a group by nodes of m ranks: rank r is number r % m of node r // m.
+
+    `node`: the ranks of this node. `across`: the ranks with this number on all nodes.
+    """
 
     node: dist.ProcessGroup
     across: dist.ProcessGroup
@@ -172,7 +175,7 @@ def node_groups(
 ) -> NodeGroups | None:
     """The group along `axis` by nodes of `node_size` processes; a collective of all processes.
 
-    None where that leaves one rank per node, or one node. See `replicas_per_node`.
+    None for one rank per node, or one node. See `replicas_per_node`.
     """
     dims = groups.dims
     per_node = replicas_per_node(dims.size(axis), dims.stride(axis), node_size, given=given)
@@ -185,7 +188,7 @@ def node_groups(
 
 
 def tensor_parallel_neighbours(groups: ProcessGroups, size: int) -> dist.ProcessGroup:
-    """This process and its neighbours in parts of `size` of the tensor-parallel group.
+    """This process's part of the tensor-parallel group, cut into neighbours of `size`.
 
     A collective of all processes.
     """
@@ -196,9 +199,9 @@ def tensor_parallel_neighbours(groups: ProcessGroups, size: int) -> dist.Process
 
 
 def processes_per_node() -> int | None:
-    """Processes on every machine of the job, as the launcher says; a collective of all processes.
+    """Processes per machine, as the launcher says; a collective of all processes.
 
-    None where machines have different numbers of them.
+    None if machines have different numbers.
     """
     local = DistEnv.from_environment(os.environ).local_world_size
     sizes: list[int] = [0] * dist.get_world_size()
@@ -207,11 +210,11 @@ def processes_per_node() -> int | None:
 
 
 def replicas_per_node(ranks: int, stride: int, node_size: int, *, given: bool) -> int | None:
-    """How many of `ranks` data-parallel ranks sum on their node, None where it is one or all.
+    """How many of `ranks` data-parallel ranks sum within a node; None if it is one or all.
 
-    They are every `stride`th process. Nodes may not be alike, as stages need not begin where
-    nodes do: InputError if the user has `given` their size, else the most neighbours that are on
-    one node wherever they are.
+    The ranks are every `stride`th process. Pipeline stages need not begin at node boundaries, so
+    nodes may hold different numbers: InputError if the user has `given` the size, else the largest
+    number of neighbours that always lie on one node.
     """
     per_node = max(1, node_size // stride)
     if per_node == 1 or per_node >= ranks:
@@ -270,7 +273,7 @@ class ParamGroup:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank counts what all replicas hold, as gradients in the norm."""
+        """Whether this rank counts values that all replicas hold, such as gradients in the norm."""
         return self.reduce_group.rank() == 0
 
 
@@ -291,7 +294,7 @@ def build_param_groups(groups: ProcessGroups) -> dict[str, ParamGroup]:
 
 
 def rank_device(device: torch.device, num_gpus: int | None = None) -> torch.device:
-    """The device of this rank: the CPU, or the GPU that LOCAL_RANK counts off, round and round."""
+    """The device of this rank: the CPU, or GPU number LOCAL_RANK modulo the number of GPUs."""
     if device.type != "cuda":
         return device
     num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus

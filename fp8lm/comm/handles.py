@@ -33,14 +33,14 @@ class Handle(Generic[T]):
         return cls(lambda: value)
 
     def wait(self) -> T:
-        """The result; RuntimeError when called again (the handle has let go of it).
+        """The result; RuntimeError when called again.
 
         On a GPU with NCCL this orders streams and does not stop the host.
         """
         return self._take()()
 
     def then(self, function: Callable[[T], U]) -> Handle[U]:
-        """A handle whose `wait()` is `function(self.wait())`; takes the place of this one."""
+        """A handle whose `wait()` is `function(self.wait())`; it replaces this one."""
         finish = self._take()
         return Handle(lambda: function(finish()))
 
@@ -51,6 +51,6 @@ class Handle(Generic[T]):
         return finish
 
     def __del__(self) -> None:
-        # What an exception leaves behind is its consequence, not one more thing to tell.
+        # Not while an exception propagates: it is the cause.
         if self._finish is not None and sys.exception() is None:
             warnings.warn("a collective was never waited for", RuntimeWarning, stacklevel=2)

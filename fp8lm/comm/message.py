@@ -27,13 +27,13 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class MessageLayout:
-    """Where the tensors of a message lie; `parts` are their shapes and formats, in order."""
+    """Offsets of a message's tensors; `parts` are their shapes and formats, in order."""
 
     parts: tuple[tuple[tuple[int, ...], Format], ...]
 
     @classmethod
     def of(cls, tensors: Sequence[ScaledTensor]) -> MessageLayout:
-        """The layout of a message that holds tensors like these."""
+        """The layout for tensors of these shapes and formats."""
         return cls(tuple((tuple(tensor.shape), tensor.format) for tensor in tensors))
 
     @cached_property

@@ -45,7 +45,7 @@ class PipelineP2P:
         return self.rows * self.shape[-1] * self.format.bytes + scales
 
     def send(self, x: Tensor, to: int, group: dist.ProcessGroup) -> Handle[None]:
-        """`x` to rank number `to` of `group`; the message is held until `wait()`."""
+        """Send `x` to rank number `to` of `group`; the message is held until `wait()`."""
         message = self.pack(x)
         self.wire.count(message.numel())
         work = started(dist.isend(message, group=group, group_dst=to))
@@ -57,7 +57,7 @@ class PipelineP2P:
         return Handle(finish)
 
     def receive(self, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """What rank number `source` of `group` sent, in `dtype`; waits for it."""
+        """Receive the message of rank number `source` of `group`, in `dtype`; waits for it."""
         message = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         try:
             started(dist.irecv(message, group=group, group_src=source)).wait()

@@ -1,8 +1,8 @@
-"""What the processes of a job tell each other before they connect, through the job's store.
+"""Checks before the processes of a job connect: each says through the job's store where it is.
 
 Gloo listens at the address of the machine's own name. Where that is a loopback address, as on
 Debian, other machines cannot reach it; so in a job of several networks every process names the
-interface of its way to the others. And NCCL wants a GPU for each process.
+interface of its route to the others. And NCCL wants a GPU for each process.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def job_store(launch: DistEnv, timeout: timedelta) -> dist.Store:
 
     InputError where that place cannot be used, RunFailed if nobody is there within `timeout`.
     """
-    # Without a launcher nobody could connect, and no port has to be found free.
+    # Without a launcher nobody connects, and no free port is needed.
     if not launch.by_launcher:
         return dist.HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,4 +1,4 @@
-"""Raw bytes between ranks: what every collective of scaled tensors is made of.
+"""Raw bytes between ranks: the primitives of all collectives of scaled tensors.
 
 All buffers are contiguous uint8, the one dtype that gloo and NCCL both move in every operation.
 Each function starts its transfer, counts what leaves this rank and returns a handle, which holds
@@ -47,10 +47,10 @@ def all_gather_bytes(
 def all_gather_uneven(
     buffer: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, wire: Wire
 ) -> Handle[Tensor]:
-    """`buffer` has `sizes[r]` bytes for every rank r, this rank's filled; brings the others'.
+    """All-gather in place: `buffer` has `sizes[r]` bytes for every rank r, this rank's filled.
 
-    One all-gather where all have as many; otherwise a broadcast by each that has any, so that
-    nothing is padded.
+    One all-gather if all sizes are equal; otherwise a broadcast by each rank that has bytes, so
+    that nothing is padded.
     """
     rank, size = group.rank(), group.size()
     if size == 1:
@@ -124,7 +124,7 @@ def reduce_scatter_fp8(
     """Codes uint8 [n_r] for every rank r -> uint8, the sum of what all ranks have for this one.
 
     One reduction for each rank that gets any, as they get different amounts. Every partial sum is
-    rounded to `fmt` and saturates (see `sums_fp8`). `codes` are not what they were afterwards.
+    rounded to `fmt` and saturates (see `sums_fp8`). `codes` are overwritten.
     """
     rank, size = group.rank(), group.size()
     works = []
@@ -157,7 +157,7 @@ def all_reduce_max(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Hand
 
 
 def started(work: dist.Work | None) -> dist.Work:
-    """A transfer of a group that this rank is in; torch has None for those of others."""
+    """`work`, which must exist (torch returns None on ranks outside the group)."""
     if work is None:
         raise RuntimeError("this process is not in the group")
     return work

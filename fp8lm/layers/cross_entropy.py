@@ -2,9 +2,9 @@
 
     loss = log(sum_v exp(logit_v)) - logit_label        gradient = softmax - onehot
 
-Each rank takes the logarithm of its own sum and the label's logit if it has it; these two numbers
-per token are all that is exchanged. Everything is fp32 inside. Rows of the vocabulary that only
-pad it take no part: the loss does not depend on how much padding a layout needs.
+Each rank computes the logarithm of its own sum, and the label's logit if it has that row; only
+these two numbers per token are exchanged. Everything is fp32 inside. Padding rows of the vocabulary
+are left out: the loss does not depend on how much padding a layout needs.
 
 Shapes: T tokens, V rows of the vocabulary on this rank.
 """
@@ -43,7 +43,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         columns = columns.masked_fill(elsewhere, 0)
         used = min(max(vocab_size - first, 0), count)
         logits = logits_TV.float()
-        own_lse = torch.logsumexp(logits[:, :used], dim=1)  # of nothing: -inf
+        own_lse = torch.logsumexp(logits[:, :used], dim=1)  # -inf where `used` is 0
         own_target = logits.gather(1, columns[:, None])[:, 0].masked_fill(elsewhere, 0.0)
         lse, target = tp.gather(torch.stack((own_lse, own_target))).unbind(dim=1)
         lse_T = torch.logsumexp(lse, dim=0)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of what is dropped, not of a generator's state.
+"""Dropout whose mask is a hash of the element's place in the run; there is no generator state.
 
     keep(element) = hash(seed, sample of the run, site in the model, element) >= rate
 
@@ -25,7 +25,7 @@ _SEED_STEP = 0x3C6EF372
 
 @dataclass(frozen=True)
 class DropoutNoise:
-    """Keys of a micro-batch's samples (int32 [B]), and where this rank's part of them begins."""
+    """Hash keys of a micro-batch's samples (int32 [B]); the first position of this rank's part."""
 
     keys_B: Tensor
     first_position: int = 0
@@ -37,12 +37,12 @@ class DropoutNoise:
         return cls(keys, first_position)
 
     def at(self, site: int) -> DropoutNoise:
-        """The noise of the `site`-th place within what this noise is for."""
+        """The noise of site number `site` below this one (a layer, or one of its dropouts)."""
         return replace(self, keys_B=noise_bits(self.keys_B, _as_int32((site + 1) * _SITE_STEP)))
 
 
 def dropout(x_SBH: Tensor, rate: float, noise: DropoutNoise | None) -> Tensor:
-    """`x` with a share `rate` of its elements zero and the others divided by 1 - rate.
+    """Zero a share `rate` of the elements of `x` and divide the others by 1 - rate.
 
     Without noise, as in evaluation, `x` itself.
     """

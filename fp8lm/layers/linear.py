@@ -4,8 +4,9 @@
     dgrad     dx[T,I] = dy8[T,O]   @ w8^T[I,O]^T    E5M2 x E4M3, split accumulation
     wgrad     dw[O,I] = dy8^T[O,T] @ x8^T[I,T]^T    E5M2 x E4M3, split accumulation
 
-x and dy are scaled just in time by their own amax. What is saved for backward is x8^T, which wgrad
-reads, one byte per element; where backward gathers x again, this rank's part of x8. dw goes to
+x and dy are scaled just in time by their own amax. Saved for backward is x8^T, which wgrad reads,
+one byte per element; a column-parallel layer under sequence parallelism saves its part of x8 and
+gathers the rest again in backward. dw goes to
 the weight's accumulator inside backward; autograd never sees an FP8 edge, where it would cast
 gradients to FP8 without a scale. (FP8-LM, arXiv 2310.18313, section 2.)
 
@@ -36,7 +37,7 @@ class Linear(nn.Module):
 
     Input and output are of `recipe.gemm.output` dtype. In FP8 the sizes and the number of tokens
     must be divisible by 16 (ValueError otherwise), as the tensor cores demand. `input_comm` and
-    `output_comm` say what is exchanged with other ranks (see `fp8lm.layers.tp_context`).
+    `output_comm` are the communication with other ranks (see `fp8lm.layers.tp_context`).
     """
 
     def __init__(
@@ -62,17 +63,17 @@ class Linear(nn.Module):
 
     @property
     def quantizers(self) -> dict[TensorKind, Quantizer]:
-        """Those of this layer, by the kind of tensor."""
+        """The quantizers of this layer, by the kind of tensor."""
         return {**self.path.quantizers, "weight": self.weight.quantizer}
 
     def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        """[..., I] -> [..., O] of this rank's tokens and features; of `prologue(x)`, if given."""
+        """[..., I] -> [..., O], this rank's tokens and features; `prologue` is applied first."""
         bias = None if self.bias is None else self.bias.param
         return linear(x, self.weight, self.path, bias, prologue)
 
 
 class GemmPath:
-    """What surrounds the GEMMs of a layer: how their operands are cast, sent and received."""
+    """How the operands of a layer's GEMMs are cast, sent and received."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class GemmPath:
 
     @property
     def quantizers(self) -> dict[TensorKind, Quantizer]:
-        """Those that make the GEMMs' operands, on the way or after it."""
+        """The quantizers of the GEMMs' operands: before communication (wire) or after it."""
         sent = {"input": self.sent_input, "grad_output": self.sent_grad_output}
         operands: dict[TensorKind, Quantizer]
         operands = {"input": self.input, "grad_output": self.grad_output}
@@ -102,7 +103,7 @@ class GemmPath:
         }
 
     def operand(self, gathered: ScaledTensor, quantizer: Quantizer) -> ScaledTensor:
-        """What was `gathered`, in the format of its GEMM."""
+        """`gathered` in the format of its GEMM."""
         if gathered.format == quantizer.format:
             return gathered
         # FP8 and BF16 values are exact in bf16.
@@ -176,7 +177,7 @@ class _LinearFunction(torch.autograd.Function):
         gathered = path.output_comm.gather(path.sent_grad_output(dy)).wait()
         dy_TO = path.operand(gathered, path.grad_output)
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
-        wgrad, of_prologue = None, ctx.saved_tensors  # once: a recomputation unpacks them
+        wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
         if weight.spec.trainable:
             payload, scale, *of_prologue = of_prologue
             saved = ScaledTensor(payload, scale, *ctx.saved_as)
@@ -188,7 +189,7 @@ class _LinearFunction(torch.autograd.Function):
         if wgrad is not None:
             weight.wgrad_store.add(wgrad)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
-        # Of the input and the prologue's parameters, which may all be frozen.
+        # Gradients of the input and of the prologue's parameters, which may all be frozen.
         gradients: tuple[Tensor | None, ...] = (dx,)
         if ctx.prologue is not None:
             gradients = (None,) * (1 + len(ctx.needs_input_grad) - _NUM_INPUTS)
@@ -200,7 +201,7 @@ class _LinearFunction(torch.autograd.Function):
 def _weight_gradient(
     weight: QuantizedParam, path: GemmPath, saved: ScaledTensor, dy_TO: ScaledTensor
 ) -> Callable[[], None]:
-    """What computes the weight's gradient and adds it; begins to gather the `saved` inputs.
+    """A function that computes and adds the weight's gradient; starts gathering the `saved` inputs.
 
     A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
     """

@@ -55,7 +55,7 @@ class MainGrad:
         self.value.payload.index_add_(0, rows, dw.float())
 
     def zero_if_unused(self) -> None:
-        """Make `value` right when no gradient arrived since `zero` (an unused weight)."""
+        """Set `value` to zero if no gradient was added since `zero` (an unused weight)."""
         if self._is_zero:
             self.value.payload.zero_()
             self.value.scale.fill_(1.0)

@@ -33,12 +33,12 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What a weight is: its logical `shape`, and the part of it that this rank holds.
+    """The description of a weight: its logical `shape`, and the shard that this rank holds.
 
     `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only, so
     that gradients have to be summed over the tensor-parallel group.
     `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
-    `group`: which ranks share it (see `fp8lm.comm.groups.ParamGroup`).
+    `group`: the name of its `fp8lm.comm.groups.ParamGroup`, the ranks that share it.
     `trainable` False: frozen, without gradient buffer or optimizer states.
     """
 
@@ -55,7 +55,7 @@ class ParamSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of what this rank holds."""
+        """Shape of this rank's shard."""
         return self.shard_spec.local_shape(self.shape)
 
     @property
@@ -83,18 +83,18 @@ class Param(nn.Module):
         return self._main_grad
 
     def freeze(self) -> None:
-        """Train the weight no more: drop its gradient buffer.
+        """Stop training the weight and drop its gradient buffer.
 
-        Before an optimizer or data parallelism has been given it.
+        Call it before an optimizer or data parallelism is built on the weight.
         """
         self.spec = replace(self.spec, trainable=False)
         self._main_grad = None
         self._differentiated.requires_grad_(False)
 
     def set_value(self, value: Tensor) -> Tensor:
-        """Set to this rank's part of the whole fp32 `value`; returns the amax of the whole.
+        """Set to this rank's shard of the whole fp32 `value`; returns the amax of the whole.
 
-        So that every part has the scale of the whole.
+        All shards get the scale of the whole tensor.
         """
         target = self.model_param
         value = value.to(target.device)
@@ -116,7 +116,7 @@ class Param(nn.Module):
         """Keep the scale in other memory (0-d fp32), if the format has one."""
 
     def when_gradient_complete(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Call `method(*arguments)` in every backward once all uses of the weight are behind it.
+        """Call `method(*arguments)` in every backward, after the last use of the weight.
 
         `method` is bound to an object, which this does not keep alive.
         """
@@ -124,7 +124,7 @@ class Param(nn.Module):
 
     @property
     def _differentiated(self) -> nn.Parameter:
-        """What autograd sees of the weight."""
+        """The tensor that autograd sees for the weight."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -135,7 +135,7 @@ class Param(nn.Module):
 
 @dataclass
 class OperandCache:
-    """What is known of a weight's operands while the weight does not change; `keep`: the bytes."""
+    """Amax and operands of a weight within one step; `keep`: keep the cast operands too."""
 
     amax: Tensor | None = None
     keep: bool = False
@@ -147,9 +147,9 @@ class QuantizedParam(Param):
     """A matrix held as payload and scale.
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
-    it into unscaled numbers; the scale is kept in fp32 through any such call. `quantizer` makes
-    what GEMMs read, where its format is not the stored one (default: that); `cache_operands` keeps
-    it for a step.
+    it into unscaled numbers; the scale is kept in fp32 through any such call. `quantizer` casts
+    it for the GEMMs if their format is not the stored one (the default); `cache_operands` keeps the
+    cast operands for a step.
     """
 
     payload: Tensor
@@ -191,7 +191,7 @@ class QuantizedParam(Param):
         self.scale = scale.copy_(self.scale)
 
     def use_wgrad_store(self, wgrad_store: WeightGradStore) -> None:
-        """Let `wgrad_store` say when the wgrad GEMM runs."""
+        """Run the wgrad GEMM when `wgrad_store` says so."""
         self.wgrad_store = wgrad_store
 
     @property
@@ -200,7 +200,7 @@ class QuantizedParam(Param):
 
     @property
     def needs_cast(self) -> bool:
-        """Whether GEMMs read the weight in another format than the stored one, with a scale."""
+        """Whether the GEMMs' format is scaled and differs from the stored one."""
         fmt = self.quantizer.format
         return fmt.scaled and fmt != self.spec.format
 
@@ -212,7 +212,7 @@ class QuantizedParam(Param):
         return copies * numel * fmt.bytes if self.cache_operands else 0
 
     def local_amax(self) -> Tensor:
-        """The amax of this rank's part, 0-d fp32."""
+        """The amax of this rank's shard, 0-d fp32."""
         return self.kernels.amax(self._values())
 
     def operand(self) -> ScaledTensor:
@@ -277,7 +277,7 @@ class VectorParam(Param):
         return self.param
 
     def _apply(self, fn: Callable, recurse: bool = True) -> VectorParam:
-        # As a QuantizedParam: another dtype would promote activations and not be what `spec` says.
+        # As in QuantizedParam: another dtype would promote activations and contradict `spec`.
         self.param.data = self.param.data.to(_device_after(fn, self.param.device))
         return self
 
@@ -331,7 +331,7 @@ def vector_spec(
 
 
 def by_group(params: Mapping[str, Param]) -> dict[str, dict[str, Param]]:
-    """`params` of every parameter group that has some, the groups in the same order everywhere."""
+    """`params` by parameter group, without empty groups; the order is the same on all ranks."""
     groups = {
         group: {name: param for name, param in params.items() if param.spec.group == group}
         for group in REPLICA_AXIS

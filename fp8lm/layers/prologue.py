@@ -1,4 +1,4 @@
-"""What a linear layer does to its input before it quantizes it: a norm, an activation.
+"""A norm or an activation that a linear layer applies to its input before quantizing it.
 
     forward    y = f(x)    x8 = quantize(y)         y is not kept
     backward   dx = f'(x) dy                        dy is dgrad's output
@@ -21,10 +21,10 @@ class Prologue(Protocol):
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
-        """Parameters of `f`, to which autograd brings the gradients that `backward` returns."""
+        """Parameters of `f` that get gradients from `backward_from`."""
 
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`f(x)`, and what `backward` needs: tensors of autograd's own keeping."""
+        """`f(x)`, and the tensors to save for `backward_from`."""
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """Gradients of `x` and of every tensor in `differentiated`."""

@@ -1,9 +1,8 @@
-"""The place where a tensor of a layer becomes low precision.
+"""The cast of a layer's tensor to low precision.
 
 Every linear layer has a `Quantizer` for its input, its weight and its output gradient. It holds
-what that tensor is cast with (format, granularity, the ranks that share its scale), so a recipe
-that scales otherwise, a statistic of one layer, or a fallback to BF16 attaches here and nowhere
-else.
+format, granularity and the ranks that share the scale: a recipe with another scaling, a per-layer
+statistic, or a fallback to BF16 attaches here.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ TENSOR_KINDS: tuple[TensorKind, ...] = ("input", "weight", "grad_output")
 
 
 class Observer(Protocol):
-    """Told of every cast of a quantizer. It must not wait for the device, nor keep the tensors."""
+    """Called after every cast of a quantizer; must not wait for the device or keep the tensors."""
 
     def __call__(self, x: Tensor, quantized: ScaledTensor) -> None:
-        """`x` (bf16 or fp32), and what became of it."""
+        """`x` is the input (bf16 or fp32), `quantized` the result."""
 
 
 class Quantizer:
     """Casts tensors to `format` with scales of `granularity`, just in time.
 
     `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other shards of the tensor;
-    None: this rank holds all of it. `observer` is told of every cast.
+    None: this rank holds all of it. `observer` is called after every cast.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Quantizer:
         self.observer = observer
 
     def __call__(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
-        """`x` (bf16 or fp32) in `format`; `amax` where it is known already, shared or not."""
+        """`x` (bf16 or fp32) in `format`; `amax`, already shared, if it is known."""
         if self.format.scaled and amax is None and self.share_amax is not None:
             amax = self.share_amax(self.kernels.amax(x))
         quantized = self.kernels.quantize(x, self.format, amax=amax, granularity=self.granularity)

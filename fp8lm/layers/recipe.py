@@ -1,4 +1,4 @@
-"""Which formats a layer's weights, gradients and GEMMs use."""
+"""Recipes: the formats of a layer's weights, gradients and GEMMs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format, format_by_name
 
 @dataclass(frozen=True)
 class GemmPrecision:
-    """Formats of the operands of a linear layer's GEMMs, and the dtype of what they return."""
+    """Formats of the operands of a linear layer's GEMMs, and the dtype of their results."""
 
     input: Format
     weight: Format
@@ -71,11 +71,11 @@ class Recipe:
 
     @property
     def head_gemm(self) -> GemmPrecision:
-        """What the output layer multiplies in: never FP8."""
+        """Formats of the output layer's GEMMs, never FP8."""
         return FP32_GEMM if self.high_precision == FP32 else BF16_GEMM
 
     def weight_quantizer(self) -> Quantizer:
-        """The quantizer of a linear layer's weight, whose parts lie on the ranks of `tp`."""
+        """The quantizer of a linear layer's weight, whose shards are on the ranks of `tp`."""
         share_amax = self.tp.max if self.tp.size > 1 else None
         return Quantizer(self.gemm.weight, self.kernels, share_amax=share_amax)
 

@@ -30,7 +30,7 @@ class TPComm:
     reduces = False  # whether `reduce` adds what other ranks hold
 
     def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
-        """What makes of a tensor (of `dtype`) that which is sent, and saved for backward.
+        """The quantizer of a tensor (of `dtype`) before it is sent and saved for backward.
 
         `operand` is the quantizer of the GEMM that reads it.
         """

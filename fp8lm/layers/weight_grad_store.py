@@ -1,4 +1,4 @@
-"""Weight gradients computed later than the backward that found their operands.
+"""Weight gradients whose computation is deferred beyond backward (zero-bubble schedules).
 
 A linear layer's wgrad GEMM is a step of its own; a zero-bubble schedule runs it where a stage
 would wait. Until then its operands, in FP8, are held; under sequence parallelism this rank's part
@@ -14,7 +14,7 @@ import torch
 
 
 class WeightGradStore:
-    """Collects the weight gradients of one micro-batch's backward, and computes them when told."""
+    """Collects deferred weight gradients by micro-batch, until `compute` runs them."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Callable[[], None]]] = {}
@@ -47,6 +47,6 @@ class WeightGradStore:
 
     @torch.no_grad()
     def compute(self, microbatch: int) -> None:
-        """Compute what waits for it."""
+        """Compute the gradients deferred for it."""
         for compute in self._waiting.pop(microbatch, []):
             compute()

@@ -1,4 +1,4 @@
-"""What GEMMs read of the weights, found once per step.
+"""Weight operands of GEMMs, computed once per step.
 
 A weight stored in another format than its GEMM's (presets te, o1 and o2) is cast to FP8 with one
 scale over the ranks that hold its parts: the amaxes of all such weights travel in one exchange.
@@ -20,7 +20,7 @@ from fp8lm.layers.tp_context import TPContext
 
 @contextmanager
 def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[None]:
-    """Within, `weights` do not change: amaxes of those that are cast are known, see the module."""
+    """Cache amaxes, and operands if configured, of `weights`, which must not change meanwhile."""
     matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
     cast = [weight for weight in matrices if weight.needs_cast]
     amaxes: dict[QuantizedParam, Tensor] = {}

@@ -1,14 +1,14 @@
-"""The global gradient norm, and what it decides: clipping and skipping.
+"""The global gradient norm, clipping and the decision to skip a step.
 
     ||g|| = per_token ||sum||     factor = per_token min(1, clip / (||g|| + 1e-6))
     skip = not finite(||g|| and every value)
 
-Gradients are accumulated of the loss summed over the tokens that count, over the number of all;
-`per_token` = 1 / (share of tokens that count, of all ranks) makes it their mean. Nothing masked, it
-is exactly 1.
+The accumulated gradient is that of (loss summed over counted tokens) / (number of all tokens).
+`per_token` = 1 / (share of counted tokens, over all ranks) turns that into the mean over counted
+tokens; it is exactly 1 if no token is masked.
 
-The norm takes all weights in all formats together, each once: of a weight that several ranks
-hold whole, only the first counts. It reaches FP8 gradients as a factor inside Adam, never by a
+The norm is over all weights in all formats, each counted once: a weight that several ranks hold
+whole counts on the first. It reaches FP8 gradients as a factor inside Adam, never by a
 second rounding. A NaN or Inf anywhere in any gradient, or a NaN scale, makes the norm non-finite,
 so this one number, the same bits on all ranks, also decides whether the step happens; the other
 scalars that are exchanged with it, such as the losses, have to be finite as well.
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 class GradientNorm:
     """`norm`, `clip_factor`, `skip`, `per_token`, `share`: 0-d tensors, the same on all ranks.
 
-    `clip_factor` multiplies the accumulated gradient and has `per_token` in it. `share` is the mean
+    `clip_factor` multiplies the accumulated gradient and includes `per_token`. `share` is the mean
     over the ranks. `losses` and `stops` [ranks] are those of all ranks. `amax` (fp32 [number of
     gradients]) is of this rank's gradients, or after `AdamW.step` of the logical ones.
     """
@@ -96,9 +96,9 @@ def gradient_norm(
 
 
 def per_counted_token(share: Tensor) -> Tensor:
-    """What a mean over all tokens is multiplied by to be one over the `share` that counts.
+    """The factor from a mean over all tokens to a mean over the `share` that counts.
 
-    1 where none counts: loss and gradient are zero then, and stay so.
+    1 if none counts: loss and gradient are zero then, and stay zero.
     """
     return torch.where(share == 0, torch.ones_like(share), 1.0 / share)
 

@@ -57,8 +57,8 @@ class AdamW:
         # On a GPU the host does not know whether a step is skipped: every write is masked instead.
         self.masks_writes = device.type != "cpu"
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
-        # Row i: of the i-th weight. The true amax of master, m and v, and the scales of the model
-        # parameter and of these three, which weights and states have as views.
+        # Row i belongs to the i-th weight: the true amaxes of master, m and v, and the scales of
+        # model parameter, master, m and v. Weights and states hold views of the scales.
         self.amax = torch.zeros(len(weights), 3, device=device)
         self.scales = torch.ones(len(weights), 4, device=device)
         for weight, scales in zip(weights.values(), self.scales, strict=True):
@@ -66,7 +66,7 @@ class AdamW:
         self._rows = {name: row for row, name in enumerate(weights)}
         decays = [config.weight_decay * weight.spec.decay for weight in weights.values()]
         self._decay = torch.tensor(decays, device=device)
-        # On the device before the first step: nothing is sent to it in one.
+        # Copied to the device here, so that a step copies nothing.
         self._owned = [name for name in weights if name in self.sharding.local_shards]
         owned_rows = [self._rows[name] for name in self._owned]
         self._owned_rows = torch.tensor(owned_rows, dtype=torch.int64, device=device)
@@ -81,7 +81,7 @@ class AdamW:
         }
 
     def initialize(self, name: str, value: Tensor) -> None:
-        """Set weight `name` to its part of the whole fp32 `value` and start its states."""
+        """Set weight `name` to its shard of the whole fp32 `value` and create its states."""
         weight, p = self.weights[name], self.precision
         compute, amax = weight.model_param, weight.set_value(value)
         value = weight.spec.shard_spec.take(value.to(compute.device))
@@ -144,7 +144,7 @@ class AdamW:
         params = [self._adam_param(name, gradients[name]) for name in self._owned]
         new_amax = torch.zeros_like(self.amax)
         new_amax.index_copy_(0, self._owned_rows, self.kernels.adam(params, table, c))
-        # Beyond what its scale leaves room for a value saturated.
+        # A value beyond the range of its scale has saturated.
         new_amax = torch.minimum(new_amax, self._state_max / table.scales[:, 1:])
         _replace(self.scales, table.scales, c.skip)
         _replace(self.amax, new_amax, c.skip)
@@ -215,7 +215,7 @@ class AdamW:
         return torch.stack(scales, dim=1)
 
     def _noise_keys(self) -> Tensor:
-        """int32 [W]: of each weight in this step."""
+        """Noise keys of the weights in this step, int32 [W]."""
         return (self.num_steps * _STEP_KEY + self._name_keys).to(torch.int32)
 
     def _adam_param(self, name: str, gradient: ScaledTensor) -> AdamParam:

@@ -1,9 +1,9 @@
-"""Learning rate and batch size over the run, by megatron-core, as functions of its position.
+"""Schedules of learning rate and batch size, by megatron-core, as functions of the run's position.
 
-Being functions, they need no state in a checkpoint and cannot drift from it. The position is in the
-unit of the run's length: the schedule of `train_iters` counts iterations, that of `train_samples`
-samples consumed, so that neither moves when a run goes on with another batch. Megatron-core is
-imported where it is used: that takes seconds, which the checks before a start need not wait for.
+Functions need no state in a checkpoint. The position has the unit of the run's length: iterations
+with `train_iters`, consumed samples with `train_samples`, so that the schedule does not move if a
+run resumes with another batch size. Megatron-core is imported on use: its import takes seconds,
+which checks before a start need not wait for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a rank updates of the parameters, and the ranks it shares the scalars of a step with."""
+"""The optimizer's view of parallelism: the rows that a rank updates, and how ranks share scalars.
+
+Reducing gradients to the owners and gathering parameters from them is data parallelism's
+(`fp8lm.parallel.distributed_optimizer`).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ Rows = tuple[int, int]
 class OptimizerSharding:
     """Rows (first dimension) of each parameter whose states this rank holds, by name.
 
-    `gather` collects a vector of every rank that updates the model, [n] -> [ranks, n]. `max` takes
-    values of every parameter, [W, n], to their maximum (not negative; NaN wins) over the ranks that
-    hold shards of that parameter. `norm_owner` says for each parameter whether its gradient counts
-    in the norm here: of a gradient that several ranks hold, only one counts.
+    `gather` collects a vector of every rank that updates the model, [n] -> [ranks, n]. `max`
+    reduces values of every parameter, [W, n], to their maximum (not negative; NaN wins) over the
+    ranks that hold shards of that parameter. `norm_owner` says for each parameter whether its
+    gradient counts in the norm here: of a gradient that several ranks hold, only one counts.
     """
 
     tp: TPContext

@@ -1,4 +1,4 @@
-"""What AdamW keeps of a weight, in which formats (FP8-LM, section 2.2), and how it is rounded.
+"""AdamW's states of a weight, their formats (FP8-LM, section 2.2) and their rounding.
 
     master weight    stochastically or to nearest, as configured
     first moment     to nearest, but stochastically among subnormals
@@ -31,7 +31,7 @@ class StatePrecision:
 
     @classmethod
     def from_config(cls, precision: PrecisionConfig) -> StatePrecision:
-        """What config section `precision` describes."""
+        """The formats of config section `precision`."""
         master = precision.main_params_dtype
         return cls(
             master=None if master == "none" else format_by_name(master),

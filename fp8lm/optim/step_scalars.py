@@ -19,7 +19,7 @@ class StepScalars:
     """One rank's part, 0-d tensors: `norm` in float64, the others fp32.
 
     `norm` is that of the gradients that count here, `token_share` the share of this rank's tokens
-    that the loss counts, `stop` why to stop after the step (0: go on).
+    that the loss counts, `stop` why to stop after the step (0: continue).
     """
 
     norm: Tensor

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: what layers exchange, in FP8 bytes with their scales."""
+"""Data, tensor, sequence and pipeline parallelism; communication is FP8 bytes with their scales."""
 
 from fp8lm.parallel.tensor_parallel import TensorParallel
 

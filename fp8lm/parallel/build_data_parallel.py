@@ -1,4 +1,4 @@
-"""Replicas of every parameter group: how gradients are reduced, states divided, maxima shared."""
+"""Builds data parallelism from the config: gradient reduction, state sharding and amax sharing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_data_parallel(
     counter: WireCounter,
     weights: dict[str, Param],
 ) -> NoDataParallel:
-    """How config section `parallel` divides gradients and states over replicas, by group."""
+    """Data parallelism as config section `parallel` describes it, by parameter group."""
     parallel, wire = config.parallel, config.precision.wire
     if groups.dims.dp == 1:
         return NoDataParallel(weights)
@@ -47,7 +47,7 @@ def build_data_parallel(
     )
     if not parallel.use_distributed_optimizer:
         return DistributedDataParallel(weights, buckets, param_groups)
-    # Weights that are not FP8 are sent as they are stored.
+    # Weights that are not FP8 are sent in their storage format.
     sent = wire.of("params") if config.precision.params_dtype == "fp8_e4m3" else "fp8"
     params_wire = Wire("params", sent, counter)
     buffers = build_buffers(weights, sharded, param_groups, params_wire, kernels)
@@ -61,7 +61,7 @@ def build_buffers(
     wire: Wire,
     kernels: Kernels,
 ) -> list[ParamBuffer]:
-    """A buffer for every part of `sharded`, in the order in which forward needs them."""
+    """A buffer for every part of `sharded`, in the order of forward."""
     number = {name: i for i, name in enumerate(weights)}
     buffers = [
         ParamBuffer(part, layout, param_groups[group].reduce_group, wire, kernels)
@@ -79,10 +79,10 @@ def build_reduction(
     wire: Wire,
     params: dict[str, Param],
 ) -> GradientReduction:
-    """How `precision.grad_reduce` adds the gradients of `params`, all of `param_group`."""
+    """The reduction that `precision.grad_reduce` names, for `params` of one `param_group`."""
     kind, group = config.precision.grad_reduce, param_group.reduce_group
     if kind == "fp32_accumulate":
-        # Each rank knows its own machine only: what they do has to follow from what all know.
+        # Each rank knows its own machine only; all ranks must choose alike.
         given = config.parallel.node_size
         size = given or processes_per_node()
         nodes = None

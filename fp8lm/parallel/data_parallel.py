@@ -31,14 +31,14 @@ class NoDataParallel:
         }
 
     def is_norm_owner(self, name: str) -> bool:
-        """Whether the gradient of parameter `name` that `reduce` returns counts in the norm here.
+        """Whether this rank counts the reduced gradient of parameter `name` in the norm.
 
-        Of what several replicas return, one counts.
+        If several replicas have the same gradient, one counts it.
         """
         return True
 
     def enable_grad_sync(self) -> None:
-        """Gradients are complete after the backward that follows."""
+        """Reduce gradients in the next backward, the last of the step."""
 
     def reduce(self) -> dict[str, ScaledTensor]:
         """Mean over the replicas of the owned rows' gradients, by weight."""
@@ -47,14 +47,14 @@ class NoDataParallel:
         return {name: weight.main_grad.value for name, weight in self.weights.items()}
 
     def finish_param_sync(self) -> None:
-        """Return when the last step's weights are there; a forward waits by itself."""
+        """Wait for the last step's parameter all-gather; a forward waits by itself."""
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """What the reduction remembers from step to step, for a checkpoint."""
+        """State of the reduction, for a checkpoint."""
         return {}
 
     def start_param_sync(self, skipped: Tensor) -> None:
-        """Bring the owners' new weights to every rank; `skipped` (0-d bool): there are none."""
+        """All-gather the updated parameters; `skipped` (0-d bool): the step changed none."""
 
 
 class BucketedDataParallel(NoDataParallel):

@@ -56,7 +56,7 @@ def shard_params(
     parallel: ParallelConfig, params: dict[str, Param], num_replicas: int
 ) -> ShardedParams:
     """`params` divided over `num_replicas` as config section `parallel` says."""
-    # Forward can begin with the first weights only if these are gathered before the last.
+    # Several parts let forward start before the last weights have arrived.
     size = parallel.ddp_bucket_size if parallel.overlap_param_gather else None
     parts = in_parts(params, size)
     place = PARTITIONS[parallel.partition]
@@ -89,7 +89,7 @@ def in_parts(params: dict[str, Param], size: int | None) -> list[dict[str, Param
 class ZeroDataParallel(BucketedDataParallel):
     """Every rank updates its rows; model parameters are views of all-gathered buffers.
 
-    `buffers` divide the weights, in the order in which forward needs them.
+    `buffers` together hold all weights, in the order of forward.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ZeroDataParallel(BucketedDataParallel):
             part.wait()
 
     def overlap_gather(self, model: nn.Module) -> None:
-        """From now on a module of `model` waits for its own weights only, in its next forward."""
+        """Overlap the all-gather with forward: modules of `model` wait for their own weights."""
         self.overlaps = True
         here = named_params(model)
         part_of = {name: part for part in self._buffers for name in part.names if name in here}
@@ -128,10 +128,11 @@ class ZeroDataParallel(BucketedDataParallel):
         for path, module in model.named_modules():
             if isinstance(module, Linear | LayerNorm | RMSNorm):
                 names = [f"{path}.{name}" for name in named_params(module)]
-                parts = [part_of[name] for name in names if name in part_of]  # but frozen ones
+                # Frozen weights are in no part.
+                parts = [part_of[name] for name in names if name in part_of]
                 module.register_forward_pre_hook(_waiting(parts))
                 waited_for.update(names)
-        # Tables are no modules that are called.
+        # Embedding tables are modules that are never called.
         model.register_forward_pre_hook(
             _waiting(part for name, part in part_of.items() if name not in waited_for)
         )

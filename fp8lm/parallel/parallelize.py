@@ -1,4 +1,4 @@
-"""How config section `parallel` divides a model, its states and its work over processes."""
+"""Applies config section `parallel` to a model: tensor, data and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fp8lm.parallel.tensor_parallel import TensorParallel
 def build_tp_context(
     config: Config, groups: ProcessGroups, kernels: Kernels, counter: WireCounter
 ) -> TPContext:
-    """How config section `parallel` divides layers over the ranks of `groups`."""
+    """The tensor-parallel context of config section `parallel`."""
     parallel, wire = config.parallel, config.precision.wire
     if parallel.tensor_model_parallel_size == 1:
         return NO_TP
@@ -62,9 +62,9 @@ def build_tp_context(
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """This rank's `weights` by Megatron name, and what joins them to those of the other ranks.
+    """This rank's `weights` by Megatron name, with their data, tensor and pipeline parallelism.
 
-    `shared_params` are weights that the first pipeline stage holds as well, and counts.
+    `shared_params` are weights that the first pipeline stage holds too; it counts them.
     """
 
     weights: dict[str, Param]
@@ -82,9 +82,9 @@ def parallelize(
     counter: WireCounter,
     device: torch.device,
 ) -> ParallelModel:
-    """Join `chunks`, this rank's parts of the model, to those of the other ranks; a collective.
+    """Parallelize `chunks`, this rank's parts of the model; a collective.
 
-    Frozen weights take part in nothing but forward and backward. ValueError where all are.
+    Frozen weights take part in forward and backward only. ValueError if all are frozen.
     """
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     trained = trainable(weights)
@@ -114,7 +114,7 @@ def parallelize(
 
 
 def stage_specs(config: Config, stage: int) -> list[StageSpec]:
-    """What stage number `stage` holds of the model, a part per chunk."""
+    """The parts of the model that pipeline stage `stage` holds, one per chunk."""
     parallel, layers = config.parallel, config.model.num_layers
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_chunks(layers)
     ranges = layer_ranges(
@@ -132,7 +132,7 @@ def stage_specs(config: Config, stage: int) -> list[StageSpec]:
 
 
 def shared_params(config: Config, stage: int) -> frozenset[str]:
-    """Weights of this stage that the first stage has too, and counts."""
+    """Weights of this stage that the first stage holds too, and counts."""
     stages = config.parallel.pipeline_model_parallel_size
     untied = config.model.untie_embeddings_and_output_weights
     last = stages > 1 and stage == stages - 1

@@ -1,4 +1,4 @@
-"""Which data-parallel rank owns which rows of which weight: ZeRO without cutting scales apart.
+"""Which data-parallel rank owns which rows of which weight (ZeRO); one scale per whole tensor.
 
     tensor   whole tensors, largest first, each to the rank with the least so far (FP8-LM,
              arXiv 2310.18313, Algorithm 1); balanced while there are many more tensors than ranks
@@ -25,7 +25,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class BufferEntry:
-    """What is placed: `rows` rows (the first dimension) of `columns` elements of `itemsize` bytes.
+    """A tensor of the buffer: `rows` (first dimension) of `columns` elements of `itemsize` bytes.
 
     `itemsize` is that of the model parameter, which is all-gathered.
     """
@@ -102,7 +102,7 @@ def _whole(tensors: Sequence[BufferEntry], owner: Mapping[str, int], num_ranks: 
 
 
 def shard_rows(parts: Sequence[Sequence[BufferEntry]], num_ranks: int) -> list[ParamLayout]:
-    """Equal shards of every part, so that it takes one all-gather."""
+    """Equal shards of every part, so that one all-gather suffices."""
     return [_cut(part, num_ranks) for part in parts]
 
 

@@ -2,10 +2,10 @@
 
 (FP8-LM, arXiv 2310.18313, section 2.3.)
 
-A chunk is any function of (h, batch): hidden states of the chunk before it (None for the
-first) and the micro-batch, to hidden states, or for the last chunk to the model's output, of which
-the objective takes the loss. The executor never looks inside. Messages between stages are sent in
-the order of the schedule and apart from what comes back (see `PipelineGroups`).
+A chunk is any function (h, batch) -> h: `h` are the hidden states of the previous chunk (None for
+the first); the last chunk returns the model's output, from which the objective computes the loss.
+Activations and gradients are sent in the order of the schedule, over separate groups (see
+`PipelineGroups`).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Executor(Protocol):
     ) -> Tensor:
         """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
 
-        `before_last` is called before the last backward, if gradients are complete after it.
+        `before_last` is called before the last backward if that completes the gradients.
         """
 
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
-        """Mean loss of all without backward (0-d fp32), 0 on all stages but the last."""
+        """Mean loss of all, without backward (0-d fp32), 0 on all stages but the last."""
 
 
 class NoPipeline:
@@ -79,11 +79,11 @@ class NoPipeline:
 
 
 class Pipeline:
-    """This rank's `chunks` of the model and how they are run.
+    """Runs this rank's `chunks` of the model by a schedule.
 
-    `schedule(m)` gives the order for m micro-batches. `wgrad_store` collects weight gradients where
-    the schedule computes them apart. `tied` is there on the ends of a model whose word table is
-    its head as well.
+    `schedule(m)` gives the order for m micro-batches. `wgrad_store` collects weight gradients if
+    the schedule computes them separately. `tied` syncs the gradients of tied embeddings, on the
+    first and the last stage.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Pipeline:
         self.tied = tied
         self.most_in_flight = 0
         self._most_messages = self.num_stages
-        # Of an output only its place in the graph is held: its values have been sent.
+        # Of an output only its graph edge is held: its values have been sent.
         self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         # Messages that may not have arrived yet: activations and gradients.
         self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}

@@ -1,11 +1,11 @@
-"""Pipeline schedules as data: for every stage the list of what it does, in order.
+"""Pipeline schedules as data: an ordered list of actions for every stage.
 
     F  forward          B  whole backward
-    I  backward of the input only          W  the weight gradients that I left for later
+    I  backward of the input only          W  the weight gradients, deferred from I
 
 A stage holds one or more chunks of the model; chunk c of stage s is virtual stage c * p + s of the
-model. What is sent and received follows from the order: an F needs the F of the virtual stage
-before it, a B or I that of the virtual stage behind it.
+model. Sends and receives follow from the order: an F needs the F of the previous virtual stage, a
+B or I that of the next one.
 
     1f1b           one forward, one backward (PipeDream-flush): bubble (p-1) / (m + p-1)
     interleaved    v chunks per stage (Megatron-LM, arXiv 2104.04473): (p-1) / (v m + p-1)
@@ -44,7 +44,7 @@ class Schedule:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether weight gradients are computed apart."""
+        """Whether weight gradients are computed separately."""
         return any(action.kind == "W" for action in self.stages[0])
 
     @property
@@ -58,7 +58,7 @@ class Schedule:
 
 
 def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Schedule:
-    """Each stage: as many forwards as there are stages behind it, then in turns."""
+    """1F1B: each stage does as many forwards as there are stages after it, then alternates."""
 
     def backward(stage: int, k: int) -> list[Action]:
         return [Action("B", k)]
@@ -98,10 +98,10 @@ def forwards(num_stages: int, num_microbatches: int, num_chunks: int) -> list[Ac
 
 
 def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
-    """ZB-H1: the order of 1f1b with its backwards in halves.
+    """ZB-H1: the order of 1f1b, with backward split into input and weight gradients.
 
-    Stage s leaves s weight gradients for later, which fill the gaps where it would wait for the
-    stages behind it: no more than p micro-batches are in flight, from their F to their W.
+    Stage s defers s weight gradients, which fill the gaps in which it would wait for later
+    stages: no more than p micro-batches are in flight, from their F to their W.
     """
 
     def backward(stage: int, k: int) -> list[Action]:
@@ -134,7 +134,7 @@ def _in_turns(
 
 @dataclass(frozen=True)
 class Trace:
-    """What running a schedule without processes shows: its time, and the idle share of it.
+    """Result of simulating a schedule: total time and its idle share.
 
     `bubble` is the same for all stages.
     """
@@ -146,9 +146,9 @@ class Trace:
 def simulate(
     schedule: Schedule, num_microbatches: int, costs: Mapping[str, float] = COSTS
 ) -> Trace:
-    """Run the lists against each other; ValueError for a deadlock or an action too many or few.
+    """Simulate the schedule; ValueError for a deadlock, a missing or a surplus action.
 
-    An F costs 1 / num_chunks of what a stage's F costs, and so on.
+    Each action of a chunk costs 1 / num_chunks of the whole stage's.
     """
     _check_complete(schedule, num_microbatches)
     num_stages = len(schedule.stages)

@@ -1,15 +1,15 @@
 """Query groups on more tensor-parallel ranks than there are groups, as megatron-core has them.
 
 With t ranks and G < t groups, r = t / G ranks share a group. The rows of its projection,
-[q.. | k | v], are divided over them like those of any other matrix, each row on one rank, so that
-gradients, states, norm and checkpoint know nothing of it:
+[q.. | k | v], are sharded over them like those of any other matrix, each row on one rank, so that
+gradients, states, norm and checkpoint need no special case:
 
     rank 0 [q1 q2 k]   rank 1 [k v q3]   ..        forward: the ranks gather [q1 .. qn | k | v]
 
 A rank attends with its n / r queries to the keys and values of the group. In backward it has the
 gradients of these queries and a part of those of keys and values; their sums go back to the ranks
-that hold the rows. Both travel in the dtype of activations, since what is gathered here enters no
-FP8 GEMM: a rank sends (r-1) F elements per token in each direction, F being its rows.
+that hold the rows. Both are sent in the dtype of activations, as they enter no FP8 GEMM: a rank
+sends (r-1) F elements per token in each direction, F being its rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and what its ranks need to know of the others."""
+"""Layers of each pipeline stage, its schedule, and the gradient sync of tied embeddings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layer_ranges(
 ) -> list[range]:
     """Layers of every virtual stage, in the order of the model.
 
-    `first` and `last` give the outer stages another number; the others share the rest evenly.
+    `first` and `last` set the numbers of the outer stages; the others share the rest evenly.
     ValueError if the layers do not divide.
     """
     parts = num_stages * num_chunks
@@ -57,7 +57,7 @@ def schedule_maker(kind: str, num_stages: int, num_chunks: int) -> Callable[[int
 
 
 class TiedEmbeddingSync:
-    """The first and the last stage's copies of one word table."""
+    """Sums the gradients of the first and the last stage's copies of one word table."""
 
     def __init__(
         self, group: dist.ProcessGroup, wire: Wire, kernels: Kernels, weight: Param
@@ -65,7 +65,7 @@ class TiedEmbeddingSync:
         self._group, self._wire, self._kernels, self._weight = group, wire, kernels, weight
 
     def sum_gradients(self) -> None:
-        """Both get the sum of their fp32 gradients, the same bits."""
+        """Replace both fp32 gradients by their sum, the same bits on both stages."""
         accumulator = self._weight.main_grad
         accumulator.zero_if_unused()
         gradient = accumulator.value.payload

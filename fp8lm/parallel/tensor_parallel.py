@@ -1,4 +1,4 @@
-"""The tensor-parallel group, and what its linear layers exchange (FP8-LM, section 2.3).
+"""Tensor parallelism: the group and the communication of its linear layers (FP8-LM, section 2.3).
 
     layer    sequence parallel   input                  output
     column   yes                 SequenceParallelComm   none
@@ -7,10 +7,10 @@
              no                  none                   TPAllReduceComm
 
 With sequence parallelism a rank holds T/t of T tokens between the layers: forward gathers their
-E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel
-one; backward mirrors it with E5M2 gradients. Without, activations are replicated and partial sums
-are all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 16 of them a scale
-and its padding (gathered bytes have one scale, which an all-reduce of 4 bytes found):
+E4M3 bytes before a column-parallel GEMM and reduce-scatters the partial sums of a row-parallel one;
+backward mirrors it with E5M2 gradients. Without, activations are replicated and partial sums are
+all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 16 bytes being a scale
+and its padding (gathered bytes share one scale, found by an all-reduce of 4 bytes):
 
     gather (t-1) T/t F        reduce-scatter (t-1) (T/t F + 16)     all-reduce 2 (t-1) (T/t F + 16)
 """
@@ -46,7 +46,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 class TensorParallel(TPContext):
     """The group, whether the sequence is split between layers, and its two wires.
 
-    `query_group` is there where a query group is on several ranks.
+    `query_group` is set if a query group spans several ranks.
     """
 
     group: dist.ProcessGroup
