@@ -133,7 +133,7 @@ class GradientBuckets:
         return sent_format(spec.grad_format, wire, keep_high_precision=spec.keep_high_precision)
 
     def _complete(self, name: str) -> None:
-        """All uses of a weight are behind the backward that runs: start the buckets that can go."""
+        """Backward has passed all uses of weight `name`: start the buckets that are complete."""
         if self._missing:
             self._missing[self._bucket_of[name]].discard(name)
             while self._num_started < len(self.buckets) and not self._next_missing():

@@ -10,7 +10,7 @@ mu is one number per tensor, applied as a power of two. It halves after a step i
 steps. `pre_scaling` (mu = 1/N: no sum overflows, small values vanish) and `post_scaling` (mu = 1)
 are the same arithmetic with mu fixed.
 
-A gradient of zeros only has a scale of 1 whatever the others are, which would flush theirs to zero.
+An all-zero gradient is left out of the minimum: its scale of 1 could flush the others to zero.
 
 The sum is NCCL's own where it adds FP8 numbers, else a ring, requantized at every hop; gradients of
 other formats are reduced by `Fp32ReduceScatter`. A rank sends (N-1)/N bytes per parameter, as in a
@@ -60,7 +60,7 @@ class AutoScaler:
     def factors(self, names: Sequence[str]) -> Tensor:
         """mu of `names` rounded down to powers of two."""
         mu = torch.stack([self.mu[self.index[name]] for name in names])
-        mu = mu.clamp(min=self.smallest)  # it may be that of a run on more ranks
+        mu = mu.clamp(min=self.smallest)  # a loaded mu may be that of more ranks
         return (mu.view(torch.int32) & _EXPONENT).view(torch.float32)
 
     def update(self, skipped: Tensor) -> None:
@@ -76,7 +76,7 @@ ReduceScatter = Callable[[Sequence[Tensor], Format, dist.ProcessGroup, Wire], Ha
 
 
 class Fp8Sum:
-    """The mean over `group`, summed in FP8; `everyone` are all ranks that hold the tensors' parts.
+    """The mean over `group`, summed in FP8; `everyone` are all ranks with shards of the tensors.
 
     `scaling` names the tensors whose gradients are FP8. `native` sums them in one collective (see
     `reduce_scatter_fp8`); None: in a ring.
@@ -116,14 +116,14 @@ class Fp8Sum:
         return summing.then(add_up)
 
     def finish_step(self, skipped: Tensor) -> None:
-        """Let every rank know what saturated anywhere, and move mu."""
+        """Share the saturation counts over all ranks, and update mu."""
         saturated = self.scaling.saturated
         saturated.copy_(max_over_group(saturated, self.everyone, self.wire).wait())
         self.scaling.update(skipped)
         saturated.zero_()
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor's mu, by its name; none where it is fixed."""
+        """Every tensor's mu by name; empty if mu is fixed."""
         if self.scaling.policy != "automatic":
             return {}
         mu = self.scaling.mu
@@ -198,7 +198,7 @@ def _reciprocal_scale(gradient: ScaledTensor) -> Tensor:
 
 
 def ring_sum(terms: Sequence[ScaledTensor], owner: int, kernels: Kernels) -> ScaledTensor:
-    """What the ring over `terms` (one per rank, of one scale) brings to rank `owner`."""
+    """The sum that the ring over `terms` (one per rank, of one scale) brings to rank `owner`."""
     size = len(terms)
     total = terms[(owner + 1) % size]
     for hop in range(2, size + 1):

@@ -1,4 +1,4 @@
-"""Straight to the owner in two hops, so that little crosses between nodes.
+"""Reduce-scatter in two hops, so that little traffic crosses between nodes.
 
     within a node    rank j gets the contributions to all owners that are number j of their node,
                      and sums them in fp32
@@ -6,8 +6,8 @@
                      (the largest value of a sum is that of the whole tensor, not of the rows
                      that one rank holds)
 
-A flat all-to-all sends a gradient between nodes once per rank, this once per node. The price is
-one more rounding of every sum that crosses; the owner's own node's stays in fp32.
+A flat all-to-all sends a gradient between nodes once per rank, this once per node, at the cost of
+one more rounding of every sum that crosses; the sum of the owner's own node stays in fp32.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ class HierarchicalReduceScatter:
         return found
 
     def finish_step(self, skipped: Tensor) -> None:
-        """Nothing depends on it."""
+        """No state to update."""
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Nothing is remembered from step to step."""
+        """No state."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Gradients of all replicas to their owners: each in its own scale, summed in fp32.
+"""Gradient reduction to the owners: each contribution in its own scale, summed in fp32.
 
     g[own rows] = 1/d sum_r dequantize(g_r[own rows])      d: see `ParamGroup.divisor`
 
@@ -43,14 +43,14 @@ class GradientReduction(Protocol):
         """
 
     def finish_step(self, skipped: Tensor) -> None:
-        """All gradients of a step are reduced; `skipped` (0-d bool) tells what became of them."""
+        """End of a step whose gradients are reduced; `skipped` (0-d bool): it was not applied."""
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """What is remembered from step to step, for a checkpoint; the same on all ranks."""
+        """State kept from step to step, for a checkpoint; the same on all ranks."""
 
 
 class Fp32ReduceScatter:
-    """Straight to the owner, sums in fp32; `divisor` None: the number of ranks."""
+    """All-to-all to the owners, who sum in fp32; `divisor` None: the number of ranks."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class Fp32ReduceScatter:
         return summing.then(mean)
 
     def finish_step(self, skipped: Tensor) -> None:
-        """Nothing depends on it."""
+        """No state to update."""
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Nothing is remembered from step to step."""
+        """No state."""
         return {}
 
 
@@ -96,8 +96,8 @@ def reduce_scatter_fp32(
 ) -> Handle[list[Tensor]]:
     """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own.
 
-    There may be none, for some rank or for all. `uncast` (fp32) is what this rank has of its own
-    where that was not cast, because it does not travel; its part then gives shapes and formats.
+    A part may be empty. `uncast` (fp32) is this rank's own term if it was not cast, since it is not
+    sent; `parts[own rank]` then only gives shapes and formats.
     """
     rank = group.rank()
     own = parts[rank]
@@ -143,7 +143,7 @@ def parts_of(
 
 
 def sent_format(stored: Format, wire: Wire, *, keep_high_precision: bool) -> Format:
-    """What a gradient in format `stored` travels in; never in more bytes than it has.
+    """The format to send a gradient stored in `stored` in; never more bytes than it has.
 
     Gradients of embeddings, norms and biases (`keep_high_precision`) are
     sent in BF16 on an FP8 wire.

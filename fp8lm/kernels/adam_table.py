@@ -1,4 +1,4 @@
-"""What one AdamW step over many tensors is given: scalars, a table of scales, and the tensors.
+"""Arguments of one AdamW step over many tensors: scalars, a table of scales, and the tensors.
 
 Everything that differs between tensors is a row of a table or a field of `AdamParam`, and nothing
 is a function: one kernel can then step all tensors at once.
@@ -25,15 +25,15 @@ class AdamCoefficients:
     clip_factor: Tensor  # multiplies the gradient
     bias_correction1: Tensor  # 1 - beta1^step
     bias_correction2: Tensor  # 1 - beta2^step
-    skip: Tensor | None  # bool: leave every byte as it is; None: the step is known to happen
+    skip: Tensor | None  # bool: leave every byte unchanged; None: do not skip
 
 
 @dataclass(frozen=True)
 class AdamTable:
-    """Of all W weights: `scales` (fp32 [W,4]) and `noise_keys` (int32 [W]), on the device.
+    """For all W weights: `scales` (fp32 [W,4]) and `noise_keys` (int32 [W]), on the device.
 
-    `scales` are those to write model parameter, master weight, first and second moment with;
-    `rounding` is how the last three are rounded. A model parameter is rounded to nearest.
+    `scales` are the new ones of model parameter, master weight, first and second moment;
+    `rounding` is that of the last three. A model parameter is rounded to nearest.
     """
 
     scales: Tensor

@@ -1,8 +1,8 @@
 """FP8 GEMMs on tensor cores (sm_89 and newer) through cuBLASLt.
 
 Hopper's FP8 tensor cores read both operands with the contraction dimension contiguous: `transpose`
-copies, and a GEMM of operands that lie otherwise is refused, not copied unseen. All else is the
-reference's, which runs on the GPU as it is.
+copies, and a GEMM of other operands is refused, not silently copied. All other operations are the
+reference's, which runs on the GPU too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HopperKernels:
         """See `Kernels` (flash attention in bf16)."""
         return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
 
-    # What the reference does as well as any, until something faster is here.
+    # Operations without a faster kernel yet: the reference.
 
     def amax(self, x: Tensor) -> Tensor:
         """See `Kernels`."""

@@ -1,4 +1,4 @@
-"""The operations on low-precision tensors that a backend implements, all of them.
+"""The interface of kernels: all operations on low-precision tensors that a backend implements.
 
 A backend is one class that defines every operation itself; none inherits another's, so an
 operation that it lacks is a type error and not a silent run of the reference. Where a backend has
@@ -20,7 +20,7 @@ from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
-# The operations by which a person judges a backend, as in `Kernels.backends`.
+# The operations that `Kernels.backends` reports to users.
 GEMM, ATTENTION, ELEMENTWISE = "gemm", "attention", "elementwise"
 
 

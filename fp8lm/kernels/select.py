@@ -1,4 +1,4 @@
-"""Which kernels run on which device; chosen once and passed on."""
+"""Selects the kernels for a device, once per run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def select_kernels(device: torch.device) -> Kernels:
 
 
 def describe_kernels(device: torch.device) -> str:
-    """The name of those for `device`, and why they are chosen."""
+    """The name of the kernels for `device`, and the reason for the choice."""
     if device.type == "cpu":
         return "PyTorch with FP8 emulated exactly, as on every CPU"
     major, minor = torch.cuda.get_device_capability(device)

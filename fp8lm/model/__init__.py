@@ -1,4 +1,4 @@
-"""The GPT model: math that names no process and no format."""
+"""The GPT model as plain math: no process groups, no formats."""
 
 from fp8lm.model.gpt import GPTModel
 

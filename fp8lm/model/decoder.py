@@ -55,7 +55,7 @@ class TransformerLayer(nn.Module):
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What a pipeline stage holds of the model: which layers, and its ends."""
+    """The part of the model that a pipeline stage holds: its layers, embedding and head."""
 
     layers: range
     has_embedding: bool = True
@@ -63,7 +63,7 @@ class StageSpec:
 
 
 class Decoder(nn.Module):
-    """The transformer layers `part` names, by their number in the model, and the final norm."""
+    """The transformer layers of `part`, by their number in the model, and the final norm."""
 
     def __init__(
         self, config: ModelConfig, recipe: Recipe, recompute: str | None, part: StageSpec

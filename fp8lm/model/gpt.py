@@ -80,7 +80,7 @@ class Embedding(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """The word embeddings where they are only the head's matrix, under their own name."""
+    """The word embeddings of a last stage, where they are only the tied head's matrix."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, recipe: Recipe) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class TiedEmbedding(nn.Module):
 class GPTModel(nn.Module):
     """Token ids to logits; `config` is the config section `model`.
 
-    `vocab_size` is the padded one; `seed` enters the masks of hidden dropout. `part` is what a
-    pipeline stage holds of the model (default: all); weights have the names they have in the whole.
+    `vocab_size` is the padded one; `seed` enters the masks of hidden dropout. `part` is the part
+    that a pipeline stage holds (default: all); weights have the names of the whole model.
     """
 
     def __init__(

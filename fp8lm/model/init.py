@@ -24,7 +24,7 @@ def normal_init(std: float) -> Initializer:
 
 
 def output_init(std: float, num_layers: int) -> Initializer:
-    """As `normal_init`, divided by sqrt(2 * layers): for matrices that write to the residual."""
+    """As `normal_init`, over sqrt(2 * layers): for matrices that write to the residual stream."""
     return normal_init(std / math.sqrt(2.0 * num_layers))
 
 

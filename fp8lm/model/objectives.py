@@ -1,12 +1,12 @@
-"""What a model is trained for: the loss of its output.
+"""Training objectives: the loss of a model's output.
 
     loss = sum_t mask_t l_t / sum_t mask_t        t over all tokens of the step, on all replicas
 
-Backward begins before a rank knows how many tokens count elsewhere. So each micro-batch takes the
-sum of its counted tokens over the number of *all* its tokens, which is the same everywhere, and
-the share of tokens that count is one of the step's scalars: the optimizer divides by its mean,
-which is exactly 1 where nothing is masked. How a batch is cut into micro-batches, replicas and
-stages then changes its gradient by roundings alone.
+Backward begins before a rank knows how many tokens count on others. So each micro-batch divides the
+sum over its counted tokens by the number of *all* its tokens, which is the same everywhere, and the
+share of counted tokens is one of the step's scalars: the optimizer divides by its mean, which is
+exactly 1 if no token is masked. The split of a batch into micro-batches, replicas and stages then
+changes its gradient by rounding only.
 
 Shapes: B micro-batch, S sequence, V padded vocabulary (this rank's part of it), T = S B tokens.
 """
@@ -26,10 +26,10 @@ from fp8lm.layers.tp_context import NO_TP, TPContext
 
 
 class Objective(Protocol):
-    """The loss of a micro-batch, and how much of the micro-batch it counts."""
+    """The loss of a micro-batch, and the share of its tokens that count."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Summed over what counts, over the number of all (0-d fp32); `output` is the model's."""
+        """Sum over counted tokens / number of all tokens (0-d fp32); `output` is the model's."""
 
     def counted_share(self, microbatches: Sequence[Batch]) -> Tensor:
         """Share of `microbatches`, all of one size, that the loss counts (0-d fp32)."""
@@ -71,7 +71,7 @@ class MeanOfMicrobatches:
     objective: Objective
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """See `Objective`: over what counts."""
+        """See `Objective`; divided by the number of counted tokens."""
         mask = batch.loss_mask
         # All masked: zeros, not NaN.
         mean = mask * (mask.numel() / mask.sum().clamp(min=1.0))

@@ -1,1 +1,1 @@
-"""Building a run from a config, its loop, its log, its checkpoints."""
+"""Building a run from a config; the training loop, its hooks and its checkpoints."""

@@ -1,4 +1,4 @@
-"""From a config to everything a run is made of."""
+"""Builds all parts of a run from its config."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def training_objective(self) -> Objective:
-        """`objective` as steps weigh it; an evaluation weighs all tokens the same."""
+        """`objective` weighted as in training steps; evaluation weighs all tokens the same."""
         if self.config.train.calculate_per_token_loss:
             return self.objective
         return MeanOfMicrobatches(self.objective)
@@ -109,7 +109,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
 
 
 def resize_datasets(run: Run, iteration: int, consumed_samples: int) -> Run:
-    """`run` with the samples that it reads from `iteration` on: others if its batch has changed."""
+    """`run` with datasets for the steps after `iteration`, whose batch size may have changed."""
     config = run.config
     sizes = dataset_sizes(config, iteration, consumed_samples)
     if sizes == run.dataset_sizes:

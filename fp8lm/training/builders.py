@@ -55,7 +55,7 @@ class RunData:
 def build_data(config: Config, sizes: tuple[int, int, int] | None = None) -> RunData:
     """What sections `data` and `tokenizer` name; by default as many samples as the run reads.
 
-    A collective of all processes. `InputError` for what cannot be read.
+    A collective of all processes. `InputError` if they cannot be read.
     """
     tokenizer = _tokenizer(config)
     sizes = dataset_sizes(config) if sizes is None else sizes
@@ -73,7 +73,7 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def model_vocab_size(config: Config, num_ids: int) -> int:
-    """Rows of the embedding for `num_ids` tokens: padded so that every rank has as many.
+    """Rows of the embedding for `num_ids` tokens, padded to the same number on every rank.
 
     Where the tensor-parallel size divides `make_vocab_size_divisible_by`, padding does not depend
     on it, and a checkpoint loads under any such size.
@@ -94,7 +94,7 @@ def build_model(
 
 
 def build_objective(config: Config, num_ids: int, tp: TPContext = NO_TP) -> Objective:
-    """What the run is trained for: of `num_ids` tokens the next."""
+    """The training objective: predict the next of `num_ids` tokens."""
     return LanguageModeling(num_ids, tp)
 
 
@@ -104,7 +104,7 @@ def build_optimizer(
     kernels: Kernels,
     sharding: OptimizerSharding,
 ) -> AdamW:
-    """The optimizer of those of `weights` that are not frozen; all get their initial values."""
+    """Give all `weights` their initial values; returns the optimizer of those not frozen."""
     precision, seed = StatePrecision.from_config(config.precision), config.train.seed
     trained = trainable(weights)
     optimizer = AdamW(trained, config.optimizer, precision, kernels, seed=seed, sharding=sharding)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what is in them, when one is due, going on from one, going back to one.
+"""The checkpoints of a run: saving, resuming and rolling back.
 
 A checkpoint that cannot be written does not end the training: it is reported, the one before it is
 intact, and the next is tried when it is due. The last one of a run must be written.
@@ -56,11 +56,11 @@ class RunCheckpoints:
     def open(self) -> None:
         """Check `checkpoint.load` and `checkpoint.save`: now, not after hours of training.
 
-        `InputError` for a folder that does not serve.
+        `InputError` for an unusable folder.
         """
         config, run = self._config, self._run
         if config.save is not None or config.load is not None:
-            # Of data that may be replaced meanwhile: what this start reads.
+            # Data files may be replaced during the run: this is what this start reads.
             self._made_with = on_main(self._group, lambda: made_with(run.config, run.tokenizer))
         if problem := on_main(
             self._group, lambda: load_problem(config) or pretrained_problem(config)
@@ -82,12 +82,12 @@ class RunCheckpoints:
         self.is_open = True
 
     def load(self) -> None:
-        """Go on from `checkpoint.load`: the newest valid checkpoint in it, or the one that it is.
+        """Resume from `checkpoint.load`: a checkpoint, or a folder whose newest valid one is taken.
 
-        A folder without any starts a new run if the run saves there too, so that one command serves
-        to start and to resume: from the weights of `checkpoint.pretrained`, else from initial ones.
-        Raises `InputError` for any other without one, for a checkpoint that does not fit this
-        model, and for a `checkpoint.save` that holds those of another run.
+        A folder without checkpoints starts a new run if it is `checkpoint.save` too, so that one
+        command starts and resumes. A new run starts from the weights of `checkpoint.pretrained`,
+        else from initial ones. Raises `InputError` for any other folder without checkpoints, for a
+        checkpoint that does not fit this model, and if `checkpoint.save` holds another run's.
         """
         folder, weights = self._config.load, self._config.pretrained
         found = None if folder is None else self._find(folder, NEEDED)
@@ -169,7 +169,7 @@ class RunCheckpoints:
         self._saved_iteration = self._progress.iteration
 
     def tell(self) -> None:
-        """Report the checkpoints that have been written, or not, since."""
+        """Report saves that have finished or failed since the last call."""
         for outcome in self._saver.collect() if self._saver is not None else ():
             self._tell_written(outcome)
             if not outcome.written:
@@ -184,7 +184,7 @@ class RunCheckpoints:
                 self._report(f" warning: {outcome.error}")
 
     def finish(self) -> None:
-        """Save, and wait until that is on disk; raises its error if it does not get there."""
+        """Save and wait until the checkpoint is on disk; raises the error if that fails."""
         if self._saver is None:
             return
         self._saver.wait()
@@ -197,21 +197,21 @@ class RunCheckpoints:
             self._tell_written(outcome)
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written, and report what came of the last."""
+        """Wait until no checkpoint is being written, and report the last one."""
         if self._saver is not None:
             self._saver.wait()
             self.tell()
 
     def _saver_to_rewind(self) -> CheckpointSaver:
-        """That of `checkpoint.save`, without which the config allows no going back."""
+        """The saver of `checkpoint.save`, which the config requires for rollbacks."""
         if self._saver is None:
             raise RuntimeError("going back needs checkpoint.save")
         return self._saver
 
     def find_before(self, iteration: int) -> Checkpoint | None:
-        """The newest valid checkpoint older than `iteration`, of this run or what it began with.
+        """The newest valid checkpoint before `iteration`: of this run, or the one it started from.
 
-        None if there is none to go back to.
+        None if there is none.
         """
         self.wait()
         newest = {self._saver_to_rewind().root: iteration - 1}

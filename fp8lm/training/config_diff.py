@@ -1,4 +1,4 @@
-"""What a config changes of the run that it resumes: never silently, and not what weights mean."""
+"""Differences between a config and the one of the run that it resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fp8lm.runtime.errors import InputError
 
 LONGEST = 1000  # characters of a value that a checkpoint names
-# What else the sections hold, and the other sections, does not decide what is learned.
+# Other keys and sections do not change what is learned.
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
 _KEYS = {
     "train": (
@@ -41,18 +41,18 @@ def check_same_model(former: Mapping[str, Any], config: Mapping[str, Any], folde
 
 
 def changed_keys(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """`section.key = value (was former)` of what differs; both as `Config.model_dump(mode="json")`.
+    """`section.key = value (was former)` per difference; both as `Config.model_dump(mode="json")`.
 
-    A key that one of them does not know is passed over: it is of another version.
+    Keys that only one of them has are ignored: they are of another version.
     """
     keys = {section: tuple(config[section]) for section in _SECTIONS} | _KEYS
     return _changed(keys, former, config)
 
 
 def changed_layout(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """As `changed_keys`, of section `parallel`: any layout loads under any other.
+    """As `changed_keys`, for section `parallel` only.
 
-    Where a load fails all the same, they may be why.
+    Any layout loads under any other; if a load fails all the same, a change may explain why.
     """
     return _changed({"parallel": tuple(config["parallel"])}, former, config)
 

@@ -19,7 +19,7 @@ from fp8lm.training.build import Run
 def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> float:
     """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks.
 
-    Of the tokens that count, each counts the same, whatever batch and rank it is on.
+    Every counted token has the same weight, whatever its batch and rank.
     """
     config = run.config.train
     run.data_parallel.finish_param_sync()
@@ -34,9 +34,10 @@ def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> f
 def first_validation_sample(train: TrainConfig, iteration: int, num_samples: int) -> int:
     """Where in the `num_samples` of the validation split the evaluation of `iteration` begins.
 
-    With `train.eval_new_samples` an evaluation follows on the one before, as in Megatron-LM, whose
-    first is that of `train.eval_interval`; the one before training, which is not there, reads what
-    that reads. A function of the iteration, so that a resumed run reads the same.
+    With `train.eval_new_samples` an evaluation continues after the previous one, as in Megatron-LM.
+    The first is that of iteration `train.eval_interval`; the one before training, which Megatron-LM
+    does not have, reads the same samples. A function of the iteration: a resumed run reads the
+    same.
     """
     if not train.eval_new_samples:
         return 0

@@ -1,4 +1,4 @@
-"""How much memory a run takes: its state byte for byte, and the process as a whole."""
+"""Memory of a run: bytes of state, and of the whole process."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def state_bytes(
     """Bytes this process holds for `weights`, by kind; `states` are the optimizer's, by weight.
 
     Counted from the buffers themselves, scales included, but for `operands`: what
-    `precision.cache_weight_operands` adds while a step lasts. `padding`: what the buffers of
-    weights have beyond these (see `NoDataParallel.padding`). A frozen weight has no more
-    than itself.
+    `precision.cache_weight_operands` adds while a step lasts. `padding`: bytes of
+    parameter buffers beyond the weights (see `NoDataParallel.padding`). A frozen weight has neither
+    gradient nor optimizer states.
     """
     held = [states[name] for name in weights if name in states]
     gradients = [weight.main_grad.value for weight in trainable(weights).values()]

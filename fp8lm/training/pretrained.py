@@ -19,7 +19,7 @@ from fp8lm.training.resizing import Vocabulary
 from fp8lm.training.state import model_shards, optimizer_shards
 from fp8lm.training.state_reader import StateReader
 
-NEEDED = ("config", "config.model")  # facts without which nobody knows what the weights mean
+NEEDED = ("config", "config.model")  # facts that tell what the weights mean
 KINDS = ("weight", "master")
 
 
@@ -57,7 +57,7 @@ def _fill(run: Run, found: Checkpoint, group: Group) -> StateReader:
     reader = StateReader(run.optimizer, found, vocabulary, extend, group, KINDS)
     states = optimizer_shards(run.optimizer).items()
     masters = {key: shards for key, shards in states if key.kind == "master"}
-    # Of the model every tensor has to be used: fewer layers would load, and train something.
+    # Every tensor of the stored model must be used: a model of fewer layers would load, too.
     weights = {str(key) for key in found.state if key.kind == "weight"}
     reader.read({**model_shards(run.weights), **masters}, found.tensors.keys() - weights)
     return reader

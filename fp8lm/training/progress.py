@@ -1,4 +1,4 @@
-"""How far a run is, the sums its next report averages, and the scalars of every step."""
+"""Progress of a run, metrics accumulated between reports, and the scalars of every step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fp8lm.training.step import StepResult
 class Progress:
     """Iterations done, samples consumed over all ranks, and samples of the last iteration.
 
-    `skipped_samples` were passed over in `rollbacks` from loss spikes: the data are that far ahead
-    of what is consumed.
+    `skipped_samples` were skipped in `rollbacks` from loss spikes: the data position is that far
+    ahead of `consumed_samples`.
     """
 
     iteration: int = 0
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Interval:
-    """What passed between two reports."""
+    """Time, iterations and samples between two reports."""
 
     iterations: int
     samples: int
@@ -60,7 +60,7 @@ class Stopwatch:
         self._runs = False
 
     def interval(self, progress: Progress) -> Interval:
-        """What has passed of the interval; begins the next."""
+        """End the interval, return it, and begin the next."""
         interval = Interval(
             progress.iteration - self._iteration,
             progress.consumed_samples - self._samples,
@@ -94,7 +94,7 @@ class MetricAccumulator:
         self.sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
 
     def add(self, result: StepResult) -> None:
-        """Count one step; one that is skipped, or of whose tokens none counts, has no loss."""
+        """Count one step; a skipped one, or one without counted tokens, has no loss."""
         skipped = result.skipped.double()
         has_loss = ~result.skipped & (result.share > 0)
         loss = torch.where(has_loss, result.loss, torch.zeros_like(result.loss)).double()
@@ -116,7 +116,7 @@ class MetricAccumulator:
 
 @dataclass(frozen=True)
 class HostScalars:
-    """What a step has told the host: `loss`, how many steps in a row were skipped, why to `stop`.
+    """Scalars of a step on the host: `loss`, number of consecutive skipped steps, `stop` reason.
 
     `loss` is NaN where no token counts; `stop` is the largest reason of any rank (0: none).
     """
@@ -130,15 +130,15 @@ class HostScalars:
 class AsyncScalars:
     """A few numbers per step, in order: on a CPU at once, on a GPU one step later.
 
-    A GPU's step has not begun when the host has started it, so `push` returns the numbers of the
-    step before, which are there by then or soon. All ranks see the same step at the same time.
+    On a GPU the host runs ahead of the device, so `push` returns the numbers of the previous step
+    instead of waiting for this one's. All ranks see the same step at the same time.
     """
 
     def __init__(self) -> None:
         self._arriving: tuple[int, Tensor, torch.cuda.Event] | None = None
 
     def push(self, iteration: int, numbers: Tensor) -> tuple[int, list[float]] | None:
-        """Hand over those of `iteration` (1-d); take the next there are, with their iteration."""
+        """Push the numbers of `iteration` (1-d); returns the next available ones, if any."""
         if numbers.device.type != "cuda":
             return iteration, numbers.tolist()
         arrived = self.drain()
@@ -150,7 +150,7 @@ class AsyncScalars:
         return arrived
 
     def drain(self) -> tuple[int, list[float]] | None:
-        """Wait for what has not been returned yet."""
+        """Wait for all numbers not returned yet."""
         if self._arriving is None:
             return None
         iteration, host, event = self._arriving

@@ -1,4 +1,4 @@
-"""What a model is made with beside its config: the tokenizer and the data, told by their content.
+"""Identity of a model's tokenizer and data, by content.
 
 A path says little: what lies at it may have been replaced. Checkpoints carry the identity of both,
 and the tokenizer's files. On resume another tokenizer is an error, since its ids mean other text to
@@ -27,7 +27,7 @@ _COMPARED_IDS = 1000
 
 
 def made_with(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of tokenizer and data, in its `common.json`."""
+    """The facts on tokenizer and data in a checkpoint's `common.json`."""
     paths = () if config.data.mock_data else config.data.data_path or ()
     prefixes = [entry for entry in paths if isinstance(entry, str)]
     return {
@@ -41,9 +41,9 @@ def made_with(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def check_same_tokenizer(
     checkpoint: Checkpoint, tokenizer: Tokenizer, config: CheckpointConfig
 ) -> list[str]:
-    """A line on what has changed since `checkpoint`, if that is allowed; none if nothing has.
+    """A line on an allowed change since `checkpoint`; none if nothing has changed.
 
-    Raises `InputError` if it is not. A checkpoint that does not name its tokenizer passes.
+    Raises `InputError` for any other change. A checkpoint that names no tokenizer passes.
     """
     recorded = (checkpoint.common.get("tokenizer") or {}).get("identity")
     if not recorded or not (changed := differences(recorded, tokenizer.identity)):

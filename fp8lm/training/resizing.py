@@ -35,7 +35,7 @@ EXTEND = "set checkpoint.extend_embeddings=true to start the new rows from initi
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Of a table: the first `kept` rows are read, rows `new` start anew, any others are zero."""
+    """For one table: the first `kept` rows are read, rows `new` start anew, any others are zero."""
 
     kept: int
     new: range = range(0)
@@ -50,7 +50,7 @@ class RowPlan:
         return Shard(block.tensor[:count], shape, (min(first, shape[0]), *rest))
 
     def kept_of(self, first: int, count: int) -> int:
-        """How many of `count` rows from row `first` on are read."""
+        """Number of rows to read among `count` rows from row `first` on."""
         return min(max(self.kept - first, 0), count)
 
 

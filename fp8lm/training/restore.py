@@ -1,4 +1,4 @@
-"""A trained model out of a checkpoint, without optimizer or data."""
+"""Loads a trained model from a checkpoint, without optimizer or data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fp8lm.training.state import by_name, model_shards
 class Restored:
     """A model in evaluation mode, its tokenizer and the config it ran with.
 
-    `warnings` say what is not as it was in training.
+    `warnings` name differences from training.
     """
 
     model: nn.Module
@@ -99,7 +99,7 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
     model = GPTModel(config.model, rows, recipe)
     wanted = model_shards(named_params(model))
     check_fits(checkpoint, by_name(wanted))
-    # Fewer layers than are stored would load, and answer something.
+    # A model of fewer layers than are stored would load, too.
     weights = (key for key in checkpoint.state if key.kind == "weight")
     unused = sorted(str(key) for key in weights if key not in wanted)
     if unused:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_folders(config: Config) -> list[RunFolder]:
-    """What no two runs may share: folders of files whose names are the same in every run."""
+    """Folders that no two runs may share, since their files have the same names in every run."""
     save, logging = config.checkpoint.save, config.logging
     found = []
     if save is not None:
@@ -34,7 +34,7 @@ def run_folders(config: Config) -> list[RunFolder]:
 
 
 def refuse_checkpoints(folders: Iterable[RunFolder]) -> None:
-    """`InputError` for one that is, or lies in, a checkpoint: what is added there damages it."""
+    """`InputError` for a folder that is, or lies in, a checkpoint: added files would damage it."""
     for folder in folders:
         path = Path(os.path.realpath(folder.path))
         if (found := next(filter(is_checkpoint, (path, *path.parents)), None)) is not None:

@@ -1,4 +1,4 @@
-"""What a run says at its start, and leaves in its folder: a banner, config.yaml, starts.jsonl.
+"""The start of a run: banner, config.yaml and starts.jsonl.
 
 A long run is started many times, and not always from the same commit: a line of starts.jsonl for
 every start says with which code and versions it ran which iterations.
@@ -41,7 +41,7 @@ def start_facts() -> dict[str, Any]:
 
 
 def write_start(config: Config, facts: dict[str, Any], iteration: int, processes: int) -> None:
-    """Leave config.yaml and a line of a start in `logging.dir`; `InputError` if that fails."""
+    """Write config.yaml and a line of starts.jsonl to `logging.dir`; `InputError` if that fails."""
     if config.logging.dir is None:
         return
     folder = Path(config.logging.dir)

@@ -29,7 +29,7 @@ class RollBack(Exception):
 
 @dataclass
 class LossSpikeDetector:
-    """Tells a spike: `patience` losses in a row more than `threshold` nats above the mean.
+    """Detects a spike: `patience` losses in a row more than `threshold` nats above the mean.
 
     `mean` of `steps`, `high` losses in a row and the `first` iteration of them are its state, part
     of a checkpoint. A loss that is too high does not enter the mean, and one that is not finite
@@ -58,15 +58,15 @@ class LossSpikeDetector:
         self.mean += (loss - self.mean) / self.steps
 
     def forget(self) -> None:
-        """Take the next loss for the usual one."""
+        """Reset: take the next loss as the mean."""
         self.mean, self.steps, self.high = 0.0, 0, 0
 
     @property
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
+        """The state, for a checkpoint."""
         return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         for name in STATE:
             setattr(self, name, state[name])

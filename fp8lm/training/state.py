@@ -1,4 +1,4 @@
-"""What a run keeps from step to step: the tensors of a checkpoint, and this rank's blocks of them.
+"""The state of a run: the tensors of a checkpoint, and this rank's blocks of them.
 
 Keys are those of `StateKey`. A `StateSlot` is a scaled tensor of one parameter: the weight itself,
 or a state of the optimizer.
@@ -79,7 +79,7 @@ def optimizer_slots(optimizer: AdamW) -> Iterator[StateSlot]:
 
 
 def slots(optimizer: AdamW) -> Iterator[StateSlot]:
-    """All that this rank holds."""
+    """All slots that this rank holds."""
     yield from weight_slots(optimizer.weights)
     yield from optimizer_slots(optimizer)
 

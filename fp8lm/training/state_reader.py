@@ -16,8 +16,8 @@ from fp8lm.training.state import KINDS, StateShards, possible_names
 class StateReader:
     """Fills `optimizer` and its weights from `checkpoint`; all ranks of `group` call together.
 
-    What is stored as it is held here is read as it is; other formats are cast (see `conversion`),
-    and other paddings and, with `extend`, more tokens or positions are fitted (see `resizing`).
+    States in the same format are read bit for bit; others are cast (see `conversion`). Tables with
+    another padding or, with `extend`, fewer tokens or positions are resized (see `resizing`).
     `kinds` are the states that are read. Raises `InputError` before anything is filled if a tensor
     does not fit.
     """

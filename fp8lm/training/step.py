@@ -1,4 +1,4 @@
-"""One training step, as the paper describes it."""
+"""One training step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fp8lm.scaled_tensor import ScaledTensor
 class StepResult:
     """0-d tensors on the device: `loss`, `grad_norm`, `share`, `skipped`, `stop`.
 
-    `loss` is the mean over the step's tokens that count, whose share of all is `share`; 0 if none
-    does. `stop` is the largest that any rank was given.
+    `loss` is the mean over the step's counted tokens (0 if there is none), `share` their share of
+    all. `stop` is the largest reason of any rank.
     """
 
     loss: Tensor
@@ -49,9 +49,9 @@ def train_step(
     """Accumulate the gradients of `microbatches`, then update; no host synchronisation.
 
     A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks.
-    `objective` takes the loss and says what counts. `pipeline` runs `model`, this stage's part
-    (default: the whole on one stage). `stop` goes to all ranks with the step's other scalars. Where
-    no token counts the gradient is zero: moments and weights decay.
+    `objective` computes the loss and says which tokens count. `pipeline` runs `model`, this stage's
+    part (default: the whole on one stage). `stop` goes to all ranks with the step's other scalars.
+    Where no token counts the gradient is zero: moments and weights decay.
     """
     model.train()
     weights, tp = optimizer.weights, optimizer.sharding.tp
@@ -76,17 +76,17 @@ def train_step(
 
 
 def seed_generators(seed: int, consumed_samples: int, *ranks: int) -> None:
-    """Seed what attention dropout draws from: another stream for every step and every rank.
+    """Seed the generators of attention dropout: another stream for every step and rank.
 
-    A function of where the run is, so that a resumed run has no random state to restore.
-    Recomputation puts the generator back by itself.
+    The seed is a function of the run's position, so a resumed run has no random state to restore.
+    Recomputation restores the generator by itself.
     """
     digest = hashlib.sha256(f"{seed}/{consumed_samples}/{ranks}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def zero_gradients(weights: dict[str, Param]) -> None:
-    """Start new sums."""
+    """Start new gradient sums."""
     for weight in weights.values():
         weight.main_grad.zero()
 
@@ -94,7 +94,7 @@ def zero_gradients(weights: dict[str, Param]) -> None:
 def complete_gradients(
     weights: dict[str, Param], gradients: dict[str, ScaledTensor], tp: TPContext
 ) -> None:
-    """Sum over the ranks of `tp` what each computed from its part of the sequence."""
+    """Sum gradients that each rank of `tp` computed from its part of the sequence."""
     tp.sum_in_place(
         gradient.payload
         for name, gradient in gradients.items()

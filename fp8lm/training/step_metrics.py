@@ -14,7 +14,7 @@ from fp8lm.training.progress import Interval, Progress
 
 
 class StepMetrics:
-    """What is reported of the steps of `run`; every method is a collective of all ranks."""
+    """Reported metrics of the steps of `run`; every method is a collective of all ranks."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -40,7 +40,7 @@ class StepMetrics:
         lr: float,
         sent: dict[str, int],
     ) -> dict[str, float]:
-        """Of the iterations since the last report; `window` is from `MetricAccumulator`.
+        """Metrics of the iterations since the last report; `window` is from `MetricAccumulator`.
 
         `sent`: bytes that this rank sent in the last iteration, by wire.
         """
@@ -71,14 +71,14 @@ class StepMetrics:
 
 
 def _mean_loss(window: dict[str, float]) -> float:
-    """Of the steps that have a loss; NaN where all were skipped, 0 where no token counts."""
+    """Mean over the steps that have a loss; NaN if all were skipped, 0 if no token counts."""
     if window["steps"]:
         return window["loss"] / window["steps"]
     return float("nan") if window["skipped"] else 0.0
 
 
 def _count_parameters(run: Run) -> int:
-    """Of the whole model; a collective of the pipeline's stages."""
+    """Number of parameters of the whole model; a collective of the pipeline's stages."""
     elsewhere = run.shared_params
     own = sum(math.prod(w.spec.shape) for n, w in run.weights.items() if n not in elsewhere)
     total = torch.tensor(own, device=run.device)
@@ -88,7 +88,7 @@ def _count_parameters(run: Run) -> int:
 
 
 def _range_of_mu(run: Run) -> dict[str, float]:
-    """Smallest and largest of the whole model, if it has any; a collective of the stages."""
+    """Smallest and largest mu of the whole model, if it has any; a collective of the stages."""
     # A stage whose layers are all in BF16 has none, and takes part all the same.
     mus = run.data_parallel.named_tensors().values()
     none = torch.full((2,), -math.inf, device=run.device)

@@ -1,4 +1,4 @@
-"""Why a run stops before its end, and how it goes on: a signal, its time, its folders are lost.
+"""Early stops of a run: a signal, the end of its time, or a lost folder lock.
 
 A signal reaches one process, at any moment; all ranks must stop after the same step. So each rank
 says in the step's one exchange of scalars what it knows, and all act on the largest.
@@ -29,7 +29,7 @@ _SECONDS = 60.0
 
 
 class StopRequests:
-    """What this process knows of reasons to stop; a context manager that hears signals inside.
+    """Reasons to stop that this process knows; a context manager that handles signals inside.
 
     `config` is the config section `train`; `locks` are those of the run's folders, on the main
     rank. Outside the main thread of a process signals cannot be heard. SIGHUP, which tells that the
@@ -83,8 +83,7 @@ def describe_stop(reason: float, config: CheckpointConfig, launch: DistEnv, iter
 def exit_code(reason: float, resumes: bool) -> int:
     """The code of a run that stopped for `reason`: `EXIT_RESTART` promises that it goes on.
 
-    Where the same command would not, a signal has ended it, as a shell says that, and the end of
-    its time is what it was asked for.
+    If the same command would not continue the run: 128 + n for signal n, 0 for the end of its time.
     """
     if resumes:
         return EXIT_RESTART

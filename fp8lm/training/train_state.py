@@ -1,4 +1,4 @@
-"""All that a checkpoint holds of a training, as one object that is written and filled."""
+"""The complete training state of a checkpoint, as one object to save and to load into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp8lm.training.spikes import LossSpikeDetector
 from fp8lm.training.state import StateShards, model_shards, optimizer_shards
 from fp8lm.training.state_reader import StateReader
 
-# Facts without which a run cannot go on.
+# Facts that resuming needs.
 NEEDED = (
     "consumed_samples",
     "batch_size",
@@ -55,7 +55,7 @@ class TrainState:
         return {key: own for key, own in self.shards().items() if key.param not in shared}
 
     def facts(self) -> dict[str, Any]:
-        """The rest, for `common.json`."""
+        """The facts, for `common.json`."""
         return {
             **asdict(self.progress),
             "losses": self.losses.state,
@@ -63,7 +63,7 @@ class TrainState:
         }
 
     def fill(self, checkpoint: Checkpoint) -> StateReader:
-        """Become what `checkpoint` holds; what had to be converted or extended for that.
+        """Load `checkpoint`; returns what had to be converted or extended.
 
         A collective of all ranks. `InputError` for one that does not fit.
         """

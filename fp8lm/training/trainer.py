@@ -42,17 +42,17 @@ LAST_SAVE = "saving the last checkpoint"
 
 
 class TrainerHook:
-    """What happens around the steps of a training; every method does nothing by default."""
+    """Callbacks around the steps of a training; every method does nothing by default."""
 
     def running(self, trainer: Trainer) -> AbstractContextManager[object]:
-        """Around the whole training, also of a run without a step left; for what is held open."""
+        """Context around the whole training, also of a run without steps left; for resources."""
         return nullcontext()
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, if there is one."""
 
     def phase(self, trainer: Trainer, name: str) -> AbstractContextManager[None]:
-        """Around what takes its time: `STEP`, an evaluation, saving a checkpoint."""
+        """Context around a phase: `STEP`, an evaluation, saving a checkpoint."""
         return nullcontext()
 
     def stop_reason(self) -> float:
@@ -75,10 +75,10 @@ class TrainerHook:
         """The mean loss (nats per token) on `split`: validation or test."""
 
     def on_message(self, trainer: Trainer, line: str) -> None:
-        """Something to be said, as a line of text."""
+        """A message to report, one line."""
 
     def on_rollback(self, trainer: Trainer) -> None:
-        """The run is back at `trainer.progress.iteration`; later iterations will come again."""
+        """The run is back at `trainer.progress.iteration`; later iterations will be repeated."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, unless an error ends the run."""
@@ -118,7 +118,7 @@ class Trainer:
         self._fit_datasets()
 
     def train(self) -> int:
-        """Train to the end, or to where something asks to stop; saves before returning.
+        """Train to the end or until a stop is requested; saves before returning.
 
         Returns the exit code: 0, or that of `stopping` if a signal or the time asked to stop.
         RuntimeError before `load`, without which a run would write over another's checkpoints.
@@ -139,7 +139,7 @@ class Trainer:
             if self.stop == LOCK_LOST:
                 self.locks.verify()  # the main rank knows who has them
                 raise LockLost("another run has taken the folders of this one over")
-            self.run.data_parallel.finish_param_sync()  # collectives in flight end with the steps
+            self.run.data_parallel.finish_param_sync()  # wait for the collectives of the last step
             for hook in self.hooks:
                 hook.on_end(self)
             return 0 if self.finished or not self.stop else self._report_stop()
@@ -157,19 +157,19 @@ class Trainer:
         return self.finished or bool(self.stop) or self.exits
 
     def due(self, interval: int | None) -> bool:
-        """Whether something that is done every `interval` iterations is done after this one."""
+        """Whether an action with this `interval` is due after this iteration."""
         return interval is not None and self.progress.iteration % interval == 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Tell the hooks what takes its time inside."""
+        """Enter the hooks' `phase` contexts."""
         with ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook.phase(self, name))
             yield
 
     def say(self, line: str) -> None:
-        """Say something, as a line of text; a rank that is not the main one may as well."""
+        """Send a one-line message to the hooks; any rank may call it."""
         for hook in self.hooks:
             hook.on_message(self, line)
 
@@ -207,7 +207,7 @@ class Trainer:
         consumed = progress.consumed_samples
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
         self._seed_generators(consumed)
-        run.sent.take()  # what evaluations and reports sent is no step's
+        run.sent.take()  # do not count bytes of evaluations and reports
         result = train_step(
             run.model,
             run.optimizer,
@@ -243,7 +243,7 @@ class Trainer:
         position = progress.consumed_samples + progress.skipped_samples
         rollbacks = progress.rollbacks + 1
         self.checkpoints.rewind(answer.checkpoint)
-        self._scalars = AsyncScalars()  # a number in flight is of the steps that are undone
+        self._scalars = AsyncScalars()  # scalars in flight belong to undone steps
         progress.skipped_samples = position - progress.consumed_samples
         progress.rollbacks = rollbacks
         self._fit_datasets()
@@ -253,7 +253,7 @@ class Trainer:
         self.say(f" {answer.spike}: back at iteration {progress.iteration}, from which {skipped}")
 
     def _fit_datasets(self) -> None:
-        """Have data for the steps that are left, whose batch may not be that of those done."""
+        """Fit the datasets to the remaining steps, whose batch size may have changed."""
         progress = self.progress
         self.run = resize_datasets(self.run, progress.iteration, progress.consumed_samples)
 

@@ -30,8 +30,8 @@ from fp8lm.comm.groups import ProcessGroups
 from fp8lm.runtime.streams import warn
 
 INTERVAL = 2.0  # seconds between heartbeats
-SHORTEST = 10.0  # seconds below which no step is worth a word
-UNUSUAL = 300.0  # seconds that are, where the usual time is not known yet
+SHORTEST = 10.0  # seconds; shorter steps are never reported
+UNUSUAL = 300.0  # seconds after which a step is, before the usual time is known
 SILENT_AFTER = 4  # heartbeats missed
 _WAITING = ("fp8lm.comm.", "fp8lm.training.progress", "fp8lm.checkpoint.collectives")
 _MOST_NAMED = 4

@@ -1,4 +1,4 @@
-"""What ends a run early, takes it back, or names what holds it up."""
+"""Hooks that stop a run, roll it back, or name the rank that holds it up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fp8lm.training.watchdog import Watchdog
 class StopHook(TrainerHook):
     """Hears signals while the training runs.
 
-    A KeyboardInterrupt saves nothing, and leaves with what there is to go on from.
+    A KeyboardInterrupt saves nothing and names the checkpoint to resume from.
     """
 
     def __init__(

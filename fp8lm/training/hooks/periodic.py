@@ -1,4 +1,4 @@
-"""What is due every so many iterations, and at the end: evaluations and checkpoints."""
+"""Hooks that act every so many iterations and at the end: evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EvaluationHook(TrainerHook):
 
 
 class SaveHook(TrainerHook):
-    """Saves every `interval` iterations and at the end, and tells what came of it."""
+    """Saves every `interval` iterations and at the end, and reports finished saves."""
 
     def __init__(self, interval: int | None) -> None:
         self._interval = interval

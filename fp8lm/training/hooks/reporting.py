@@ -1,4 +1,4 @@
-"""Reports what a training does: log lines, metrics.jsonl, trackers, and what its folder says."""
+"""The hook that reports: log lines, metrics.jsonl, trackers, and files of the run's folder."""
 
 from __future__ import annotations
 
