@@ -220,7 +220,7 @@ def test_methods_of_tensors_are_not_there(name):
 
 
 def test_message_says_what_to_do():
-    with pytest.raises(TypeError, match="add is not defined on a ScaledTensor: dequantize it"):
+    with pytest.raises(TypeError, match=r"add .*ScaledTensor.*dequantize"):
         torch.add(KERNELS.quantize(random(4), E4M3), 1)
 
 

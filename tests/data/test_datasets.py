@@ -125,7 +125,7 @@ def test_evaluations_read_a_blend_without_weights_again(make_config, tokenizer, 
 
 def test_a_file_of_less_than_a_sample_needs_a_weight(make_config, tokenizer, write_documents):
     large, small = write_documents([[1] * 33], name="P"), write_documents([[2] * 16], name="small")
-    with pytest.raises(InputError, match=r"small has less than a sample of 16 tokens"):
+    with pytest.raises(InputError, match=r"small .*16 tokens"):
         check_files(make_config(data_path=[large, small], split="1"), tokenizer, (2, 0, 0))
     check_files(make_config(data_path=[1, large, 1, small], split="1"), tokenizer, (2, 0, 0))
 

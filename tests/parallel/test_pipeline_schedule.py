@@ -96,9 +96,9 @@ def test_a_deadlock_is_named():
     # Stage 1 wants micro-batch 1 forward before stage 0, which waits for the backward of 0.
     stuck = (Action("F", 0), Action("B", 0), Action("F", 1), Action("B", 1))
     late = (Action("F", 0), Action("F", 1), Action("B", 0), Action("B", 1))
-    with pytest.raises(ValueError, match=r"deadlock: stage [01] waits for ever to do"):
+    with pytest.raises(ValueError, match=r"deadlock: stage [01]"):
         simulate(Schedule((stuck, late)), 2)
-    with pytest.raises(ValueError, match="stage 1 does not do every action once"):
+    with pytest.raises(ValueError, match=r"stage 1 .*once"):
         simulate(replace(good, stages=(first, second[:-1])), 2)
-    with pytest.raises(ValueError, match="stage 0 does not do every action once"):
+    with pytest.raises(ValueError, match=r"stage 0 .*once"):
         simulate(replace(good, stages=(first + first[:1], second)), 2)

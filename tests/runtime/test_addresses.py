@@ -53,5 +53,5 @@ def test_a_port_that_is_taken():
 
 
 def test_a_name_without_an_address():
-    with pytest.raises(InputError, match="MASTER_ADDR=x: no machine of that name"):
+    with pytest.raises(InputError, match="MASTER_ADDR=x: "):
         wait_for_name("nohost.invalid", "MASTER_ADDR=x", patience=0.0)

@@ -145,7 +145,7 @@ def test_ctrl_c_says_what_there_is_and_how_to_go_on(tiny_config, train_run, tmp_
     config = tiny_config({"checkpoint": {"save": folder, "save_interval": 4}})
     assert run_command(lambda argv: train_run(config, interrupt_at(7)), []) == EXIT_INTERRUPTED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("interrupted: after iteration 6; the last checkpoint is of iteration 4")
+    assert line.startswith("interrupted: after iteration 6; ") and "iteration 4" in line
     assert f"in {folder} (2 iterations lost)" in line
     assert line.endswith(f" checkpoint.load={folder}")
 
