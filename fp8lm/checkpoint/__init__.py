@@ -1,4 +1,4 @@
-"""Checkpoints that load under any sharding, on disk whole or not at all, and checked before use."""
+"""Sharded checkpoints that load under any layout, written atomically and verified before use."""
 
 from fp8lm.checkpoint.background import CheckpointSaver, Outcome
 from fp8lm.checkpoint.files import Retention, latest_iteration

@@ -1,12 +1,12 @@
-"""Checkpoints written at once or beside the training.
+"""Checkpoints written synchronously or in the background.
 
-    save       copy to host memory (asynchronous) or not at all, start writing
-    collect    what has come of the writing since, without waiting for the rest
+    save       copy to host memory (if asynchronous) and start writing
+    collect    outcomes of finished saves, without waiting for the others
 
-One checkpoint is written at a time: a `save` waits for the one before it. The writing ranks talk to
-each other over a group of their own, since another thread of theirs is training. A slow file may
-keep them waiting for hours there, so it is not that group which tells that a rank is gone: the
-threads that wait for the writing meet over the training's own group, whose timeout is short.
+One checkpoint is written at a time: a `save` waits for the previous one. The writing threads
+communicate over a process group of their own, since the main threads are training. A slow file may
+block that group for hours, so its timeout is long and does not detect a dead rank: the threads that
+wait for the writing poll over the training's own group, whose timeout is short.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ from fp8lm.checkpoint.shard import Shard
 from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two meetings of waiting ranks
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two polls of waiting ranks
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one save: the iteration, seconds it took, and why it failed (None: it did not).
+    """Outcome of one save: iteration, duration, and the error if it failed.
 
-    `LockLost` is why where another run has taken the folder over.
-
-    Seconds are those of the writing, not those for which the training stood still.
+    The error is `LockLost` if another run has taken over the folder. `seconds` is the time of
+    writing, not the time for which training was blocked.
     """
 
     iteration: int
@@ -51,7 +50,7 @@ class Outcome:
 
     @property
     def written(self) -> bool:
-        """Whether the checkpoint is on disk, though older ones may be that should not."""
+        """Whether the checkpoint is on disk, even if deleting older ones failed."""
         return self.error is None or isinstance(self.error, RetentionError)
 
 
@@ -87,7 +86,7 @@ class CheckpointSaver:
         self._outcomes: list[Outcome] = []
 
     def save(self, iteration: int, shards: Shards, meta: Mapping[str, Any]) -> None:
-        """Begin a checkpoint; `collect` tells what came of it."""
+        """Start a save; `collect` returns its outcome."""
         self.wait()
         if self._writer is None:
             self._outcomes.append(self._write(iteration, ShardSavePlanner(shards), meta))
@@ -104,21 +103,21 @@ class CheckpointSaver:
             planner.wait()
             outcome = self._write(iteration, planner, meta)
             if outcome.written:
-                copies.learn(planner)  # a save that failed may not have come to a plan
+                copies.learn(planner)  # a failed save may have no plan
             return outcome
 
         self._writing = self._writer.submit(write)
         self._locks.keep_until(self._writing)
 
     def collect(self) -> list[Outcome]:
-        """Saves that have come to their end since the last call."""
+        """Outcomes of saves that have finished since the last call."""
         if self._writing is not None and self._writing.done():
             self._take_outcome()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def wait(self) -> None:
-        """Return when no rank is writing; fails if one cannot be reached."""
+        """Wait until no rank is writing; fails if one cannot be reached."""
         pause = SHORTEST_PAUSE
         while not self._all_done():
             wait_for([self._writing] if self._writing is not None else [], pause)
@@ -135,7 +134,7 @@ class CheckpointSaver:
             self._outcomes.append(writing.result())
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Wait for the current save and stop the writer."""
         self.wait()
         if self._writer is not None:
             self._writer.shutdown()
@@ -153,8 +152,8 @@ class CheckpointSaver:
 class HostCopies:
     """Copies the blocks that this rank writes, and only those.
 
-    Replicas hold the same blocks and each is written once. Which rank writes which depends on their
-    shapes alone, so what the first checkpoint showed holds for all later ones.
+    Replicas hold the same blocks, and each block is written once. Who writes which block depends on
+    the shapes alone, so the plan of the first checkpoint holds for all later ones.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """SHA-256 of every file of a checkpoint, taken while it is written and checked before it is used.
 
-They lie in `checksums.sha256`, in the format of sha256sum: `sha256sum -c checksums.sha256` in the
-checkpoint's folder checks them without this program.
+They are stored in `checksums.sha256`, in the format of sha256sum: `sha256sum -c checksums.sha256`
+in the checkpoint's folder checks them without this program.
 """
 
 from __future__ import annotations

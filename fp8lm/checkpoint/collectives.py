@@ -1,4 +1,4 @@
-"""What the ranks of a job do together about a checkpoint: one acts, all learn what came of it.
+"""Object collectives used by checkpointing.
 
 `group` None is the default group, or no group at all in a process that has none.
 """
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def is_main(group: Group) -> bool:
-    """Whether this process acts for all."""
+    """Whether this process is rank 0 of `group`."""
     return not dist.is_initialized() or dist.get_rank(group) == 0
 
 
 def on_main(group: Group, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0; its result or its exception comes to all ranks."""
+    """Run `action` on rank 0 and broadcast its result or its exception to all ranks."""
     if not dist.is_initialized():
         return action()
     outcome: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""common.json: what a checkpoint says of itself, held to one schema before anything uses it.
+"""common.json: the facts of a checkpoint, validated by a schema before anything uses them.
 
 Keys that this version does not know are kept: a newer one may have added them.
 """
@@ -26,7 +26,7 @@ Version = Annotated[str, Field(max_length=200, pattern=r"^[\x20-\x7e]*$")]
 
 
 class Losses(BaseModel):
-    """What the watch for loss spikes knows."""
+    """State of the loss-spike detector."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -1,4 +1,4 @@
-"""Where checkpoints lie in a folder, and how one gets there whole or not at all.
+"""Layout of a folder of checkpoints, and atomic publishing, replacing and deleting in it.
 
 ROOT/latest_checkpointed_iteration.txt   the iteration to resume from, written last
 ROOT/iter_0000100/                       a checkpoint: .metadata, __R_W.distcp, common.json, the

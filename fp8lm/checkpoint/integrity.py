@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are those that were written.
+"""Verifies that the files of a checkpoint are those that were written.
 
 What a checkpoint says is believed only after its SHA-256: the files of facts are read once, hashed,
 and then parsed from the same bytes.
@@ -39,7 +39,7 @@ LARGEST_OTHER = 2**30  # bytes of a file that holds no tensor
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder says of itself, and the SHA-256 of those of its files not yet hashed."""
+    """Facts and metadata of a checkpoint folder, and expected SHA-256 of files not yet hashed."""
 
     common: dict[str, Any]
     metadata: Metadata
@@ -47,13 +47,13 @@ class Contents:
 
     @property
     def files(self) -> frozenset[str]:
-        """The names of those that hold neither facts nor tensors."""
+        """Names of the files that hold neither facts nor tensors."""
         places = self.metadata.storage_data.values()
         return frozenset(self.unchecked) - {where.relative_path for where in places}
 
 
 def inspect_folder(folder: Path, needed: Collection[str] = ()) -> Contents:
-    """What `folder` says of itself; the keys `needed` must be among its facts.
+    """Facts and metadata of `folder`; the keys `needed` must be among its facts.
 
     No tensor is read. `DamagedCheckpoint` if something is missing, too short or makes no sense,
     `InputError` if it is of a newer program or may not be read.

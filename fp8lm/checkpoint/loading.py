@@ -1,8 +1,8 @@
-"""Finding a checkpoint that is whole, and filling tensors from it.
+"""Finding a valid checkpoint and loading tensors from it, under any sharding (see `resharding`).
 
 A checkpoint is used only if every file in it has the SHA-256 that was taken when it was written.
-The ranks check the files together, each its share. One that is damaged is named and passed over
-for the next older one, unless a certain iteration was asked for.
+The ranks check the files together, each its share. A damaged one is reported and skipped
+for the next older one, unless an iteration was asked for explicitly.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """What is stored of each tensor."""
+        """Metadata of the stored tensors."""
         return tensor_entries(self.metadata)
 
     @cached_property
     def state(self) -> dict[StateKey, TensorStorageMetadata]:
-        """Those of a training state."""
+        """Metadata of the stored tensors that belong to a training state."""
         found = ((StateKey.parse(name), stored) for name, stored in self.tensors.items())
         return {key: stored for key, stored in found if key is not None}
 

@@ -1,4 +1,4 @@
-"""What a path is that is given as a place of checkpoints: their folder, one of them, or neither."""
+"""Resolves a user's path: a folder of checkpoints, one checkpoint, or neither."""
 
 from __future__ import annotations
 

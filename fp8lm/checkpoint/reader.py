@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint one by one, whole, in any process: reading, comparing, copying."""
+"""Reads, compares and copies the whole tensors of a checkpoint, one by one, in any process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fp8lm.checkpoint.shard import Shard
 from fp8lm.checkpoint.state_key import StateKey
 
 WORD_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Facts of whoever wrote a checkpoint, not of what is in it.
+# Facts about the writer, not about the content.
 CIRCUMSTANCES = (
     "config",
     "data",

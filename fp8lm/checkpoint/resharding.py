@@ -1,8 +1,8 @@
-"""Planners of torch.distributed.checkpoint for `Shard`s: who writes what, who reads what.
+"""Which rank writes and reads which block: planners of torch.distributed.checkpoint.
 
 Saving: every rank offers its blocks; of those that hold the same block, the one with the fewest
-bytes so far writes it. Loading: every rank reads whatever parts of the stored blocks cover its
-own, so the sharding of the run that saved does not matter.
+bytes so far writes it. Loading: every rank reads the parts of stored blocks that cover its
+own blocks, so the sharding of the run that saved does not matter.
 """
 
 from __future__ import annotations

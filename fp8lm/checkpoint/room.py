@@ -1,4 +1,4 @@
-"""Room on a full disk: what retention lets go of anyway goes early, but never the last valid one.
+"""Makes room on a full disk: deletes early what retention would delete, never the last valid one.
 
 Old checkpoints normally go once a new one is written. Where there is no room for that one, those go
 first that `Retention` would let go of after it, and damaged ones that nothing can be loaded from,

@@ -1,4 +1,4 @@
-"""The folder that a run will save to: seen and writable before the first step, and only its own."""
+"""Checks the folder a run saves to: writable, shared by all ranks, and not another run's."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def check_save_folder(root: str | os.PathLike[str], group: Group = None) -> None
 def claim_save_dir(
     root: str | os.PathLike[str], after: int, own: bool, group: Group = None
 ) -> list[int]:
-    """Leave checkpoints only of the past that a run goes on from, at iteration `after`.
+    """Claim `root` for a run that resumes at iteration `after`; returns the iterations moved aside.
 
-    `own`: the run has loaded from `root`, and newer ones are moved to `files.SET_ASIDE`; which.
-    Otherwise any that is there is another run's: `InputError`, for this one would replace and
-    delete them; so it is if newer ones cannot be moved.
+    `own`: the run has loaded from `root`; newer checkpoints are moved to `files.SET_ASIDE`.
+    Otherwise checkpoints in `root` are another run's, which this run would replace and delete:
+    `InputError`; also if newer ones cannot be moved.
     """
     root = Path(root)
     if own:

@@ -1,4 +1,4 @@
-"""Writing one checkpoint: aside, hashed and synced, and then to its name at once."""
+"""Writes one checkpoint: under a temporary name, hashed and synced, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's piece of a logical tensor: what a checkpoint is written from and read into."""
+"""`Shard`, a rank's block of a logical tensor: the unit of saving and loading."""
 
 from __future__ import annotations
 

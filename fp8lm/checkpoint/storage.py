@@ -1,4 +1,4 @@
-"""The files that hold a checkpoint's tensors, through torch.distributed.checkpoint.
+"""Reads and writes the tensor files of a checkpoint, through torch.distributed.checkpoint.
 
 Payloads are stored as they are, dtype for dtype. Files are hashed and fsynced as they are written,
 and read with `weights_only`.

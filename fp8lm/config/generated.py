@@ -1,4 +1,4 @@
-"""What is generated from the keys of the config: `--help`, the reference page, the JSON schema."""
+"""Texts generated from the config keys: `--help`, the reference page, the JSON schema."""
 
 from __future__ import annotations
 

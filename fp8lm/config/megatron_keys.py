@@ -1,15 +1,15 @@
-"""What Megatron-LM's flags are called here, for the messages about keys that are not there.
+"""Megatron-LM's flags and the keys that replace them, for messages about unknown keys.
 
 Names are those of Megatron's command line and of megatron-core's configs in snake_case, with a few
-that users of other stacks type. A flag that is called the same here is in no table. What is a key
-here always wins over these tables.
+that users of other stacks type. Flags that have the same name here are in no table. Keys take
+precedence over these tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Flag -> the key, with the value that says the same where there is one.
+# Flag -> key, with the equivalent value if there is one.
 RENAMED: Mapping[str, str] = {
     # model
     "add_bias_linear": "model.disable_bias_linear=true, the opposite",
@@ -160,7 +160,7 @@ RENAMED: Mapping[str, str] = {
     "wandb_name": "logging.wandb_exp_name",
 }
 
-# Why a flag has nothing to set -> the flags.
+# Reason why a flag needs no key -> the flags.
 NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
     "always so here": (
         "ckpt_fully_parallel_load",
@@ -357,7 +357,7 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-# What is not here -> its flags; a name that ends in * stands for all that begin so.
+# Missing feature -> its flags; a name that ends in * is a prefix.
 NOT_HERE: Mapping[str, tuple[str, ...]] = {
     "context parallelism": (
         "context_parallel_size",

@@ -1,4 +1,4 @@
-"""What was meant by arguments that are no `section.key=value`: the same, written so."""
+"""Suggestions for arguments that are not of the form `section.key=value`."""
 
 from __future__ import annotations
 

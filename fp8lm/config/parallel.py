@@ -1,4 +1,4 @@
-"""Section `parallel`: how many ranks hold the model together, and how."""
+"""Section `parallel`: sizes of tensor, pipeline and data parallelism, and their options."""
 
 from __future__ import annotations
 

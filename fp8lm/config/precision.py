@@ -29,7 +29,7 @@ _Wires = tuple[WireFormat, GradsWireFormat, WireFormat]  # activations, gradient
 
 
 class WireConfig(Section):
-    """What travels between ranks; null only until `PrecisionConfig` has filled it in."""
+    """Formats of communication between ranks; null until `PrecisionConfig` fills them in."""
 
     # Every field is a wire: `fp8lm.comm.accounting` counts its bytes.
 
@@ -94,7 +94,7 @@ def _preset(
 _FP32_STATES: tuple[MomentDtype, MomentDtype] = ("fp32", "fp32")
 _FP8_STATES: tuple[MomentDtype, MomentDtype] = ("fp8_e4m3", "fp16")
 _BF16_WIRES: _Wires = ("bf16", "fp32", "bf16")
-# FP16 weights travel in their two bytes.
+# FP16 weights are sent in two bytes.
 _FP8_WIRES: _Wires = ("fp8", "fp8", "fp8")
 _FP8_BUT_WEIGHTS: _Wires = ("fp8", "fp8", "bf16")
 

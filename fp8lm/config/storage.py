@@ -1,4 +1,4 @@
-"""Sections `data`, `tokenizer`, `checkpoint` and `logging`: what a run reads and leaves behind."""
+"""Sections `data`, `tokenizer`, `checkpoint` and `logging`: input and output of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections `train`, `optimizer` and `scheduler`: how long, in which steps, how fast."""
+"""Sections `train`, `optimizer` and `scheduler`: length, batches, AdamW and learning rate."""
 
 from __future__ import annotations
 

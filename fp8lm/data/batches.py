@@ -125,7 +125,7 @@ class BatchIterator:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes, those too that hang."""
+        """End the worker processes, also hanging ones."""
         if not self._workers:
             return
         # By name, not by dropping the iterator: frames of an exception may still refer to it. Left
@@ -163,7 +163,7 @@ class BatchIterator:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """Kill the workers when the block takes too long, and blame them.
+        """Kill the workers if the block takes too long, and say so in the error.
 
         PyTorch's own timeout covers one of the places where it waits for them.
         """

@@ -1,4 +1,4 @@
-"""The last check of token ids, in the batch that holds them: on the CPU, where they are loaded.
+"""The last check of token ids, on the CPU, when a sample is loaded.
 
 Without it an id beyond the vocabulary is an IndexError on one process, and under tensor
 parallelism, where every rank has a part of the table, an embedding of zeros and no error at all.

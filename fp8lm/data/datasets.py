@@ -1,6 +1,6 @@
 """Train, valid and test datasets from the config: megatron-core's GPT datasets, or mock data.
 
-What megatron-core would meet with an assertion, an endless loop or a stale cache is checked here
+Inputs on which megatron-core would assert, loop forever or read a stale cache are checked here
 first, on every rank, so that no rank waits at a barrier for one that failed. Megatron-core is
 imported where it is used: that takes seconds, which the checks before a start need not wait for.
 """

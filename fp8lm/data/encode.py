@@ -90,7 +90,7 @@ def encode_records(
         while pending:
             yield from pending.popleft().result()
     except BaseException as error:
-        # Nobody wants what they are at, and a long document takes minutes.
+        # Their results are not needed, and a long document takes minutes.
         for worker in active_children():
             if worker not in others:
                 worker.kill()
@@ -142,7 +142,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _follow_parent() -> None:
-    """End with the parent."""
+    """End this process when its parent ends."""
 
     def end_with_parent() -> None:
         # A killed parent closes no queue: without this its workers would wait for ever.

@@ -1,4 +1,4 @@
-"""What tells one tokenizer from another, kept beside data and in checkpoints.
+"""The identity of a tokenizer, recorded beside data and in checkpoints.
 
 An identity is a flat dict. `model_sha256` is the digest of the model files' bytes.
 `encoding_sha256`, where a tokenizer has one, is the digest of their meaning: what turns text into

@@ -1,4 +1,4 @@
-"""What is known of a machine and its packages, before anything is concluded from it."""
+"""Facts about a machine and its packages, not yet judged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What PyTorch sees of GPUs, and the software below it; None where there is none.
+    """GPUs that PyTorch sees, and versions of CUDA, NCCL and driver; None if there is none.
 
     `error` says why CUDA could not be asked.
     """

@@ -1,4 +1,4 @@
-"""What the facts mean: a remark on each, and whether training can run. Pure functions."""
+"""Judges the facts: a remark on each, and whether training can run. Pure functions."""
 
 from __future__ import annotations
 

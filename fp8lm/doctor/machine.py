@@ -1,4 +1,4 @@
-"""What PyTorch sees of this machine, and what would compute on it."""
+"""GPUs of this machine as PyTorch sees them, and the kernels that would be used."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`python -m fp8lm.launch`: check a run, show who will hold what, and start it with torchrun."""
+"""`python -m fp8lm.launch`: check a run, show its layout, and start it with torchrun."""

@@ -1,4 +1,4 @@
-"""`python -m fp8lm.launch`: check a run, show who will hold what, start it."""
+"""`python -m fp8lm.launch`: check a run, show its layout, start it."""
 
 from __future__ import annotations
 

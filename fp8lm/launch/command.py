@@ -1,4 +1,4 @@
-"""The command of a node: torchrun's arguments, and the variables that belong to them."""
+"""The torchrun command of a node: its arguments and environment variables."""
 
 from __future__ import annotations
 

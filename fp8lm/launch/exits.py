@@ -1,4 +1,4 @@
-"""What the exit codes of workers mean for the job; torchrun itself only knows 0 and 1."""
+"""The job's exit code from those of its workers; torchrun itself only knows 0 and 1."""
 
 from __future__ import annotations
 

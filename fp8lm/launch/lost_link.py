@@ -1,4 +1,4 @@
-"""A launcher that is cut off from the others ends soon after its workers.
+"""Ends a launcher that is cut off from the others soon after its workers.
 
 torchrun waits for an answer of the store where the nodes meet, and where nothing comes back TCP
 gives up after a quarter of an hour only (net.ipv4.tcp_retries2). Until then nothing is started, and

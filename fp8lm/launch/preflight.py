@@ -1,4 +1,4 @@
-"""What can be checked before a process is started.
+"""Checks before any process is started.
 
 A worker finds the same mistakes, but after torchrun has started and connected all of them, and
 torchrun would start them again. Nothing here imports megatron-core, which takes seconds.
@@ -159,7 +159,7 @@ def default_processes(config: Config) -> int:
 
 
 def notes(layout: Layout, max_restarts: int) -> list[str]:
-    """What is allowed, and probably not meant."""
+    """Warnings about legal but suspicious settings."""
     found, config, nproc_per_node = [], layout.config, layout.node_size
     checkpoint, shards = config.checkpoint, layout.dims.tp
     if max_restarts and not checkpoint.resumes:

@@ -21,7 +21,7 @@ UNWRITTEN = "unwritten.log"  # lines that stdout did not take
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the reports need to know of a run.
+    """Facts of a run that reports need.
 
     `first_iteration` is the one a resumed run was saved at, 0 for a new one; `is_main` says
     whether this process reports; `config` is the resolved config and `facts` are what else should
@@ -60,7 +60,7 @@ class TrainLogger:
         self._console = Console(run.total_iterations, run.first_iteration, stream, aside)
 
     def rewind(self, iteration: int) -> None:
-        """What was reported of later iterations is not valid any more."""
+        """Discard reports of later iterations."""
         if self._console is not None:
             self._console.rewind(iteration)
         if not self._run.may_write():

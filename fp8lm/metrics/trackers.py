@@ -9,7 +9,7 @@ from fp8lm.runtime.streams import warn
 
 
 class Tracker(Protocol):
-    """Something that keeps the numbers of a run; any of its methods may fail."""
+    """An experiment tracker; any of its methods may fail."""
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         """Keep the values of one iteration."""

@@ -1,4 +1,4 @@
-"""A run at Weights & Biases, continued under its id when the training starts again."""
+"""A Weights & Biases run, continued under its id when training restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_RECORD = 2**20
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `logging.dir` remembers of the run: its id, and whether a start continues it."""
+    """The record of the wandb run in `logging.dir`: its id, and whether a start continues it."""
 
     id: str
     project: str | None

@@ -1,1 +1,1 @@
-"""What a run will be, worked out before a process is started."""
+"""The plan of a run (layout, bytes, batches), computed before a process starts."""

@@ -1,7 +1,7 @@
-"""Which rank will hold what, and in how many bytes, worked out without starting a process.
+"""What each rank will hold and how many bytes, computed without starting a process.
 
-Models are built on the meta device, so that nothing is allocated and no weight gets a value; what
-is counted are the same modules, owners and formats that a run builds. The bytes are those that a
+Models are built on the meta device, so that nothing is allocated; the modules, owners and formats
+are those that a run builds. The bytes are those that a
 running rank reports as `state_bytes/*`, scales included (`operands` as on a GPU).
 
 Ranks of one stage hold parts of the same shapes, whatever their number in the tensor-parallel
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def caches_operands(self) -> bool:
-        """Whether anything is kept of weights beside themselves."""
+        """Whether weight operands are cached."""
         return self.config.precision.cache_weight_operands
 
     def state(self, place: RankPlacement) -> Mapping[str, int]:

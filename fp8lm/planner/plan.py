@@ -1,4 +1,4 @@
-"""One run on a number of processes, and what can be said of it: see `python -m fp8lm.launch`."""
+"""The plan of one run, as `python -m fp8lm.launch --dry-run` prints it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Plan:
         return summary(self.layout, self.batches, compared)
 
     def table(self, all_ranks: bool = False) -> list[str]:
-        """Who holds what: a line per stage, or per rank."""
+        """The layout: a line per stage, or per rank."""
         return rank_table(self.layout) if all_ranks else stage_table(self.layout)
 
 
 def plan_run(config: Config, num_ids: int, world_size: int, node_size: int) -> Plan:
-    """Work out a run; InputError if processes or batches do not divide."""
+    """Plan a run; InputError if processes or batches do not divide."""
     layout = plan_layout(config, num_ids, world_size, node_size)
     batches = plan_batches(config, layout.dims.dp)
     baseline = None

@@ -1,1 +1,1 @@
-"""What programs need of the machine they run on, below everything else in the package."""
+"""Processes, signals, files, locks and output; imports nothing else of the package."""

@@ -1,4 +1,4 @@
-"""At which address, through which network interface, other machines reach this one."""
+"""The address and network interface under which other machines reach this one."""
 
 from __future__ import annotations
 

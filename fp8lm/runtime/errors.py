@@ -1,4 +1,4 @@
-"""Mistakes a user can cure, and how a command reports them."""
+"""Errors that a user can fix, and how a command reports them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FolderInUse(InputError):
 
 
 class FolderInUseElsewhere(FolderInUse):
-    """So does one that may end, or be found dead: the same command may start later."""
+    """A run that may end, or be found dead, holds the folder: the same command may start later."""
 
     exit_code = EXIT_RESTART
 

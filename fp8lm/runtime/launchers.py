@@ -1,4 +1,4 @@
-"""Processes that srun or mpirun started: what their variables say, in those of torchrun.
+"""Translates the variables of srun and mpirun into those of torchrun.
 
     launcher                        rank, size                  on this machine
     Open MPI                        OMPI_COMM_WORLD_{RANK,SIZE}, _LOCAL_{RANK,SIZE}

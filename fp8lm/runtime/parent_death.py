@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, even where it was killed."""
+"""Child processes that end with their parent, even if it was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`~` and `$VARIABLE` in what names a file or a folder, of a config or of a command line."""
+"""Expands `~` and `$VARIABLE` in paths of a config or a command line."""
 
 from __future__ import annotations
 

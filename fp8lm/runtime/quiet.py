@@ -1,4 +1,4 @@
-"""Keep megatron-core's own chatter off the user's terminal while we call into it."""
+"""Silences megatron-core's warnings and log lines while it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which state of the source this process runs, as git knows it."""
+"""The git revision of the source that this process runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command prints, best effort: a full disk or a lost reader must not end its work."""
+"""Best-effort output: a full disk or a lost reader must not end a command's work."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def warn(text: str) -> None:
 
 
 def open_missing_streams() -> None:
-    """Let stdin, stdout and stderr lead nowhere where the caller has closed them.
+    """Open /dev/null as stdin, stdout or stderr where the caller has closed them.
 
     Otherwise the next files to be opened get their numbers, and whatever C libraries print.
     """

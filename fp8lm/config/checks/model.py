@@ -1,4 +1,4 @@
-"""Sizes of a model that do not go together."""
+"""Checks of a model's sizes."""
 
 from __future__ import annotations
 

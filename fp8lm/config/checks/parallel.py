@@ -1,4 +1,4 @@
-"""Models that do not divide over their ranks."""
+"""Checks that a model divides over its ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PIPELINE_PARALLEL = "parallel.pipeline_model_parallel_size"
 
 
 def tensor_parallel(config: Config) -> Iterator[str]:
-    """What is divided over tensor-parallel ranks divides by them."""
+    """Sizes that are split over tensor-parallel ranks must be divisible."""
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     if ranks == 1:
         if config.parallel.sequence_parallel:
@@ -41,7 +41,7 @@ def tensor_parallel(config: Config) -> Iterator[str]:
 
 
 def replicas(config: Config) -> Iterator[str]:
-    """What divides optimizer states, or brings weights from who stepped them, has such states."""
+    """Keys of the distributed optimizer require it."""
     parallel = config.parallel
     if parallel.use_distributed_optimizer:
         return
@@ -53,7 +53,7 @@ def replicas(config: Config) -> Iterator[str]:
 
 
 def pipeline(config: Config) -> Iterator[str]:
-    """Layers divide over the stages, and what describes stages has several to describe."""
+    """Layers divide over the stages, and pipeline keys require several stages."""
     parallel = config.parallel
     if parallel.pipeline_model_parallel_size == 1:
         for name in (

@@ -1,4 +1,4 @@
-"""Formats that do not go together, and sizes that FP8 GEMMs do not take."""
+"""Checks of combinations of formats, and of sizes for FP8 GEMMs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def formats(config: Config) -> Iterator[str]:
 
 
 def params_wire(config: Config) -> Iterator[str]:
-    """Only FP8 weights travel in FP8."""
+    """Only FP8 weights are sent in FP8."""
     precision = config.precision
     if precision.wire.params == "fp8" and precision.params_dtype != "fp8_e4m3":
         yield (

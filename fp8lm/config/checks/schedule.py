@@ -1,4 +1,4 @@
-"""Learning rates, and when they change."""
+"""Checks of the learning-rate schedule."""
 
 from __future__ import annotations
 

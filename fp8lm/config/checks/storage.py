@@ -1,4 +1,4 @@
-"""What is read and written: data, tokenizer, checkpoints."""
+"""Checks of data, tokenizer and checkpoint keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches, and how long a run is."""
+"""Checks of batches and run length."""
 
 from __future__ import annotations
 
