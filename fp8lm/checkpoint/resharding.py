@@ -97,7 +97,7 @@ class ShardLoadPlanner(LoadPlanner):
     """
 
     def __init__(self, ignore_prefix: str | None = None, known: Collection[str] = ()) -> None:
-        self._passing_over, self._known = ignore_prefix, known
+        self._ignore_prefix, self._known = ignore_prefix, known
 
     def set_up_planner(
         self,
@@ -129,7 +129,7 @@ class ShardLoadPlanner(LoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Check that some rank asks for every stored tensor."""
         wanted = {name for plan in global_plan for name in plan.planner_data}
-        prefix = self._passing_over
+        prefix = self._ignore_prefix
         _raise_first(
             [
                 f"{name}: expected no such tensor, found {_describe(stored)}"

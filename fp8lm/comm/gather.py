@@ -1,7 +1,7 @@
 """All-gather and broadcast of scaled tensors, without any rounding: payloads are sent as stored.
 
-A tensor whose scale is NaN (its amax was not finite) arrives with that scale, so everything
-decoded from it is NaN on every rank.
+A tensor whose scale is NaN (its amax was not finite) arrives with that scale, so its values are NaN
+on every rank.
 """
 
 from __future__ import annotations

@@ -55,15 +55,15 @@ def all_gather_uneven(
     rank, size = group.rank(), group.size()
     if size == 1:
         return Handle.done(buffer)
-    slabs = buffer.split(list(sizes))
+    shards = buffer.split(list(sizes))
     if len(set(sizes)) == 1:
         out = buffer.view(size, sizes[0])
-        return all_gather_bytes(slabs[rank], group, wire, out=out).then(lambda _: buffer)
+        return all_gather_bytes(shards[rank], group, wire, out=out).then(lambda _: buffer)
     works = []
-    for source, slab in enumerate(slabs):
-        if slab.numel():
-            wire.count(accounting.broadcast_sent(size, rank, source, slab.numel()))
-            works.append(dist.broadcast(slab, group=group, group_src=source, async_op=True))
+    for source, shard in enumerate(shards):
+        if shard.numel():
+            wire.count(accounting.broadcast_sent(size, rank, source, shard.numel()))
+            works.append(dist.broadcast(shard, group=group, group_src=source, async_op=True))
     return _handle(works, buffer, buffer)
 
 

@@ -87,7 +87,7 @@ def _block(x: ScaledTensor, block: slice) -> ScaledTensor:
 
 def _read(kernels: Kernels, stored: ScaledTensor, block: slice, skip: Tensor | None) -> Tensor:
     values = kernels.dequantize(_block(stored, block))
-    # An fp32 payload is decoded to itself; a step that may be skipped must not work in place.
+    # An fp32 payload dequantizes to itself; a step that may be skipped must not work in place.
     in_place = stored.format.dtype == torch.float32 and skip is not None
     return values.clone() if in_place else values
 

@@ -1,11 +1,11 @@
 """Eager PyTorch kernels: the CPU path, and the oracle every faster kernel must match bit for bit.
 
-    cast    payload = round_to_nearest_even(saturate(x * scale))
-    decode  x = payload / scale                       (exact in bf16: scales are powers of two)
-    gemm    D[M,N] = A[M,K] @ B[N,K]^T                fp32 accumulation, bf16 out
+    cast          payload = round_to_nearest_even(saturate(x * scale))
+    dequantize    x = payload / scale                 (exact in bf16: scales are powers of two)
+    gemm          D[M,N] = A[M,K] @ B[N,K]^T          fp32 accumulation, bf16 out
 
 All finite FP8 values are exact in bf16, so on a CPU, which has no FP8 arithmetic, a bf16 GEMM of
-decoded operands *is* the FP8 GEMM up to the rounding of its output.
+dequantized operands *is* the FP8 GEMM up to the rounding of its output.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _BF16_DECODE = {
 class ReferenceKernels:
     """`Kernels` in eager PyTorch; device-agnostic, no host synchronisation on a GPU.
 
-    Large tensors are cast and decoded in blocks of `block_elements`: the several operations of a
-    cast then run in cache, and only its input and output touch memory. So does an optimizer step
+    Large tensors are cast and dequantized in blocks of `block_elements`: the several operations of
+    a cast then run in cache, and only its input and output touch memory. So does an optimizer step
     over blocks of `step_elements`, with several tensors at once.
     """
 
@@ -114,7 +114,7 @@ class ReferenceKernels:
             one = torch.ones((), dtype=torch.float32, device=x.device)
             codes = self._decode(payload.contiguous(), one, fmt, torch.float32)
             return codes.div_(x.granularity.expand(x.scale, x.shape)).to(dtype)
-        if payload.ndim == 2 and payload.t().is_contiguous():  # decode it as it lies in memory
+        if payload.ndim == 2 and payload.t().is_contiguous():  # dequantize it in its memory order
             return self._decode(payload.t(), x.scale, fmt, dtype).t()
         return self._decode(payload.contiguous(), x.scale, fmt, dtype)
 
@@ -123,7 +123,7 @@ class ReferenceKernels:
         return False
 
     def transpose(self, x: ScaledTensor) -> ScaledTensor:
-        """See `Kernels`: a view, which `gemm` decodes as it lies in memory."""
+        """See `Kernels`: a view, which `gemm` dequantizes in its memory order."""
         return x.t()
 
     def _decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ Three special cases, none of them silent:
 
     amax = 0           scale 1 (there is nothing to scale)
     amax tiny          the exponent is clamped to 2^+-126, so that 1/scale is a normal fp32 number
-    amax Inf or NaN    scale NaN: everything decoded with it is NaN, so the event travels by itself
-                       into loss and gradient norm, without a flag or a host synchronisation
+    amax Inf or NaN    scale NaN: everything dequantized with it is NaN, so the event reaches loss
+                       and gradient norm without a flag or a host synchronisation
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
                             here; else the same as the master
     exp_avg, exp_avg_sq     the same moment
 
-What is stored in the format wanted is taken as it is, bytes and scale. The rest is decoded to fp32
-and cast to nearest, with the scale of the logical tensor's amax, taken from what is stored.
+Tensors stored in the wanted format are read bit for bit, with their scale. Others are dequantized
+to fp32 and cast to nearest, with the scale of the logical tensor's amax, taken from what is stored.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ SIZES = {
 }
 
 
-def slab(rank, size):
+def shard(rank, size):
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
 
@@ -26,14 +26,14 @@ def slab(rank, size):
 def gather(sizes):
     rank, used = dist.get_rank(), wire()
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8)
-    buffer.split(sizes)[rank].copy_(slab(rank, sizes[rank]))
+    buffer.split(sizes)[rank].copy_(shard(rank, sizes[rank]))
     result = all_gather_uneven(buffer, sizes, dist.group.WORLD, used).wait()
     return result.data_ptr() == buffer.data_ptr(), buffer, sent(used)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_every_slab_arrives_where_it_belongs(sizes, run_distributed):
-    expected = torch.cat([slab(rank, size) for rank, size in enumerate(sizes)])
+def test_every_shard_arrives_where_it_belongs(sizes, run_distributed):
+    expected = torch.cat([shard(rank, size) for rank, size in enumerate(sizes)])
     results = run_distributed(gather, 4, sizes)
     for in_place, buffer, _ in results:
         assert in_place and torch.equal(buffer, expected)

@@ -1,4 +1,4 @@
-"""Amaxes of weights that are recast for their GEMMs: one exchange, and never a stale one."""
+"""Amaxes of weights that are cast for their GEMMs: one exchange, and never a stale one."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def test_a_step_uses_the_scales_of_its_own_weights(preset):
     gpt = build({}, dict(preset=preset))
     weights = named_params(gpt)
     adam = optimizer(weights, StatePrecision.from_config(PrecisionConfig(preset=preset)))
-    recast = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
+    cast = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
     scales = []
     for _ in range(3):
         train_step(gpt, adam, LanguageModeling(), [batch()], 0.5)
-        values = KERNELS.dequantize(recast.model_param, torch.float32)
+        values = KERNELS.dequantize(cast.model_param, torch.float32)
         scales.append(KERNELS.quantize(values, E4M3).scale.item())
-        assert recast.operand().scale == scales[-1]
-        with cached_weight_operands([recast], TPContext()):
-            assert recast.operand().scale == scales[-1]
+        assert cast.operand().scale == scales[-1]
+        with cached_weight_operands([cast], TPContext()):
+            assert cast.operand().scale == scales[-1]
     assert len(set(scales)) > 1  # or a stale scale would not show
 
 
@@ -103,8 +103,8 @@ def test_kept_operands_change_no_byte_and_are_made_once(preset):
         states.append({name: tensor.clone() for name, tensor in optimizer_tensors(adam).items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     uses = 2 * 3 * 2  # steps, micro-batches, forward and dgrad
-    recast = 8 if preset in ("te", "o1", "o2") else 0
-    assert casts == [recast * uses, recast * 2]
+    cast = 8 if preset in ("te", "o1", "o2") else 0
+    assert casts == [cast * uses, cast * 2]
 
 
 @pytest.mark.parametrize(("stored", "copies"), [(E4M3, 1), (FP16, 2), (BF16, 2)])

@@ -32,10 +32,10 @@ def owners(layout, name, rows):
 
 @pytest.mark.parametrize("place", [assign_whole_tensors, shard_rows])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8, 64])
-def test_every_row_has_one_owner_and_lies_in_its_slab(place, num_ranks):
+def test_every_row_has_one_owner_and_lies_in_its_shard(place, num_ranks):
     [layout] = place([MODEL], num_ranks)
     first_of = [0, *itertools.accumulate(layout.shard_bytes)]
-    slab_of = lambda byte: bisect.bisect_right(first_of, byte) - 1  # noqa: E731
+    shard_of = lambda byte: bisect.bisect_right(first_of, byte) - 1  # noqa: E731
     taken = []
     for tensor in MODEL:
         start = layout.start[tensor.name]
@@ -44,7 +44,7 @@ def test_every_row_has_one_owner_and_lies_in_its_slab(place, num_ranks):
         for row, owner in enumerate(owners(layout, tensor.name, tensor.rows)):
             first = start + row * tensor.row_bytes
             last = first + tensor.row_bytes - 1
-            assert slab_of(first) == slab_of(last) == owner
+            assert shard_of(first) == shard_of(last) == owner
     taken.sort()
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(taken))
     assert taken[-1][1] <= sum(layout.shard_bytes)

@@ -142,8 +142,10 @@ def test_steps_of_one_rank_of_several(kind, place, preset, ranks):
     reductions = {DENSE: ShardedReduction(reduction(kind, ranks, grads, weights), rows)}
     buckets = GradientBuckets(weights, reductions, 2000, overlap=True)
     params = Wire("params", "fp8", counter)
-    slabs = [ParamBuffer(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)]
-    data_parallel = ZeroDataParallel(weights, slabs, buckets)
+    buffers = [
+        ParamBuffer(*both, group, params, KERNELS) for both in zip(parts, owners, strict=True)
+    ]
+    data_parallel = ZeroDataParallel(weights, buffers, buckets)
     data_parallel.overlap_gather(gpt)
     sharding = OptimizerSharding.build(
         weights,
