@@ -108,4 +108,4 @@ def wait_for_a_hung_stage():
 
 def test_a_hung_stage_is_named(run_distributed):
     message, _ = run_distributed(wait_for_a_hung_stage, 2)
-    assert message == "nothing came from pipeline stage 1 (rank 1)"
+    assert "stage 1 (rank 1)" in message

@@ -137,22 +137,25 @@ def test_versions_of_torch(version, status):
     finding = judge_package(package("torch", version, ">=2.11,<2.14"))
     assert finding.status == status
     if status == "problem":
-        assert finding.remark == 'torch 2.10.0 is too old: pip install "torch>=2.11,<2.14"'
+        assert finding.remark.startswith("torch 2.10.0 ")
+        assert finding.remark.endswith('pip install "torch>=2.11,<2.14"')
 
 
 def test_python():
     assert judge_python("3.12.3", ">=3.11").status == "ok"
     new = judge_python("3.14.0", ">=3.11,<3.14")
-    assert (new.status, new.remark) == ("note", "not tested with this version: >=3.11,<3.14")
+    assert new.status == "note" and ">=3.11,<3.14" in new.remark
     old, unknown = judge_python("3.10.13", ">=3.11"), judge_python("3.12.3", "")
-    assert problems([old]) == ["python 3.10.13 is too old: use one >=3.11"]
+    (problem,) = problems([old])
+    assert problem.startswith("python 3.10.13 ") and problem.endswith(">=3.11")
     assert problems([unknown])[0].startswith("fp8lm is not installed")
 
 
 def test_missing_packages():
     missing = package("megatron-core", None, ">=0.16.1,<0.17")
     (problem,) = problems(judge(machine(packages=(TORCH, missing))))
-    assert problem == 'megatron-core is missing: pip install "megatron-core>=0.16.1,<0.17"'
+    assert problem.startswith("megatron-core ")
+    assert problem.endswith('pip install "megatron-core>=0.16.1,<0.17"')
     optional = package("triton", None, required=False)
     assert problems(judge(machine(packages=(TORCH, MEGATRON, optional)))) == []
     assert remark(machine(packages=(optional,)), "triton").startswith("costs nothing")
@@ -172,8 +175,8 @@ def test_the_bare_meta_package_is_named_once():
 def test_what_fails_for_want_of_another_package_is_not_a_problem_of_its_own():
     missing = package("torch", None, ">=2.11")
     megatron = package("megatron-core", error="ModuleNotFoundError: No module named 'torch'")
-    found = problems(judge(machine(packages=(missing, megatron))))
-    assert found == ['torch is missing: pip install "torch>=2.11"']
+    (problem,) = problems(judge(machine(packages=(missing, megatron))))
+    assert problem.endswith('pip install "torch>=2.11"')
     assert problems([judge_package(megatron, (TORCH, megatron))]) != []
 
 

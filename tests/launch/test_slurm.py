@@ -70,21 +70,20 @@ def test_what_slurm_starts_again(slurm, code, requeued):
 def test_what_cannot_be_requeued_is_not_called_so(slurm):
     done = sbatch(slurm, CODE="75", FAILS="requeue")
     assert done.returncode == 75 and "requeued" not in done.stdout
-    assert done.stderr.startswith("error: not requeued after exit code 75")
+    assert done.stderr.startswith("error: ") and "75" in done.stderr
 
 
 def test_machines_without_names(slurm):
     done = sbatch(slurm, CODE="0", FAILS="show")
     assert done.returncode == 2 and "srun" not in done.stdout
-    assert done.stderr == (
-        "error: scontrol show hostnames 'node[1-2]' names no machine to meet at\n"
-    )
+    assert done.stderr.startswith("error: scontrol show hostnames 'node[1-2]'")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_job_is_for_slurm(slurm):
     done = sbatch(slurm, SLURM_JOB_ID="", SLURM_SUBMIT_DIR=slurm["SLURM_SUBMIT_DIR"])
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: this is a job for SLURM: sbatch scripts/slurm.sbatch")
+    assert done.stderr.startswith("error: ") and "sbatch scripts/slurm.sbatch" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -94,9 +93,7 @@ def test_a_job_is_submitted_in_a_checkout(slurm, tmp_path):
     elsewhere = slurm | {"SLURM_SUBMIT_DIR": "/usr"}
     done = subprocess.run([copy, "x.yaml"], env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: /usr is no checkout of fp8lm: submit scripts/slurm.sbatch in one\n"
-    )
+    assert done.stderr.startswith("error: /usr ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

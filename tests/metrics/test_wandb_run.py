@@ -142,7 +142,7 @@ def test_an_unknown_mode_in_the_environment_is_one_warning(tmp_path, monkeypatch
         logger.log_step({**VALUES, "iteration": 1})
     error = capsys.readouterr().err
     assert error.count("\n") == error.count("warning: going on without wandb") == 1
-    assert "WANDB_MODE=ofline: expected online, offline or disabled" in error
+    assert "WANDB_MODE=ofline" in error and "offline" in error
 
 
 def test_without_a_key_it_goes_offline(tmp_path, capsys):

