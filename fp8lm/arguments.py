@@ -12,7 +12,7 @@ from fp8lm.runtime.paths import expand
 
 
 def number_type(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:
-    """Whole numbers from `least`, 0 or more, to `most`; `why` there are no more."""
+    """A type of whole numbers from `least` (0 or more) to `most`; `why` explains the maximum."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -36,7 +36,7 @@ def finite(text: str) -> float:
 
 
 def path_text(text: str) -> str:
-    """What names a file or a folder, with `~` and variables expanded as in a config."""
+    """A path as text, with `~` and variables expanded as in a config."""
     try:
         return expand(text, text)
     except InputError as error:
@@ -49,7 +49,7 @@ def as_path(text: str) -> Path:
 
 
 def instead(cure: str) -> Callable[[str], str]:
-    """The type of an option that other programs have and this one does not: `cure` says why."""
+    """The type of an option that only other programs have; `cure` says what to use instead."""
 
     def refuse(_: str) -> str:
         raise argparse.ArgumentTypeError(f"not an option here: {cure}")

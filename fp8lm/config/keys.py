@@ -88,7 +88,7 @@ def type_text(schema: Mapping[str, Any]) -> str:
 def suggest(path: str, keys: Mapping[str, Key]) -> str:
     """Say what an unknown `section.name`, section or bare name most likely means.
 
-    A near spelling, what takes the place of a flag of Megatron's, or where to look.
+    A key of similar spelling, the replacement of a Megatron flag, or where to look.
     """
     section, _, name = _snake(path).rpartition(".")
     with_section = f"{section.rpartition('.')[2]}.{name}"
@@ -110,7 +110,7 @@ def suggest(path: str, keys: Mapping[str, Key]) -> str:
 
 
 def find_key(path: str, keys: Mapping[str, Key]) -> str | None:
-    """The key that `path` names but for dashes, capitals, a wrong section or none."""
+    """The key that `path` means, ignoring dashes, capitals and a wrong or missing section."""
     path = _snake(path)
     if path in keys:
         return path
@@ -122,7 +122,7 @@ def find_key(path: str, keys: Mapping[str, Key]) -> str | None:
 
 
 def _near(section: str, name: str, keys: Mapping[str, Key]) -> str | None:
-    """Whose name is spelled like `name`: first in its section, then in all, then at Megatron's."""
+    """Keys spelled like `name`: those of its section, else of all sections, else Megatron's."""
     everywhere = {key.name.rpartition(".")[2]: key.path for key in keys.values()}
     inside = {
         key.name.rpartition(".")[2]: key.path

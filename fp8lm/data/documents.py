@@ -1,9 +1,9 @@
 """Documents of a corpus, one at a time: JSON lines or plain text, with where each came from.
 
 JSON lines are one JSON object a line; blank lines are skipped. Plain text is one document a file,
-or every non-blank line with `split_lines`. Which of both a file holds is its name's matter if that
-ends in `.jsonl`, `.ndjson` or `.json`, and otherwise its content's: what begins like a JSON object
-or a list of them is JSON. Text is UTF-8. What is wrong is reported with the file and the line.
+or every non-blank line with `split_lines`. A file is read as JSON lines
+if its name ends in `.jsonl`, `.ndjson` or `.json`, or if it begins like a JSON object or a list of
+them. Text is UTF-8. Errors are reported with file and line.
 """
 
 from __future__ import annotations

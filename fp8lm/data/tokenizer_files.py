@@ -20,7 +20,7 @@ class TokenizerFiles:
     contents: dict[str, bytes]
 
     def json(self, name: str) -> Any:
-        """The parsed JSON of a file; `InputError` names a file that is none."""
+        """The parsed JSON of a file; `InputError` if it is not JSON."""
         try:
             return json.loads(self.contents[name])
         except (ValueError, RecursionError):

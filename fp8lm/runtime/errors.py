@@ -99,7 +99,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
 
 
 def leave_exit_code(code: int | None) -> None:
-    """Tell a launcher that wants to know: torchrun drops the codes of workers it has signalled.
+    """Leave the exit code for the launcher: torchrun drops those of workers it has signalled.
 
     None, at the start of a worker, takes back what the one in its place before it has left. Ranks
     may change when workers are started again, places on the machine do not.

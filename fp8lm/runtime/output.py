@@ -12,7 +12,7 @@ EXIT_UNREAD = 141  # as a shell has it: 128 and SIGPIPE
 
 
 def show(text: str) -> None:
-    """Print what a command was asked for, of which a reader may want the beginning only."""
+    """Print the output of a command, whose reader may stop early (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -21,7 +21,7 @@ def show(text: str) -> None:
 
 
 def finish_output() -> str | None:
-    """Write out what standard output still holds; why that cannot be, if it cannot.
+    """Flush standard output; returns the reason if that fails.
 
     A reader that has left does not want it, which is no failure. Python would try again at its end,
     and complain there.
