@@ -22,11 +22,14 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fp8lm.batch import Batch
 from fp8lm.runtime.errors import InputError, RunFailed
-from fp8lm.runtime.faults import describe_full_shared_memory
+from fp8lm.runtime.faults import describe_full_shared_memory, describe_unusable_shared_memory
 from fp8lm.runtime.parent_death import end_with_parent
 
 FIELDS = ("tokens", "labels", "loss_mask", "positions")  # of an item; positions may be missing
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
+# What says that shared memory is full (0: libc tells no number then), or cannot be used at all.
+_FULL = (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSYS)
 
 
 class SizedDataset(Dataset):
@@ -193,15 +196,23 @@ class BatchIterator:
 
 def _start(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     if loader.num_workers:
-        # About as many locks as there will be, for an iterator that fails at one of its own leaves
-        # a traceback of its half-made self behind. Where memory is full libc may tell no number.
-        try:
-            _ = [multiprocessing.Lock() for _ in range(4 * loader.num_workers + 8)]
-        except OSError as error:
-            if error.errno not in (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise RunFailed(describe_full_shared_memory()) from error
+        _try_locks(4 * loader.num_workers + 8)  # about as many as there will be
     return iter(loader)
+
+
+def _try_locks(count: int) -> None:
+    """Make `count` locks of processes and give them back; `RunFailed` where that cannot be.
+
+    An iterator that fails at one of its own leaves a traceback of its half-made self behind.
+    """
+    try:
+        _locks = [multiprocessing.Lock() for _ in range(count)]
+    except OSError as error:
+        if error.errno in _FULL:
+            raise RunFailed(describe_full_shared_memory()) from error
+        if error.errno in _UNUSABLE:
+            raise RunFailed(describe_unusable_shared_memory(error)) from error
+        raise
 
 
 def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

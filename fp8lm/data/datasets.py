@@ -7,6 +7,7 @@ imported where it is used: that takes seconds, which the checks before a start n
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -213,7 +214,7 @@ def _build(config: GPTDatasetConfig, sizes: Sizes) -> list[Dataset | None]:
     except Exception as err:
         # With a process group megatron-core wraps the OSError of an unwritable cache.
         cause = err.__cause__ if isinstance(err.__cause__, OSError) else err
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise InputError(
             f"cannot keep the sample indices in {where}: {cause}: set data.data_cache_path to a "

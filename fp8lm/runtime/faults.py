@@ -98,6 +98,14 @@ def describe_full_shared_memory() -> str:
     )
 
 
+def describe_unusable_shared_memory(error: OSError) -> str:
+    """That data workers cannot use it, and the cures."""
+    return (
+        f"the data workers cannot use shared memory ({SHARED_MEMORY}: {error.strerror}): "
+        f"data.num_workers=0, or a {SHARED_MEMORY} that this user can write to"
+    )
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

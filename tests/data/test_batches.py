@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -221,6 +223,38 @@ def test_full_shared_memory_is_named_with_its_cure(size, capsys):
         error, code = failure(lambda: None, capsys, worker_timeout=60.0)
     assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
     assert "data.num_workers=0" in error and "--shm-size" in error and "KiB free" in error
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSYS])
+def test_shared_memory_that_cannot_be_used_is_named_with_its_cure(number, monkeypatch, capsys):
+    def lock():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    error, code = failure(lambda: None, capsys)
+    assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
+    assert f"/dev/shm: {os.strerror(number)}" in error and "data.num_workers=0" in error
+
+
+def test_what_tries_the_shared_memory_leaves_all_of_it_to_the_workers(monkeypatch):
+    class Tried:
+        pass
+
+    class Loader(data.DataLoader):
+        def __iter__(self):
+            left.append(len(locks))
+            return iter(())
+
+    locks, left = weakref.WeakSet(), []
+
+    def lock():
+        locks.add(tried := Tried())
+        return tried
+
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    monkeypatch.setattr("fp8lm.data.batches.DataLoader", Loader)
+    iterate(num_workers=1)
+    assert left == [0]
 
 
 def test_what_a_worker_refuses_is_said_as_by_this_process(capsys):

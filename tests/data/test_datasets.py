@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import warnings
@@ -211,6 +212,18 @@ def test_a_cache_that_cannot_be_written_is_named(make_config, tokenizer, countin
     config = make_config(data_path=[counting], data_cache_path=str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match=r"data\.data_cache_path"):
         build_datasets(config, tokenizer, (1, 0, 0))
+
+
+def test_too_few_open_files_are_not_blamed_on_the_cache(
+    make_config, tokenizer, counting, monkeypatch
+):
+    def build(builder):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "counting.idx")
+
+    builder = "megatron.core.datasets.blended_megatron_dataset_builder"
+    monkeypatch.setattr(f"{builder}.BlendedMegatronDatasetBuilder.build", build)
+    with pytest.raises(OSError, match="Too many open files"):
+        build_datasets(make_config(data_path=[counting]), tokenizer, (1, 0, 0))
 
 
 def test_a_damaged_cache_is_named(make_config, tokenizer, counting, tmp_path):
