@@ -9,8 +9,8 @@ from torch import nn
 
 from fp8lm.checkpoint import Checkpoint, StateKey, load_checkpoint, open_checkpoint
 from fp8lm.checkpoint.loading import check_fits
-from fp8lm.checkpoint.reader import WORD_TABLES
-from fp8lm.config import Config, TokenizerConfig, build_config
+from fp8lm.checkpoint.reader import WORD_TABLES, stored_tensors
+from fp8lm.config import Config, ModelConfig, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from fp8lm.kernels import ReferenceKernels, select_kernels
@@ -20,6 +20,9 @@ from fp8lm.model import GPTModel
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import tokenizer_of
 from fp8lm.training.state import by_name, model_shards
+
+FP32_BYTES = 4
+LARGEST_TABLES = 2**28  # bytes of rotary tables that any model may have, however few its weights
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
     layers, stored = config.model.num_layers, checkpoint.tensors
     if layers > len(stored):
         raise InputError(f"{checkpoint.folder} holds {len(stored)} tensors, not {layers} layers")
+    _check_positions(checkpoint, config.model)
     recipe = Recipe.from_config(config.precision, ReferenceKernels(), torch.device("meta"))
     model = GPTModel(config.model, rows, recipe)
     wanted = model_shards(named_params(model))
@@ -106,6 +110,20 @@ def _check_is_stored(checkpoint: Checkpoint, config: Config, rows: int) -> None:
         raise InputError(
             f"{checkpoint.folder} is a checkpoint from another model than its config says: "
             f"{unused[0]} has no place in it (and {len(unused) - 1} more)"
+        )
+
+
+def _check_positions(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Raise `InputError` for rotary tables beyond the size of the weights: they are not stored."""
+    if model.position_embedding_type != "rope":
+        return
+    tables = 2 * FP32_BYTES * model.max_position_embeddings * model.kv_channels
+    weights = sum(tensor.nbytes for tensor in stored_tensors(checkpoint, "model.*").values())
+    if tables > max(weights, LARGEST_TABLES):
+        raise InputError(
+            f"the config in {checkpoint.folder} has model.max_position_embeddings = "
+            f"{model.max_position_embeddings}, whose rotary tables would take {tables:,} bytes, "
+            f"and the weights have {weights:,}: it is damaged"
         )
 
 

@@ -124,6 +124,7 @@ def test_logits_that_are_not_finite(value, temperature, tool):
         {"hidden_size": 2**30, "ffn_hidden_size": 2**32},
         {"ffn_hidden_size": 2**40},
         {"num_layers": -1},
+        {"max_position_embeddings": 10**8},
     ],
 )
 def test_a_config_of_another_model_in_the_checkpoint(generate, trained, tmp_path, change):
