@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fp8lm.data.sidecar import Sidecar, read_sidecar
+from fp8lm.data.sidecar import Sidecar, not_a_file, read_sidecar
 from fp8lm.runtime.errors import InputError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -110,9 +110,8 @@ def inspect_indexed(prefix: str) -> IndexedFile:
     """
     idx, bin_ = prefix + ".idx", prefix + ".bin"
     for path in (idx, bin_):
-        if not os.path.isfile(path):
-            raise InputError(f"data.data_path: {path} does not exist{_prefix_hint(prefix)}")
-    content = _read_whole(idx)
+        _check_is_file(path, prefix)
+    content = _read_index(idx)
     dtype, lengths, pointers, marks = _parse_index(idx, content)
     data = IndexedFile(prefix, dtype, lengths, marks, read_sidecar(prefix))
     _check_index(idx, data, pointers)
@@ -131,22 +130,36 @@ def inspect_indexed(prefix: str) -> IndexedFile:
     return data
 
 
-def _read_whole(path: str) -> bytes:
+def _check_is_file(path: str, prefix: str) -> None:
+    """`InputError` for what is missing, and for what is there and may be endless."""
+    if os.path.isfile(path):
+        return
+    if os.path.lexists(path):
+        raise InputError(f"data.data_path: {path} is not a regular file: {not_a_file(path)}")
+    raise InputError(f"data.data_path: {path} does not exist{_prefix_hint(prefix)}")
+
+
+def _read_index(idx: str) -> bytes:
+    """All of an index whose size is the one that its header gives; no more of any other."""
     try:
-        with open(path, "rb") as stream:
-            return stream.read()
+        with open(idx, "rb") as stream:
+            header = stream.read(HEADER.size)
+            expected = _check_header(idx, header, os.fstat(stream.fileno()).st_size)
+            content = header + stream.read(expected - len(header))
     except OSError as err:
-        raise InputError(f"cannot read {path}: {err.strerror or err}") from None
+        raise InputError(f"cannot read {idx}: {err.strerror or err}") from None
+    if len(content) < expected:
+        raise InputError(f"{idx} became shorter while it was read: preprocess again")
+    return content
 
 
-def _parse_index(idx: str, content: bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """dtype, lengths, offsets and document marks of an index of the right size."""
-    size = len(content)
+def _check_header(idx: str, content: bytes, size: int) -> int:
+    """`InputError` unless an index of `size` bytes may begin so; the size that it says."""
     if not content.startswith(MAGIC):
         raise InputError(f"{idx} is not an index in Megatron's format")
     if size < HEADER.size:
         raise InputError(f"{idx} is truncated: it has {size} bytes: preprocess again")
-    _, version, code, num_sequences, num_marks = HEADER.unpack_from(content)
+    _, version, _, num_sequences, num_marks = HEADER.unpack(content)
     if version != 1:
         raise InputError(f"{idx} has version {version} of the format: only 1 is known")
     expected = HEADER.size + 12 * num_sequences + 8 * num_marks
@@ -155,6 +168,12 @@ def _parse_index(idx: str, content: bytes) -> tuple[np.dtype, np.ndarray, np.nda
         raise InputError(
             f"{idx} is {what}: it has {size} bytes and should have {expected}: preprocess again"
         )
+    return expected
+
+
+def _parse_index(idx: str, content: bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """dtype, lengths, offsets and document marks of an index of the right size."""
+    _, _, code, num_sequences, num_marks = HEADER.unpack_from(content)
     if not 1 <= code <= len(DTYPES):
         raise InputError(f"{idx} is corrupt: token type {code} is unknown")
     dtype = np.dtype(DTYPES[code - 1])

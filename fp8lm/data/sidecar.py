@@ -5,12 +5,15 @@ Only `tokenizer` and `append_eod` were always there; every other field may be mi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from fp8lm.runtime.errors import InputError
+
+LARGEST = 2**24  # bytes; a sidecar has some hundred
 
 
 class Sidecar(BaseModel):
@@ -34,15 +37,26 @@ class Sidecar(BaseModel):
 def read_sidecar(prefix: str) -> Sidecar | None:
     """The sidecar of token files, None where there is none; `InputError` if it is unreadable."""
     path = Path(prefix + ".json")
-    if path.exists() and not path.is_file():  # reading a pipe would wait
-        raise InputError(f"{path} is not a regular file: remove it or preprocess again")
+    if os.path.lexists(path) and not path.is_file():  # reading a pipe would wait
+        raise InputError(f"{path} is not a regular file: {not_a_file(path)}, or remove it")
     try:
-        return Sidecar.model_validate_json(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError("no sidecar is so large")
+        return Sidecar.model_validate_json(content)
     except FileNotFoundError:
         return None
-    except ValidationError:
+    except ValueError:
         raise InputError(
             f"{path} does not name a tokenizer: remove it or preprocess again"
         ) from None
     except OSError as err:
         raise InputError(f"cannot read {path}: {err.strerror or err}") from None
+
+
+def not_a_file(path: str | os.PathLike[str]) -> str:
+    """The cure for a link that leads nowhere, and for all else that cannot be read as a file."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"the link leads to {os.readlink(path)}, which is not there: put it back"
+    return "preprocess again"
