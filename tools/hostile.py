@@ -210,6 +210,12 @@ REWRITTEN = {
     "skipped more than a rollback": facts(rollbacks=1, skipped_samples=2**52),
     **{f"config {value!r}": facts(config=value) for value in WRONG_CONFIGS},
     **{f"losses {value!r}": facts(losses=value) for value in WRONG_LOSSES},
+    "a tokenizer of many files": facts(
+        tokenizer={
+            "identity": {"tokenizer_type": "NullTokenizer", "vocab_size": 64},
+            "files": ["common.json"] * 100_000,
+        }
+    ),
     "losses not finite": text('{"losses": {"mean": 1e999}}'),
     "version 0": facts(format_version=0),
     "version true": facts(format_version=True),

@@ -18,6 +18,7 @@ from fp8lm.runtime.errors import InputError
 FORMAT_VERSION = 1
 LARGEST_COMMON = 2**24  # bytes; a config and a few numbers are some ten thousand
 DEEPEST = 32  # levels of lists and objects
+MOST_FILES = 64  # of a tokenizer; each is read whole
 # No run changes its batch so much; what a checkpoint says of its batch may be its last one's.
 BATCH_GROWTH = 1024
 
@@ -50,7 +51,7 @@ class TokenizerFacts(BaseModel):
         vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
 
     identity: Identity
-    files: list[str]
+    files: Annotated[list[str], Field(max_length=MOST_FILES)]
 
 
 class DataFacts(BaseModel):
