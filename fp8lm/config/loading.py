@@ -74,7 +74,10 @@ def _mistakes(content: Mapping[str, Any]) -> list[str]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> Layer:
-    """Turn `section.key=value` texts into one layer; values are YAML, an empty one is null."""
+    """Turn `section.key=value` texts into one layer; values are YAML.
+
+    None may be empty: a folder in a variable of the shell that is not set would mean no folder.
+    """
     layer: Layer = {}
     overrides = list(overrides)
     for place, override in enumerate(overrides):
@@ -83,6 +86,8 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
         if not equals or not all((*parents, name)):
             cure = cure_override(overrides, place)
             raise InputError(f"override {_cut(override)!r}: {cure}")
+        if not text.strip():
+            raise InputError(f"override {_cut(override)!r} has no value: {path}=null means none")
         inner = layer
         for parent in parents:
             inner = inner.setdefault(parent, {})

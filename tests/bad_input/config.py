@@ -10,7 +10,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 SAVE = "checkpoint.save=ck"
 
 
-def config_file(content, *says):
+def config_file(content, says):
     return run("pretrain_gpt", "--config", "c.yaml", says=says, prepare=writes(c__yaml=content))
 
 
@@ -28,10 +28,10 @@ FILES = [
     config_file("- 1\n- 2", ("c.yaml", "sections", "[1, 2]")),
     config_file(b"model: \xff", "config file c.yaml is not UTF-8 text"),
     config_file("base: no.yaml", ("no.yaml does not exist", "c.yaml")),
-    config_file("base: no.yaml\nmodel: {hiden_size: 3}", "no.yaml", "model.hiden_size"),
+    config_file("base: no.yaml\nmodel: {hiden_size: 3}", ("no.yaml", "model.hiden_size")),
     config_file("base: 3", ("c.yaml: base = 3: ", "file name")),
     config_file("base: c.yaml", ("cycle", "c.yaml -> c.yaml")),
-    config_file("", "model.num_layers is missing", "train.micro_batch_size is missing"),
+    config_file("", ("model.num_layers is missing", "train.micro_batch_size is missing")),
     config_file("model: 7", ("model = 7: ", "section")),
 ]
 
@@ -83,7 +83,10 @@ VALUES = [
     train("optimizer.lr=.nan", says="optimizer.lr = NaN: expected number > 0"),
     train("optimizer.adam_beta1=1", says="optimizer.adam_beta1 = 1: expected number >= 0 and < 1"),
     train("model.swiglu=1", says="model.swiglu = 1: expected true | false"),
-    train("model.num_layers=", says="model.num_layers = null: expected integer >= 1"),
+    train("model.num_layers=null", says="model.num_layers = null: expected integer >= 1"),
+    train(
+        "checkpoint.save=", says="override 'checkpoint.save=' has no value: checkpoint.save=null"
+    ),
     train(
         "precision.preset=fp4", says='precision.preset = "fp4": expected bf16 | te | o1 | o2 | o3'
     ),

@@ -82,7 +82,7 @@ DAMAGE = {
     "negative": (lambda p: put(p + ".idx", 34, b"\xff" * 4), r"P\.idx is corrupt: lengths"),
     "mark": (lambda p: put(p + ".idx", 34 + 36 + 24, b"\x09"), r"P\.idx is corrupt: documents"),
     **{
-        f"{end} {make.__name__}": (lambda p, e=end, m=make: m(f"{p}.{e}"), rf"P\.{end} is not a reg")
+        f"{end} {make.__name__}": (lambda p, e=end, m=make: m(f"{p}.{e}"), rf"P\.{end} is no")
         for end in ("bin", "idx", "json")
         for make in (pipe, dead_link)
     },
