@@ -122,7 +122,8 @@ def _read(folder: Path, name: str, most: int, digest: str | None = None) -> byte
     try:
         data = read_regular(path, most)
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{folder} is incomplete: no {name}") from None
+        hint = " (Megatron-LM's, which are not read, look so)" if _is_megatrons(folder) else ""
+        raise DamagedCheckpoint(f"{folder} is incomplete: no {name}{hint}") from None
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except OSError as error:
@@ -147,6 +148,12 @@ def _check_sizes(folder: Path, metadata: Metadata, digests: dict[str, str]) -> N
             raise DamagedCheckpoint(f"{folder / name} is truncated: {size} bytes, expected {end}")
         if end is not None and size > end:
             raise DamagedCheckpoint(f"{folder / name} is damaged: {size} bytes, expected {end}")
+
+
+def _is_megatrons(folder: Path) -> bool:
+    """Whether it holds a file or a folder that only Megatron-LM's checkpoints have."""
+    signs = ("mp_rank_*", "common.pt", "metadata.json")
+    return any(next(folder.glob(sign), None) is not None for sign in signs)
 
 
 def _size(folder: Path, name: str) -> int:

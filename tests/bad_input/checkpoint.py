@@ -100,6 +100,13 @@ CASES = [
     train(LOAD, says=(NONE, f"{FILE} is truncated"), prepare=saved(cut(FILE))),
     train(LOAD, says=(NONE, f"{FILE} is damaged: its SHA-256"), prepare=saved(flip(FILE))),
     train(LOAD, says=(NONE, f"is incomplete: no {FILE}"), prepare=saved(remove(FILE))),
+    train(
+        LOAD,
+        says=(NONE, "Megatron-LM's, which are not read"),
+        prepare=writes(
+            **{"ck/iter_0000005/common__pt": "", "ck/latest_checkpointed_iteration__txt": "5"}
+        ),
+    ),
     train(LOAD, says=(NONE, ".metadata is damaged"), prepare=saved(cut(".metadata"))),
     train(LOAD, says=(NONE, "is incomplete: no .metadata"), prepare=saved(remove(".metadata"))),
     train(LOAD, says=(NONE, "common.json is damaged"), prepare=saved(cut("common.json"))),
