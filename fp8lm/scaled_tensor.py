@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fp8lm.numerics import PER_TENSOR, Format, Granularity
+from fp8lm.numerics import PER_ROW, PER_TENSOR, Format, Granularity
 
 
 class ScaledTensor:
@@ -45,10 +45,17 @@ class ScaledTensor:
         self.granularity = granularity
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTensor:
+    def zeros(
+        cls,
+        shape: tuple[int, ...],
+        fmt: Format,
+        device: torch.device,
+        granularity: Granularity = PER_TENSOR,
+    ) -> ScaledTensor:
         """All zeros with scale 1 (code 0 is the number 0 in every format)."""
         payload = torch.zeros(shape, dtype=fmt.storage, device=device)
-        return cls(payload, torch.ones((), device=device), fmt)
+        scale = torch.ones(granularity.scale_shape(shape), device=device)
+        return cls(payload, scale, fmt, granularity)
 
     @property
     def shape(self) -> torch.Size:
@@ -81,9 +88,31 @@ class ScaledTensor:
         return ScaledTensor(self.payload.t(), scale, self.format, self.granularity.transposed())
 
     def rows(self, start: int, stop: int) -> ScaledTensor:
-        """Rows `start` to `stop` of the first dimension, a view with the same scale."""
-        self._check_per_tensor("rows")
-        return ScaledTensor(self.payload[start:stop], self.scale, self.format)
+        """Rows `start` to `stop` of the first dimension, a view with the same scale or scales."""
+        scale = self.scale
+        if self.granularity.rows == 1:
+            scale = scale[start:stop]
+        else:
+            self._check_per_tensor("rows")
+        return ScaledTensor(self.payload[start:stop], scale, self.format, self.granularity)
+
+    def elements(self, start: int, stop: int) -> ScaledTensor:
+        """Elements `start` to `stop` (or the last) as they lie in memory, a view.
+
+        1-d; with scales per block of a row [.., block], a scale per row. The range then starts and
+        stops between blocks, which divide a row: ValueError otherwise.
+        """
+        payload = self.payload.view(-1)[start:stop]
+        if self.granularity.is_per_tensor:
+            return ScaledTensor(payload, self.scale, self.format)
+        block = self.granularity.columns
+        if self.granularity.rows != 1 or not block or self.shape[-1] % block:
+            raise ValueError(f"scales {self.granularity} are not of consecutive elements")
+        if start % block or payload.numel() % block:
+            raise ValueError(f"{start} to {stop} are not whole blocks of {block}")
+        first = start // block
+        scale = self.scale.view(-1, 1)[first : first + payload.numel() // block]
+        return ScaledTensor(payload.view(-1, block), scale, self.format, PER_ROW)
 
     def clone(self) -> ScaledTensor:
         """An independent copy of payload and scale."""

@@ -1,6 +1,6 @@
 """Several tensors and their scales in one buffer of bytes.
 
-    [payload 0 | .. | payload k-1 | fp32 scales of those whose format has one | padding]
+    [payload 0 | .. | payload k-1 | all fp32 scales of those whose format has any | padding]
 
 Payloads and the whole message start at multiples of 16 bytes, as tensor cores want them, so a
 received tensor is a view that a GEMM can read where it lies. One FP8 tensor of n elements is
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.comm.transport import as_bytes
-from fp8lm.numerics import Format
+from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
 ALIGNMENT = 16
@@ -27,14 +27,23 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class MessageLayout:
-    """Offsets of a message's tensors; `parts` are their shapes and formats, in order."""
+    """Offsets of a message's tensors; `parts` are their shapes and formats, in order.
+
+    `granularities` are those of all parts (default: one scale per tensor).
+    """
 
     parts: tuple[tuple[tuple[int, ...], Format], ...]
+    granularities: tuple[Granularity, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.granularities:
+            object.__setattr__(self, "granularities", (PER_TENSOR,) * len(self.parts))
 
     @classmethod
     def of(cls, tensors: Sequence[ScaledTensor]) -> MessageLayout:
-        """The layout for tensors of these shapes and formats."""
-        return cls(tuple((tuple(tensor.shape), tensor.format) for tensor in tensors))
+        """The layout for tensors of these shapes, formats and granularities."""
+        parts = tuple((tuple(tensor.shape), tensor.format) for tensor in tensors)
+        return cls(parts, tuple(tensor.granularity for tensor in tensors))
 
     @cached_property
     def scales_at(self) -> int:
@@ -44,23 +53,23 @@ class MessageLayout:
     @cached_property
     def nbytes(self) -> int:
         """Size of the message, a multiple of 16."""
-        num_scales = sum(fmt.scaled for _, fmt in self.parts)
-        return _padded(self.scales_at + num_scales * _SCALE_BYTES)
+        return _padded(self.scales_at + sum(self._num_scales) * _SCALE_BYTES)
 
     def views(self, message: Tensor) -> list[ScaledTensor]:
         """The tensors that lie in `message` (uint8 [nbytes], starting at a multiple of 16).
 
         They share its memory: writing to one writes the message. Formats without a scale get 1.
         """
-        scales = iter(self._scales(message))
-        return [
-            ScaledTensor(
-                message[start:stop].view(fmt.storage).view(shape),
-                next(scales) if fmt.scaled else torch.ones((), device=message.device),
-                fmt,
-            )
-            for start, stop, shape, fmt in self._payloads()
-        ]
+        scales = self._scales(message).split(self._num_scales)
+        one = torch.ones((), device=message.device)
+        tensors = []
+        for (start, stop, shape, fmt), own, granularity in zip(
+            self._payloads(), scales, self.granularities, strict=True
+        ):
+            payload = message[start:stop].view(fmt.storage).view(shape)
+            scale = own.view(granularity.scale_shape(shape)) if fmt.scaled else one
+            tensors.append(ScaledTensor(payload, scale, fmt, granularity))
+        return tensors
 
     def pack(self, tensors: Sequence[ScaledTensor], message: Tensor | None = None) -> Tensor:
         """`tensors` (as the layout says) copied into `message`, or into a new one; uint8."""
@@ -71,10 +80,17 @@ class MessageLayout:
             message = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         for tensor, (start, stop, _, _) in zip(tensors, self._payloads(), strict=True):
             message[start:stop].copy_(as_bytes(tensor.payload))
-        scaled = [tensor.scale for tensor in tensors if tensor.format.scaled]
-        if scaled:
-            torch.stack(scaled, out=self._scales(message))
+        scales = [tensor.scale.reshape(-1) for tensor in tensors if tensor.format.scaled]
+        if scales:
+            torch.cat(scales, out=self._scales(message))
         return message
+
+    @cached_property
+    def _num_scales(self) -> list[int]:
+        return [
+            prod(granularity.scale_shape(shape)) if fmt.scaled else 0
+            for (shape, fmt), granularity in zip(self.parts, self.granularities, strict=True)
+        ]
 
     def _payloads(self) -> Iterator[tuple[int, int, tuple[int, ...], Format]]:
         start = 0
@@ -84,8 +100,7 @@ class MessageLayout:
             start = _padded(stop)
 
     def _scales(self, message: Tensor) -> Tensor:
-        num_scales = sum(fmt.scaled for _, fmt in self.parts)
-        stop = self.scales_at + num_scales * _SCALE_BYTES
+        stop = self.scales_at + sum(self._num_scales) * _SCALE_BYTES
         return message[self.scales_at : stop].view(torch.float32)
 
 

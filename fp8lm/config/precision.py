@@ -18,7 +18,7 @@ from fp8lm.config.section import Bool, Section, derived
 GemmFormat = Literal["fp8", "bf16", "fp32"]
 ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16", "fp32"]
 MainParamsDtype = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "none"]
-MainGradsDtype = Literal["fp8_e4m3", "bf16", "fp32"]
+MainGradsDtype = Literal["fp8_e4m3", "fp8_e2m5", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 Rounding = Literal["nearest", "stochastic"]
 PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
@@ -132,7 +132,9 @@ class PrecisionConfig(Section):
         "Storage of the optimizer's master weights; none: the weight itself is the master.",
     )
     main_grads_dtype: MainGradsDtype = _of_preset(
-        "main_grads_dtype", "Storage of weight gradients, which micro-batches accumulate into."
+        "main_grads_dtype",
+        "Storage of weight gradients, which micro-batches accumulate into; fp8_e2m5, with a scale "
+        "per 128 elements, keeps the sum of many.",
     )
     exp_avg_dtype: MomentDtype = _of_preset("exp_avg_dtype", "Storage of Adam's first moment.")
     exp_avg_sq_dtype: MomentDtype = _of_preset(

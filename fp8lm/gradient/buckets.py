@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8lm.comm import Handle, MessageLayout, all_gather_uneven
 from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
 from fp8lm.layers.param import Param, by_group
-from fp8lm.numerics import FP32, Format
+from fp8lm.numerics import FP32, Format, Granularity, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
 UNDER_WAY = 2
@@ -98,11 +98,12 @@ class GradientBuckets:
         self, means: Mapping[str, ScaledTensor], sharded: ShardedReduction
     ) -> dict[str, ScaledTensor]:
         reduction, rank = sharded.reduction, sharded.reduction.group.rank()
-        own = [
-            reduction.kernels.quantize(mean.payload, self._sent_format(name))
-            for name, mean in means.items()
-            if name in sharded.rows[rank]
-        ]
+        own = []
+        for name, mean in means.items():
+            if name in sharded.rows[rank]:
+                fmt, granularity = self._sent_as(name)
+                quantized = reduction.kernels.quantize(mean.payload, fmt, granularity=granularity)
+                own.append(quantized)
         layouts = [self._layout(rows) for rows in sharded.rows]
         device = next(iter(self.weights.values())).model_param.device
         sizes = [layout.nbytes for layout in layouts]
@@ -117,20 +118,22 @@ class GradientBuckets:
         return gradients
 
     def _layout(self, rows: Rows) -> MessageLayout:
-        parts = []
+        parts, granularities = [], []
         for name, weight in self.weights.items():
             if name in rows:
                 start, stop = rows[name]
-                shape = (stop - start, *weight.spec.local_shape[1:])
-                parts.append((shape, self._sent_format(name)))
-        return MessageLayout(tuple(parts))
+                fmt, granularity = self._sent_as(name)
+                parts.append(((stop - start, *weight.spec.local_shape[1:]), fmt))
+                granularities.append(granularity)
+        return MessageLayout(tuple(parts), tuple(granularities))
 
     def _reduction_of(self, name: str) -> ShardedReduction:
         return self.reductions[self.weights[name].spec.group]
 
-    def _sent_format(self, name: str) -> Format:
+    def _sent_as(self, name: str) -> tuple[Format, Granularity]:
         spec, wire = self.weights[name].spec, self._reduction_of(name).reduction.wire
-        return sent_format(spec.grad_format, wire, keep_high_precision=spec.keep_high_precision)
+        fmt = sent_format(spec.grad_format, wire, keep_high_precision=spec.keep_high_precision)
+        return fmt, granularity_of(fmt, spec.local_shape)
 
     def _complete(self, name: str) -> None:
         """Backward has passed all uses of weight `name`: start the buckets that are complete."""
@@ -158,7 +161,7 @@ class GradientBuckets:
         accumulator = self.weights[name].main_grad
         kernels = self._reduction_of(name).reduction.kernels
         accumulator.zero_if_unused()  # a weight that no micro-batch used
-        gradient, fmt = accumulator.value, self._sent_format(name)
+        gradient, (fmt, _) = accumulator.value, self._sent_as(name)
         if fmt == gradient.format:
             return gradient
         return kernels.quantize(kernels.dequantize(gradient), fmt)

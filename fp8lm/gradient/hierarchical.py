@@ -3,8 +3,8 @@
     within a node    rank j gets the contributions to all owners that are number j of their node,
                      and sums them in fp32
     between nodes    the node's sums, cast again with scales of their own, go to the owners
-                     (the largest value of a sum is that of the whole tensor, not of the rows
-                     that one rank holds)
+                     (one scale is that of the largest value of the whole tensor, not of the
+                     rows that one rank holds; blocks lie in rows)
 
 A flat all-to-all sends a gradient between nodes once per rank, this once per node, at the cost of
 one more rounding of every sum that crosses; the sum of the owner's own node stays in fp32.
@@ -58,7 +58,7 @@ class HierarchicalReduceScatter:
             for other in range(per_node)
         ]
         held, like = names[number::per_node], parts[number::per_node]  # by node
-        scaled = [name for name, gradient in gradients.items() if gradient.format.scaled]
+        scaled = [name for name, gradient in gradients.items() if _has_one_scale(gradient)]
         shared = _held_by_several(scaled, names, per_node)
 
         def go_across(sums: list[Tensor]) -> dict[str, Tensor]:
@@ -79,7 +79,9 @@ class HierarchicalReduceScatter:
         here = self.across.rank()
         sent = [
             [
-                self.kernels.quantize(total, part.format, amax=amaxes.get(name))
+                self.kernels.quantize(
+                    total, part.format, amax=amaxes.get(name), granularity=part.granularity
+                )
                 for (name, total), part in zip(owned, parts, strict=True)
             ]
             if node != here
@@ -114,6 +116,10 @@ class HierarchicalReduceScatter:
     def named_tensors(self) -> dict[str, Tensor]:
         """No state."""
         return {}
+
+
+def _has_one_scale(gradient: ScaledTensor) -> bool:
+    return gradient.format.scaled and gradient.granularity.is_per_tensor
 
 
 def _held_by_several(

@@ -46,7 +46,7 @@ def adam_step(
     for start in range(0, param.gradient.payload.numel(), step_elements):
         block = slice(start, start + step_elements)
         w, m, v = (_read(kernels, state, block, c.skip) for state in param.states)
-        g = kernels.dequantize(_block(param.gradient, block))
+        g = kernels.dequantize(param.gradient.elements(block.start, block.stop)).view(-1)
         g = g.clone() if param.gradient.format.dtype == torch.float32 else g
         adam_(w, g, m, v, param.weight_decay, c)
         for kind, value in enumerate((w, m, v)):
@@ -81,12 +81,8 @@ def _noise(param: AdamParam, table: AdamTable, start: int, values: Tensor) -> Te
     return noise_bits(numbers, table.noise_keys[param.row])
 
 
-def _block(x: ScaledTensor, block: slice) -> ScaledTensor:
-    return ScaledTensor(x.payload.view(-1)[block], x.scale, x.format)
-
-
 def _read(kernels: Kernels, stored: ScaledTensor, block: slice, skip: Tensor | None) -> Tensor:
-    values = kernels.dequantize(_block(stored, block))
+    values = kernels.dequantize(stored.elements(block.start, block.stop))
     # An fp32 payload dequantizes to itself; a step that may be skipped must not work in place.
     in_place = stored.format.dtype == torch.float32 and skip is not None
     return values.clone() if in_place else values

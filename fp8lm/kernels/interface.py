@@ -80,7 +80,7 @@ class Kernels(Protocol):
         """
 
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
-        """`total += x` (bf16 or fp32), with the scale of the sum; per tensor."""
+        """`total += x` (bf16 or fp32), with the scale or scales of the sum."""
 
     def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
         """Sum of squares (0-d fp64) and absolute maximum (0-d fp32) of the values of `x`."""

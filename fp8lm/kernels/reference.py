@@ -20,7 +20,7 @@ from torch.nn import functional
 from fp8lm.kernels.adam import adam_step
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.numerics import E4M3, E5M2, FP16, PER_TENSOR, Format, Granularity, scale_from_amax
+from fp8lm.numerics import E2M5, E4M3, E5M2, FP16, PER_TENSOR, Format, Granularity, scale_from_amax
 from fp8lm.scaled_tensor import ScaledTensor
 
 # Bits of an FP8 code moved to where bf16 keeps its exponent and mantissa, and the power of two
@@ -29,6 +29,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 _BF16_DECODE = {
     E4M3.name: (4, 0x87F0 - 0x10000, 2.0**120),
     E5M2.name: (5, 0x8FE0 - 0x10000, 2.0**112),
+    E2M5.name: (2, 0x81FC - 0x10000, 2.0**126),
 }
 
 
@@ -96,6 +97,9 @@ class ReferenceKernels:
         work_dtype = torch.float32 if fmt == FP16 else x.dtype
         for block in self._blocks(x.numel()):
             scaled = torch.mul(source[block].to(work_dtype), scale)
+            if fmt == E2M5:
+                target[block].copy_(_encode_e2m5(scaled.float()))
+                continue
             if saturate:
                 scaled = scaled.clamp_(-fmt.max, fmt.max)
             target[block].copy_(scaled)
@@ -155,17 +159,17 @@ class ReferenceKernels:
         if total.format.dtype == torch.float32:
             total.payload.add_(x)
         else:
-            total.copy_(self.quantize(self.dequantize(total).add_(x), total.format))
+            values = self.dequantize(total).add_(x)
+            total.copy_(self.quantize(values, total.format, granularity=total.granularity))
 
     def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         square = torch.zeros((), dtype=torch.float64, device=x.device)
         amax = torch.zeros((), device=x.device)
-        flat = x.view(-1)
-        for start in range(0, flat.shape[0], self.step_elements):
-            block = self.dequantize(flat.rows(start, start + self.step_elements))
+        for start in range(0, x.payload.numel(), self.step_elements):
+            block = self.dequantize(x.elements(start, start + self.step_elements))
             amax = torch.maximum(amax, self.amax(block))
-            block = block.double()
+            block = block.double().view(-1)
             square += torch.dot(block, block)
         return square, amax
 
@@ -242,6 +246,21 @@ def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> No
     values.mul_(correction).mul_(factor)
     if values is not out:
         out.copy_(values)
+
+
+def _encode_e2m5(scaled: Tensor) -> Tensor:
+    """Codes (uint8) of fp32 values, to nearest even, saturated; 0 for NaN, whose scale is NaN.
+
+    A code grows linearly in every binade, half as fast as in the one before it, and so is the least
+    of three lines: below 2, subnormals included; from 2 to 4; from 4 on. Where a line is the least
+    its difference is exact, so that ties are ties.
+    """
+    size = scaled.abs()
+    code = (size * 32.0).round_()
+    for start, at, slope in ((2.0, 64.0, 16.0), (4.0, 96.0, 8.0)):
+        code = torch.minimum(code, (size - start).mul_(slope).round_().add_(at))
+    code = code.clamp_(max=127.0).nan_to_num_(0.0).to(torch.uint8)
+    return code.add_(torch.signbit(scaled), alpha=0x80)
 
 
 def _decode_fp16(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:

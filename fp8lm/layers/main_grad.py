@@ -1,10 +1,12 @@
 """The main gradient of one weight, summed over micro-batches in its storage format.
 
     E4M3:   g <- quantize(dequantize(g) + dw)      one byte per parameter, scale just in time
+    E2M5:   the same, with a scale per 128 elements
     BF16:   g <- bf16(g + dw)                      sum in fp32, rounded once per micro-batch
     FP32:   g <- g + dw
 
-(FP8-LM, arXiv 2310.18313, section 2.1.) A NaN or Inf in any micro-batch makes the scale NaN, and
+(FP8-LM, arXiv 2310.18313, section 2.1, has E4M3. Every addition rounds the whole sum, so that many
+micro-batches want the two bits of mantissa that E2M5 has more: docs/concepts/numerics.md.) A NaN or Inf in any micro-batch makes the scale NaN, and
 a NaN scale stays NaN under further accumulation, so nothing non-finite is ever forgotten.
 """
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.kernels.interface import Kernels
-from fp8lm.numerics import FP32, Format
+from fp8lm.numerics import FP32, Format, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
 
@@ -28,7 +30,8 @@ class MainGrad:
         kernels: Kernels,
         device: torch.device,
     ) -> None:
-        self.value = ScaledTensor.zeros(shape, fmt, device)
+        self.value = ScaledTensor.zeros(shape, fmt, device, granularity_of(fmt, shape))
+        self._elements = self.value.elements(0, self.value.payload.numel())
         self._kernels = kernels
         self._is_zero = True
 
@@ -38,10 +41,13 @@ class MainGrad:
 
     def add(self, dw: Tensor) -> None:
         """Add the gradient `dw` (bf16 or fp32, shape of the weight) of one micro-batch."""
+        total = self._elements
+        dw = dw.reshape(total.shape)
         if self._is_zero:
-            self.value.copy_(self._kernels.quantize(dw, self.value.format))
+            granularity = total.granularity
+            total.copy_(self._kernels.quantize(dw, total.format, granularity=granularity))
         else:
-            self._kernels.accumulate_(self.value, dw)
+            self._kernels.accumulate_(total, dw)
         self._is_zero = False
 
     def add_rows(self, rows: Tensor, dw: Tensor) -> None:

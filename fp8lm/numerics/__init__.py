@@ -1,11 +1,12 @@
 """What a low-precision number is: formats, and how an amax becomes a scale."""
 
-from fp8lm.numerics.formats import BF16, E4M3, E5M2, FP16, FP32, Format, format_by_name
-from fp8lm.numerics.granularity import PER_ROW, PER_TENSOR, Granularity
+from fp8lm.numerics.formats import BF16, E2M5, E4M3, E5M2, FP16, FP32, Format, format_by_name
+from fp8lm.numerics.granularity import PER_ROW, PER_TENSOR, Granularity, granularity_of
 from fp8lm.numerics.scaling import scale_from_amax
 
 __all__ = [
     "BF16",
+    "E2M5",
     "E4M3",
     "E5M2",
     "FP16",
@@ -15,5 +16,6 @@ __all__ = [
     "Format",
     "Granularity",
     "format_by_name",
+    "granularity_of",
     "scale_from_amax",
 ]

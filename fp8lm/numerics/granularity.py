@@ -2,6 +2,7 @@
 
     per tensor   one scale, 0-d                    FP8-LM's, and every state's
     per row      [R, 1]                            pipeline messages: a scale per token
+    1 x 128      [R, C/128]                        sums of weight gradients in E2M5
     blocks       [ceil(R/r), ceil(C/c)]            r x c elements each
 
 A scale has the shape that its granularity gives it, so that a tensor and its scales cannot be
@@ -11,10 +12,15 @@ mistaken for those of another granularity.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fp8lm.numerics.formats import E2M5, Format
+
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,12 @@ class Granularity:
 
 PER_TENSOR = Granularity(None, None)
 PER_ROW = Granularity(1, None)
+
+
+def granularity_of(fmt: Format, shape: tuple[int, ...]) -> Granularity:
+    """How a sum of gradients of `shape` in `fmt` is scaled: E2M5 per block of a row.
+
+    Of the largest length up to 128 that divides the row, so that blocks of the matrix are blocks of
+    its elements in memory, and a part of its rows has whole blocks.
+    """
+    return Granularity(1, gcd(shape[-1], BLOCK)) if fmt == E2M5 else PER_TENSOR

@@ -3,6 +3,9 @@
     scale = 2^floor(log2(format_max / amax))    payload = cast(x * scale)    x ~ payload / scale
 
 Powers of two make a change of scale an exponent shift: exact outside subnormals and saturation.
+E2M5's is format_max / amax itself. It uses the narrow range whole; and the grid of a growing sum
+moves with every term, so that rounding to nearest loses no term for good: on a grid that stays,
+what is below half a step of the sum is rounded away every time.
 Three special cases, none of them silent:
 
     amax = 0           scale 1 (there is nothing to scale)
@@ -28,20 +31,34 @@ _MAGNITUDE = 0x7FFFFFFF
 
 
 def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
-    """Power-of-two scales for absolute maxima `amax` (fp32, any shape); same shape, fp32.
+    """Scales for absolute maxima `amax` (fp32, any shape); same shape, fp32.
 
-    Works on the bits: the integer difference of two positive floats, shifted right by the
-    mantissa, is the floor of the log2 of their ratio. No transcendental, exact on every device.
+    Exact on every device: no transcendental, and a division only where the format wants one.
     """
     if not fmt.scaled:
         return torch.ones_like(amax)
     # Without the sign: -0.0 is zero, and x86 makes the NaN of Inf * 0 negative.
     bits = amax.view(torch.int32) & _MAGNITUDE
-    exponent = (_float_bits(fmt.max) - bits) >> _EXPONENT_SHIFT
-    exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
-    scale = ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
+    scale = _power_of_two(bits, fmt) if fmt.power_of_two_scales else _quotient(amax, fmt)
     scale = scale.masked_fill_(bits >= _INF_BITS, float("nan"))
     return scale.masked_fill_(bits == 0, 1.0)
+
+
+def _power_of_two(bits: Tensor, fmt: Format) -> Tensor:
+    """The largest power of two that takes a number of these `bits` to at most `fmt.max`.
+
+    The integer difference of two positive floats, shifted right by the mantissa, is the floor of
+    the log2 of their ratio.
+    """
+    exponent = (_float_bits(fmt.max) - bits) >> _EXPONENT_SHIFT
+    exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
+    return ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
+
+
+def _quotient(amax: Tensor, fmt: Format) -> Tensor:
+    """`fmt.max / amax`, whose inverse is a normal number as well."""
+    largest = 2.0**_MAX_EXPONENT
+    return torch.div(fmt.max, amax.abs()).clamp_(1.0 / largest, largest)
 
 
 def _float_bits(value: float) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8lm.comm import MessageLayout
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.numerics import BF16, E2M5, E4M3, E5M2, FP16, FP32, Granularity
 from tests.comm.ranks import KERNELS, message_bytes, same_bits, values
 
 FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
@@ -17,7 +17,9 @@ FORMATS = [E4M3, E5M2, FP16, BF16, FP32]
 def tensors():
     shapes = [(3, 5), (16,), (), (2, 2, 7), (1,)]
     cases = enumerate(zip(shapes, FORMATS, strict=True))
-    return [KERNELS.quantize(values(i, *shape) * 10.0**i, fmt) for i, (shape, fmt) in cases]
+    blocks = KERNELS.quantize(values(9, 4, 48), E2M5, granularity=Granularity(1, 16))
+    per_tensor = [KERNELS.quantize(values(i, *s) * 10.0**i, fmt) for i, (s, fmt) in cases]
+    return [*per_tensor[:2], blocks, *per_tensor[2:]]
 
 
 def test_what_was_packed_comes_back():
@@ -27,7 +29,7 @@ def test_what_was_packed_comes_back():
     message = layout.pack(packed)
     assert (message.dtype, message.shape) == (torch.uint8, (layout.nbytes,))
     for before, after in zip(packed, layout.views(message), strict=True):
-        assert after.format == before.format
+        assert (after.format, after.granularity) == (before.format, before.granularity)
         assert same_bits(after.payload, before.payload)
         assert same_bits(after.scale, before.scale)
         assert (after.payload.data_ptr() - message.data_ptr()) % 16 == 0

@@ -10,11 +10,15 @@ from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.groups import model_parallel_groups, node_groups
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.gradient.reduction import Fp32ReduceScatter
-from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.numerics import BF16, E2M5, E4M3, FP32, granularity_of
 from fp8lm.runtime.errors import InputError
 from tests.parallel.ranks import KERNELS, random
 
 ROWS = [{"w": (0, 16), "b": (0, 8)}, {"w": (16, 40)}, {"v": (0, 16)}, {"w": (40, 64)}]
+
+
+def quantize(x, fmt):
+    return KERNELS.quantize(x, fmt, granularity=granularity_of(fmt, x.shape))
 
 
 def reduce(fmt, names="wbv"):
@@ -24,9 +28,9 @@ def reduce(fmt, names="wbv"):
         assert (nodes.node.rank(), nodes.across.rank()) == (rank % 2, rank // 2)
         wire = Wire("grads", "fp8", WireCounter(("grads",)))
         gradients = {
-            "w": KERNELS.quantize(random(64, 32, seed=rank), fmt),
+            "w": quantize(random(64, 32, seed=rank), fmt),
             "b": KERNELS.quantize(random(8, seed=10 + rank), FP32),
-            "v": KERNELS.quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt),
+            "v": quantize(random(16, 16, seed=20 + rank) * 2.0**rank, fmt),
         }
         gradients = {name: gradients[name] for name in names}
         sent = []
@@ -41,8 +45,11 @@ def reduce(fmt, names="wbv"):
         return sent
 
 
-# One rounding of a sum of two, E4M3's 2^-4 at most for each element.
-@pytest.mark.parametrize(("fmt", "bound"), [(FP32, 1e-6), (BF16, 2.0**-8), (E4M3, 2.0**-4)])
+# One rounding of a sum of two, E4M3's 2^-4 at most for each element, E2M5's 2^-6 of the largest
+# elements of a block.
+@pytest.mark.parametrize(
+    ("fmt", "bound"), [(FP32, 1e-6), (BF16, 2.0**-8), (E4M3, 2.0**-4), (E2M5, 2.0**-6)]
+)
 def test_two_hops_give_the_mean_of_one(fmt, bound, run_distributed):
     for (flat, _), (two, _) in run_distributed(reduce, 4, fmt):
         assert list(flat) == list(two)

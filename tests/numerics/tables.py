@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from fp8lm.numerics import E4M3, E5M2, Format
+from fp8lm.numerics import E2M5, E4M3, E5M2, Format
 
 
 def code_values(fmt: Format) -> list[float]:
     """The numbers that the 256 codes of `fmt` stand for; NaN and infinities included."""
-    return [{E4M3: _e4m3, E5M2: _e5m2}[fmt](code) for code in range(256)]
+    return [{E4M3: _e4m3, E5M2: _e5m2, E2M5: _e2m5}[fmt](code) for code in range(256)]
 
 
 def all_codes() -> torch.Tensor:
@@ -38,6 +38,13 @@ def _e4m3(code: int) -> float:
     if exponent == 0:
         return sign * mantissa * 2.0**-9
     return sign * (8 + mantissa) * 2.0 ** (exponent - 7 - 3)
+
+
+def _e2m5(code: int) -> float:
+    sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, (code >> 5) & 0x3, code & 0x1F
+    if exponent == 0:
+        return sign * mantissa * 2.0**-5
+    return sign * (32 + mantissa) * 2.0 ** (exponent - 1 - 5)
 
 
 def _e5m2(code: int) -> float:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, format_by_name
+from fp8lm.numerics import BF16, E2M5, E4M3, E5M2, FP16, FP32, format_by_name
 from tests.numerics.tables import code_values
 
-FP8 = [E4M3, E5M2]
+FP8 = [E4M3, E5M2, E2M5]
 
 
 @pytest.mark.parametrize("fmt", FP8, ids=repr)
@@ -34,9 +34,10 @@ def test_limits_agree_with_torch(fmt):
 @pytest.mark.parametrize("fmt", FP8, ids=repr)
 def test_fp8_is_stored_as_bytes(fmt):
     assert fmt.storage == torch.uint8
+    assert fmt.bytes == 1
 
 
-@pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16, BF16, FP32], ids=repr)
+@pytest.mark.parametrize("fmt", [*FP8, FP16, BF16, FP32], ids=repr)
 def test_format_by_name(fmt):
     assert format_by_name(fmt.name) is fmt
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import E4M3, E5M2, PER_ROW, PER_TENSOR, Granularity
+from fp8lm.numerics import E2M5, E4M3, E5M2, PER_ROW, PER_TENSOR, Granularity, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
 KERNELS = ReferenceKernels()
@@ -67,11 +67,50 @@ def test_a_transposed_matrix_keeps_its_values(granularity):
 
 def test_what_has_no_meaning_for_blocks_is_refused():
     quantized = KERNELS.quantize(wide(), E4M3, granularity=PER_ROW)
-    for operation in (lambda: quantized.view(-1), lambda: quantized.rows(0, 2)):
-        with pytest.raises(TypeError, match="blocks of 1 x all"):
+    tall = KERNELS.quantize(wide(), E4M3, granularity=Granularity(2, 8))
+    for operation, blocks in (
+        (lambda: quantized.view(-1), "1 x all"),
+        (lambda: tall.rows(0, 2), "2 x 8"),
+    ):
+        with pytest.raises(TypeError, match=blocks):
             operation()
+    with pytest.raises(ValueError, match="2 x 8"):
+        tall.elements(0, 16)
     with pytest.raises(TypeError, match="fp32 of shape"):
         ScaledTensor(quantized.payload, torch.ones(()), E4M3, PER_ROW)
     with pytest.raises(ValueError, match="of a matrix"):
         PER_ROW.scale_shape((2, 3, 4))
     assert PER_TENSOR.scale_shape((2, 3, 4)) == ()
+
+
+def blocks(rows=6, block=8):
+    """A matrix with a scale for each of three blocks of a row."""
+    x = wide()[:rows, : 3 * block].contiguous()
+    return KERNELS.quantize(x, E2M5, granularity=Granularity(1, block))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (2, 5), (3, 3)])
+def test_rows_keep_their_scales(start, stop):
+    whole, rows = blocks(), blocks().rows(start, stop)
+    assert torch.equal(KERNELS.dequantize(rows), KERNELS.dequantize(whole)[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 144), (8, 40), (96, 10**6), (144, 200)])
+def test_elements_are_those_in_memory(start, stop):
+    whole = blocks()
+    values = KERNELS.dequantize(whole.elements(start, stop)).view(-1)
+    assert torch.equal(values, KERNELS.dequantize(whole).view(-1)[start:stop])
+
+
+def test_elements_start_and_stop_between_blocks():
+    for start, stop in ((4, 16), (8, 20)):
+        with pytest.raises(ValueError, match="whole blocks of 8"):
+            blocks().elements(start, stop)
+
+
+@pytest.mark.parametrize(
+    ("columns", "block"), [(4096, 128), (12288, 128), (192, 64), (80, 16), (32, 32)]
+)
+def test_blocks_of_a_sum_divide_its_rows(columns, block):
+    assert granularity_of(E2M5, (3, columns)) == Granularity(1, block)
+    assert granularity_of(E4M3, (3, columns)) == PER_TENSOR
