@@ -2,6 +2,8 @@
 
 The presets are the levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6) and two baselines:
 `bf16` and `te`, which computes GEMMs in FP8 and keeps everything else as BF16 training does.
+`o3_long` is o3 for many micro-batches a step, of which a running sum in E4M3 loses the small ones:
+it adds gradients up in E2M5 (see `fp8lm.numerics.formats`).
 A preset only fills the keys left null; each key can be given a value of its own.
 """
 
@@ -21,7 +23,7 @@ MainParamsDtype = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "none"]
 MainGradsDtype = Literal["fp8_e4m3", "fp8_e2m5", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 Rounding = Literal["nearest", "stochastic"]
-PresetName = Literal["bf16", "te", "o1", "o2", "o3"]
+PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long"]
 WireFormat = Literal["fp8", "bf16"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
@@ -109,6 +111,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "fp8", "fp16", "none", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_BUT_WEIGHTS
         ),
         "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_WIRES),
+        "o3_long": _preset(
+            "fp8", "fp8_e4m3", "fp16", "fp8_e2m5", _FP8_STATES, "stochastic", _FP8_WIRES
+        ),
     }
 )
 

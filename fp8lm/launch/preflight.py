@@ -21,6 +21,7 @@ from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.devices import NO_NCCL
 from fp8lm.kernels import select_kernels
+from fp8lm.numerics import accumulation_risk, format_by_name
 from fp8lm.planner.layout import Layout
 from fp8lm.planner.plan import Plan, plan_run
 from fp8lm.runtime.addresses import (
@@ -170,7 +171,14 @@ def notes(layout: Layout, max_restarts: int) -> list[str]:
         found.append(
             f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
         )
-    return found + _note_of_nodes(layout) + _note_of_balance(layout)
+    return [*found, *_note_of_nodes(layout), *_note_of_balance(layout), *_accumulation(layout)]
+
+
+def _accumulation(layout: Layout) -> list[str]:
+    train, precision = layout.config.train, layout.config.precision
+    count = train.global_batch_size // (train.micro_batch_size * layout.dims.dp)
+    risk = accumulation_risk(format_by_name(precision.main_grads_dtype), count)
+    return [] if risk is None else [risk]
 
 
 def _note_of_balance(layout: Layout) -> list[str]:

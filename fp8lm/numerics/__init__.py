@@ -1,5 +1,6 @@
 """What a low-precision number is: formats, and how an amax becomes a scale."""
 
+from fp8lm.numerics.accumulation import accumulation_risk, expected_snr
 from fp8lm.numerics.formats import BF16, E2M5, E4M3, E5M2, FP16, FP32, Format, format_by_name
 from fp8lm.numerics.granularity import PER_ROW, PER_TENSOR, Granularity, granularity_of
 from fp8lm.numerics.scaling import scale_from_amax
@@ -15,6 +16,8 @@ __all__ = [
     "PER_TENSOR",
     "Format",
     "Granularity",
+    "accumulation_risk",
+    "expected_snr",
     "format_by_name",
     "granularity_of",
     "scale_from_amax",

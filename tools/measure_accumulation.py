@@ -1,0 +1,292 @@
+"""How much of a gradient survives its accumulation, by scheme, on a model in training.
+
+python tools/measure_accumulation.py --config configs/quickstart.yaml --micro-batches 128 \\
+    [--after 0] [--json accumulation.json] [section.key=value ...]
+
+Trains the config's model on one process for --after steps, then takes the gradients of the linear
+layers' matrices for --micro-batches micro-batches, without training on them, and adds them up with
+every scheme. The reference is their sum in fp64. Of all matrices together:
+
+    projection    <sum, true> / <true, true>: the share of the gradient that is kept, 1 if unbiased
+    SNR           |true|^2 / |sum - true|^2 in dB
+
+    fp8_e4m3 ...             `precision.main_grads_dtype`, each addition rounded to nearest
+    fp8_e4m3, stochastic     the same, rounded stochastically
+    fp8_e4m3, wgrad of k     one weight gradient of k micro-batches, whose operands are kept
+    fp8_e4m3, reduced per k  every k micro-batches into fp32 shards, here of eight replicas
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fp8lm.arguments import as_path
+from fp8lm.batch import Batch
+from fp8lm.comm.groups import process_groups
+from fp8lm.config import load_config
+from fp8lm.data.files import write_aside
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.rounding import cast_stochastic
+from fp8lm.layers.main_grad import MainGrad
+from fp8lm.model import GPTModel
+from fp8lm.numerics import BF16, E2M5, E4M3, Format, scale_from_amax
+from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser
+from fp8lm.scaled_tensor import ScaledTensor
+from fp8lm.training.build import Run, build
+from fp8lm.training.evaluation import run_batches
+from fp8lm.training.memory import linear_weights
+from fp8lm.training.step import train_step, zero_gradients
+
+KERNELS = ReferenceKernels()
+REPLICAS = 8  # over which fp32 shards are divided
+
+
+class Sum:
+    """A sum in a main gradient of `fmt`; `every` terms are added in fp32 before they go in."""
+
+    def __init__(self, shape: tuple[int, ...], fmt: Format, every: int = 1) -> None:
+        self.grad, self.every = MainGrad(shape, fmt, KERNELS, torch.device("cpu")), every
+        self.waiting: list[Tensor] = []
+
+    def add(self, dw: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        self.waiting.append(dw)
+        if len(self.waiting) == self.every:
+            self.grad.add(torch.stack(self.waiting).sum(0))
+            self.waiting = []
+
+    def value(self) -> Tensor:
+        """The sum of all that was added."""
+        return KERNELS.dequantize(self.grad.value) + sum(self.waiting)
+
+
+class StochasticSum:
+    """A sum in E4M3 that is rounded stochastically."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.sum = ScaledTensor.zeros(shape, E4M3, torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, dw: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        total = self.value() + dw
+        scale = scale_from_amax(KERNELS.amax(total), E4M3)
+        low, high = -(1 << 31), (1 << 31) - 1
+        noise = torch.randint(low, high, dw.shape, dtype=torch.int32, generator=self.generator)
+        self.sum = ScaledTensor(cast_stochastic(total, scale, E4M3, noise), scale, E4M3)
+
+    def value(self) -> Tensor:
+        """The sum of all that was added."""
+        return KERNELS.dequantize(self.sum)
+
+
+class ShardedSum:
+    """Sums of `every` terms in E4M3, which go into an fp32 sum: the owner's shard."""
+
+    def __init__(self, shape: tuple[int, ...], every: int) -> None:
+        self.grad = MainGrad(shape, E4M3, KERNELS, torch.device("cpu"))
+        self.shard, self.every, self.count = torch.zeros(shape), every, 0
+
+    def add(self, dw: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        self.grad.add(dw)
+        self.count += 1
+        if self.count % self.every == 0:
+            self.shard += KERNELS.dequantize(self.grad.value)
+            self.grad.zero()
+
+    def value(self) -> Tensor:
+        """The sum of all that was added."""
+        rest = self.count % self.every
+        return self.shard + (KERNELS.dequantize(self.grad.value) if rest else 0.0)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to add gradients up: `start(shape)` has `add` and `value`."""
+
+    start: Callable[[tuple[int, ...]], Sum | StochasticSum | ShardedSum]
+    bytes_per_parameter: float
+
+
+def _format(fmt: Format, every: int = 1) -> Callable[[tuple[int, ...]], Sum]:
+    return lambda shape: Sum(shape, fmt, every)
+
+
+def _sharded(every: int) -> Scheme:
+    return Scheme(lambda shape: ShardedSum(shape, every), 1 + 4 / REPLICAS)
+
+
+SCHEMES = {
+    "fp8_e4m3": Scheme(_format(E4M3), 1),
+    "fp8_e2m5": Scheme(_format(E2M5), 1 + 4 / 128),
+    "bf16": Scheme(_format(BF16), 2),
+    "fp8_e4m3, stochastic": Scheme(StochasticSum, 1),
+    "fp8_e4m3, wgrad of 4": Scheme(_format(E4M3, 4), 1),
+    "fp8_e4m3, wgrad of 16": Scheme(_format(E4M3, 16), 1),
+    "fp8_e4m3, reduced per 8": _sharded(8),
+    "fp8_e4m3, reduced per 16": _sharded(16),
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`projection` on the true sums, and signal to noise in dB."""
+
+    projection: float
+    snr_db: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a scheme keeps of the sum of `micro_batches`.
+
+    `used_by`: configs that accumulate so, and their micro-batches. `fewer`: the same after powers
+    of two of them.
+    """
+
+    scheme: str
+    micro_batches: int
+    after_steps: int
+    projection: float
+    snr_db: float
+    bytes_per_parameter: float
+    used_by: dict[str, int]
+    fewer: dict[int, Quality]
+
+
+def main(argv: list[str]) -> None:
+    """Train, measure, print and write."""
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--micro-batches", type=int, default=128, help="default: 128")
+    parser.add_argument("--after", type=int, default=0, help="steps of training first")
+    parser.add_argument("--json", type=as_path, help="where to write the rows")
+    options, overrides = parser.parse_known_args(argv)
+    if options.micro_batches < 1 or options.after < 0:
+        parser.error("--micro-batches is at least 1, --after at least 0")
+    # Kept in fp32, so that what a scheme does to them is known.
+    overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]
+    config = load_config(options.config, overrides)
+    device = torch.device("cpu")
+    with process_groups(device) as groups:
+        run = build(config, groups, device)
+        measured = measure(run, options.after, options.micro_batches)
+    used_by = configs_by_scheme()
+    rows = [
+        Row(
+            name,
+            options.micro_batches,
+            options.after,
+            **asdict(measured[name][options.micro_batches]),
+            bytes_per_parameter=scheme.bytes_per_parameter,
+            used_by=used_by.get(name, {}),
+            fewer=measured[name],
+        )
+        for name, scheme in SCHEMES.items()
+    ]
+    print_table(rows)
+    if options.json:
+        write_aside(options.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def measure(run: Run, steps: int, count: int) -> dict[str, dict[int, Quality]]:
+    """By scheme, what is kept of `count` micro-batches after `steps` steps, and of fewer."""
+    gradients = Gradients(run, steps)
+    sums = {
+        scheme: {name: made.start(shape) for name, shape in gradients.shapes.items()}
+        for scheme, made in SCHEMES.items()
+    }
+    true = {name: torch.zeros(s, dtype=torch.float64) for name, s in gradients.shapes.items()}
+    found: dict[str, dict[int, Quality]] = {scheme: {} for scheme in SCHEMES}
+    batches = tqdm(gradients.batches(count), unit="micro-batch", disable=None)
+    for number, batch in enumerate(batches, start=1):
+        for name, dw in gradients.of(batch).items():
+            true[name] += dw
+            for of_scheme in sums.values():
+                of_scheme[name].add(dw)
+        if number == count or number & (number - 1) == 0:
+            for scheme, of_scheme in sums.items():
+                values = {name: own.value() for name, own in of_scheme.items()}
+                found[scheme][number] = quality(true, values)
+    return found
+
+
+class Gradients:
+    """Gradients of single micro-batches, of a run that has been trained for `steps` steps."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self.run = run
+        self.names = linear_weights(run.weights)
+        self.shapes = {name: run.weights[name].spec.local_shape for name in self.names}
+        self._batches = run_batches(run, run.train_dataset, 0)
+        consumed = 0
+        for step in range(steps):
+            microbatches = self._batches.next(run.batch_size.num_microbatches(consumed))
+            rate = run.learning_rate.rate(step, consumed)
+            train_step(run.model, run.optimizer, run.training_objective, microbatches, rate)
+            consumed = self._batches.consumed_samples
+
+    def batches(self, count: int) -> list[Batch]:
+        """The next `count` micro-batches."""
+        return self._batches.next(count)
+
+    def of(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients (fp32) of one micro-batch by weight."""
+        run = self.run
+        assert isinstance(run.model, GPTModel)  # one process has one stage
+        zero_gradients(run.weights)
+        run.objective.loss(run.model.forward_step(None, batch), batch).backward()
+        return {name: run.weights[name].main_grad.value.payload.clone() for name in self.names}
+
+
+def quality(true: dict[str, Tensor], found: dict[str, Tensor]) -> Quality:
+    """Of all sums together."""
+    signal = kept = noise = 0.0
+    for name, exact in true.items():
+        value = found[name].double()
+        signal += exact.square().sum().item()
+        kept += (exact * value).sum().item()
+        noise += (value - exact).square().sum().item()
+    snr = 10 * math.log10(signal / noise) if noise else math.inf
+    return Quality(kept / signal, snr)
+
+
+def microbatches_of(path: Path) -> int | None:
+    """Micro-batches a step of a replica, as the config's opening comment says; None without."""
+    found = re.search(r"^# batch: .* x (\d+) micro-batch", path.read_text(), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def configs_by_scheme() -> dict[str, dict[str, int]]:
+    """Of every `precision.main_grads_dtype` the configs with it, and their micro-batches a step."""
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
+        if (count := microbatches_of(path)) is not None:
+            dtype = load_config(path).precision.main_grads_dtype
+            found.setdefault(dtype, {})[path.stem] = count
+    return found
+
+
+def print_table(rows: list[Row]) -> None:
+    """A line per scheme."""
+    print(f"{rows[0].micro_batches} micro-batches after {rows[0].after_steps} steps")
+    print(f"{'scheme':26}{'projection':>11}{'SNR dB':>8}{'B/param':>9}  used by")
+    for row in rows:
+        users = ", ".join(f"{name} ({count})" for name, count in row.used_by.items())
+        figures = f"{row.projection:11.4f}{row.snr_db:8.1f}{row.bytes_per_parameter:9.2f}"
+        print(f"{row.scheme:26}{figures}  {users}")
+
+
+if __name__ == "__main__":
+    exit_with(main)
