@@ -26,9 +26,8 @@ from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.layers.main_grad import MainGrad
 from fp8lm.model import GPTModel
-from fp8lm.numerics import BF16, E4M3
+from fp8lm.numerics import E4M3
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor
@@ -79,11 +78,7 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
         for moment, at in moments.items():
             if at == step:
                 gradients = replicas_of(run, batches.next(max(REPLICAS)))
-                results[moment] = {
-                    "step": step,
-                    "replicas": measure(gradients),
-                    "accumulation": measure_accumulation(gradients),
-                }
+                results[moment] = {"step": step, "replicas": measure(gradients)}
                 batches = run_batches(run, run.train_dataset, consumed)
     return results
 
@@ -117,25 +112,6 @@ def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:
         }
         for size in REPLICAS
     }
-
-
-def measure_accumulation(gradients: Gradients) -> dict[str, dict[int, float]]:
-    """SNR in dB of adding micro-batches up in a format, by format and number of micro-batches."""
-    results: dict[str, dict[int, float]] = {}
-    for fmt in (E4M3, BF16):
-        sums = {
-            name: MainGrad(values[0].shape, fmt, KERNELS, values[0].device)
-            for name, values in gradients.items()
-        }
-        results[fmt.name] = {}
-        for count in range(1, max(REPLICAS) + 1):
-            for name, accumulator in sums.items():
-                accumulator.add(gradients[name][count - 1])
-            if count in REPLICAS:
-                taken = {name: values[:count] for name, values in gradients.items()}
-                means = {name: KERNELS.dequantize(s.value) / count for name, s in sums.items()}
-                results[fmt.name][count] = quality(taken, means)["snr"]
-    return results
 
 
 def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float]:
@@ -223,9 +199,6 @@ def print_table(results: dict[str, dict]) -> None:
         for kind in REDUCTIONS:
             cells = [f"{result['replicas'][size][kind]['snr']:8.1f}" for size in REPLICAS]
             print(f"{kind:30}" + "".join(cells))
-        for name, row in result["accumulation"].items():
-            label = f"micro-batches added in {name}"
-            print(f"{label:30}" + "".join(f"{row[size]:8.1f}" for size in REPLICAS))
 
 
 def plot(results: dict[str, dict], path: Path) -> None:

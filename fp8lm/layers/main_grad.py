@@ -5,9 +5,11 @@
     BF16:   g <- bf16(g + dw)                      sum in fp32, rounded once per micro-batch
     FP32:   g <- g + dw
 
-(FP8-LM, arXiv 2310.18313, section 2.1, has E4M3. Every addition rounds the whole sum, so that many
-micro-batches want the two bits of mantissa that E2M5 has more: docs/concepts/numerics.md.) A NaN or Inf in any micro-batch makes the scale NaN, and
-a NaN scale stays NaN under further accumulation, so nothing non-finite is ever forgotten.
+FP8-LM (arXiv 2310.18313, section 2.1) has E4M3. Every addition rounds the whole sum, so that many
+micro-batches want the two more bits of mantissa that E2M5 has: see docs/concepts/numerics.md.
+
+A NaN or Inf in any micro-batch makes its scale NaN, and a NaN scale stays NaN under further
+accumulation, so nothing non-finite is ever forgotten.
 """
 
 from __future__ import annotations

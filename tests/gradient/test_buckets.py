@@ -14,7 +14,7 @@ from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam, vector_spec
 from fp8lm.layers.recipe import FP8_GEMM
-from fp8lm.numerics import BF16, E4M3, FP32
+from fp8lm.numerics import BF16, E2M5, E4M3, FP32
 from fp8lm.parallel.distributed_optimizer import tensors_of
 from fp8lm.parallel.param_layout import assign_whole_tensors, shard_rows
 from tests.parallel.ranks import CPU, KERNELS, random
@@ -44,7 +44,7 @@ def weights():
         "table": QuantizedParam(table, KERNELS, CPU),
         "first": QuantizedParam(ParamSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
         "unused": QuantizedParam(ParamSpec((48, 32), init, E4M3, E4M3), KERNELS, CPU),
-        "second": QuantizedParam(ParamSpec((32, 32), init, E4M3, E4M3), KERNELS, CPU),
+        "second": QuantizedParam(ParamSpec((32, 32), init, E4M3, E2M5), KERNELS, CPU),
         "bias": VectorParam(vector_spec(32, 0.5, BF16), KERNELS, CPU),
     }
 
@@ -63,6 +63,33 @@ def backward(made, seed, events):
     h.register_hook(lambda dy: events.append("second"))
     y = linear(h, made["table"], PATH)
     y.backward(random(*y.shape, seed=100 + seed, dtype=y.dtype))
+
+
+def reduce_everywhere():
+    made, group = weights(), dist.group.WORLD
+    rows = assign_whole_tensors([tensors_of(made)], group.size())[0].rows
+    reduction = Fp32ReduceScatter(group, Wire("grads", "fp8", WireCounter(("grads",))), KERNELS)
+    reductions = {DENSE: ShardedReduction(reduction, rows)}
+    buckets = GradientBuckets(made, reductions, 1500, overlap=False)
+    for weight in made.values():
+        weight.main_grad.zero()
+    backward(made, group.rank(), [])
+    means = buckets.finish_everywhere()
+    own = {name: KERNELS.dequantize(weight.main_grad.value) for name, weight in made.items()}
+    return own, {name: KERNELS.dequantize(mean) for name, mean in means.items()}
+
+
+# One rounding of the mean to what it travels in: BF16 of tables and biases, E4M3, E2M5 in blocks.
+ROUNDED = {"table": 2.0**-8, "bias": 2.0**-8, "first": 2.0**-4, "second": 2.0**-6}
+
+
+def test_every_rank_gets_the_same_means(run_distributed):
+    results = run_distributed(reduce_everywhere, 2)
+    for name, bound in ROUNDED.items():
+        mean = sum(own[name] for own, _ in results) / 2
+        found = [means[name] for _, means in results]
+        assert torch.equal(*found)
+        assert (found[0] - mean).norm() <= bound * mean.norm(), name
 
 
 def reduce(place, wire, overlap, bucket_size, microbatches=2):

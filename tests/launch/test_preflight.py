@@ -157,6 +157,17 @@ def test_whole_tensors_that_do_not_go_round():
     assert notes(plain, 0) == []
 
 
+@pytest.mark.parametrize(
+    ("preset", "replicas", "warned"),
+    [("o3", 1, True), ("o3", 4, False), ("o3_long", 1, False), ("bf16", 1, False)],
+)
+def test_many_micro_batches_in_e4m3(preset, replicas, warned):
+    """32 on one replica, 8 on each of four."""
+    batch = ("train.micro_batch_size=1", "train.global_batch_size=32")
+    found = notes(layout(f"precision.preset={preset}", *batch, world=replicas), 0)
+    assert [("32 micro-batches" in n, "o3_long" in n) for n in found] == [(True, True)] * warned
+
+
 PP = ["parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=1"]
 STAGES = [*PP, "train.global_batch_size=12"]
 

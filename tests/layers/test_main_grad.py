@@ -60,9 +60,7 @@ def test_every_micro_batch_is_rounded_once(fmt, dtype):
     for dw in terms[1:]:
         stored = KERNELS.dequantize(quantize(expected, fmt))
         expected = stored + dw.float()
-    assert torch.equal(
-        value(summed(fmt, terms)), KERNELS.dequantize(quantize(expected, fmt))
-    )
+    assert torch.equal(value(summed(fmt, terms)), KERNELS.dequantize(quantize(expected, fmt)))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)

@@ -10,7 +10,7 @@ import torch
 from fp8lm.checkpoint import StateKey
 from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import BF16, E4M3, FP16, FP32
+from fp8lm.numerics import BF16, E2M5, E4M3, FP16, FP32
 from fp8lm.optim import StatePrecision
 from fp8lm.training.state import optimizer_tensors
 from tests.optim.bench import (
@@ -245,6 +245,25 @@ def test_a_weight_larger_than_a_block():
     master = KERNELS.dequantize(adam.states["large"].master)
     torch.testing.assert_close(master, exact, rtol=2.0**-11, atol=1e-7)
     assert adam.amax[0, 0] == pytest.approx(exact.abs().max().item(), rel=1e-6)
+
+
+def test_a_gradient_in_blocks_steps_as_its_values_do():
+    """And its norm and amax are theirs, to the bit."""
+    kernels = ReferenceKernels(step_elements=256)
+    results, norms = [], []
+    for fmt in (E2M5, FP32):
+        w = {"large": matrix(E4M3, fmt, (24, 128)), "small": matrix(E4M3, fmt, (8, 48))}
+        adam = optimizer(w, clip_grad=0.1)
+        adam.kernels = kernels
+        blocks = {name: matrix(E4M3, E2M5, weight.spec.shape) for name, weight in w.items()}
+        gradients = random_gradients(w, 0, amplitude=10.0)  # clipped
+        set_gradients(blocks, gradients)
+        values = {name: KERNELS.dequantize(b.main_grad.value) for name, b in blocks.items()}
+        set_gradients(w, gradients if fmt == E2M5 else values)
+        norms.append(adam.step(LR))
+        results.append(all_bytes(adam))
+    assert_same_bytes(*results)
+    assert norms[0].norm.equal(norms[1].norm) and norms[0].amax.equal(norms[1].amax)
 
 
 def test_a_step_reads_gradients_only():
