@@ -87,7 +87,11 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
             cure = cure_override(overrides, place)
             raise InputError(f"override {_cut(override)!r}: {cure}")
         if not text.strip():
-            raise InputError(f"override {_cut(override)!r} has no value: {path}=null means none")
+            after = "".join(overrides[place + 1 : place + 2])
+            cure = f"{path}=null means none"
+            if after and "=" not in after:
+                cure = f"write {path}={after}, without a space"
+            raise InputError(f"override {_cut(override)!r} has no value: {cure}")
         inner = layer
         for parent in parents:
             inner = inner.setdefault(parent, {})
