@@ -144,7 +144,7 @@ class Quality:
     """`projection` on the true sums, and signal to noise in dB."""
 
     projection: float
-    snr_db: float
+    snr_db: float | None  # None: no noise
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Row:
     micro_batches: int
     after_steps: int
     projection: float
-    snr_db: float
+    snr_db: float | None
     bytes_per_parameter: float
     used_by: dict[str, int]
     fewer: dict[int, Quality]
@@ -258,7 +258,7 @@ def quality(true: dict[str, Tensor], found: dict[str, Tensor]) -> Quality:
         signal += exact.square().sum().item()
         kept += (exact * value).sum().item()
         noise += (value - exact).square().sum().item()
-    snr = 10 * math.log10(signal / noise) if noise else math.inf
+    snr = 10 * math.log10(signal / noise) if noise else None
     return Quality(kept / signal, snr)
 
 
@@ -284,7 +284,8 @@ def print_table(rows: list[Row]) -> None:
     print(f"{'scheme':26}{'projection':>11}{'SNR dB':>8}{'B/param':>9}  used by")
     for row in rows:
         users = ", ".join(f"{name} ({count})" for name, count in row.used_by.items())
-        figures = f"{row.projection:11.4f}{row.snr_db:8.1f}{row.bytes_per_parameter:9.2f}"
+        snr = math.inf if row.snr_db is None else row.snr_db
+        figures = f"{row.projection:11.4f}{snr:8.1f}{row.bytes_per_parameter:9.2f}"
         print(f"{row.scheme:26}{figures}  {users}")
 
 

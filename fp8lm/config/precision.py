@@ -139,7 +139,7 @@ class PrecisionConfig(Section):
     main_grads_dtype: MainGradsDtype = _of_preset(
         "main_grads_dtype",
         "Storage of weight gradients, which micro-batches accumulate into; fp8_e2m5, with a scale "
-        "per 128 elements, keeps the sum of many.",
+        "per up to 128 elements, keeps the sum of many.",
     )
     exp_avg_dtype: MomentDtype = _of_preset("exp_avg_dtype", "Storage of Adam's first moment.")
     exp_avg_sq_dtype: MomentDtype = _of_preset(

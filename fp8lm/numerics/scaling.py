@@ -3,9 +3,9 @@
     scale = 2^floor(log2(format_max / amax))    payload = cast(x * scale)    x ~ payload / scale
 
 Powers of two make a change of scale an exponent shift: exact outside subnormals and saturation.
-E2M5's is format_max / amax itself. It uses the narrow range whole; and the grid of a growing sum
-moves with every term, so that rounding to nearest loses no term for good: on a grid that stays,
-what is below half a step of the sum is rounded away every time.
+E2M5's is format_max / amax itself. It uses the narrow range whole; and as long as the amax of a sum
+grows, the grid moves with every term, so that what is below half a step is not rounded away every
+time. (Where one early spike is the amax, the grid stays.)
 Three special cases, none of them silent:
 
     amax = 0           scale 1 (there is nothing to scale)

@@ -209,7 +209,7 @@ PRECISION = [
     train(
         "precision.main_grads_dtype=fp32",
         "precision.grad_reduce=fp8_sum",
-        says="adds FP8 gradients, but precision.main_grads_dtype = fp32",
+        says="adds gradients in E4M3, but precision.main_grads_dtype = fp32",
     ),
     *(
         train(

@@ -165,7 +165,7 @@ def test_many_micro_batches_in_e4m3(preset, replicas, warned):
     """32 on one replica, 8 on each of four."""
     batch = ("train.micro_batch_size=1", "train.global_batch_size=32")
     found = notes(layout(f"precision.preset={preset}", *batch, world=replicas), 0)
-    assert [("32 micro-batches" in n, "o3_long" in n) for n in found] == [(True, True)] * warned
+    assert [("32 micro-batches" in n, "fp8_e2m5" in n) for n in found] == [(True, True)] * warned
 
 
 PP = ["parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=1"]

@@ -44,7 +44,7 @@ def grad_reduce(config: Config) -> Iterator[str]:
     name = f"precision.grad_reduce = {precision.grad_reduce}"
     if precision.main_grads_dtype != "fp8_e4m3":
         yield (
-            f"{name} adds FP8 gradients, but precision.main_grads_dtype = "
+            f"{name} adds gradients in E4M3, but precision.main_grads_dtype = "
             f"{precision.main_grads_dtype}: use fp8_e4m3, or fp32_accumulate"
         )
     if config.parallel.node_size is not None:
