@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ def _import_command(tree: Path) -> Callable[[list[str]], int]:
     if spec is None or spec.loader is None:
         raise ImportError(f"{tree}/pretrain_gpt.py cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    with contextlib.redirect_stdout(sys.stderr):
+    # Megatron-core tells of every optional package that it does not find.
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         spec.loader.exec_module(module)
         for name in _IMPORTS:
             with contextlib.suppress(ModuleNotFoundError):  # another commit may have moved it

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure_reduction import gradients_of
 
 from fp8lm.arguments import as_path
 from fp8lm.batch import Batch
@@ -37,7 +41,6 @@ from fp8lm.data.files import write_aside
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.kernels.rounding import cast_stochastic
 from fp8lm.layers.main_grad import MainGrad
-from fp8lm.model import GPTModel
 from fp8lm.numerics import BF16, E2M5, E4M3, Format, scale_from_amax
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
@@ -45,7 +48,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.build import Run, build
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.memory import linear_weights
-from fp8lm.training.step import train_step, zero_gradients
+from fp8lm.training.step import train_step
 
 KERNELS = ReferenceKernels()
 REPLICAS = 8  # over which fp32 shards are divided
@@ -202,16 +205,17 @@ def main(argv: list[str]) -> None:
 
 def measure(run: Run, steps: int, count: int) -> dict[str, dict[int, Quality]]:
     """By scheme, what is kept of `count` micro-batches after `steps` steps, and of fewer."""
-    gradients = Gradients(run, steps)
+    batches = train_first(run, steps, count)
+    shapes = {name: run.weights[name].spec.local_shape for name in linear_weights(run.weights)}
     sums = {
-        scheme: {name: made.start(shape) for name, shape in gradients.shapes.items()}
+        scheme: {name: made.start(shape) for name, shape in shapes.items()}
         for scheme, made in SCHEMES.items()
     }
-    true = {name: torch.zeros(s, dtype=torch.float64) for name, s in gradients.shapes.items()}
+    true = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     found: dict[str, dict[int, Quality]] = {scheme: {} for scheme in SCHEMES}
-    batches = tqdm(gradients.batches(count), unit="micro-batch", disable=None)
-    for number, batch in enumerate(batches, start=1):
-        for name, dw in gradients.of(batch).items():
+    progress = tqdm(batches, unit="micro-batch", disable=None)
+    for number, batch in enumerate(progress, start=1):
+        for name, dw in gradients_of(run, batch).items():
             true[name] += dw
             for of_scheme in sums.values():
                 of_scheme[name].add(dw)
@@ -222,32 +226,15 @@ def measure(run: Run, steps: int, count: int) -> dict[str, dict[int, Quality]]:
     return found
 
 
-class Gradients:
-    """Gradients of single micro-batches, of a run that has been trained for `steps` steps."""
-
-    def __init__(self, run: Run, steps: int) -> None:
-        self.run = run
-        self.names = linear_weights(run.weights)
-        self.shapes = {name: run.weights[name].spec.local_shape for name in self.names}
-        self._batches = run_batches(run, run.train_dataset, 0)
-        consumed = 0
-        for step in range(steps):
-            microbatches = self._batches.next(run.batch_size.num_microbatches(consumed))
-            rate = run.learning_rate.rate(step, consumed)
-            train_step(run.model, run.optimizer, run.training_objective, microbatches, rate)
-            consumed = self._batches.consumed_samples
-
-    def batches(self, count: int) -> list[Batch]:
-        """The next `count` micro-batches."""
-        return self._batches.next(count)
-
-    def of(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients (fp32) of one micro-batch by weight."""
-        run = self.run
-        assert isinstance(run.model, GPTModel)  # one process has one stage
-        zero_gradients(run.weights)
-        run.objective.loss(run.model.forward_step(None, batch), batch).backward()
-        return {name: run.weights[name].main_grad.value.payload.clone() for name in self.names}
+def train_first(run: Run, steps: int, count: int) -> list[Batch]:
+    """Train for `steps` steps; the `count` micro-batches that come next."""
+    batches, consumed = run_batches(run, run.train_dataset, 0), 0
+    for step in range(steps):
+        microbatches = batches.next(run.batch_size.num_microbatches(consumed))
+        rate = run.learning_rate.rate(step, consumed)
+        train_step(run.model, run.optimizer, run.training_objective, microbatches, rate)
+        consumed = batches.consumed_samples
+    return batches.next(count)
 
 
 def quality(true: dict[str, Tensor], found: dict[str, Tensor]) -> Quality:

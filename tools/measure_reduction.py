@@ -85,15 +85,25 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
 
 def replicas_of(run: Run, microbatches: list[Batch]) -> Gradients:
     """Gradients of the linear layers' matrices for every micro-batch alone."""
-    names = linear_weights(run.weights)
-    gradients: Gradients = {name: [] for name in names}
-    assert isinstance(run.model, GPTModel)  # one process has one stage
+    gradients: Gradients = {name: [] for name in linear_weights(run.weights)}
     for batch in microbatches:
-        zero_gradients(run.weights)
-        run.objective.loss(run.model.forward_step(None, batch), batch).backward()
-        for name in names:
-            gradients[name].append(run.weights[name].main_grad.value.payload.clone())
+        for name, gradient in gradients_of(run, batch).items():
+            gradients[name].append(gradient)
     return gradients
+
+
+def gradients_of(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """Gradients (fp32) of the linear layers' matrices for one micro-batch, by weight.
+
+    Of a run on one process with `precision.main_grads_dtype=fp32`.
+    """
+    assert isinstance(run.model, GPTModel)  # one process has one stage
+    zero_gradients(run.weights)
+    run.objective.loss(run.model.forward_step(None, batch), batch).backward()
+    return {
+        name: run.weights[name].main_grad.value.payload.clone()
+        for name in linear_weights(run.weights)
+    }
 
 
 def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:

@@ -79,11 +79,17 @@ class ReferenceKernels:
         if granularity.is_per_tensor:
             scale = scale_from_amax(self.amax(x) if amax is None else amax, fmt)
             return ScaledTensor(self.cast(x, scale, fmt, saturate=shared), scale, fmt)
-        scale = scale_from_amax(granularity.max(x.abs().float()) if amax is None else amax, fmt)
-        # fp32: a scale of its own per block takes the smallest values of bf16 below its range.
-        scaled = x.float() * granularity.expand(scale, x.shape)
+        quantized = ScaledTensor.zeros(tuple(x.shape), fmt, x.device, granularity)
         one = torch.ones((), dtype=torch.float32, device=x.device)
-        return ScaledTensor(self.cast(scaled, one, fmt, saturate=shared), scale, fmt, granularity)
+        for rows in self._row_chunks(quantized):
+            # fp32: a scale of its own per block takes the smallest values of bf16 below its range.
+            part = x[rows].float()
+            largest = granularity.max(part.abs()) if amax is None else amax[rows]
+            scale = scale_from_amax(largest, fmt)
+            scaled = part * granularity.expand(scale, part.shape)
+            quantized.scale[rows] = scale
+            quantized.payload[rows] = self.cast(scaled, one, fmt, saturate=shared)
+        return quantized
 
     def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
         """See `Kernels`."""
@@ -93,12 +99,12 @@ class ReferenceKernels:
             return x.to(fmt.dtype)
         payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
         source, target = x.reshape(-1), payload.view(fmt.dtype).view(-1)
-        # In bf16 FP16's largest number would itself be rounded up, beyond FP16.
-        work_dtype = torch.float32 if fmt == FP16 else x.dtype
+        # bf16 would round FP16's largest number up, beyond FP16, and has no bits to spare for E2M5.
+        work_dtype = torch.float32 if fmt in (FP16, E2M5) else x.dtype
         for block in self._blocks(x.numel()):
             scaled = torch.mul(source[block].to(work_dtype), scale)
             if fmt == E2M5:
-                target[block].copy_(_encode_e2m5(scaled.float()))
+                target[block].copy_(_encode_e2m5(scaled))
                 continue
             if saturate:
                 scaled = scaled.clamp_(-fmt.max, fmt.max)
@@ -158,9 +164,12 @@ class ReferenceKernels:
         """See `Kernels`."""
         if total.format.dtype == torch.float32:
             total.payload.add_(x)
-        else:
-            values = self.dequantize(total).add_(x)
-            total.copy_(self.quantize(values, total.format, granularity=total.granularity))
+            return
+        # What has scales of its own goes apart: little is held in fp32 then, and that in cache.
+        for rows in self._row_chunks(total):
+            part = total.rows(rows.start, rows.stop)
+            values = self.dequantize(part).add_(x[rows])
+            part.copy_(self.quantize(values, total.format, granularity=total.granularity))
 
     def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -204,6 +213,14 @@ class ReferenceKernels:
         context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
         return context.to(q_BNSD.dtype)
 
+    def _row_chunks(self, x: ScaledTensor) -> Iterator[slice]:
+        """Rows of `x` that are worked on together: all where they share a scale."""
+        num_rows, at_once = x.shape[0], x.shape[0]
+        if x.granularity.rows == 1:
+            at_once = max(1, self.step_elements // x.shape[1])
+        for start in range(0, num_rows, max(at_once, 1)):
+            yield slice(start, start + at_once)
+
     def _blocks(self, numel: int) -> Iterator[slice]:
         for start in range(0, numel, self.block_elements):
             yield slice(start, start + self.block_elements)
@@ -219,7 +236,7 @@ def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:
     """Raise ValueError where Hopper's FP8 GEMM would refuse the operands.
 
     Asserted on CPU too, so that what passes there runs on the GPU: contraction lengths agree,
-    every dimension is a multiple of 16, and the two formats are not both E5M2.
+    every dimension is a multiple of 16, the two formats are not both E5M2, and none is E2M5.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"contraction differs: {tuple(a.shape)}, {tuple(b.shape)}")
@@ -227,6 +244,8 @@ def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:
         return
     if a.format == E5M2 and b.format == E5M2:
         raise ValueError("no tensor core multiplies E5M2 by E5M2")
+    if E2M5 in (a.format, b.format):
+        raise ValueError("no tensor core multiplies E2M5")
     sizes = (a.shape[0], b.shape[0], a.shape[1])
     if any(size % 16 for size in sizes):
         raise ValueError(f"an FP8 GEMM needs M, N, K divisible by 16, not {sizes}")
@@ -234,6 +253,8 @@ def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:
 
 def largest_code(fmt: Format) -> int:
     """The code of the largest finite number of an FP8 format."""
+    if fmt == E2M5:
+        return 0x7F
     return int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8))
 
 

@@ -21,7 +21,6 @@ from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.devices import NO_NCCL
 from fp8lm.kernels import select_kernels
-from fp8lm.numerics import accumulation_risk, format_by_name
 from fp8lm.planner.layout import Layout
 from fp8lm.planner.plan import Plan, plan_run
 from fp8lm.runtime.addresses import (
@@ -37,7 +36,7 @@ from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.run_lock import running_here
 from fp8lm.training.builders import resolve_device
 from fp8lm.training.run_folders import run_folders
-from fp8lm.training.run_length import dataset_sizes
+from fp8lm.training.run_length import accumulation_risks, dataset_sizes
 
 UNEVEN = 1.2
 
@@ -171,14 +170,8 @@ def notes(layout: Layout, max_restarts: int) -> list[str]:
         found.append(
             f"tensor-parallel groups of {shards} span nodes of {nproc_per_node} processes: slow"
         )
-    return [*found, *_note_of_nodes(layout), *_note_of_balance(layout), *_accumulation(layout)]
-
-
-def _accumulation(layout: Layout) -> list[str]:
-    train, precision = layout.config.train, layout.config.precision
-    count = train.global_batch_size // (train.micro_batch_size * layout.dims.dp)
-    risk = accumulation_risk(format_by_name(precision.main_grads_dtype), count)
-    return [] if risk is None else [risk]
+    risks = accumulation_risks(config, layout.dims.dp)
+    return [*found, *_note_of_nodes(layout), *_note_of_balance(layout), *risks]
 
 
 def _note_of_balance(layout: Layout) -> list[str]:

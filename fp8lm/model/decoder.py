@@ -6,7 +6,6 @@ Recomputation in backward is of a whole layer (here) or of its attention core (s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +19,27 @@ from fp8lm.model.attention import SelfAttention
 from fp8lm.model.mlp import MLP
 
 
+def make_norm(config: ModelConfig, recipe: Recipe) -> nn.Module:
+    """The model's norm over the hidden dimension."""
+    return NORMS[config.normalization](
+        config.hidden_size,
+        config.norm_epsilon,
+        recipe.high_precision,
+        recipe.kernels,
+        recipe.device,
+        sequence_parallel=recipe.tp.sequence_parallel,
+    )
+
+
 class TransformerLayer(nn.Module):
     """[S,B,H] -> [S,B,H]."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
-        make_norm = partial(
-            NORMS[config.normalization],
-            config.hidden_size,
-            config.norm_epsilon,
-            recipe.high_precision,
-            recipe.kernels,
-            recipe.device,
-            sequence_parallel=recipe.tp.sequence_parallel,
-        )
         self.dropout = config.hidden_dropout
-        self.input_layernorm = make_norm()
+        self.input_layernorm = make_norm(config, recipe)
         self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
-        self.pre_mlp_layernorm = make_norm()
+        self.pre_mlp_layernorm = make_norm(config, recipe)
         self.mlp = MLP(config, recipe)
 
     def forward(
@@ -80,18 +82,7 @@ class Decoder(nn.Module):
                 for index in part.layers
             }
         )
-        self.final_layernorm = None
-        if not part.has_head:
-            return
-        norm = NORMS[config.normalization]
-        self.final_layernorm = norm(
-            config.hidden_size,
-            config.norm_epsilon,
-            recipe.high_precision,
-            recipe.kernels,
-            recipe.device,
-            sequence_parallel=recipe.tp.sequence_parallel,
-        )
+        self.final_layernorm = make_norm(config, recipe) if part.has_head else None
 
     def forward(
         self,

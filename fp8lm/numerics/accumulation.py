@@ -36,7 +36,7 @@ def expected_snr(fmt: Format, count: int) -> float:
     counts = sorted(measured)
     at = next((i for i in range(1, len(counts)) if count <= counts[i]), len(counts) - 1)
     low, high = counts[at - 1], counts[at]
-    share = math.log2(max(count, 1) / low) / math.log2(high / low)
+    share = math.log2(count / low) / math.log2(high / low)
     return measured[low] + share * (measured[high] - measured[low])
 
 

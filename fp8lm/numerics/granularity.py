@@ -52,8 +52,9 @@ class Granularity:
         """The largest of `magnitudes` [R, C] (none is negative) in every block; NaN wins."""
         rows, columns = magnitudes.shape
         r, c = self.rows or max(rows, 1), self.columns or max(columns, 1)
-        padded = functional.pad(magnitudes, (0, -columns % c, 0, -rows % r))
-        return padded.unflatten(0, (-1, r)).unflatten(2, (-1, c)).amax(dim=(1, 3))
+        if rows % r or columns % c:  # padding copies
+            magnitudes = functional.pad(magnitudes, (0, -columns % c, 0, -rows % r))
+        return magnitudes.unflatten(0, (-1, r)).unflatten(2, (-1, c)).amax(dim=(1, 3))
 
     def expand(self, scale: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """`scale` so that it multiplies a tensor of `shape` elementwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fp8lm.config import Config, TrainConfig
+from fp8lm.numerics import accumulation_risk, format_by_name
 from fp8lm.optim.schedule import BatchSize
 from fp8lm.runtime.errors import InputError
 
@@ -113,3 +114,11 @@ def is_over(
         return iteration >= train.train_iters
     size = batch_size.global_batch_size(consumed_samples)
     return consumed_samples + size > _train_samples(train)
+
+
+def accumulation_risks(config: Config, num_replicas: int) -> list[str]:
+    """What a step's micro-batches lose in the format of their sum, where that is too much."""
+    train, dtype = config.train, config.precision.main_grads_dtype
+    count = train.global_batch_size // (train.micro_batch_size * num_replicas)
+    risk = accumulation_risk(format_by_name(dtype), count) if count > 1 else None
+    return [] if risk is None else [risk]

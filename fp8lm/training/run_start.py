@@ -19,13 +19,13 @@ import torch
 import fp8lm
 from fp8lm.config import Config
 from fp8lm.kernels.select import describe_kernels
-from fp8lm.numerics import accumulation_risk, format_by_name
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
 from fp8lm.training.build import Run
 from fp8lm.training.flops import Peak
 from fp8lm.training.memory import describe_state, linear_weights
+from fp8lm.training.run_length import accumulation_risks
 
 NAME = "starts.jsonl"
 
@@ -67,8 +67,6 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
     config, groups = run.config, run.groups
     model, batch = config.model, config.train.global_batch_size
     dims = groups.dims
-    num_microbatches = batch // (config.train.micro_batch_size * dims.dp)
-    risk = accumulation_risk(format_by_name(config.precision.main_grads_dtype), num_microbatches)
     layout = f"TP {dims.tp}, PP {dims.pp}, DP {dims.dp}"
     return [
         f" model: {num_parameters:,} parameters in all ({model.num_layers} layers of "
@@ -78,7 +76,7 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
         f" folders: {_describe_folders(config)}",
         describe_state(linear_weights(run.weights), run.optimizer.states),
-        *([] if risk is None else [f" warning: {risk}"]),
+        *(f" warning: {risk}" for risk in accumulation_risks(config, dims.dp)),
         *([] if peak is None else [f" MFU is the share of {peak}"]),
     ]
 

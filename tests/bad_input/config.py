@@ -211,6 +211,12 @@ PRECISION = [
         "precision.grad_reduce=fp8_sum",
         says="adds gradients in E4M3, but precision.main_grads_dtype = fp32",
     ),
+    train(
+        "precision.preset=bf16",
+        "precision.main_grads_dtype=fp8_e2m5",
+        "model.hidden_size=40",
+        says="model.hidden_size = 40 is not a multiple of 16, which blocks of gradients need",
+    ),
     *(
         train(
             "parallel.node_size=2",

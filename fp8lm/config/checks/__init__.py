@@ -23,6 +23,7 @@ _CHECKS = (
     storage.checkpoint,
     precision.formats,
     precision.fp8_gemms,
+    precision.block_scales,
     parallel.tensor_parallel,
     parallel.replicas,
     precision.params_wire,

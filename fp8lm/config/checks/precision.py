@@ -54,6 +54,25 @@ def grad_reduce(config: Config) -> Iterator[str]:
         )
 
 
+def block_scales(config: Config) -> Iterator[str]:
+    """Rows of gradients in E2M5 divide into blocks that are worth the four bytes of a scale."""
+    precision = config.precision
+    if precision.main_grads_dtype != "fp8_e2m5" or precision.gemm == "fp8":
+        return  # FP8 GEMMs need the same
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    rows = {
+        "model.hidden_size": (model.hidden_size, 1),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, ranks),
+        "model.num_attention_heads * model.kv_channels": (model.query_projection_size, ranks),
+    }
+    for name, (size, parts) in rows.items():
+        if odd := _not_a_multiple(name, size, parts):
+            yield (
+                f"{odd}, which blocks of gradients need (precision.main_grads_dtype = fp8_e2m5): "
+                "use bf16"
+            )
+
+
 def fp8_gemms(config: Config) -> Iterator[str]:
     """Every dimension of an FP8 GEMM, on every rank, is what cuBLASLt takes."""
     if config.precision.gemm != "fp8":
@@ -72,12 +91,13 @@ def fp8_gemms(config: Config) -> Iterator[str]:
     ranks = config.parallel.tensor_model_parallel_size
     for dimensions, parts in ((whole, 1), (split, ranks)):
         for name, size in dimensions.items():
-            # A size that does not divide at all is told by another check.
-            if size % parts == 0 and size // parts % FP8_GEMM_MULTIPLE:
-                of_rank = (
-                    f" / {TENSOR_PARALLEL} = {ranks} is {size // parts}, " if parts > 1 else " is "
-                )
-                yield (
-                    f"{name} = {size}{of_rank}not a multiple of {FP8_GEMM_MULTIPLE}, which FP8 "
-                    "GEMMs need (precision.gemm = fp8)"
-                )
+            if odd := _not_a_multiple(name, size, parts):
+                yield f"{odd}, which FP8 GEMMs need (precision.gemm = fp8)"
+
+
+def _not_a_multiple(name: str, size: int, parts: int) -> str | None:
+    """That a rank's part of `size` is none of 16; one that does not divide is another check's."""
+    if size % parts or size // parts % FP8_GEMM_MULTIPLE == 0:
+        return None
+    of_rank = f" / {TENSOR_PARALLEL} = {parts} is {size // parts}, " if parts > 1 else " is "
+    return f"{name} = {size}{of_rank}not a multiple of {FP8_GEMM_MULTIPLE}"
