@@ -219,3 +219,18 @@ def test_rows_need_an_fp32_buffer(fmt):
 @pytest.mark.parametrize(("fmt", "nbytes"), [(E4M3, 1), (BF16, 2), (FP32, 4)], ids=repr)
 def test_bytes_per_parameter(fmt, nbytes):
     assert accumulator(fmt).value.payload.nbytes == nbytes * 240
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("step", [4, 24, 100])
+def test_how_many_rows_are_worked_on_together_does_not_show(fmt, step):
+    kernels = ReferenceKernels(block_elements=7, step_elements=step)
+    whole, parts = accumulator(fmt), MainGrad(SHAPE, fmt, kernels, CPU)
+    for dw in gradients(4):
+        whole.add(dw)
+        parts.add(dw)
+    assert torch.equal(parts.value.payload, whole.value.payload)
+    assert torch.equal(parts.value.scale, whole.value.scale)
+    sums = [k.square_sum_and_amax(g.value) for k, g in ((KERNELS, whole), (kernels, parts))]
+    torch.testing.assert_close(sums[0][0], sums[1][0], rtol=1e-12, atol=0.0)
+    assert sums[0][1] == sums[1][1]

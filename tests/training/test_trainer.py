@@ -75,6 +75,18 @@ def test_a_run_opens_with_model_machine_batch_and_folders(
     assert f"logging.dir={tmp_path}" in opening
 
 
+@pytest.mark.parametrize(("preset", "warned"), [("o3", True), ("o3_long", False)])
+def test_a_run_that_sums_many_micro_batches_in_e4m3_opens_with_what_it_loses(
+    preset, warned, tiny_config, train_run, capsys
+):
+    model = {"hidden_size": 64, "num_attention_heads": 2}  # o3_long's blocks want a multiple of 16
+    overrides = {"model": model, "precision": {"preset": preset}}
+    train = {"train_iters": 1, "eval_iters": 0, "micro_batch_size": 1, "global_batch_size": 16}
+    train_run(tiny_config(overrides, {"train": train, "scheduler": {"lr_warmup_iters": 0}}))
+    opening = capsys.readouterr().out.partition("lm loss")[0]
+    assert ("16 micro-batches a step" in opening) == warned
+
+
 def test_metrics_have_every_promised_key(tiny_config, train_run, read_metrics, tmp_path):
     config = tiny_config({"logging": {"dir": str(tmp_path), "log_interval": 1}})
     train_run(config)
