@@ -101,7 +101,9 @@ def special(path, kind, victim):
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder", "device"])
 @pytest.mark.parametrize(
-    "use", [open_regular, open_to_append, lambda path: read_regular(path, 10)], ids=repr
+    "use",
+    [open_regular, open_to_append, lambda path: read_regular(path, 10)],
+    ids=["open", "append", "read"],
 )
 def test_only_regular_files_are_opened(place, victim, kind, use):
     special(place / "x", kind, victim)
@@ -133,7 +135,7 @@ def test_output_into_a_pipe(place):
 
 # Names at which the program writes, and those at which earlier versions wrote aside.
 METRICS = ("metrics.jsonl", ".metrics.jsonl.tmp")
-CONFIG = ("config.yaml", f".config.yaml.{os.getpid()}.tmp")
+CONFIG = ("config.yaml", ".config.yaml.{pid}.tmp")
 LATEST = "latest_checkpointed_iteration.txt"
 SAVE = (LATEST, f".{LATEST}.tmp", ".iter_0000007.tmp", ".iter_0000007.old", "iter_0000007")
 
@@ -160,7 +162,7 @@ def test_starts_do_not_follow_a_planted_link(place, victim):
 
 @pytest.mark.parametrize("name", CONFIG)
 def test_the_config_does_not_follow_a_planted_link(place, victim, name):
-    (place / name).symlink_to(victim)
+    (place / name.format(pid=os.getpid())).symlink_to(victim)
     load_config(TINY).save_yaml(place / "config.yaml")
     assert (place / "config.yaml").is_file()
 
