@@ -1,0 +1,284 @@
+"""Predict a training step on a GPU from the operations that it runs, without a GPU.
+
+python tools/trace_step.py --config configs/gpt_7b.yaml [--preset o3 ...] [section.key=value ...] \\
+    [--hardware configs/hardware/h200.yaml] [--replicas 32] [--json step.json] [--output step.png]
+
+Each preset (default: the config's), and bf16 to compare with, runs a whole optimizer step of two
+micro-batches on the meta device, where tensors have shapes and no memory. Every operation counts as
+one or more launches, and a launch takes as long as its bytes or its flops need on the hardware.
+What is not in the prediction: gaps between launches, the time of collectives (their bytes are
+counted), and the idle time of a pipeline, of which one stage with both ends is traced.
+
+All layers cost the same, but for the first and the last where the config makes these BF16. So two
+models are traced that differ by one layer: its cost is the difference, and the model's the sum.
+With --replicas the reduction of gradients and the optimizer's shards are traced on all layers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
+from tracing.floor import ideal_bytes, matrix_parameters
+from tracing.purposes import ATTENTION, GEMM, PURPOSES
+from tracing.roofline import TERA, Hardware
+from tracing.run import trace_step
+
+from fp8lm.arguments import as_path, number_type
+from fp8lm.config import Config, load_config
+from fp8lm.data.files import write_aside
+from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
+
+BF16 = "bf16"
+H200 = Path(__file__).parents[1] / "configs/hardware/h200.yaml"
+GIGA, MEGA, MS = 1e9, 1e6, 1e3
+
+
+def main(argv: list[str]) -> None:
+    """Trace all presets, print the tables, write the files."""
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--config", required=True)
+    add("--preset", nargs="+", help="default: the config's; bf16 is always traced too")
+    add("--hardware", type=as_path, default=H200, help="a file like those of configs/hardware")
+    add("--replicas", type=number_type(1), default=1, help="data-parallel ranks")
+    add("--json", type=as_path, help="write the numbers to this file")
+    add("--output", type=as_path, help="draw the time of a layer by purpose to this PNG")
+    options, overrides = parser.parse_known_args(argv)
+    hardware = Hardware.read(options.hardware)
+    configured = load_config(options.config, overrides)
+    presets = options.preset or [configured.precision.preset]
+    predictions = {
+        preset: predict(options.config, overrides, preset, hardware, options.replicas)
+        for preset in dict.fromkeys((BF16, *presets))
+    }
+    facts = {preset: as_facts(p, predictions[BF16]) for preset, p in predictions.items()}
+    print(table(predictions, facts, hardware))
+    if options.json:
+        shown = {
+            "config": options.config,
+            "overrides": overrides,
+            "replicas": options.replicas,
+            "hardware": {"file": str(options.hardware), **hardware.model_dump()},
+            "presets": facts,
+        }
+        write_aside(options.json, json.dumps(shown, indent=1) + "\n")
+    if options.output:
+        plot(facts, f"{Path(options.config).stem}, {hardware.name}", options.output)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Costs under one preset: of a `layer`, of the `ends` around all layers, and of the `step`.
+
+    `layer` and `ends` are of one replica. `layers` are those of a pipeline stage; `step` is of
+    `microbatches` micro-batches, and `once` what it does once.
+    """
+
+    config: Config
+    hardware: Hardware
+    layer: StepCost
+    ends: StepCost
+    once: Cost
+    layers: int
+    microbatches: int
+
+    @cached_property
+    def step(self) -> Cost:
+        """The whole step of a rank."""
+        model = self.layer.times(self.layers) + self.ends
+        return model.total(FIRST) + model.total(FURTHER).times(self.microbatches - 1) + self.once
+
+    @property
+    def floor_seconds(self) -> float:
+        """An ideally fused layer: its GEMMs and attention, and the bytes of `ideal_bytes`."""
+        arithmetic = self.layer.total(FURTHER, lambda purpose: purpose in (GEMM, ATTENTION))
+        bandwidth = self.hardware.memory_tb_per_s * TERA
+        return arithmetic.seconds + ideal_bytes(self.config) / bandwidth
+
+
+def predict(
+    path: str, overrides: list[str], preset: str, hardware: Hardware, replicas: int
+) -> Prediction:
+    """Trace the config at `path` with `overrides` under `preset`."""
+    config = load_config(path, [*overrides, f"precision.preset={preset}"])
+    parallel = config.parallel
+    layers = config.model.num_layers // parallel.pipeline_model_parallel_size
+    microbatches, left = divmod(
+        config.train.global_batch_size, config.train.micro_batch_size * replicas
+    )
+    if left or not microbatches:
+        raise InputError(
+            f"--replicas {replicas}: train.global_batch_size = {config.train.global_batch_size} is "
+            f"not a multiple of as many micro-batches of {config.train.micro_batch_size}"
+        )
+    num_ids = build_tokenizer(config.tokenizer).vocab_size
+
+    def trace(num_layers: int, replicas: int = 1) -> StepCost:
+        traced = load_config(path, [*overrides, *_one_stage(preset, num_layers, config, replicas)])
+        world_size = parallel.tensor_model_parallel_size * replicas
+        return trace_step(traced, num_ids, hardware, world_size)
+
+    # The first and the last are others, and not counted as a layer.
+    least = 3 if config.precision.first_last_layers_bf16 else 1
+    small = trace(least)
+    layer = trace(least + 1) - small
+    ends = small - layer.times(least)
+    if replicas == 1:
+        once = (layer.times(layers) + ends).total(ONCE)
+    else:
+        once = trace(layers, replicas).total(ONCE)
+    return Prediction(config, hardware, layer, ends, once, layers, microbatches)
+
+
+def _one_stage(preset: str, num_layers: int, config: Config, replicas: int) -> list[str]:
+    overrides = [
+        f"precision.preset={preset}",
+        f"model.num_layers={num_layers}",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.pipeline_schedule=1f1b",
+        "parallel.num_layers_per_virtual_pipeline_stage=null",
+        "parallel.decoder_first_pipeline_num_layers=null",
+        "parallel.decoder_last_pipeline_num_layers=null",
+    ]
+    if replicas > 1 and config.parallel.node_size is None:
+        overrides.append("parallel.node_size=8")  # ranks that are not there cannot be asked
+    return overrides
+
+
+def as_facts(prediction: Prediction, bf16: Prediction) -> dict[str, Any]:
+    """The numbers of a prediction, of a layer per further micro-batch where nothing else is said.
+
+    Ratios are times of `bf16` over this one's: above 1 is faster.
+    """
+    layer, ends = prediction.layer.total(FURTHER), prediction.ends.total(FURTHER)
+    purposes = _in_order(prediction.layer.by_purpose(FURTHER))
+    optimizer = prediction.layer.total(ONCE)
+    return {
+        "launches_per_layer": round(layer.launches),
+        "hbm_bytes_per_layer": {p: round(cost.moved) for p, cost in purposes.items()},
+        "ms_per_layer": {p: MS * cost.seconds for p, cost in purposes.items()},
+        "launches_by_purpose": {p: round(cost.launches) for p, cost in purposes.items()},
+        "gemm_flops": round(purposes[GEMM].flops),
+        "collectives_per_layer": round(layer.collectives),
+        "wire_bytes_per_layer": round(layer.sent),
+        "ends": {
+            "launches": round(ends.launches),
+            "hbm_bytes": {
+                p: round(cost.moved)
+                for p, cost in _in_order(prediction.ends.by_purpose(FURTHER)).items()
+            },
+        },
+        "once": {
+            "launches_per_layer": round(optimizer.launches),
+            "hbm_bytes_per_parameter": optimizer.moved / matrix_parameters(prediction.config),
+            "launches": round(prediction.once.launches),
+            "hbm_bytes": round(prediction.once.moved),
+            "wire_bytes": round(prediction.once.sent),
+        },
+        "layers": prediction.layers,
+        "microbatches": prediction.microbatches,
+        "predicted_ms": {
+            "gemm": MS * purposes[GEMM].seconds,
+            "layer": MS * layer.seconds,
+            "ends": MS * ends.seconds,
+            "once": MS * prediction.once.seconds,
+            "step": MS * prediction.step.seconds,
+        },
+        "floor": {
+            "hbm_bytes_per_layer": round(ideal_bytes(prediction.config)),
+            "layer_ms": MS * prediction.floor_seconds,
+            "ratio_to_bf16": bf16.floor_seconds / prediction.floor_seconds,
+        },
+        "ratio_to_bf16": bf16.step.seconds / prediction.step.seconds,
+    }
+
+
+def _in_order(costs: Mapping[str, Cost]) -> dict[str, Cost]:
+    return {purpose: costs[purpose] for purpose in PURPOSES if purpose in costs}
+
+
+def table(
+    predictions: Mapping[str, Prediction], facts: Mapping[str, dict[str, Any]], hardware: Hardware
+) -> str:
+    """A column per preset: GB by purpose, launches, and predicted milliseconds."""
+    config = predictions[BF16].config
+    parallel, model = config.parallel, config.model
+    head = (
+        f"h {model.hidden_size}, ffn {model.ffn_hidden_size}, sequences of {model.seq_length}, "
+        f"micro-batches of {config.train.micro_batch_size}, "
+        f"TP {parallel.tensor_model_parallel_size}{' with SP' * parallel.sequence_parallel}; "
+        f"predicted for {hardware.name}"
+    )
+    rows = [("", list(facts))]
+
+    def row(label: str, form: str, number: Any) -> None:
+        rows.append((label, [form.format(number(of_preset)) for of_preset in facts.values()]))
+
+    used = [p for p in PURPOSES if any(p in f["hbm_bytes_per_layer"] for f in facts.values())]
+    for purpose in used:
+        row(
+            f"layer, GB: {purpose}",
+            "{:.3f}",
+            lambda f, p=purpose: f["hbm_bytes_per_layer"].get(p, 0) / GIGA,
+        )
+    row("layer, GB in all", "{:.3f}", lambda f: sum(f["hbm_bytes_per_layer"].values()) / GIGA)
+    row("layer, launches", "{}", lambda f: f["launches_per_layer"])
+    row("layer, collectives", "{}", lambda f: f["collectives_per_layer"])
+    row("layer, MB sent", "{:.1f}", lambda f: f["wire_bytes_per_layer"] / MEGA)
+    row("layer, ms of GEMMs", "{:.2f}", lambda f: f["predicted_ms"]["gemm"])
+    row("layer, ms", "{:.2f}", lambda f: f["predicted_ms"]["layer"])
+    row("layer, ms if ideally fused", "{:.2f}", lambda f: f["floor"]["layer_ms"])
+    row("ends, ms", "{:.2f}", lambda f: f["predicted_ms"]["ends"])
+    row("once, bytes per parameter", "{:.0f}", lambda f: f["once"]["hbm_bytes_per_parameter"])
+    row("once, launches per layer", "{}", lambda f: f["once"]["launches_per_layer"])
+    row("once, ms", "{:.1f}", lambda f: f["predicted_ms"]["once"])
+    row("layers", "{}", lambda f: f["layers"])
+    row("micro-batches", "{}", lambda f: f["microbatches"])
+    row("step, ms", "{:.0f}", lambda f: f["predicted_ms"]["step"])
+    row("speed to bf16", "{:.2f}", lambda f: f["ratio_to_bf16"])
+    row("speed to bf16, ideally fused layers", "{:.2f}", lambda f: f["floor"]["ratio_to_bf16"])
+    lines = [f"{label:38}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows]
+    return "\n".join((head, *lines))
+
+
+def plot(facts: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
+    """The predicted time of a layer by purpose, a bar per preset, and the ideally fused layer's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.8 * len(facts)))
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    names = list(facts)
+    left = [0.0] * len(names)
+    for number, purpose in enumerate(PURPOSES):
+        width = [facts[name]["ms_per_layer"].get(purpose, 0.0) for name in names]
+        if any(width):
+            color = colors[number % len(colors)]
+            axes.barh(names, width, left=left, color=color, label=purpose)
+            left = [start + more for start, more in zip(left, width, strict=True)]
+    for place, name in enumerate(names):
+        floor = facts[name]["floor"]["layer_ms"]
+        label = "ideally fused" if place == 0 else None
+        axes.plot([floor, floor], [place - 0.45, place + 0.45], "k--", lw=1.2, label=label)
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted ms per layer and micro-batch")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,61 @@
+"""The time of a launch on a device: whichever of memory and arithmetic takes longer.
+
+    seconds = max(bytes / (bandwidth * efficiency), flops / rate, the shortest kernel)
+
+Launches follow each other without gaps, which a host that is fast enough or a CUDA graph provides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from fp8lm.config.section import Positive, PositiveShare, Section
+from fp8lm.config.yaml_format import read_mapping
+from fp8lm.runtime.errors import InputError
+from tracing.launches import Launch
+from tracing.purposes import PURPOSES
+
+TERA, MICRO = 1e12, 1e-6
+
+
+class Hardware(Section):
+    """Rates that kernels reach on a device, not those of its data sheet."""
+
+    name: str
+    memory_tb_per_s: Positive = Field(description="Bytes read and written by a large copy.")
+    bf16_tflops: Positive = Field(description="Matrix products of BF16, and of FP16.")
+    fp8_tflops: Positive = Field(description="Matrix products of FP8.")
+    fp32_tflops: Positive = Field(description="Matrix products of FP32, without TF32.")
+    attention_forward_tflops: Positive = Field(description="Causal attention, half of it counted.")
+    attention_backward_tflops: Positive = Field(description="The same in backward.")
+    smallest_kernel_us: Positive = Field(description="The time of a kernel that does nothing.")
+    efficiency: Mapping[str, PositiveShare] = Field(
+        default={},
+        description="By purpose, the share of the bandwidth that PyTorch's own kernels reach.",
+    )
+
+    @classmethod
+    def read(cls, path: Path) -> Hardware:
+        """The hardware that the YAML file `path` describes; InputError for a wrong key."""
+        try:
+            hardware = cls.model_validate(read_mapping(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path}: {key}: {first['msg']}") from None
+        unknown = sorted(set(hardware.efficiency) - set(PURPOSES))
+        if unknown:
+            raise InputError(f"{path}: efficiency.{unknown[0]}: not one of {', '.join(PURPOSES)}")
+        return hardware
+
+    def seconds(self, launch: Launch, purpose: str) -> float:
+        """The time of one launch."""
+        efficiency = 1.0 if launch.declared else self.efficiency.get(purpose, 1.0)
+        memory = launch.moved / (self.memory_tb_per_s * TERA * efficiency)
+        arithmetic = 0.0
+        if launch.unit is not None:
+            arithmetic = launch.flops / (getattr(self, f"{launch.unit}_tflops") * TERA)
+        return max(memory, arithmetic, self.smallest_kernel_us * MICRO)
