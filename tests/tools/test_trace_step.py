@@ -169,7 +169,7 @@ def test_hardware_files_are_read(tracing, name):
     assert name.upper() in tracing.Hardware.read(ROOT / f"configs/hardware/{name}.yaml").name
 
 
-@pytest.mark.parametrize("preset", ["bf16", "o3"])
+@pytest.mark.parametrize("preset", ["bf16", "te"])
 def test_layers_scale_exactly(tracing, traced, preset):
     one, two, three = (traced(preset, layers) for layers in (1, 2, 3))
     predicted = one + (two - one).times(2)
