@@ -40,8 +40,11 @@ if [[ $mode != fast ]]; then
     "$PYTHON" -m mypy
 fi
 
+# Files of tests on several cores; what was asked for by name in one process, where -s and --pdb work.
+workers=()
+(($#)) || workers=(-n logical --maxprocesses 4 --dist loadfile)
 case $mode in
-fast) exec "$PYTHON" -m pytest -q -m "not slow and not gpu" "$@" ;;
-full) exec "$PYTHON" -m pytest -q "$@" ;;
+fast) exec "$PYTHON" -m pytest -q "${workers[@]}" -m "not slow and not gpu" "$@" ;;
+full) exec "$PYTHON" -m pytest -q "${workers[@]}" "$@" ;;
 lint) echo "no complaints" ;;
 esac

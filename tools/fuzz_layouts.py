@@ -75,12 +75,12 @@ NEUTRAL = {
     "precision.cache_weight_operands": ("true", "false"),
     "data.num_workers": (0, 0, 1),
 }
-PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long")
+PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4")
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire.grads": "fp32"}
 # Largest relative difference of a loss from one process. fp32: the order of sums. BF16 and FP8:
 # every rank rounds what it computes, 2^-9 and 2^-4 of an element; these tiny models learn fast, so
 # that differences grow for as long as a case lasts.
-BOUNDS = {"fp32": 5e-5, "bf16": 0.02} | dict.fromkeys(("te", "o1", "o2", "o3", "o3_long"), 0.05)
+BOUNDS = {"fp32": 5e-5, "bf16": 0.02} | dict.fromkeys(PRECISIONS[2:], 0.05)
 # Measured, or of whoever ran it: differ between any two runs.
 MEASURED = ("iteration-time", "throughput", "tokens-per-second", "timestamp", "time")
 LOSSES = ("lm loss", "lm loss validation", "lm loss test")

@@ -96,6 +96,7 @@ RUNS = {
     "fp32": GoldenRun(1, _FP32),
     **{name: GoldenRun(1, _preset(name)) for name in ("bf16", "te", "o1", "o2", "o3")},
     "o3_long": GoldenRun(1, _preset("o3_long")),
+    "o4": GoldenRun(1, _preset("o4")),
     "o3 llama": GoldenRun(1, _O3 | _LLAMA),
     "o3 dropout recompute": GoldenRun(1, _O3 | _DROPOUT),
     "o3 tp2": GoldenRun(2, _O3 | _parallel(2)),

@@ -148,7 +148,10 @@ def model_parallel_groups(
     # Groups that `divide` makes later are appended to this list.
     made = [tp, dp, pp, saving]
     yield ProcessGroups(dims, _joined(dist.group.WORLD), tp, dp, pp, saving, store, timeout, made)
-    for group in made:  # not after an exception: other ranks may not come here
+    # Not after an exception: other ranks may not come here. One that is not connected yet would
+    # find a group's end closed.
+    dist.monitored_barrier(saving, timeout=timeout)
+    for group in made:
         dist.destroy_process_group(group)
 
 

@@ -3,7 +3,8 @@
 The presets are the levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6) and two baselines:
 `bf16` and `te`, which computes GEMMs in FP8 and keeps everything else as BF16 training does.
 `o3_long` is o3 for many micro-batches a step, of which a running sum in E4M3 loses the small ones:
-it adds gradients up in E2M5 (see `fp8lm.numerics.formats`).
+it adds gradients up in E2M5 (see `fp8lm.numerics.formats`). `o4` is o3 with the second moment in
+eight bits too, as its root in E4M4: 2 + 4/d bytes per parameter over d data-parallel ranks.
 A preset only fills the keys left null; each key can be given a value of its own.
 """
 
@@ -22,11 +23,13 @@ ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16", "fp32"]
 MainParamsDtype = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "none"]
 MainGradsDtype = Literal["fp8_e4m3", "fp8_e2m5", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
+SecondMomentDtype = Literal[MomentDtype, "fp8_e4m4_root"]
 Rounding = Literal["nearest", "stochastic"]
-PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long"]
+PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"]
 WireFormat = Literal["fp8", "bf16"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
+_Moments = tuple[MomentDtype, SecondMomentDtype]
 _Wires = tuple[WireFormat, GradsWireFormat, WireFormat]  # activations, gradients, weights
 
 
@@ -69,7 +72,7 @@ def _preset(
     params: ParamsDtype,
     main_params: MainParamsDtype,
     main_grads: MainGradsDtype,
-    moments: tuple[MomentDtype, MomentDtype],
+    moments: _Moments,
     rounding: Rounding,
     wires: _Wires,
 ) -> Mapping[str, Any]:
@@ -93,8 +96,9 @@ def _preset(
     )
 
 
-_FP32_STATES: tuple[MomentDtype, MomentDtype] = ("fp32", "fp32")
-_FP8_STATES: tuple[MomentDtype, MomentDtype] = ("fp8_e4m3", "fp16")
+_FP32_STATES: _Moments = ("fp32", "fp32")
+_FP8_STATES: _Moments = ("fp8_e4m3", "fp16")
+_FP8_MOMENTS: _Moments = ("fp8_e4m3", "fp8_e4m4_root")
 _BF16_WIRES: _Wires = ("bf16", "fp32", "bf16")
 # FP16 weights are sent in two bytes.
 _FP8_WIRES: _Wires = ("fp8", "fp8", "fp8")
@@ -113,6 +117,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_WIRES),
         "o3_long": _preset(
             "fp8", "fp8_e4m3", "fp16", "fp8_e2m5", _FP8_STATES, "stochastic", _FP8_WIRES
+        ),
+        "o4": _preset(
+            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_MOMENTS, "stochastic", _FP8_WIRES
         ),
     }
 )
@@ -142,8 +149,10 @@ class PrecisionConfig(Section):
         "per up to 128 elements, keeps the sum of many.",
     )
     exp_avg_dtype: MomentDtype = _of_preset("exp_avg_dtype", "Storage of Adam's first moment.")
-    exp_avg_sq_dtype: MomentDtype = _of_preset(
-        "exp_avg_sq_dtype", "Storage of Adam's second moment."
+    exp_avg_sq_dtype: SecondMomentDtype = _of_preset(
+        "exp_avg_sq_dtype",
+        "Storage of Adam's second moment; fp8_e4m4_root keeps its square root, rounded so that the "
+        "square is right on average.",
     )
     master_rounding: Rounding = _of_preset(
         "master_rounding",

@@ -28,6 +28,8 @@ def adam_(
     v.mul_(c.beta2).addcmul_(g, g, value=1.0 - c.beta2)
     denominator = torch.div(v, c.bias_correction2).sqrt_().add_(c.eps)
     update = torch.div(m, denominator, out=denominator).div_(c.bias_correction1)
+    if c.largest_update is not None:
+        update.clamp_(-c.largest_update, c.largest_update)
     w.mul_(1.0 - c.lr * weight_decay).add_(update, alpha=-c.lr)
 
 

@@ -25,6 +25,7 @@ class AdamCoefficients:
     clip_factor: Tensor  # multiplies the gradient
     bias_correction1: Tensor  # 1 - beta1^step
     bias_correction2: Tensor  # 1 - beta2^step
+    largest_update: Tensor | None  # beyond which an update is cut off; None: it is not
     skip: Tensor | None  # bool: leave every byte unchanged; None: do not skip
 
 

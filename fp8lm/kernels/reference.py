@@ -19,8 +19,19 @@ from torch.nn import functional
 
 from fp8lm.kernels.adam import adam_step
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.encoding import encode
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.numerics import E2M5, E4M3, E5M2, FP16, PER_TENSOR, Format, Granularity, scale_from_amax
+from fp8lm.numerics import (
+    E2M5,
+    E4M3,
+    E5M2,
+    FP16,
+    PER_TENSOR,
+    ROOT_E4M4,
+    Format,
+    Granularity,
+    scale_from_amax,
+)
 from fp8lm.scaled_tensor import ScaledTensor
 
 # Bits of an FP8 code moved to where bf16 keeps its exponent and mantissa, and the power of two
@@ -28,6 +39,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 # because the correction is a multiplication: (shift, mask as a signed int16, correction).
 _BF16_DECODE = {
     E4M3.name: (4, 0x87F0 - 0x10000, 2.0**120),
+    ROOT_E4M4.name: (3, 0x07F8, 2.0**120),
     E5M2.name: (5, 0x8FE0 - 0x10000, 2.0**112),
     E2M5.name: (2, 0x81FC - 0x10000, 2.0**126),
 }
@@ -99,12 +111,14 @@ class ReferenceKernels:
             return x.to(fmt.dtype)
         payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
         source, target = x.reshape(-1), payload.view(fmt.dtype).view(-1)
-        # bf16 would round FP16's largest number up, beyond FP16, and has no bits to spare for E2M5.
-        work_dtype = torch.float32 if fmt in (FP16, E2M5) else x.dtype
+        encoded = fmt.dtype == torch.uint8
+        # bf16 would round FP16's largest number up, beyond FP16, and is short of bits for encoding.
+        work_dtype = torch.float32 if fmt == FP16 or encoded else x.dtype
         for block in self._blocks(x.numel()):
-            scaled = torch.mul(source[block].to(work_dtype), scale)
-            if fmt == E2M5:
-                target[block].copy_(_encode_e2m5(scaled))
+            values = source[block].to(work_dtype)
+            scaled = torch.mul(values.sqrt() if fmt.root else values, scale)
+            if encoded:
+                target[block].copy_(encode(scaled, fmt))
                 continue
             if saturate:
                 scaled = scaled.clamp_(-fmt.max, fmt.max)
@@ -143,6 +157,8 @@ class ReferenceKernels:
         for block in self._blocks(payload.numel()):
             decode_block = _decode_fp16 if fmt == FP16 else _decode_fp8
             decode_block(source[block], factor, fmt, target[block])
+            if fmt.root:  # exact: a number of five bits has a square of ten
+                target[block].square_()
         return values
 
     def gemm(
@@ -267,21 +283,6 @@ def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> No
     values.mul_(correction).mul_(factor)
     if values is not out:
         out.copy_(values)
-
-
-def _encode_e2m5(scaled: Tensor) -> Tensor:
-    """Codes (uint8) of fp32 values, to nearest even, saturated; 0 for NaN, whose scale is NaN.
-
-    A code grows linearly in every binade, half as fast as in the one before it, and so is the least
-    of three lines: below 2, subnormals included; from 2 to 4; from 4 on. Where a line is the least
-    its difference is exact, so that ties are ties.
-    """
-    size = scaled.abs()
-    code = (size * 32.0).round_()
-    for start, at, slope in ((2.0, 64.0, 16.0), (4.0, 96.0, 8.0)):
-        code = torch.minimum(code, (size - start).mul_(slope).round_().add_(at))
-    code = code.clamp_(max=127.0).nan_to_num_(0.0).to(torch.uint8)
-    return code.add_(torch.signbit(scaled), alpha=0x80)
 
 
 def _decode_fp16(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:

@@ -12,9 +12,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from fp8lm.kernels.encoding import encode
 from fp8lm.numerics import Format
 
 _FP32_MANTISSA_BITS = 23
+_INF_BITS = 0x7F800000
 
 
 class Rounding(Enum):
@@ -80,8 +82,11 @@ def cast_stochastic(
 
     Random bits are added below the last mantissa bit that `fmt` keeps, and what is below is
     dropped. With `subnormals_only`, numbers that `fmt` holds with its full precision are rounded
-    to nearest. Saturates; NaN stays NaN. Payload of dtype `fmt.storage`.
+    to nearest. Of a root format the squares are right on average. Saturates; NaN stays NaN. Payload
+    of dtype `fmt.storage`.
     """
+    if fmt.root:
+        return encode(_round_root(x, scale, fmt, noise), fmt)
     scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
     if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
         return (scaled if subnormals_only else _round_normal(scaled, fmt, noise)).to(fmt.dtype)
@@ -103,6 +108,22 @@ def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     uniform = noise.bitwise_right_shift(16).bitwise_and_(0xFFFF).float().add_(0.5).mul_(2.0**-16)
     steps = torch.mul(scaled, 1.0 / fmt.smallest_subnormal).add_(uniform).floor_()
     return steps.mul_(fmt.smallest_subnormal)
+
+
+def _round_root(x: Tensor, scale: Tensor, fmt: Format, noise: Tensor) -> Tensor:
+    """Roots that `fmt` holds, whose squares are right on average: no mean of squares grows."""
+    square = torch.mul(x, scale).mul_(scale)
+    root = square.sqrt()
+    # The distance of the codes around: the exponent of the root, less the mantissa's bits.
+    step = root.view(torch.int32).bitwise_and(_INF_BITS).view(torch.float32)
+    step = step.mul_(2.0**-fmt.mantissa_bits).clamp_(min=fmt.smallest_subnormal)
+    low = torch.div(root, step).floor_().mul_(step)
+    high = low + step
+    # Bits of its own: the master weight and the first moment round by those of `noise`.
+    mixed = torch.mul(noise, -1640531535).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    uniform = mixed.float().add_(0.5).mul_(2.0**-24)
+    above, distance = square - low.square(), high.square() - low.square()
+    return torch.where(uniform * distance < above, high, low)
 
 
 def _xorshift(x: Tensor, shift: int) -> Tensor:

@@ -1,9 +1,19 @@
 """What a low-precision number is: formats, and how an amax becomes a scale."""
 
 from fp8lm.numerics.accumulation import accumulation_risk, expected_snr
-from fp8lm.numerics.formats import BF16, E2M5, E4M3, E5M2, FP16, FP32, Format, format_by_name
+from fp8lm.numerics.formats import (
+    BF16,
+    E2M5,
+    E4M3,
+    E5M2,
+    FP16,
+    FP32,
+    ROOT_E4M4,
+    Format,
+    format_by_name,
+)
 from fp8lm.numerics.granularity import PER_ROW, PER_TENSOR, Granularity, granularity_of
-from fp8lm.numerics.scaling import scale_from_amax
+from fp8lm.numerics.scaling import largest_value, scale_from_amax
 
 __all__ = [
     "BF16",
@@ -14,11 +24,13 @@ __all__ = [
     "FP32",
     "PER_ROW",
     "PER_TENSOR",
+    "ROOT_E4M4",
     "Format",
     "Granularity",
     "accumulation_risk",
     "expected_snr",
     "format_by_name",
     "granularity_of",
+    "largest_value",
     "scale_from_amax",
 ]

@@ -33,15 +33,22 @@ _MAGNITUDE = 0x7FFFFFFF
 def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
     """Scales for absolute maxima `amax` (fp32, any shape); same shape, fp32.
 
-    Exact on every device: no transcendental, and a division only where the format wants one.
+    Exact on every device: no transcendental, a division or a root only where the format wants it.
     """
     if not fmt.scaled:
         return torch.ones_like(amax)
     # Without the sign: -0.0 is zero, and x86 makes the NaN of Inf * 0 negative.
+    amax = amax.sqrt() if fmt.root else amax
     bits = amax.view(torch.int32) & _MAGNITUDE
     scale = _power_of_two(bits, fmt) if fmt.power_of_two_scales else _quotient(amax, fmt)
     scale = scale.masked_fill_(bits >= _INF_BITS, float("nan"))
     return scale.masked_fill_(bits == 0, 1.0)
+
+
+def largest_value(scale: Tensor, fmt: Format) -> Tensor:
+    """The largest value that `fmt` holds with `scale` (fp32, any shape); same shape."""
+    largest = fmt.max / scale
+    return largest.square() if fmt.root else largest
 
 
 def _power_of_two(bits: Tensor, fmt: Format) -> Tensor:

@@ -5,8 +5,10 @@
     amax(w') <= (1 - lr wd) amax(w) + lr U,      U >= |m'/bc1| / sqrt(v'/bc2)
 
 U is Cauchy-Schwarz on the two exponential sums, with a factor 2 for the rounding of the stored
-moments. A bound is at most a few binades above the truth, which costs a floating format nothing
-but that part of its range; the true amax, collected in the same pass, starts the next step's bound.
+moments. A v that is stored as its root, rounded stochastically, may lose more, however improbably:
+an update is cut off at U then, which no history of gradients reaches. A bound is at most a few
+binades above the truth, which costs a floating format nothing but that part of its range; the true
+amax, collected in the same pass, starts the next step's bound.
 """
 
 from __future__ import annotations
@@ -29,11 +31,10 @@ def bound_amax(
 
     `amax` [W,3] are the old true ones, `grad_amax` [W] those of the unclipped gradients, `decay`
     [W] the weight decays; `formats` are those of the three states, whose stored values can exceed
-    the collected amax by half a unit in the last place.
+    the collected amax by a unit in the last place.
     """
     w, m, v = (
-        column * (1.0 + 2.0**-fmt.mantissa_bits)
-        for column, fmt in zip(amax.unbind(dim=1), formats, strict=True)
+        column * _rounded_up(fmt) for column, fmt in zip(amax.unbind(dim=1), formats, strict=True)
     )
     g = grad_amax * c.clip_factor
     bounds = (
@@ -42,6 +43,12 @@ def bound_amax(
         c.beta2 * v + (1.0 - c.beta2) * g * g,
     )
     return torch.stack(bounds, dim=1) * (1.0 + 2.0**-20)  # the fp32 roundings of the step itself
+
+
+def _rounded_up(fmt: Format) -> float:
+    """The most that a value of `fmt` grows by its rounding."""
+    factor = 1.0 + 2.0**-fmt.mantissa_bits
+    return factor**2 if fmt.root else factor
 
 
 def update_bound(c: AdamCoefficients) -> Tensor:

@@ -16,8 +16,8 @@ from fp8lm.config import OptimizerConfig
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
-from fp8lm.numerics import Format, scale_from_amax
-from fp8lm.optim.bounds import bound_amax
+from fp8lm.numerics import Format, largest_value, scale_from_amax
+from fp8lm.optim.bounds import bound_amax, update_bound
 from fp8lm.optim.clipping import GradientNorm, gradient_norm
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.optim.states import AdamState, StatePrecision
@@ -70,7 +70,6 @@ class AdamW:
         self._owned = [name for name in weights if name in self.sharding.local_shards]
         owned_rows = [self._rows[name] for name in self._owned]
         self._owned_rows = torch.tensor(owned_rows, dtype=torch.int64, device=device)
-        self._state_max = torch.tensor([fmt.max for fmt in self._state_formats], device=device)
         names = [zlib.crc32(f"{seed}/{name}".encode()) - (1 << 31) for name in weights]
         self._name_keys = torch.tensor(names, device=device)
         formats = [weight.spec.format for weight in weights.values()]
@@ -145,7 +144,7 @@ class AdamW:
         new_amax = torch.zeros_like(self.amax)
         new_amax.index_copy_(0, self._owned_rows, self.kernels.adam(params, table, c))
         # A value beyond the range of its scale has saturated.
-        new_amax = torch.minimum(new_amax, self._state_max / table.scales[:, 1:])
+        new_amax = torch.minimum(new_amax, self._largest_states(table.scales))
         _replace(self.scales, table.scales, c.skip)
         _replace(self.amax, new_amax, c.skip)
 
@@ -188,7 +187,7 @@ class AdamW:
         config = self.config
         # A skipped very first step would divide by zero; its result is not kept anyway.
         steps = self.num_steps.clamp(min=1).double()
-        return AdamCoefficients(
+        c = AdamCoefficients(
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             eps=config.adam_eps,
@@ -196,8 +195,11 @@ class AdamW:
             clip_factor=norm.clip_factor,
             bias_correction1=(1.0 - config.adam_beta1**steps).float(),
             bias_correction2=(1.0 - config.adam_beta2**steps).float(),
+            largest_update=None,
             skip=skip,
         )
+        cut = self.precision.exp_avg_sq.root  # see `fp8lm.optim.bounds`
+        return replace(c, largest_update=update_bound(c)) if cut else c
 
     def _next_scales(self, bounds: Tensor) -> Tensor:
         """Scales [W,4] of the new model parameters, masters, m and v."""
@@ -213,6 +215,11 @@ class AdamW:
             scale_from_amax(v, exp_avg_sq),
         )
         return torch.stack(scales, dim=1)
+
+    def _largest_states(self, scales: Tensor) -> Tensor:
+        """The largest master, m and v that can be stored with `scales`, [W,3]."""
+        columns = zip(scales[:, 1:].unbind(dim=1), self._state_formats, strict=True)
+        return torch.stack([largest_value(scale, fmt) for scale, fmt in columns], dim=1)
 
     def _noise_keys(self) -> Tensor:
         """Noise keys of the weights in this step, int32 [W]."""

@@ -2,12 +2,13 @@
 
     master weight    stochastically or to nearest, as configured
     first moment     to nearest, but stochastically among subnormals
-    second moment    to nearest
+    second moment    to nearest; as its root in eight bits stochastically
 
 A first moment decays by a factor of 0.9. Among E4M3's subnormals, rounding to nearest takes 0.9
 times 4 steps back to 4, so the moment of a weight that gets no gradient (the embedding of a rare
 token) would stop decaying and push the weight for ever, while its second moment decays on.
-Rounded stochastically it decays to zero, on average at the right rate.
+Rounded stochastically it decays to zero, on average at the right rate. A second moment that moves
+by less than a step of its format, 5 % of a step or 0.1 %, needs the same everywhere.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class StatePrecision:
     def rounding(self) -> tuple[Rounding, Rounding, Rounding]:
         """How master, m and v are rounded to their formats; see the module."""
         master = Rounding.STOCHASTIC if self.stochastic_master else Rounding.NEAREST
-        return master, Rounding.STOCHASTIC_SUBNORMALS, Rounding.NEAREST
+        exp_avg_sq = Rounding.STOCHASTIC if self.exp_avg_sq.root else Rounding.NEAREST
+        return master, Rounding.STOCHASTIC_SUBNORMALS, exp_avg_sq
 
     def own_master(self, stored: Format) -> Format | None:
         """Format of the master weight of a weight stored in `stored`; None: it is its own master.

@@ -49,7 +49,7 @@ def test_help_lists_every_key_and_exits_with_0(argv, capsys):
         ("model.num_layers", "integer >= 1", "required"),
         ("model.ffn_hidden_size", "integer >= 1 or null", "null"),
         ("model.swiglu", "true | false", "false"),
-        ("precision.preset", "bf16 | te | o1 | o2 | o3 | o3_long", "o3"),
+        ("precision.preset", "bf16 | te | o1 | o2 | o3 | o3_long | o4", "o3"),
         ("train.recompute_granularity", "full | selective or null", "null"),
         ("optimizer.adam_beta2", "number >= 0 and < 1", "0.95"),
         ("data.split", "text", "99,1,0"),

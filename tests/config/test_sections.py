@@ -106,7 +106,7 @@ def test_frozen():
         ("model", "swiglu", 1, "true | false"),
         ("model", "swiglu", "true", "true | false"),
         ("model", "normalization", "BatchNorm", "LayerNorm | RMSNorm"),
-        ("precision", "preset", "o4", "bf16 | te | o1 | o2 | o3"),
+        ("precision", "preset", "o9", "bf16 | te | o1 | o2 | o3"),
         ("logging", "dir", 3, "text or null"),
         ("logging", "dir", "", "text or null"),
         ("data", "data_path", {"a": 1}, "list of (number >= 0 or text) or text or null"),

@@ -96,10 +96,10 @@ def test_first_step_of_every_combination(master, exp_avg, exp_avg_sq):
         assert (error <= 0.5 * unit + 1e-6 * value.abs().max()).all()
 
 
-@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o4"])
 def test_presets_follow_fp32(preset):
     keys = PrecisionConfig(preset=preset)
-    formats = {"bf16": BF16, "te": BF16, "o1": FP16, "o2": FP16, "o3": E4M3}
+    formats = {"bf16": BF16, "te": BF16, "o1": FP16, "o2": FP16, "o3": E4M3, "o4": E4M3}
     low = weights(formats[preset], FP32 if preset in ("bf16", "te") else E4M3)
     high = weights(FP32, FP32, FP32)
     adam, exact = optimizer(low, StatePrecision.from_config(keys)), optimizer(high, FP32_STATES)
@@ -181,6 +181,7 @@ def test_initialize(fmt, master):
     ("fmt", "grad", "states", "nbytes"),
     [
         (E4M3, E4M3, ("fp16", "fp8_e4m3", "fp16"), 7),  # the paper's 6 and the compute copy
+        (E4M3, E4M3, ("fp16", "fp8_e4m3", "fp8_e4m4_root"), 6),
         (FP16, E4M3, ("none", "fp8_e4m3", "fp16"), 6),
         (FP16, E4M3, ("none", "fp32", "fp32"), 11),
         (BF16, FP32, ("fp32", "fp32", "fp32"), 18),

@@ -7,11 +7,11 @@ import torch
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, ROOT_E4M4
 from fp8lm.scaled_tensor import ScaledTensor
 
 KERNELS = ReferenceKernels()
-FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, FP16, BF16, FP32)}
+FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, ROOT_E4M4, FP16, BF16, FP32)}
 
 
 def contents(folder):

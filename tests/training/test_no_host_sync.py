@@ -85,7 +85,7 @@ def check_two_steps(gpt, adam, data_parallel=None):
 
 
 @pytest.mark.parametrize("shape", ["gpt", "llama"])
-@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long"])
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"])
 def test_steps_and_an_evaluation(preset, shape):
     precision = PrecisionConfig(preset=preset)
     gpt = model(shape, precision)

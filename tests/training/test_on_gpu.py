@@ -28,7 +28,7 @@ def losses(folder):
 
 # FP8 rounds as on the CPU; GEMMs round their sums otherwise, bf16's 2^-8 each.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", ["bf16", "o3", "o3_long"])
+@pytest.mark.parametrize("preset", ["bf16", "o3", "o3_long", "o4"])
 def test_curve_is_that_of_the_cpu(layout, preset, tiny_config, run_distributed, folders, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     sections = {"train": SMALL, "precision": {"preset": preset}, "model": LLAMA}

@@ -67,7 +67,7 @@ EVERYTHING = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long"])
+@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"])
 def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, folders, tmp_path):
     def config(run, **train):
         precision = {"preset": preset, "master_rounding": "stochastic"}
