@@ -20,9 +20,11 @@ class ScaledTensor:
     """`payload` (any shape, dtype `format.storage`), `scale`, `format`, `granularity`.
 
     `scale` (fp32, same device) has the shape that `granularity` gives it: 0-d per tensor.
+    `inverse` is 1 / scale where the kernel that found the scale wrote that too, else None: such a
+    scale is not written to again.
     """
 
-    __slots__ = ("format", "granularity", "payload", "scale")
+    __slots__ = ("format", "granularity", "inverse", "payload", "scale")
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class ScaledTensor:
         scale: Tensor,
         fmt: Format,
         granularity: Granularity = PER_TENSOR,
+        inverse: Tensor | None = None,
     ) -> None:
         if payload.dtype != fmt.storage:
             raise TypeError(f"{fmt} is stored as {fmt.storage}, not {payload.dtype}")
@@ -43,6 +46,7 @@ class ScaledTensor:
         self.scale = scale
         self.format = fmt
         self.granularity = granularity
+        self.inverse = inverse
 
     @classmethod
     def zeros(
@@ -77,15 +81,22 @@ class ScaledTensor:
         """The payload viewed in the format's own dtype (unscaled codes)."""
         return self.payload.view(self.format.dtype)
 
+    def inverse_scale(self) -> Tensor:
+        """1 / scale: `inverse`, or computed."""
+        return self.scale.reciprocal() if self.inverse is None else self.inverse
+
     def view(self, *shape: int) -> ScaledTensor:
         """The same elements in another shape; payload and scale are shared (per tensor only)."""
         self._check_per_tensor("view")
-        return ScaledTensor(self.payload.view(*shape), self.scale, self.format)
+        payload = self.payload.view(*shape)
+        return ScaledTensor(payload, self.scale, self.format, inverse=self.inverse)
 
     def t(self) -> ScaledTensor:
         """The transposed matrix, a view."""
         scale = self.scale if self.granularity.is_per_tensor else self.scale.t()
-        return ScaledTensor(self.payload.t(), scale, self.format, self.granularity.transposed())
+        inverse = self.inverse if self.granularity.is_per_tensor else None
+        granularity = self.granularity.transposed()
+        return ScaledTensor(self.payload.t(), scale, self.format, granularity, inverse)
 
     def rows(self, start: int, stop: int) -> ScaledTensor:
         """Rows `start` to `stop` of the first dimension, a view with the same scale or scales."""
@@ -125,6 +136,7 @@ class ScaledTensor:
             raise TypeError(f"cannot copy {other} into {self}")
         self.payload.copy_(other.payload)
         self.scale.copy_(other.scale)
+        self.inverse = None
         return self
 
     def _check_per_tensor(self, operation: str) -> None:

@@ -1,8 +1,7 @@
-"""FP8 GEMMs on tensor cores (sm_89 and newer) through cuBLASLt.
+"""A GPU without Triton: FP8 GEMMs through cuBLASLt, all other operations are the reference's.
 
 Hopper's FP8 tensor cores read both operands with the contraction dimension contiguous: `transpose`
-copies, and a GEMM of other operands is refused, not silently copied. All other operations are the
-reference's, which runs on the GPU too.
+copies.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.kernels.reference import ReferenceKernels, causal_attention, check_gemm_operands
+from fp8lm.kernels.reference import ReferenceKernels, causal_attention
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
 
 class HopperKernels:
-    """`Kernels` with the GEMM of `torch._scaled_mm` (cuBLASLt); see the module."""
+    """`Kernels` in eager PyTorch with the GEMM of cuBLASLt; see the module."""
 
     def __init__(self) -> None:
         # A GPU takes a tensor of any size in one launch. The blocks of an optimizer step are few
@@ -33,7 +33,7 @@ class HopperKernels:
         """See `Kernels`."""
         return MappingProxyType(
             {
-                GEMM: "FP8 tensor cores through torch._scaled_mm (cuBLASLt)",
+                GEMM: cublaslt.DESCRIPTION,
                 ATTENTION: "scaled_dot_product_attention in BF16",
                 ELEMENTWISE: "eager PyTorch",
             }
@@ -51,21 +51,7 @@ class HopperKernels:
         """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
         if not (a.format.storage == b.format.storage == torch.uint8):
             return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
-        check_gemm_operands(a, b)
-        for operand in (a, b):
-            if not operand.payload.is_contiguous():
-                raise ValueError(f"the contraction of {operand} is not contiguous: transpose it")
-            if not operand.granularity.is_per_tensor:
-                raise ValueError(f"cuBLASLt is not asked for scales {operand.granularity}")
-        return torch._scaled_mm(  # noqa: SLF001 (torch has no public one)
-            a.fp8,
-            b.fp8.t(),
-            scale_a=a.scale.reciprocal(),
-            scale_b=b.scale.reciprocal(),
-            bias=bias,
-            out_dtype=out_dtype,
-            use_fast_accum=fast_accumulation,
-        )
+        return cublaslt.scaled_mm(a, b, bias, out_dtype, fast_accumulation)
 
     def copies_transposed(self, fmt: Format) -> bool:
         """See `Kernels`."""
@@ -73,11 +59,11 @@ class HopperKernels:
 
     def transpose(self, x: ScaledTensor) -> ScaledTensor:
         """See `Kernels`: a copy of FP8 payloads; other GEMMs read a view as well."""
-        transposed = x.t()
+        view = x.t()
         if not self.copies_transposed(x.format):
-            return transposed
-        payload = transposed.payload.contiguous()
-        return ScaledTensor(payload, transposed.scale, x.format, transposed.granularity)
+            return view
+        payload = view.payload.contiguous()
+        return ScaledTensor(payload, view.scale, x.format, view.granularity, view.inverse)
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """See `Kernels` (flash attention in bf16)."""
@@ -103,6 +89,13 @@ class HopperKernels:
     ) -> ScaledTensor:
         """See `Kernels`."""
         return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
+
+    def quantize_with_transpose(
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+    ) -> tuple[ScaledTensor, ScaledTensor]:
+        """See `Kernels`."""
+        quantized = self.quantize(x, fmt, amax=amax)
+        return quantized, self.transpose(quantized)
 
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Kernels`."""

@@ -55,6 +55,11 @@ class Kernels(Protocol):
         other shards of the tensor. A format without scale is a cast, per tensor.
         """
 
+    def quantize_with_transpose(
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+    ) -> tuple[ScaledTensor, ScaledTensor]:
+        """`x` [R,C] as `quantize` gives it, per tensor, and as `transpose` gives that."""
+
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `x` in `dtype` (bf16 or fp32), exact in fp32; may share memory with `x`."""
 

@@ -103,6 +103,13 @@ class ReferenceKernels:
             quantized.payload[rows] = self.cast(scaled, one, fmt, saturate=shared)
         return quantized
 
+    def quantize_with_transpose(
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+    ) -> tuple[ScaledTensor, ScaledTensor]:
+        """See `Kernels`."""
+        quantized = self.quantize(x, fmt, amax=amax)
+        return quantized, self.transpose(quantized)
+
     def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
         """See `Kernels`."""
         # Clamping is explicit: torch's own FP8 cast saturates, gives NaN or gives Inf, depending on

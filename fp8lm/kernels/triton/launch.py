@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ def launch(
     *args: Tensor | int | tuple[Tensor, ...],
     reads: Sequence[Tensor],
     writes: Sequence[Tensor],
-    **constants: int | Callable[..., Any],
+    **constants: int | str,
 ) -> None:
     """Run `kernel` on `grid` programs; `reads` and `writes` are what it moves (see `kernels.cost`).
 

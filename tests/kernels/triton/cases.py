@@ -2,14 +2,83 @@
 
 import torch
 
-from fp8lm.kernels.triton.amax import partial_amaxes
+from fp8lm.kernels.triton.backend import TritonKernels
+from fp8lm.numerics import E2M5, E4M3, E5M2, FP16, PER_ROW, granularity_of
+from fp8lm.scaled_tensor import ScaledTensor
 
-TOKENS, HIDDEN = 4096, 4096
+KERNELS = TritonKernels()
+SHAPE = (4096, 4096)  # tokens and features, or a weight
 
 
-def activations(dtype=torch.bfloat16):
-    return torch.empty(TOKENS, HIDDEN, dtype=dtype)
+def activations(dtype=torch.bfloat16, shape=SHAPE):
+    return torch.empty(shape, dtype=dtype)
+
+
+def stored(fmt):
+    total = ScaledTensor.zeros(SHAPE, fmt, torch.device("cpu"), granularity_of(fmt, SHAPE))
+    return total.elements(0, total.payload.numel())
 
 
 def amax():
-    partial_amaxes(activations())
+    KERNELS.amax(activations())
+
+
+def quantize_e4m3():
+    KERNELS.quantize(activations(), E4M3, amax=torch.zeros(()))
+
+
+def both_orientations_e4m3():
+    KERNELS.quantize_with_transpose(activations(), E4M3, amax=torch.zeros(()))
+
+
+def both_orientations_e5m2():
+    KERNELS.quantize_with_transpose(activations(), E5M2)
+
+
+def both_orientations_of_an_odd_shape():
+    KERNELS.quantize_with_transpose(activations(shape=(1001, 1003)), E4M3)
+
+
+def quantize_rows():
+    KERNELS.quantize(activations(), E4M3, granularity=PER_ROW)
+
+
+def quantize_blocks():
+    KERNELS.quantize(stored(E2M5).payload.to(torch.bfloat16), E2M5, granularity=PER_ROW)
+
+
+def transpose():
+    KERNELS.transpose(stored(E4M3).view(*SHAPE))
+
+
+def accumulate_e4m3():
+    KERNELS.accumulate_(stored(E4M3), activations().view(-1))
+
+
+def accumulate_e2m5():
+    total = stored(E2M5)
+    KERNELS.accumulate_(total, activations().view(total.shape))
+
+
+def dequantize_fp16():
+    KERNELS.dequantize(stored(FP16))
+
+
+def dequantize_e4m3():
+    KERNELS.dequantize(stored(E4M3), torch.bfloat16)
+
+
+def square_sum_e4m3():
+    KERNELS.square_sum_and_amax(stored(E4M3))
+
+
+def square_sum_e2m5():
+    KERNELS.square_sum_and_amax(stored(E2M5))
+
+
+def sum_in_order():
+    KERNELS.sum_in_order([stored(E5M2)] * 8, torch.bfloat16)
+
+
+def add_in_format():
+    KERNELS.add_in_format(stored(E4M3), stored(E4M3))

@@ -1,0 +1,206 @@
+"""`TritonKernels`: the operations of a training step in one or two launches each.
+
+Where eager PyTorch has one launch as well (a change of dtype, an fp32 sum), and for granularities
+that no part of a training step has, it is the reference that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from fp8lm.kernels import cublaslt
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
+from fp8lm.kernels.reference import ReferenceKernels, causal_attention
+from fp8lm.kernels.triton import accumulate, cast, reductions, rows, sums, transpose
+from fp8lm.kernels.triton.amax import partial_amaxes
+from fp8lm.numerics import (
+    BF16,
+    E2M5,
+    E4M3,
+    E5M2,
+    FP16,
+    FP32,
+    PER_ROW,
+    PER_TENSOR,
+    Format,
+    Granularity,
+)
+from fp8lm.scaled_tensor import ScaledTensor
+
+# Formats that kernels encode and decode, with scales that they find; others have no scale, or are
+# of the optimizer alone.
+_SCALED = (E4M3, E5M2, E2M5, FP16)
+
+
+class TritonKernels:
+    """`Kernels` for a GPU with FP8 tensor cores; the results are the reference's, bit for bit.
+
+    Exceptions: GEMMs and attention (cuBLASLt's and PyTorch's), the order of fp64 sums, the sign of
+    an FP8 NaN, and values below 2^-133, which the reference decodes to zero.
+    """
+
+    def __init__(self) -> None:
+        # A GPU takes a tensor of any size in one launch. The blocks of an optimizer step are few
+        # launches already, and an fp32 copy of one takes 32 MiB.
+        self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """See `Kernels`."""
+        return MappingProxyType(
+            {
+                GEMM: cublaslt.DESCRIPTION,
+                ATTENTION: "scaled_dot_product_attention in BF16",
+                ELEMENTWISE: "fused Triton kernels; the optimizer's step in eager PyTorch",
+            }
+        )
+
+    def amax(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return partial_amaxes(x).amax().view(torch.float32)
+
+    def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
+        """See `Kernels`; always saturates."""
+        if fmt in _SCALED and scale.ndim == 0:
+            return cast.cast(x, scale, fmt)
+        return self._eager.cast(x, scale, fmt, saturate=saturate)
+
+    def quantize(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        amax: Tensor | None = None,
+        granularity: Granularity = PER_TENSOR,
+    ) -> ScaledTensor:
+        """See `Kernels`."""
+        if fmt in _SCALED and granularity.is_per_tensor:
+            return cast.quantize(x, fmt, amax)
+        if fmt in _SCALED and (length := rows.row_length(x.shape, granularity)):
+            return rows.quantize_rows(x, fmt, amax, granularity, length)
+        return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
+
+    def quantize_with_transpose(
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+    ) -> tuple[ScaledTensor, ScaledTensor]:
+        """See `Kernels`."""
+        if fmt in _SCALED and self.copies_transposed(fmt):
+            return cast.quantize_with_transpose(x, fmt, amax)
+        quantized = self.quantize(x, fmt, amax=amax)
+        return quantized, self.transpose(quantized)
+
+    def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Kernels`."""
+        if x.format not in _SCALED:
+            return self._eager.dequantize(x, dtype)
+        if not x.granularity.is_per_tensor:
+            length = rows.row_length(x.shape, x.granularity)
+            if length and x.payload.is_contiguous() and x.scale.is_contiguous():
+                return rows.dequantize_rows(x, dtype, length)
+            return self._eager.dequantize(x, dtype)
+        if x.format == E2M5:  # a scale that is no power of two, for which bf16 is not exact
+            return self._eager.dequantize(x, dtype)
+        if x.payload.ndim == 2 and x.payload.t().is_contiguous():
+            return cast.dequantize(x.t(), dtype).t()
+        return cast.dequantize(_contiguous(x), dtype)
+
+    def copies_transposed(self, fmt: Format) -> bool:
+        """See `Kernels`."""
+        return fmt.storage == torch.uint8
+
+    def transpose(self, x: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`: a copy of FP8 payloads; other GEMMs read a view as well."""
+        view = x.t()
+        if not self.copies_transposed(x.format) or view.payload.is_contiguous():
+            return view
+        payload = transpose.transpose(x.payload)
+        return ScaledTensor(payload, view.scale, x.format, view.granularity, view.inverse)
+
+    def gemm(
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        fast_accumulation: bool = False,
+    ) -> Tensor:
+        """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
+        if a.format.storage == b.format.storage == torch.uint8:
+            return cublaslt.scaled_mm(a, b, bias, out_dtype, fast_accumulation)
+        return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
+
+    def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
+        """See `Kernels`."""
+        if total.format in (BF16, FP32):  # PyTorch adds in fp32 and rounds once
+            torch.add(total.payload, x, out=total.payload)
+        elif total.format in (E4M3, E5M2) and total.granularity.is_per_tensor:
+            accumulate.accumulate_per_tensor(total, x)
+        elif (
+            total.format in _SCALED
+            and rows.row_length(total.shape, total.granularity) == total.shape[-1]
+        ):
+            accumulate.accumulate_per_row(total, x)
+        else:
+            self._eager.accumulate_(total, x)
+
+    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        if not _is_known(x.format) or (x.format == E2M5 and x.granularity.is_per_tensor):
+            return self._eager.square_sum_and_amax(x)
+        if x.granularity != PER_ROW:
+            x = x.elements(0, x.payload.numel())
+        return reductions.square_sum_and_amax(x)
+
+    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        scaled = [term for term in terms if isinstance(term, ScaledTensor)]
+        alike = {(term.format, term.granularity.is_per_tensor) for term in scaled}
+        plain = len(scaled) == len(terms) <= sums.MAX_TERMS and len(alike) == 1
+        if plain and all(_is_plain(term) for term in scaled):
+            return sums.sum_in_order(scaled, dtype)
+        return self._eager.sum_in_order(terms, dtype)
+
+    def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
+        """See `Kernels`."""
+        if a.format == b.format and _is_plain(a) and _is_plain(b):
+            return sums.add_in_format(a, b)
+        return self._eager.add_in_format(a, b)
+
+    def saturated_share(self, x: ScaledTensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.saturated_share(x)
+
+    def adam(
+        self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
+    ) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.adam(params, table, coefficients)
+
+    def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
+        """See `Kernels` (flash attention in bf16)."""
+        return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+
+
+def _is_known(fmt: Format) -> bool:
+    """Whether kernels decode it."""
+    return fmt in _SCALED or not fmt.scaled
+
+
+def _is_plain(x: ScaledTensor) -> bool:
+    """Contiguous, of a known format, with one scale that is a power of two."""
+    return (
+        _is_known(x.format)
+        and x.granularity.is_per_tensor
+        and x.format != E2M5
+        and x.payload.is_contiguous()
+    )
+
+
+def _contiguous(x: ScaledTensor) -> ScaledTensor:
+    return ScaledTensor(x.payload.contiguous(), x.scale, x.format)

@@ -1,0 +1,66 @@
+"""What the compiler makes of the kernels for Hopper: registers, widths of accesses, casts.
+
+A kernel here moves memory and does little else, so that the width of its accesses and the number of
+threads that fit decide its speed: 65,536 registers a multiprocessor are 64 for each of 1024.
+"""
+
+import pytest
+
+ALIGNED = {
+    "accumulate_e2m5": (72, 8),
+    "accumulate_e4m3": (72, 8),
+    "add_in_format": (64, 3),
+    "amax": (64, 4),
+    "both_orientations_e4m3": (72, 16),
+    "both_orientations_e5m2": (72, 20),
+    "dequantize_e4m3": (48, 6),
+    "dequantize_fp16": (48, 12),
+    "quantize_blocks": (64, 6),
+    "quantize_e4m3": (48, 6),
+    "quantize_rows": (64, 6),
+    "square_sum_e2m5": (96, 1),
+    "square_sum_e4m3": (80, 1),
+    "sum_in_order": (168, 8),
+    "transpose": (40, 8),
+}
+
+
+@pytest.mark.parametrize("case", ALIGNED)
+def test_aligned_shapes(case, compiled):
+    registers, wide_accesses = ALIGNED[case]
+    kernels = compiled[case]
+    assert all(kernel.stack == 0 for kernel in kernels)
+    assert max(kernel.registers for kernel in kernels) <= registers
+    assert sum(kernel.count(r"(LDG|STG)\.E\.128") for kernel in kernels) >= wide_accesses
+    # What is narrow are scales, and what is one number of a program or of a row.
+    assert all(kernel.count(r"(LDG|STG)\.E\.U(8|16)") == 0 for kernel in kernels)
+    assert all(kernel.count(r"(LDG|STG)\.E(\.64)?$") <= 8 for kernel in kernels)
+
+
+def test_no_shape_spills(compiled):
+    for kernel in compiled["both_orientations_of_an_odd_shape"]:
+        assert kernel.stack == 0
+
+
+@pytest.mark.parametrize(
+    "case, fmt", [("quantize_e4m3", "e4m3"), ("both_orientations_e5m2", "e5m2")]
+)
+def test_the_hardware_casts_and_saturates(case, fmt, compiled):
+    kernel = compiled[case][-1]
+    assert kernel.count(rf"cvt\.rn\.satfinite\.{fmt}x2\.f32") >= 16
+
+
+def test_the_hardware_decodes(compiled):
+    assert compiled["dequantize_e4m3"][0].count(r"cvt\.rn\.f16x2\.e4m3x2") >= 8
+
+
+def test_multiplications_and_additions_are_not_fused(compiled):
+    for kernels in compiled.values():
+        assert sum(kernel.count(r"fma\.") for kernel in kernels) == 0
+
+
+def test_launches_of_an_operation(compiled):
+    assert len(compiled["accumulate_e4m3"]) == 2
+    assert len(compiled["accumulate_e2m5"]) == 1
+    assert len(compiled["both_orientations_e5m2"]) == 2
+    assert len(compiled["quantize_e4m3"]) == len(compiled["quantize_rows"]) == 1
