@@ -3,12 +3,14 @@
 python tools/compare_runs.py bf16=runs/a fp8=runs/b [--summary summary.json] [--plot loss.png]
 
 Each argument is NAME=FOLDER[,FOLDER...], folders with a metrics.jsonl; several are seeds of
-one setting, reported as mean and spread. Gaps are against the first NAME.
+one setting, reported as mean and spread. Gaps are against the first NAME, in pairs of seeds where
+both have as many; then with the 95 % interval of their mean (Student's t).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,9 @@ from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 TRAIN, VALID = "lm loss", "lm loss validation"
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; beyond the last that of the last.
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16]
+_T += [2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056]
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,16 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
         losses = [run.valid[-1][1] for run in runs]
         mean = statistics.fmean(losses)
         base = next(iter(summary.values()), None)
-        first = runs[0]
+        first, gaps = runs[0], paired_gaps(losses, base)
         summary[name] = {
             "iterations": first.valid[-1][0],
             "untrained validation loss": first.valid[0][1],
             "validation losses": losses,
             "validation loss": mean,
             "spread": max(losses) - min(losses),
-            "gap %": 100 * (mean / base["validation loss"] - 1) if base else 0.0,
+            "gap %": statistics.fmean(gaps) if gaps else 0.0,
+            "gap % by seed": gaps if base and len(losses) > 1 else [],
+            "gap % +-": half_width(gaps) if base else None,
             "state bytes": first.state_bytes,
             "state bytes saved": base["state bytes"] - first.state_bytes if base else 0,
             "state bytes per parameter": first.last["state_bytes_per_parameter"],
@@ -130,23 +137,47 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
     return summary
 
 
+def paired_gaps(losses: list[float], base: dict[str, Any] | None) -> list[float]:
+    """Percent above the losses of `base`, seed by seed, or of the means; none without a base."""
+    if base is None:
+        return []
+    others = base["validation losses"]
+    if len(others) != len(losses):
+        losses, others = [statistics.fmean(losses)], [statistics.fmean(others)]
+    return [100 * (loss / other - 1) for loss, other in zip(losses, others, strict=True)]
+
+
+def half_width(values: list[float]) -> float | None:
+    """Of the 95 % interval of their mean; None for one value."""
+    if len(values) < 2:
+        return None
+    t = _T[min(len(values) - 2, len(_T) - 1)]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def describe_gap(row: dict[str, Any]) -> str:
+    """The gap and its interval."""
+    interval = "" if row["gap % +-"] is None else f" +- {row['gap % +-']:.2f}"
+    return f"{row['gap %']:+.2f}{interval} %"
+
+
 def print_table(summary: dict[str, dict]) -> None:
     """The summary as text."""
     width = max(len(name) for name in summary) + 2
     header = ("untrained", "validation", "gap", "spread", "B/linear", "state", "saved", "sent")
-    print(f"{'':{width}}" + "".join(f"{title:>12}" for title in header))
+    print(f"{'':{width}}" + "".join(f"{title:>16}" for title in header))
     for name, row in summary.items():
         cells = (
             f"{row['untrained validation loss']:.4f}",
             f"{row['validation loss']:.4f}",
-            "" if row is next(iter(summary.values())) else f"{row['gap %']:+.2f} %",
+            "" if row is next(iter(summary.values())) else describe_gap(row),
             f"{row['spread']:.4f}" if len(row["validation losses"]) > 1 else "",
             f"{row['state bytes per linear parameter']:.2f}",
             f"{row['state bytes'] / 1e6:.1f} MB",
             f"{row['state bytes saved'] / 1e6:.1f} MB",
             f"{sum(row['bytes sent per iteration'].values()) / 1e6:.2f} MB",
         )
-        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells))
     print("B/linear: bytes of state per parameter of the linear layers; state: of all parameters;")
     print("saved: of them, against the first; sent: by the main process in one iteration")
 

@@ -43,6 +43,12 @@ class Config(Section):
         default_factory=LoggingConfig, description="What a run reports, and where."
     )
 
+    @property
+    def shuffle_seed(self) -> int:
+        """The seed of the order of the data."""
+        own = self.data.shuffle_seed
+        return self.train.seed if own is None else own
+
     def to_yaml(self) -> str:
         """Write every key with its resolved value; loading the text gives an equal config."""
         return to_yaml(self.model_dump(mode="json"))

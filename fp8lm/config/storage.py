@@ -34,6 +34,11 @@ class DataConfig(Section):
         "mock_data.",
     )
     split: Text = Field("99,1,0", description="Shares for training, validation and test.")
+    shuffle_seed: Size | None = Field(
+        None,
+        description="Seed of the order of the data alone, so that runs of several train.seed read "
+        "the same; null: train.seed.",
+    )
     data_cache_path: PathText | None = Field(
         None, description="Folder for the sample indices; null: beside the data."
     )

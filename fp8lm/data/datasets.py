@@ -58,7 +58,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
         from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
         gpt_config = GPTDatasetConfig(
-            random_seed=config.train.seed,
+            random_seed=config.shuffle_seed,
             sequence_length=config.model.seq_length,
             blend=(prefixes, weights),
             split=_plain_split(config.data.split),
@@ -226,7 +226,7 @@ def _mock(config: Config, tokenizer: Tokenizer, split: int, size: int) -> MockDa
     return MockDataset(
         vocab_size=tokenizer.vocab_size,
         seq_length=config.model.seq_length,
-        seed=config.train.seed,
+        seed=config.shuffle_seed,
         split=split,
         size=size,
         eod=tokenizer.eod,

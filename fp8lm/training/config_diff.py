@@ -21,7 +21,7 @@ _KEYS = {
         "train_samples",
         "calculate_per_token_loss",
     ),
-    "data": ("data_path", "split", "mock_data", "eod_mask_loss"),
+    "data": ("data_path", "split", "shuffle_seed", "mock_data", "eod_mask_loss"),
 }
 # Tensors of the same names and shapes would be read as something else.
 _MEANING = (

@@ -97,6 +97,7 @@ POSSIBLE = [
     ["data.mock_data=false", "data.data_path=[0, a, 2.5, b]"],
     ["data.mock_data=false", "data.data_path=[a]", "train.seed=4294967295"],
     ["train.seed=4294967296"],
+    ["data.data_path=[a]", "data.mock_data=false", "train.seed=4294967296", "data.shuffle_seed=1"],
     ["data.split='1'"],
     [HF, "tokenizer.vocab_size=null", "tokenizer.tokenizer_model=folder"],
     ["checkpoint.save_interval=5", "checkpoint.save=folder"],

@@ -144,13 +144,14 @@ def test_a_blend_is_what_megatron_makes_of_it(blend):
 
 
 def test_the_order_is_the_seeds(make_config, tokenizer, counting):
-    def order(seed):
-        config = make_config(seed=seed, data_path=[counting])
+    def order(seed, **data):
+        config = make_config(seed=seed, data_path=[counting], **data)
         train, _, _ = build_datasets(config, tokenizer, (30, 0, 0))
         return [train[i]["tokens"].tolist() for i in range(30)]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+    assert order(1, shuffle_seed=2) == order(3, shuffle_seed=2) == order(2)
 
 
 def test_cache_is_used_and_not_after_the_data_changed(

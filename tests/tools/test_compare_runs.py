@@ -39,3 +39,22 @@ def test_what_cannot_be_written(option, name, run, run_tool, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert error.startswith("error: cannot write") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gaps_in_pairs_of_seeds(run_tool, tmp_path, capsys):
+    def write(name, loss):
+        (tmp_path / name).mkdir()
+        lines = [*REPORTS[:2], {"iteration": 10, "lm loss validation": loss}]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return str(tmp_path / name)
+
+    first = ",".join(write(f"a{seed}", loss) for seed, loss in enumerate((2.0, 3.0, 4.0)))
+    second = ",".join(write(f"b{seed}", loss) for seed, loss in enumerate((2.02, 3.06, 4.12)))
+    summary = tmp_path / "summary.json"
+    assert run_tool("compare_runs", f"a={first}", f"b={second}", "--summary", summary) == 0
+    row = json.loads(summary.read_text())["b"]
+    assert row["gap % by seed"] == pytest.approx([1.0, 2.0, 3.0])
+    assert row["gap %"] == pytest.approx(2.0)
+    # Standard deviation 1, three values: 4.303 / sqrt(3).
+    assert row["gap % +-"] == pytest.approx(2.484, abs=1e-3)
+    assert "+2.00 +- 2.48 %" in capsys.readouterr().out

@@ -22,9 +22,10 @@ LARGEST_SEED = 2**32 - 1  # of numpy's RandomState, with which megatron-core shu
 
 def seed(config: Config) -> Iterator[str]:
     """Files are shuffled by a seed that numpy takes."""
-    if config.data.data_path and config.train.seed > LARGEST_SEED:
+    key = "train.seed" if config.data.shuffle_seed is None else "data.shuffle_seed"
+    if config.data.data_path and config.shuffle_seed > LARGEST_SEED:
         yield (
-            f"train.seed = {config.train.seed} is too large to shuffle data.data_path: the largest "
+            f"{key} = {config.shuffle_seed} is too large to shuffle data.data_path: the largest "
             f"is {LARGEST_SEED}"
         )
 

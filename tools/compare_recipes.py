@@ -1,0 +1,188 @@
+"""Train recipes from the same seeds on the same data and compare them: table, JSON, pictures.
+
+python tools/compare_recipes.py --config configs/quickstart.yaml --output runs/recipes \\
+    --recipes bf16 o3 o4 o3_bf16=preset=o3,main_grads_dtype=bf16 --seeds 1 2 3 [--jobs 2] \\
+    [section.key=value ...]
+
+A recipe is a preset, or NAME=key=value[,key=value ...] of section `precision`. A seed chooses the
+initial weights and the rounding's noise; the order of the data is the same in all runs. Gaps are
+against the first recipe, in pairs of seeds, with the 95 % interval of their mean.
+
+--jobs runs are trained at a time, on one thread each. A run that is interrupted goes on from its
+last checkpoint when the same command is given again, and what is done is not trained again. Left in
+--output: a folder per run, summary.json, loss.png, gaps.png.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare_runs import plot, print_table, read_curves, read_reports, summarize
+
+from fp8lm.arguments import as_path, path_text
+from fp8lm.config import load_config
+from fp8lm.data.files import write_aside
+from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP_TIME = "iteration-time"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: `arguments` of pretrain_gpt.py, its `folder`."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end before; InputError if `folder` is of another run."""
+        try:
+            record = json.loads((self.folder / "recipe.json").read_text())
+        except FileNotFoundError:
+            return False
+        if record["arguments"] != list(self.arguments):
+            raise InputError(
+                f"{self.folder} holds a run of other arguments: use another --output, or delete it"
+            )
+        return record["done"]
+
+    def write_record(self, *, done: bool) -> None:
+        """Note what is trained here, and whether it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"arguments": self.arguments, "done": done}
+        write_aside(self.folder / "recipe.json", json.dumps(record, indent=1) + "\n")
+
+    def run(self) -> None:
+        """Train, or go on; RunFailed if it ends otherwise."""
+        self.write_record(done=False)
+        log = self.folder / "log.txt"
+        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *self.arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with log.open("a") as output:
+            ended = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+            )
+        if ended.returncode:
+            raise RunFailed(f"{self.folder} ended with exit code {ended.returncode}: see {log}")
+        self.write_record(done=True)
+
+
+def main(argv: list[str]) -> None:
+    """Train what is not done, print, and write."""
+    lines = __doc__.splitlines()
+    parser = CommandParser(description=lines[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--output", type=as_path, required=True, help="folder of all runs")
+    parser.add_argument("--recipes", type=path_text, nargs="+", required=True, metavar="RECIPE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
+    options, overrides = parser.parse_known_args(argv)
+    if options.jobs < 1:
+        parser.error("--jobs is at least 1")
+    recipes = dict(read_recipe(text) for text in options.recipes)
+    trainings = {
+        name: [
+            prepare(options.config, options.output / f"{name}-{seed}", [*overrides, *keys], seed)
+            for seed in options.seeds
+        ]
+        for name, keys in recipes.items()
+    }
+    train_all([run for runs in trainings.values() for run in runs], options.jobs)
+    folders = {name: [run.folder for run in runs] for name, runs in trainings.items()}
+    report(folders, options.output)
+
+
+def read_recipe(text: str) -> tuple[str, list[str]]:
+    """Name and overrides of a recipe."""
+    name, _, keys = text.partition("=")
+    if not keys:
+        return name, [f"precision.preset={name}"]
+    if not name or "/" in name:
+        raise InputError(f"--recipes {text}: expected NAME=key=value[,key=value]")
+    return name, [f"precision.{key}" for key in keys.split(",")]
+
+
+def prepare(config: str, folder: Path, overrides: list[str], seed: int) -> Training:
+    """The run of one recipe and seed; InputError if its config is wrong."""
+    own = [
+        f"train.seed={seed}",
+        "data.shuffle_seed=1",
+        "train.num_threads=1",
+        f"logging.dir={folder}",
+        f"checkpoint.save={folder / 'checkpoints'}",
+        f"checkpoint.load={folder / 'checkpoints'}",
+        "checkpoint.keep_last=1",
+    ]
+    load_config(config, [*own, *overrides])
+    return Training(folder, ("--config", config, *own, *overrides))
+
+
+def train_all(trainings: list[Training], jobs: int) -> None:
+    """Train all that is not done, `jobs` at a time; the first failure is raised at the end."""
+    waiting = [training for training in trainings if not training.is_done]
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(training.run) for training in waiting]
+        for future in tqdm(running, unit="run", disable=None):
+            future.exception()
+    for future in running:
+        future.result()
+
+
+def report(folders: dict[str, list[Path]], output: Path) -> None:
+    """Table, summary.json, loss.png and gaps.png of all runs."""
+    curves = {name: [read_curves(folder) for folder in own] for name, own in folders.items()}
+    summary = summarize(curves)
+    for name, own in folders.items():
+        summary[name]["median seconds per iteration"] = statistics.median(
+            line[STEP_TIME]
+            for folder in own
+            for line in read_reports(folder / "metrics.jsonl")
+            if STEP_TIME in line
+        )
+    print_table(summary)
+    write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_aside(output / "loss.png", plot(curves, "png"))
+    write_aside(output / "gaps.png", plot_gaps(summary))
+
+
+def plot_gaps(summary: dict[str, dict[str, Any]]) -> bytes:
+    """Gap of every recipe to the first: its seeds, their mean and its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base, *others = summary
+    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.5 * max(len(others), 1)))
+    for height, name in enumerate(reversed(others)):
+        row = summary[name]
+        seeds = row["gap % by seed"] or [row["gap %"]]
+        axis.plot(seeds, [height] * len(seeds), "o", color="0.6", markersize=4)
+        axis.errorbar(row["gap %"], height, xerr=row["gap % +-"] or 0.0, fmt="D", capsize=4)
+    axis.axvline(0.0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(others)), list(reversed(others)))
+    axis.set_xlabel(f"validation loss above {base} in %: seeds, mean, 95 % interval of the mean")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
