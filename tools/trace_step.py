@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
             "config": options.config,
             "overrides": overrides,
             "replicas": options.replicas,
-            "hardware": {"file": str(options.hardware), **hardware.model_dump()},
+            "hardware": {"file": options.hardware.name, **hardware.model_dump()},
             "presets": facts,
         }
         write_aside(options.json, json.dumps(shown, indent=1) + "\n")
@@ -115,6 +115,11 @@ def predict(
     microbatches, left = divmod(
         config.train.global_batch_size, config.train.micro_batch_size * replicas
     )
+    if replicas > 1 and config.precision.grad_reduce != "fp32_accumulate":
+        raise InputError(
+            f"--replicas {replicas}: only precision.grad_reduce = fp32_accumulate is traced, not "
+            f"{config.precision.grad_reduce}: leave --replicas out"
+        )
     if left or not microbatches:
         raise InputError(
             f"--replicas {replicas}: train.global_batch_size = {config.train.global_batch_size} is "

@@ -169,21 +169,23 @@ def test_hardware_files_are_read(tracing, name):
     assert name.upper() in tracing.Hardware.read(ROOT / f"configs/hardware/{name}.yaml").name
 
 
-@pytest.mark.parametrize("preset", ["bf16", "te"])
-def test_layers_scale_exactly(tracing, traced, preset):
-    one, two, three = (traced(preset, layers) for layers in (1, 2, 3))
+def test_layers_scale_exactly(traced):
+    one, two, three = (traced("bf16", layers) for layers in (1, 2, 3))
     predicted = one + (two - one).times(2)
     assert predicted.costs.keys() == three.costs.keys()
     for key, cost in three.costs.items():
         assert list(predicted.costs[key].values()) == pytest.approx(list(cost.values())), key
 
 
-def test_first_and_last_layers_are_not_counted_as_others(tracing, traced):
-    key = "precision.first_last_layers_bf16=true"
-    plain = traced("te", 2) - traced("te", 1)
-    middle = traced("te", 4, key) - traced("te", 3, key)
-    further = tracing.costs.FURTHER
-    assert middle.total(further).launches == plain.total(further).launches
+def test_first_and_last_layers_are_not_counted_as_others(tracing, traced, hardware):
+    overrides = [*SMALL, "precision.first_last_layers_bf16=true", "train.global_batch_size=2"]
+    predicted = tracing.predict(str(GPT_7B), overrides, "te", hardware, 1)
+    plain, further = traced("te", 2) - traced("te", 1), tracing.costs.FURTHER
+    assert predicted.layer.total(further).launches == plain.total(further).launches
+    dense = (traced("bf16", 2) - traced("bf16", 1)).total(further)
+    ends = (traced("te", 1) - plain).total(further)
+    apart = plain.total(further).launches - dense.launches
+    assert predicted.ends.total(further).launches == ends.launches - 2 * apart
 
 
 @pytest.mark.parametrize("preset", ["bf16", "te", "o3", "o3_long"])
@@ -291,7 +293,10 @@ def test_the_command(run_tool, tmp_path, capsys):
     assert f"{o3['launches_per_layer']}" in capsys.readouterr().out
 
 
-def test_a_batch_that_the_replicas_cannot_divide(run_tool, capsys):
-    arguments = ("--replicas", 3, *SMALL, "train.global_batch_size=4")
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.global_batch_size", 4), ("precision.grad_reduce", "fp8_sum")]
+)
+def test_replicas_that_cannot_be_traced(run_tool, capsys, key, value):
+    arguments = ("--replicas", 3, *SMALL, f"{key}={value}", "train.micro_batch_size=1")
     assert run_tool("trace_step", "--config", GPT_7B, *arguments) == 2
-    assert "train.global_batch_size" in capsys.readouterr().err
+    assert key in capsys.readouterr().err

@@ -71,6 +71,7 @@ PLACES = {
     "layers.weight_operands": SCALE,
     "training.step": OPTIMIZER,  # the step's scalars
 }
+_OF_BIAS = ("sum", "add_")  # operations of `layers.linear` itself
 _SCALAR_PARTS = (AMAX, CAST, DECODE, GEMM, OTHER)  # single numbers there are scales and amaxes
 
 
@@ -102,8 +103,10 @@ class CallSites:
             self._of_node.setdefault(number, purpose)
         if is_scalar and purpose in _SCALAR_PARTS:
             purpose = SCALE
-        elif name == "add_" and purpose == GEMM:
+        elif purpose == GEMM and name == "add_":
             purpose = BIAS  # that the matrix product does not take itself
+        elif purpose == BIAS and name not in _OF_BIAS:
+            purpose = OTHER
         modules = {module for segment in stack for module, _ in segment}
         return Site(purpose, "parallel.pipeline" in modules and purpose != REDUCTION)
 
