@@ -29,7 +29,7 @@ from tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from tracing.floor import ideal_bytes, matrix_parameters
 from tracing.purposes import ATTENTION, GEMM, PURPOSES
 from tracing.roofline import TERA, Hardware
-from tracing.run import trace_step
+from tracing.run import KERNELS, trace_step
 
 from fp8lm.arguments import as_path, number_type
 from fp8lm.config import Config, load_config
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     add("--config", required=True)
     add("--preset", nargs="+", help="default: the config's; bf16 is always traced too")
     add("--hardware", type=as_path, default=H200, help="a file like those of configs/hardware")
+    add("--kernels", choices=KERNELS, help="default: those that a Hopper GPU gets")
     add("--replicas", type=number_type(1), default=1, help="data-parallel ranks")
     add("--json", type=as_path, help="write the numbers to this file")
     add("--output", type=as_path, help="draw the time of a layer by purpose to this PNG")
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
     configured = load_config(options.config, overrides)
     presets = options.preset or [configured.precision.preset]
     predictions = {
-        preset: predict(options.config, overrides, preset, hardware, options.replicas)
+        preset: predict(
+            options.config, overrides, preset, hardware, options.replicas, options.kernels
+        )
         for preset in dict.fromkeys((BF16, *presets))
     }
     facts = {preset: as_facts(p, predictions[BF16]) for preset, p in predictions.items()}
@@ -67,6 +70,7 @@ def main(argv: list[str]) -> None:
             "config": options.config,
             "overrides": overrides,
             "replicas": options.replicas,
+            "kernels": options.kernels,
             "hardware": {"file": options.hardware.name, **hardware.model_dump()},
             "presets": facts,
         }
@@ -106,7 +110,12 @@ class Prediction:
 
 
 def predict(
-    path: str, overrides: list[str], preset: str, hardware: Hardware, replicas: int
+    path: str,
+    overrides: list[str],
+    preset: str,
+    hardware: Hardware,
+    replicas: int,
+    kernels: str | None = None,
 ) -> Prediction:
     """Trace the config at `path` with `overrides` under `preset`."""
     config = load_config(path, [*overrides, f"precision.preset={preset}"])
@@ -130,7 +139,7 @@ def predict(
     def trace(num_layers: int, replicas: int = 1) -> StepCost:
         traced = load_config(path, [*overrides, *_one_stage(preset, num_layers, config, replicas)])
         world_size = parallel.tensor_model_parallel_size * replicas
-        return trace_step(traced, num_ids, hardware, world_size)
+        return trace_step(traced, num_ids, hardware, world_size, kernels)
 
     # The first and the last are others, and not counted as a layer.
     least = 3 if config.precision.first_last_layers_bf16 else 1

@@ -50,10 +50,10 @@ def traced(tracing, hardware):
     """The cost of a step of the small model under a preset, each traced once."""
 
     @cache
-    def trace(preset, layers, *overrides, world_size=1):
+    def trace(preset, layers, *overrides, world_size=1, kernels=None):
         shown = (f"precision.preset={preset}", f"model.num_layers={layers}", *SMALL, *overrides)
         config = load_config(GPT_7B, shown)
-        return tracing.run.trace_step(config, VOCABULARY, hardware, world_size)
+        return tracing.run.trace_step(config, VOCABULARY, hardware, world_size, kernels)
 
     return trace
 
@@ -193,6 +193,16 @@ def test_every_operation_has_a_purpose(tracing, traced, preset):
     cost = traced(preset, 1)
     for phase in tracing.costs.PHASES:
         assert tracing.purposes.OTHER not in cost.by_purpose(phase)
+
+
+def test_triton_kernels_declare_what_they_move(tracing, traced):
+    pytest.importorskip("triton")
+    place, further = tracing.purposes, tracing.costs.FURTHER
+    fused = traced("o3", 1, kernels="triton").by_purpose(further)
+    eager = traced("o3", 1, kernels="hopper").by_purpose(further)
+    assert place.OTHER not in fused
+    assert fused[place.ACCUMULATE].moved < eager[place.ACCUMULATE].moved / 2
+    assert fused[place.GEMM] == eager[place.GEMM]
 
 
 def test_flops_of_a_layer(tracing, traced):

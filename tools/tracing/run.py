@@ -25,7 +25,9 @@ from fp8lm.comm import WireCounter
 from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
+from fp8lm.kernels import Kernels
 from fp8lm.kernels.cost import declare_launch, recording
+from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.select import kernels_for_gpu
 from fp8lm.layers.param import trainable
 from fp8lm.layers.recipe import Recipe
@@ -41,14 +43,32 @@ from tracing.roofline import Hardware
 
 META = torch.device("meta")
 HOPPER = (9, 0)  # compute capability
+KERNELS = ("hopper", "triton")
 
 
-def trace_step(config: Config, num_ids: int, hardware: Hardware, world_size: int) -> StepCost:
+def kernels_of(name: str | None) -> Kernels:
+    """The kernels `name` (one of `KERNELS`), or those that a Hopper GPU gets."""
+    if name is None:
+        return kernels_for_gpu(HOPPER, "the traced device")
+    if name == "hopper":
+        return HopperKernels()
+    from fp8lm.kernels.triton.backend import TritonKernels  # a package that may be missing
+
+    return TritonKernels()
+
+
+def trace_step(
+    config: Config,
+    num_ids: int,
+    hardware: Hardware,
+    world_size: int,
+    kernels_name: str | None = None,
+) -> StepCost:
     """The cost of a step of two micro-batches, all of `config` but its numbers of those and data.
 
     `num_ids` is the size of the tokenizer's vocabulary. Rank 0 of `world_size`; no pipeline.
     """
-    kernels, counter = kernels_for_gpu(HOPPER, "the traced device"), WireCounter()
+    kernels, counter = kernels_of(kernels_name), WireCounter()
     with fake_groups(config, world_size) as groups:
         tp = build_tp_context(config, groups, kernels, counter)
         recipe = Recipe.from_config(config.precision, kernels, META, tp)
