@@ -14,7 +14,8 @@ stale scale, a wrong owner. Each mutation is one such slip in a copy of the chec
     choice      the two sides of `a if c else b`, min and max, all and any
 
 Tests of the mutated package run first, then the others that hold it (`TESTS`), until one fails.
-One line per mutation; exit code 1 if any survives. A survivor is a line that no test needs, an
+One line per mutation; exit code 1 if any survives. A mutation whose outcome is in the --json file
+is not tried again: a long series can be run in parts. A survivor is a line that no test needs, an
 equivalent program, or a missing test.
 """
 
@@ -68,7 +69,8 @@ TESTS = (
     "tests/training/test_data_parallel.py",
     "tests/tools/test_fuzz_layouts.py",
 )
-LIMIT = 900  # seconds for the tests of one mutation; one that hangs is noticed
+LIMIT = 1200  # seconds for the tests of one mutation; one that hangs is noticed
+WORKERS = 2
 GROUPS = ("tensor_parallel", "data_parallel", "pipeline_parallel", "world")
 CHOICES = {"min": "max", "max": "min", "all": "any", "any": "all"}
 COMPARED = {
@@ -266,9 +268,12 @@ def mutated(tree: Path, mutation: Mutation) -> Iterator[None]:
         path.write_text(source)
 
 
-def run_tests(tree: Path, tests: list[str], limit: float) -> str | None:
-    """What ended the tests early; None if all passed."""
+def run_tests(tree: Path, tests: list[str], limit: float, workers: int = 0) -> str | None:
+    """What ended the tests early; None if all passed. They run in `workers` processes, or one."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    if workers:
+        in_order = ("--dist", "loadfile", "--no-loadscope-reorder")
+        command += ["-n", str(workers), *in_order]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         result = subprocess.run(
@@ -300,6 +305,16 @@ def report(outcomes: list[Outcome], seed: int) -> dict[str, object]:
     }
 
 
+def read_outcomes(path: Path | None) -> list[Outcome]:
+    """What a report at `path` says of every mutation; nothing where there is none."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())["mutations"]
+    return [
+        Outcome(**{**outcome, "mutation": Mutation(**outcome["mutation"])}) for outcome in found
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Draw, break, test, print."""
     parser = CommandParser(description=(__doc__ or "").splitlines()[0])
@@ -320,7 +335,9 @@ def main(argv: list[str]) -> int:
 
 def try_all(drawn: list[Mutation], arguments: argparse.Namespace) -> list[Outcome]:
     """The outcome of each, printed as it comes and written to `--json` after each."""
-    outcomes: list[Outcome] = []
+    outcomes = [tried for tried in read_outcomes(arguments.json) if tried.mutation in drawn]
+    known = {outcome.mutation for outcome in outcomes}
+    drawn = [mutation for mutation in drawn if mutation not in known]
     with tempfile.TemporaryDirectory(prefix="fp8lm_mutate_") as folder:
         tree = Path(folder, "tree")
         kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info")
@@ -328,7 +345,8 @@ def try_all(drawn: list[Mutation], arguments: argparse.Namespace) -> list[Outcom
         for mutation in tqdm(drawn, unit="mutation", disable=None):
             started = time.monotonic()
             with mutated(tree, mutation):
-                caught = run_tests(tree, tests_for(mutation.file), LIMIT)
+                own, *others = tests_for(mutation.file)
+                caught = run_tests(tree, [own], LIMIT) or run_tests(tree, others, LIMIT, WORKERS)
             outcomes.append(Outcome(mutation, caught, time.monotonic() - started))
             tqdm.write(f"{describe(mutation)}\n    {caught or 'SURVIVED'}")
             if arguments.json:

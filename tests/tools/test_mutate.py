@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 
 import pytest
 
@@ -82,3 +83,18 @@ def test_a_broken_line_is_noticed_and_put_back(mutate, tmp_path):
 def test_the_command_lists_what_it_would_break(run_tool, capsys):
     assert run_tool("mutate", "--list", "--count", "2") == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_what_was_tried_is_not_tried_again(mutate, tmp_path, monkeypatch):
+    tried = []
+
+    def run_tests(*arguments):
+        tried.append(arguments)
+        return "FAILED somewhere"
+
+    monkeypatch.setattr(mutate, "run_tests", run_tests)
+    command = ["--under", "fp8lm/comm/dims.py", "--json", str(tmp_path / "outcomes.json")]
+    assert mutate.main([*command, "--count", "2"]) == 0
+    assert mutate.main([*command, "--count", "3"]) == 0
+    assert len(tried) == 3
+    assert json.loads((tmp_path / "outcomes.json").read_text())["caught"] == 3
