@@ -27,6 +27,7 @@ SecondMomentDtype = Literal[MomentDtype, "fp8_e4m4_root"]
 Rounding = Literal["nearest", "stochastic"]
 PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"]
 WireFormat = Literal["fp8", "bf16"]
+KernelsName = Literal["auto", "eager", "triton"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
 _Moments = tuple[MomentDtype, SecondMomentDtype]
@@ -174,6 +175,12 @@ class PrecisionConfig(Section):
         "anew in every micro-batch: the copy in the GEMM's format of a weight stored in another, "
         "and on a GPU the transposed copy of an FP8 weight that dgrad reads. In FP8 one byte per "
         "parameter each.",
+    )
+    kernels: KernelsName = Field(
+        "auto",
+        description="What computes casts, transposes and sums on a GPU, bit for bit the same: "
+        "triton, fused kernels; eager, PyTorch's operations one by one; auto, triton where it is "
+        "installed. A CPU has eager.",
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,

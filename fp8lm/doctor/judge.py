@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 # What it costs to do without.
 WITHOUT = {
-    "triton": "nothing: no kernel of fp8lm is written in it",
+    "triton": "speed on a GPU: casts and sums are eager operations of PyTorch",
     "transformer-engine": "nothing: fp8lm does not call it, megatron-core has other layers",
     "apex": "nothing: fp8lm does not call it, megatron-core has other layers",
 }

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import torch
 
+from fp8lm.config.precision import KernelsName
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.kernels.interface import Kernels
+from fp8lm.kernels.interface import ELEMENTWISE, Kernels
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.runtime.errors import InputError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
-def select_kernels(device: torch.device) -> Kernels:
-    """Kernels for `device`; InputError for a GPU without FP8 tensor cores.
+def select_kernels(device: torch.device, wanted: KernelsName = "auto") -> Kernels:
+    """Kernels for `device`, as `precision.kernels` wants them; InputError if they cannot run there.
 
-    It is refused here instead of failing in the first GEMM.
+    So it is for a GPU without FP8 tensor cores, which would fail in the first GEMM.
     """
-    if device.type == "cpu":
-        return kernels_for_cpu()
-    return kernels_for_gpu(
-        torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    )
+    if device.type != "cpu":
+        capability = torch.cuda.get_device_capability(device)
+        return kernels_for_gpu(capability, torch.cuda.get_device_name(device), wanted)
+    if wanted == "triton":
+        raise InputError(
+            "precision.kernels=triton needs a GPU, and this process computes on the CPU: use "
+            "precision.kernels=auto"
+        )
+    return kernels_for_cpu()
 
 
-def describe_kernels(device: torch.device) -> str:
-    """The name of the kernels for `device`, and the reason for the choice."""
+def describe_kernels(device: torch.device, wanted: KernelsName = "auto") -> str:
+    """What computes on `device`, and the reason for the choice."""
     if device.type == "cpu":
         return "PyTorch with FP8 emulated exactly, as on every CPU"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor})"
+    elementwise = select_kernels(device, wanted).backends[ELEMENTWISE]
+    return (
+        f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor}), {elementwise} "
+        f"(precision.kernels={wanted})"
+    )
 
 
 def kernels_for_cpu() -> Kernels:
@@ -37,10 +46,13 @@ def kernels_for_cpu() -> Kernels:
     return ReferenceKernels()
 
 
-def kernels_for_gpu(capability: tuple[int, int], name: str) -> Kernels:
+def kernels_for_gpu(
+    capability: tuple[int, int], name: str, wanted: KernelsName = "auto"
+) -> Kernels:
     """cuBLASLt FP8 GEMMs, on a GPU that has them; InputError names the one that has not.
 
-    FP8 support is read off the compute capability, not the product's name.
+    FP8 support is read off the compute capability, not the product's name. The rest is Triton's
+    where that can be imported, or InputError if it cannot and is `wanted`.
     """
     if capability < FP8_COMPUTE_CAPABILITY:
         needed = ".".join(map(str, FP8_COMPUTE_CAPABILITY))
@@ -48,4 +60,15 @@ def kernels_for_gpu(capability: tuple[int, int], name: str) -> Kernels:
             f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 tensor cores need "
             f"{needed} or newer: use another GPU or train.device=cpu"
         )
-    return HopperKernels()
+    if wanted == "eager":
+        return HopperKernels()
+    try:
+        from fp8lm.kernels.triton.backend import TritonKernels  # optional
+    except Exception as error:  # what a broken installation comes up with
+        if wanted == "auto":
+            return HopperKernels()
+        raise InputError(
+            f"precision.kernels=triton, but Triton cannot be imported ({error}): "
+            'pip install "triton>=3.6,<4", or use precision.kernels=eager'
+        ) from None
+    return TritonKernels()

@@ -75,7 +75,7 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
     if not dist.is_nccl_available():
         raise InputError(NO_NCCL)
     for number in range(nproc_per_node):
-        select_kernels(torch.device("cuda", number))
+        select_kernels(torch.device("cuda", number), config.precision.kernels)
 
 
 def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:

@@ -102,6 +102,18 @@ class GemmPath:
             for kind, operand in operands.items()
         }
 
+    def cast_input(
+        self, x: Tensor, *, transposed: bool
+    ) -> tuple[ScaledTensor, ScaledTensor | None]:
+        """`x` [T,I] as it is sent to other ranks; and `transposed`, unless others hold a part."""
+        return _cast(x, self.sent_input, self.input_comm, transposed)
+
+    def cast_grad_output(
+        self, dy: Tensor, *, transposed: bool
+    ) -> tuple[ScaledTensor, ScaledTensor | None]:
+        """The same of `dy` [T,O]."""
+        return _cast(dy, self.sent_grad_output, self.output_comm, transposed)
+
     def operand(self, gathered: ScaledTensor, quantizer: Quantizer) -> ScaledTensor:
         """`gathered` in the format of its GEMM."""
         if gathered.format == quantizer.format:
@@ -109,6 +121,14 @@ class GemmPath:
         # FP8 and BF16 values are exact in bf16.
         exact = torch.float32 if gathered.format == FP32 else torch.bfloat16
         return quantizer(self.kernels.dequantize(gathered, exact))
+
+
+def _cast(
+    x: Tensor, quantizer: Quantizer, comm: TPComm, transposed: bool
+) -> tuple[ScaledTensor, ScaledTensor | None]:
+    if transposed and not comm.gathers:
+        return quantizer.with_transpose(x)
+    return quantizer(x), None
 
 
 def linear(
@@ -144,7 +164,8 @@ class _LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         kernels, reduces = path.kernels, path.output_comm.reduces
         y, of_prologue = (x, ()) if prologue is None else prologue.forward_saving(x)
-        sent = path.sent_input(y.reshape(-1, y.shape[-1]))
+        trainable = weight.spec.trainable
+        sent, x_IT = path.cast_input(y.reshape(-1, y.shape[-1]), transposed=trainable)
         gathering = path.input_comm.gather(sent)
         w_OI = weight.operand()
         x_TI = path.operand(gathering.wait(), path.input)
@@ -158,10 +179,11 @@ class _LinearFunction(torch.autograd.Function):
         y_TO = path.output_comm.reduce(y_TO).wait()
         if bias is not None and reduces:
             y_TO.add_(bias)
-        saved: tuple[Tensor, ...] = ()
-        if weight.spec.trainable:
-            own = sent if path.input_comm.gathers else kernels.transpose(x_TI)
-            saved, ctx.saved_as = (own.payload, own.scale), (own.format, own.granularity)
+        saved: tuple[Tensor | None, ...] = ()
+        if trainable:
+            own = sent if x_IT is None else x_IT  # this rank's part, or the whole
+            saved = (own.payload, own.scale, own.inverse)
+            ctx.saved_as = (own.format, own.granularity)
         ctx.save_for_backward(*saved, *of_prologue)
         ctx.weight, ctx.path, ctx.prologue, ctx.input_shape = weight, path, prologue, y.shape
         # Of the leading dimensions only the first can have changed.
@@ -174,14 +196,15 @@ class _LinearFunction(torch.autograd.Function):
         input_comm, dtype = path.input_comm, path.precision.output
         dy = dy.reshape(-1, dy.shape[-1])
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        gathered = path.output_comm.gather(path.sent_grad_output(dy)).wait()
-        dy_TO = path.operand(gathered, path.grad_output)
+        sent, dy_OT = path.cast_grad_output(dy, transposed=weight.spec.trainable)
+        dy_TO = path.operand(path.output_comm.gather(sent).wait(), path.grad_output)
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
         wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
         if weight.spec.trainable:
-            payload, scale, *of_prologue = of_prologue
-            saved = ScaledTensor(payload, scale, *ctx.saved_as)
-            wgrad = _weight_gradient(weight, path, saved, dy_TO)
+            payload, scale, inverse, *of_prologue = of_prologue
+            saved = ScaledTensor(payload, scale, *ctx.saved_as, inverse)
+            dy_OT = kernels.transpose(dy_TO) if dy_OT is None else dy_OT
+            wgrad = _weight_gradient(weight, path, saved, dy_OT)
         reducing = None
         if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[_NUM_INPUTS:]):
             dx_TI = kernels.gemm(dy_TO, weight.transposed_operand(), out_dtype=dtype)
@@ -199,7 +222,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 def _weight_gradient(
-    weight: QuantizedParam, path: GemmPath, saved: ScaledTensor, dy_TO: ScaledTensor
+    weight: QuantizedParam, path: GemmPath, saved: ScaledTensor, dy_OT: ScaledTensor
 ) -> Callable[[], None]:
     """A function that computes and adds the weight's gradient; starts gathering the `saved` inputs.
 
@@ -215,7 +238,7 @@ def _weight_gradient(
         if comm.gathers:
             arriving = gathering or comm.gather(saved)
             x_IT = kernels.transpose(path.operand(arriving.wait(), path.input))
-        dw_OI = kernels.gemm(kernels.transpose(dy_TO), x_IT, out_dtype=path.precision.output)
+        dw_OI = kernels.gemm(dy_OT, x_IT, out_dtype=path.precision.output)
         weight.main_grad.add(dw_OI)
 
     return compute

@@ -135,9 +135,13 @@ class Param(nn.Module):
 
 @dataclass
 class OperandCache:
-    """Amax and operands of a weight within one step; `keep`: keep the cast operands too."""
+    """Amax and operands of a weight within one step; `keep`: keep the cast operands too.
+
+    `inverse` is that of the scale of a weight that GEMMs read as it is stored.
+    """
 
     amax: Tensor | None = None
+    inverse: Tensor | None = None
     keep: bool = False
     operand: ScaledTensor | None = None
     transposed: ScaledTensor | None = None
@@ -217,15 +221,15 @@ class QuantizedParam(Param):
 
     def operand(self) -> ScaledTensor:
         """The weight as forward's GEMM reads it; requantized only if stored in another format."""
-        if self.quantizer.format == self.spec.format:
-            return self.model_param
         cache = self.cache or OperandCache()
-        if cache.operand is not None:
-            return cache.operand
-        operand = self.quantizer(self._values(), amax=cache.amax)
-        if cache.keep:
-            cache.operand = operand
-        return operand
+        if self.quantizer.format == self.spec.format:
+            return ScaledTensor(self.payload, self.scale, self.spec.format, inverse=cache.inverse)
+        if not cache.keep:
+            return self.quantizer(self._values(), amax=cache.amax)
+        if cache.operand is None:
+            both = self.quantizer.with_transpose(self._values(), amax=cache.amax)
+            cache.operand, cache.transposed = both
+        return cache.operand
 
     def transposed_operand(self) -> ScaledTensor:
         """The weight as dgrad's GEMM reads it."""

@@ -53,12 +53,29 @@ class Quantizer:
 
     def __call__(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
         """`x` (bf16 or fp32) in `format`; `amax`, already shared, if it is known."""
-        if self.format.scaled and amax is None and self.share_amax is not None:
-            amax = self.share_amax(self.kernels.amax(x))
+        amax = self._amax(x, amax)
         quantized = self.kernels.quantize(x, self.format, amax=amax, granularity=self.granularity)
         if self.observer is not None:
             self.observer(x, quantized)
         return quantized
+
+    def with_transpose(
+        self, x: Tensor, *, amax: Tensor | None = None
+    ) -> tuple[ScaledTensor, ScaledTensor]:
+        """`x` [R,C] in `format`, and its transposed as GEMMs read it."""
+        if not self.granularity.is_per_tensor:
+            quantized = self(x, amax=amax)
+            return quantized, self.kernels.transpose(quantized)
+        amax = self._amax(x, amax)
+        quantized, transposed = self.kernels.quantize_with_transpose(x, self.format, amax=amax)
+        if self.observer is not None:
+            self.observer(x, quantized)
+        return quantized, transposed
+
+    def _amax(self, x: Tensor, amax: Tensor | None) -> Tensor | None:
+        if self.format.scaled and amax is None and self.share_amax is not None:
+            return self.share_amax(self.kernels.amax(x))
+        return amax
 
     def __repr__(self) -> str:
         return f"Quantizer({self.format}, {self.granularity})"

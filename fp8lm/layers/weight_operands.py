@@ -27,10 +27,22 @@ def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[
     if cast:
         shared = tp.max(torch.stack([weight.local_amax() for weight in cast]))
         amaxes = dict(zip(cast, shared.unbind(), strict=True))
+    inverses = _inverse_scales(matrices)
     for weight in matrices:
-        weight.cache = OperandCache(amaxes.get(weight), weight.cache_operands)
+        weight.cache = OperandCache(
+            amaxes.get(weight), inverses.get(weight), keep=weight.cache_operands
+        )
     try:
         yield
     finally:
         for weight in matrices:
             weight.cache = None
+
+
+def _inverse_scales(weights: list[QuantizedParam]) -> dict[QuantizedParam, Tensor]:
+    """Those of weights that GEMMs read as they are stored, in one operation for all."""
+    read = [weight for weight in weights if weight.spec.format.scaled and not weight.needs_cast]
+    if not read:
+        return {}
+    inverses = torch.stack([weight.scale for weight in read]).reciprocal()
+    return dict(zip(read, inverses.unbind(), strict=True))

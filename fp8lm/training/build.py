@@ -78,7 +78,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     data = build_data(config)
     num_ids = data.tokenizer.vocab_size
     vocab_size = model_vocab_size(config, num_ids)
-    kernels, counter = select_kernels(device), WireCounter()
+    kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, tp)
     chunks = [

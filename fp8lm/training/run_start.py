@@ -72,7 +72,7 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         f" model: {num_parameters:,} parameters in all ({model.num_layers} layers of "
         f"{model.hidden_size}), precision {config.precision.preset}",
         f" device: {groups.world.size()} x {_describe_device(run.device)} ({layout}); kernels: "
-        f"{describe_kernels(run.device)}",
+        f"{describe_kernels(run.device, config.precision.kernels)}",
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
         f" folders: {_describe_folders(config)}",
         describe_state(linear_weights(run.weights), run.optimizer.states),

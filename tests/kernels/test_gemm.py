@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.kernels.hopper import HopperKernels
+from fp8lm.kernels.interface import ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import check_gemm_operands
+from fp8lm.kernels.select import kernels_for_gpu
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, PER_ROW, Granularity
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
@@ -123,7 +127,28 @@ def test_gpu_without_fp8_is_refused(monkeypatch):
 def test_gpu_with_fp8_multiplies_on_tensor_cores(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    assert type(select_kernels(torch.device("cuda", 0))) is HopperKernels
+    assert type(select_kernels(torch.device("cuda", 0), "eager")) is HopperKernels
+    fused = select_kernels(torch.device("cuda", 0))
+    assert fused.backends[GEMM] == HopperKernels().backends[GEMM]
+
+
+def test_triton_where_it_can_be_imported(monkeypatch):
+    pytest.importorskip("triton")
+    by_name = {name: kernels_for_gpu((9, 0), "H100", name) for name in ("auto", "triton", "eager")}
+    assert type(by_name["auto"]) is type(by_name["triton"]) is not HopperKernels
+    assert by_name["auto"].backends[ELEMENTWISE].startswith("fused Triton kernels")
+    monkeypatch.setitem(sys.modules, "fp8lm.kernels.triton.backend", None)  # fails to import
+    assert type(kernels_for_gpu((9, 0), "H100")) is HopperKernels
+    with pytest.raises(
+        InputError, match=r"pip install .*triton.*, or use precision\.kernels=eager"
+    ):
+        kernels_for_gpu((9, 0), "H100", "triton")
+
+
+def test_triton_is_refused_on_a_cpu():
+    assert type(select_kernels(CPU, "eager")) is ReferenceKernels
+    with pytest.raises(InputError, match=r"precision\.kernels=triton needs a GPU"):
+        select_kernels(CPU, "triton")
 
 
 @pytest.mark.gpu
