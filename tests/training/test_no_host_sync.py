@@ -7,6 +7,8 @@ ranks this process is one; what they would send each other goes nowhere.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,17 +59,22 @@ def batch():
 
 
 KERNELS = HopperKernels()
+BACKENDS = [KERNELS]
+if find_spec("triton"):
+    from fp8lm.kernels.triton.backend import TritonKernels
+
+    BACKENDS.append(TritonKernels())
 
 
-def model(shape, precision, tp=NO_TP):
-    recipe = Recipe.from_config(precision, KERNELS, META, tp)
+def model(shape, precision, tp=NO_TP, kernels=KERNELS):
+    recipe = Recipe.from_config(precision, kernels, META, tp)
     config = model_config(**SHAPES[shape], **DROPOUT)
     return GPTModel(config, VOCABULARY, recipe)
 
 
-def optimizer(weights, precision, sharding=None):
+def optimizer(weights, precision, sharding=None, kernels=KERNELS):
     states = StatePrecision.from_config(precision)
-    adam = AdamW(weights, OptimizerConfig(lr=1e-3), states, KERNELS, seed=1, sharding=sharding)
+    adam = AdamW(weights, OptimizerConfig(lr=1e-3), states, kernels, seed=1, sharding=sharding)
     for name, weight in weights.items():
         adam.initialize(name, torch.zeros(weight.spec.shape))
     return adam
@@ -86,10 +93,11 @@ def check_two_steps(gpt, adam, data_parallel=None):
 
 @pytest.mark.parametrize("shape", ["gpt", "llama"])
 @pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"])
-def test_steps_and_an_evaluation(preset, shape):
+@pytest.mark.parametrize("kernels", BACKENDS, ids=lambda kernels: type(kernels).__name__)
+def test_steps_and_an_evaluation(preset, shape, kernels):
     precision = PrecisionConfig(preset=preset)
-    gpt = model(shape, precision)
-    check_two_steps(gpt, optimizer(named_params(gpt), precision))
+    gpt = model(shape, precision, kernels=kernels)
+    check_two_steps(gpt, optimizer(named_params(gpt), precision, kernels=kernels))
     loss = NoPipeline(gpt.forward_step).evaluate([batch()], LanguageModeling(VOCABULARY - 3))
     assert loss.device == META
 
