@@ -202,7 +202,8 @@ class _LinearFunction(torch.autograd.Function):
         wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
         if weight.spec.trainable:
             payload, scale, inverse, *of_prologue = of_prologue
-            saved = ScaledTensor(payload, scale, *ctx.saved_as, inverse=inverse)
+            fmt, granularity = ctx.saved_as
+            saved = ScaledTensor(payload, scale, fmt, granularity, inverse)
             dy_OT = kernels.transpose(dy_TO) if dy_OT is None else dy_OT
             wgrad = _weight_gradient(weight, path, saved, dy_OT)
         reducing = None

@@ -47,8 +47,10 @@ OWNERS = {
 # The innermost of these has it: methods of the interface of kernels, else modules.
 METHODS = {
     "amax": AMAX,
+    "partial_amaxes": AMAX,
     "cast": CAST,
     "quantize": CAST,
+    "quantize_with_transpose": CAST,
     "dequantize": DECODE,
     "transpose": TRANSPOSE,
     "gemm": GEMM,
