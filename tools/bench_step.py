@@ -3,7 +3,9 @@
 python tools/bench_step.py [--hidden-size 512 --num-layers 4 ...] [--output result.json]
 
 All contestants take turns, step by step, so that whatever else the machine does hits them alike;
-the table gives the median time of a step and its ratio to the plain loop's.
+the table gives the median time of a step, its ratio to the plain loop's, and the model's TFLOP/s
+(causal attention counted once; fp8lm.training.flops). On a GPU also what a step allocates beyond
+the states of all contestants. The plain loop knows only the usual widths: without it for others.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from fp8lm.model.objectives import LanguageModeling
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import CommandParser, run_command
 from fp8lm.training.builders import build_one_process, resolve_device
+from fp8lm.training.flops import TERA, training_flops
 from fp8lm.training.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,8 +50,8 @@ def main(argv: list[str]) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     contestants = build_contestants(options, device)
-    times = measure(contestants, options.steps, device)
-    rows = summarize(times, options)
+    times, allocated = measure(contestants, options.steps, device)
+    rows = summarize(times, allocated, options)
     print_table(rows, options, device)
     if options.output:
         facts = {"options": vars(options), "device": describe_device(device), "rows": rows}
@@ -61,6 +64,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-attention-heads", type=int, default=8)
+    parser.add_argument("--kv-channels", type=int, help="default: hidden size / heads")
+    parser.add_argument("--ffn-hidden-size", type=int, help="default: four times the hidden size")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--num-microbatches", type=int, default=1)
@@ -78,22 +83,16 @@ def build_contestants(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """A function per contestant that takes one training step on the same batch."""
     batch = make_batch(options, device)
-    plain = PlainTraining(
-        PlainGPT(
-            options.num_layers,
-            options.hidden_size,
-            options.num_attention_heads,
-            options.vocab_size,
-            options.seq_length,
-        ).to(device),
-        LR,
-    )
-    contestants = {PLAIN: lambda: plain.step(batch)}
+    contestants: dict[str, Callable[[], torch.Tensor]] = {}
+    if options.kv_channels is None and options.ffn_hidden_size is None:
+        shape = (options.num_layers, options.hidden_size, options.num_attention_heads)
+        model = PlainGPT(*shape, options.vocab_size, options.seq_length)
+        contestants[PLAIN] = partial(PlainTraining(model.to(device), LR).step, batch)
     for preset in options.presets.split(","):
         config = make_config(options, preset)
         kernels = select_kernels(device)
-        model, optimizer = build_one_process(config, options.vocab_size, kernels, device)
-        contestants[preset] = partial(_loss_of_step, model, optimizer, batch)
+        trained, optimizer = build_one_process(config, options.vocab_size, kernels, device)
+        contestants[preset] = partial(_loss_of_step, trained, optimizer, batch)
     return contestants
 
 
@@ -122,6 +121,8 @@ def make_config(options: argparse.Namespace, preset: str) -> Config:
                 "num_layers": options.num_layers,
                 "hidden_size": options.hidden_size,
                 "num_attention_heads": options.num_attention_heads,
+                "kv_channels": options.kv_channels,
+                "ffn_hidden_size": options.ffn_hidden_size,
                 "seq_length": options.seq_length,
             },
             "precision": {"preset": preset},
@@ -139,18 +140,37 @@ def make_config(options: argparse.Namespace, preset: str) -> Config:
 
 def measure(
     contestants: dict[str, Callable[[], torch.Tensor]], steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each timed step by contestant; they take turns within every round."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each timed step by contestant, and bytes that a step allocates on a GPU.
+
+    They take turns within every round.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    allocated = dict.fromkeys(contestants, 0)
     for round_index in tqdm(range(steps + 2), desc="rounds", mininterval=2.0):
         for name, step in contestants.items():
             synchronize(device)
+            before = start_counting(device)
             started = time.perf_counter()
             step()
             synchronize(device)
             if round_index >= 2:
                 times[name].append(time.perf_counter() - started)
-    return times
+                allocated[name] = max(allocated[name], most_allocated(device) - before)
+    return times, allocated
+
+
+def start_counting(device: torch.device) -> int:
+    """Bytes that are allocated on a GPU now; its maximum is counted anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def most_allocated(device: torch.device) -> int:
+    """The maximum since `start_counting`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def synchronize(device: torch.device) -> None:
@@ -159,13 +179,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summarize(times: dict[str, list[float]], options: argparse.Namespace) -> list[dict]:
+def summarize(
+    times: dict[str, list[float]], allocated: dict[str, int], options: argparse.Namespace
+) -> list[dict]:
     """Median milliseconds, tokens per second and ratios; ratios are medians of paired rounds."""
-    tokens = options.micro_batch_size * options.seq_length * options.num_microbatches
+    sequences = options.micro_batch_size * options.num_microbatches
+    tokens = sequences * options.seq_length
+    model = make_config(options, "bf16").model
+    flops = training_flops(model, options.vocab_size, [options.seq_length] * sequences)
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
         row = {"name": name, "ms": 1e3 * median, "tokens_per_s": tokens / median}
+        row |= {"model_tflops": flops / median / TERA, "step_bytes": allocated[name]}
         for base in (PLAIN, "bf16"):
             if base in times:
                 pairs = zip(seconds, times[base], strict=True)
@@ -183,10 +209,13 @@ def print_table(rows: list[dict], options: argparse.Namespace, device: torch.dev
         f"median of {options.steps} interleaved steps"
     )
     ratios = [key for key in rows[0] if key.startswith("ratio")]
-    print(f"{'':16}{'ms/step':>10}{'tokens/s':>12}" + "".join(f"{key:>24}" for key in ratios))
+    header = f"{'':16}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MiB/step':>10}"
+    print(header + "".join(f"{key:>24}" for key in ratios))
     for row in rows:
         cells = "".join(f"{row[key]:>24.3f}" for key in ratios)
-        print(f"{row['name']:16}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}{cells}")
+        line = f"{row['name']:16}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}"
+        line += f"{row['model_tflops']:>10.2f}{row['step_bytes'] / 2**20:>10.0f}"
+        print(line + cells)
 
 
 def describe_device(device: torch.device) -> str:

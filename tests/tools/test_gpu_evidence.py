@@ -1,0 +1,44 @@
+"""The script of a GPU's first minutes, run on the CPU: legs, what is done, and wrong usage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.launch.conftest import ROOT
+
+
+def evidence(*arguments):
+    environment = os.environ | {"FP8LM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [str(ROOT / "tools/gpu_evidence.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
+    (tmp_path / "doctor").mkdir()
+    (tmp_path / "doctor/done").touch()
+    ended = evidence("--dry-run", "--output", tmp_path, "doctor", "kernels", "step_175b")
+    assert ended.returncode == 0, ended.stderr
+    assert "doctor: done before" in ended.stdout
+    assert not (tmp_path / "doctor/log.txt").exists()
+    assert (tmp_path / "kernels/kernels.json").stat().st_size > 1000
+    assert len(list((tmp_path / "step_175b").glob("*.json"))) == 3
+    assert all((tmp_path / leg / "done").exists() for leg in ("kernels", "step_175b"))
+
+
+@pytest.mark.parametrize("arguments", [("--dry-rum",), ("step_8b",)])
+def test_no_such_leg(arguments):
+    ended = evidence(*arguments)
+    assert ended.returncode == 2 and arguments[0] in ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu(tmp_path):
+    ended = evidence("--output", tmp_path)
+    assert ended.returncode == 2 and "--dry-run" in ended.stderr
+    assert not list(tmp_path.iterdir())
