@@ -75,6 +75,8 @@ NEUTRAL = {
     "precision.cache_weight_operands": ("true", "false"),
     "data.num_workers": (0, 0, 1),
 }
+# These decide where row blocks are cut, and with that which rank owns a row.
+OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
 PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4")
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire.grads": "fp32"}
 # Largest relative difference of a loss from one process. fp32: the order of sums. BF16 and FP8:
@@ -197,6 +199,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
         for start, end in zip([0, *ends], ends, strict=False)
     ]
     first, second = ({key: rng.choice(v) for key, v in NEUTRAL.items()} for _ in range(2))
+    if sums_depend_on_owners(overrides, phases):
+        second |= {key: first[key] for key in OWNERS}
     return Case(number, precision, overrides, phases, (first, second))
 
 
@@ -226,6 +230,15 @@ def _length(rng: random.Random, batch: int, iterations: int) -> Overrides:
             | {"scheduler.lr_warmup_fraction": 0.2}
         )
     return keys | {"train.train_iters": iterations}
+
+
+def sums_depend_on_owners(overrides: Overrides, phases: list[Phase]) -> bool:
+    """Whether a sum of gradients is rounded on its way to the owner, whom `OWNERS` decide."""
+    on_the_way = str(overrides.get("precision.grad_reduce", "")).startswith("fp8_")
+    layouts = [phase.layout.keys for phase in phases]
+    return any(
+        keys.get("partition") == "even" and (on_the_way or "node_size" in keys) for keys in layouts
+    )
 
 
 def draw_layout(

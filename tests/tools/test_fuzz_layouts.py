@@ -46,6 +46,15 @@ def test_drawn_configs_are_valid(fuzz):
             assert build_config(config.model_dump()) == config
 
 
+def test_what_decides_about_owners_is_equal_where_sums_depend_on_them(fuzz):
+    cases = [fuzz.draw(1, number, 8) for number in range(200)]
+    depend = [case for case in cases if fuzz.sums_depend_on_owners(case.overrides, case.phases)]
+    assert 3 < len(depend) < 100
+    for case in depend:
+        first, second = case.neutral
+        assert all(first[key] == second[key] for key in fuzz.OWNERS)
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
