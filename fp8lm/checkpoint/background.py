@@ -81,7 +81,7 @@ class CheckpointSaver:
         self._training_group = training_group
         self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         beside = asynchronous or not self._alone
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self._writer = _writer_thread() if beside else None
         self._writing: Future[Outcome] | None = None
         self._outcomes: list[Outcome] = []
 
@@ -202,3 +202,11 @@ class CopiedPlanner(ShardSavePlanner):
         """Return when all copies are there."""
         if self._event is not None:
             self._event.synchronize()
+
+
+def _writer_thread() -> ThreadPoolExecutor:
+    """A thread whose current GPU is this process's: by default it would be the machine's first."""
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(1, "checkpoint")
+    device = (torch.cuda.current_device(),)
+    return ThreadPoolExecutor(1, "checkpoint", initializer=torch.cuda.set_device, initargs=device)

@@ -60,6 +60,8 @@ def kernels_for_gpu(
             f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 tensor cores need "
             f"{needed} or newer: use another GPU or train.device=cpu"
         )
+    # Partial sums of a split BF16 GEMM in fp32, as the rest of its accumulation.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if wanted == "eager":
         return HopperKernels()
     try:

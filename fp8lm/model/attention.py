@@ -56,7 +56,11 @@ class SelfAttention(nn.Module):
         if rope is not None:
             q_SBND, k_SBGD = apply_rope(q_SBND, *rope), apply_rope(k_SBGD, *rope)
         if self.recompute_core and torch.is_grad_enabled():
-            context = checkpoint(self._core, q_SBND, k_SBGD, v_SBGD, use_reentrant=False)
+            # A random state is saved and restored, which takes time on the host.
+            draws = self.dropout > 0.0
+            context = checkpoint(
+                self._core, q_SBND, k_SBGD, v_SBGD, use_reentrant=False, preserve_rng_state=draws
+            )
         else:
             context = self._core(q_SBND, k_SBGD, v_SBGD)
         return self.linear_proj(context)

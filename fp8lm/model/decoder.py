@@ -72,6 +72,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute_layers = recompute == "full"
+        self.draws = config.attention_dropout > 0.0  # from a random state, as nothing else does
         self.layers = nn.ModuleDict(
             {
                 str(index): TransformerLayer(
@@ -94,7 +95,14 @@ class Decoder(nn.Module):
         for index, layer in self.layers.items():
             of_layer = None if noise is None else noise.at(int(index))
             if self.recompute_layers and torch.is_grad_enabled():
-                h_SBH = checkpoint(layer, h_SBH, rope, of_layer, use_reentrant=False)
+                h_SBH = checkpoint(
+                    layer,
+                    h_SBH,
+                    rope,
+                    of_layer,
+                    use_reentrant=False,
+                    preserve_rng_state=self.draws,
+                )
             else:
                 h_SBH = layer(h_SBH, rope, of_layer)
         return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)

@@ -177,3 +177,18 @@ def test_ranks_copy_only_what_they_write(run_distributed, tmp_path):
         assert target["both"].equal(torch.arange(4096.0) + 1.0)
         assert target["own"].equal(torch.tensor([1.0] * 16 + [2.0] * 16))
     assert sorted(copied[1] for copied, _, _ in results) == [64, 4096 * 4 + 64]
+
+
+def test_the_writing_thread_uses_the_gpu_of_its_process(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread()))
+    )
+    saver = CheckpointSaver(tmp_path, None, asynchronous=True)
+    saver.save(1, shards_of(make_tensors()), META)
+    saver.wait()
+    saver.close()
+    ((device, thread),) = used
+    assert device == 3 and thread is not threading.main_thread()

@@ -228,3 +228,10 @@ def test_fast_accumulation_is_passed_on(monkeypatch, fast_accumulation):
     HopperKernels().gemm(a, b, fast_accumulation=fast_accumulation)
     scales = [1.0 / x.scale.item() for x in (a, b)]
     assert asked == [(fast_accumulation, torch.bfloat16, *scales)]
+
+
+def test_partial_sums_of_bf16_gemms_on_a_gpu_are_fp32():
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = True
+    kernels_for_gpu((9, 0), "H100", "eager")
+    assert not matmul.allow_bf16_reduced_precision_reduction
