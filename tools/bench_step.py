@@ -29,7 +29,7 @@ from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.kernels import select_kernels
 from fp8lm.model import GPTModel
-from fp8lm.model.objectives import LanguageModeling
+from fp8lm.model.objectives import LanguageModeling, Objective
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import CommandParser, run_command
 from fp8lm.training.builders import build_one_process, resolve_device
@@ -92,12 +92,16 @@ def build_contestants(
         config = make_config(options, preset)
         kernels = select_kernels(device)
         trained, optimizer = build_one_process(config, options.vocab_size, kernels, device)
-        contestants[preset] = partial(_loss_of_step, trained, optimizer, batch)
+        contestants[preset] = partial(
+            _loss_of_step, trained, optimizer, LanguageModeling(kernels=kernels), batch
+        )
     return contestants
 
 
-def _loss_of_step(model: GPTModel, optimizer: AdamW, batches: list[Batch]) -> torch.Tensor:
-    return train_step(model, optimizer, LanguageModeling(), batches, LR).loss
+def _loss_of_step(
+    model: GPTModel, optimizer: AdamW, objective: Objective, batches: list[Batch]
+) -> torch.Tensor:
+    return train_step(model, optimizer, objective, batches, LR).loss
 
 
 def make_batch(options: argparse.Namespace, device: torch.device) -> list[Batch]:

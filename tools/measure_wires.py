@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     tp = RecordingContext()
     vocab_size, cpu = model_vocab_size(config, num_ids), torch.device("cpu")
     model, optimizer = build_one_process(config, vocab_size, KERNELS, cpu, tp)
-    objective = build_objective(config, num_ids, tp)
+    objective = build_objective(config, num_ids, KERNELS, tp)
     rates = LearningRate(config.optimizer, config.scheduler, config.train)
     for step in range(options.steps):
         rate = rates.rate(step, batches.consumed_samples)

@@ -6,7 +6,7 @@ copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -126,3 +126,34 @@ class HopperKernels:
     ) -> Tensor:
         """See `Kernels`."""
         return self._eager.adam(params, table, coefficients)
+
+    def rope(
+        self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels`."""
+        return self._eager.rope(qkv_SBGHD, cos, sin, queries)
+
+    def rope_backward(
+        self,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        queries: slice,
+        heads_per_group: int,
+    ) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.rope_backward(gradients, cos, sin, queries, heads_per_group)
+
+    def cross_entropy(
+        self,
+        logits_TV: Tensor,
+        columns_T: Tensor,
+        used: int,
+        gather: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        return self._eager.cross_entropy(logits_TV, columns_T, used, gather)
+
+    def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.cross_entropy_backward(saved, dy_T, used)

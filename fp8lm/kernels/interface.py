@@ -10,7 +10,7 @@ that is summed over comes last in both, and is contiguous (`transpose` makes it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -110,3 +110,43 @@ class Kernels(Protocol):
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`."""
+
+    def rope(
+        self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of a fused projection: q [S,B,N,D] and k [S,B,G,D], both rotated, and v [S,B,G,D].
+
+        A group's H heads are its queries, of which the slice `queries` is wanted, its key and its
+        value. `cos` and `sin` [S,1,1,R] (or [S,B,1,R]), in the dtype of the projection, rotate the
+        first R features; their second halves repeat the first. v may be a view.
+        """
+
+    def rope_backward(
+        self,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        queries: slice,
+        heads_per_group: int,
+    ) -> Tensor:
+        """Gradient [S,B,G,H,D] of the projection; `gradients` are of the three results of `rope`.
+
+        Queries that were not wanted get zeros; `heads_per_group` is H.
+        """
+
+    def cross_entropy(
+        self,
+        logits_TV: Tensor,
+        columns_T: Tensor,
+        used: int,
+        gather: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss of every token, fp32 [T]; and the tensors to save for the backward.
+
+        `columns_T` (int64) are the labels as columns of `logits_TV` (bf16 or fp32); those outside
+        are on other ranks. The first `used` columns count. `gather` brings fp32 [2,T] of all ranks
+        that hold a part of the vocabulary, [t,2,T]; None if this one holds all of it.
+        """
+
+    def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
+        """Gradient of the logits, in their dtype and possibly in their memory: call it once."""

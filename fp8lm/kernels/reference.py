@@ -10,13 +10,14 @@ dequantized operands *is* the FP8 GEMM up to the rounding of its output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fp8lm.kernels import cross_entropy, rope
 from fp8lm.kernels.adam import adam_step
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.encoding import encode
@@ -236,6 +237,23 @@ class ReferenceKernels:
         context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
         return context.to(q_BNSD.dtype)
 
+    def rope(
+        self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels`."""
+        return rope.split_and_rotate(qkv_SBGHD, cos, sin, queries)
+
+    def rope_backward(
+        self,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        queries: slice,
+        heads_per_group: int,
+    ) -> Tensor:
+        """See `Kernels`."""
+        return rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
+
     def _row_chunks(self, x: ScaledTensor) -> Iterator[slice]:
         """Rows of `x` that are worked on together: all where they share a scale."""
         num_rows, at_once = x.shape[0], x.shape[0]
@@ -247,6 +265,20 @@ class ReferenceKernels:
     def _blocks(self, numel: int) -> Iterator[slice]:
         for start in range(0, numel, self.block_elements):
             yield slice(start, start + self.block_elements)
+
+    def cross_entropy(
+        self,
+        logits_TV: Tensor,
+        columns_T: Tensor,
+        used: int,
+        gather: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        return cross_entropy.cross_entropy(logits_TV, columns_T, used, gather)
+
+    def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
+        """See `Kernels`."""
+        return cross_entropy.cross_entropy_backward(saved, dy_T, used)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

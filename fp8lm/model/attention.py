@@ -20,7 +20,7 @@ from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.parallel_linear import column_linear, row_linear
-from fp8lm.model.rope import apply_rope
+from fp8lm.model.rope import rotated_heads
 
 
 class SelfAttention(nn.Module):
@@ -52,9 +52,7 @@ class SelfAttention(nn.Module):
         norm: Prologue | None = None,
     ) -> Tensor:
         """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `norm` is applied to the input."""
-        q_SBND, k_SBGD, v_SBGD = self._project(x_SBH, norm)
-        if rope is not None:
-            q_SBND, k_SBGD = apply_rope(q_SBND, *rope), apply_rope(k_SBGD, *rope)
+        q_SBND, k_SBGD, v_SBGD = self._heads(self._project(x_SBH, norm), rope)
         if self.recompute_core and torch.is_grad_enabled():
             # A random state is saved and restored, which takes time on the host.
             draws = self.dropout > 0.0
@@ -65,15 +63,24 @@ class SelfAttention(nn.Module):
             context = self._core(q_SBND, k_SBGD, v_SBGD)
         return self.linear_proj(context)
 
-    def _project(self, x_SBH: Tensor, norm: Prologue | None) -> tuple[Tensor, Tensor, Tensor]:
-        per_group = (self.heads_per_group + 2, self.head_size)
+    def _project(self, x_SBH: Tensor, norm: Prologue | None) -> Tensor:
+        """Per group its query heads, its key and its value: [S,B,G,N/G+2,D]."""
         qkv = self.linear_qkv(x_SBH, norm)
         if self.ranks_per_group > 1:
             qkv = self.tp.gather_query_group(qkv)
-        qkv = qkv.unflatten(2, (self.num_groups, *per_group))
-        q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
-        q = q.chunk(self.ranks_per_group, dim=3)[self.tp.rank % self.ranks_per_group]
-        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+        return qkv.unflatten(2, (self.num_groups, self.heads_per_group + 2, self.head_size))
+
+    def _heads(
+        self, qkv_SBGHD: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's queries [S,B,N,D], keys and values [S,B,G,D]."""
+        count = self.heads_per_group // self.ranks_per_group
+        first = count * (self.tp.rank % self.ranks_per_group)
+        queries = slice(first, first + count)
+        if rope is not None:
+            return rotated_heads(qkv_SBGHD, rope, queries, self.kernels)
+        q, k, v = qkv_SBGHD.split((self.heads_per_group, 1, 1), dim=3)
+        return q[..., queries, :].flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     def _core(self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q_SBND, k_SBGD, v_SBGD))

@@ -14,13 +14,14 @@ Shapes: B micro-batch, S sequence, V padded vocabulary (this rank's part of it),
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fp8lm.batch import Batch
+from fp8lm.kernels import Kernels, ReferenceKernels
 from fp8lm.layers.cross_entropy import cross_entropy
 from fp8lm.layers.tp_context import NO_TP, TPContext
 
@@ -45,12 +46,17 @@ class LanguageModeling:
 
     num_ids: int | None = None
     tp: TPContext = NO_TP
+    kernels: Kernels = field(default_factory=ReferenceKernels)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """See `Objective`; `output` are logits [S, B, V] in the dtype of activations."""
+        """See `Objective`; `output` are logits [S, B, V] in the dtype of activations.
+
+        Backward may leave their gradient in their memory.
+        """
         logits_TV = output.flatten(0, 1)
         num_ids = logits_TV.shape[1] * self.tp.size if self.num_ids is None else self.num_ids
-        losses_T = cross_entropy(logits_TV, batch.labels.t().reshape(-1), num_ids, self.tp)
+        labels_T = batch.labels.t().reshape(-1)
+        losses_T = cross_entropy(logits_TV, labels_T, num_ids, self.tp, self.kernels)
         mask = batch.loss_mask
         return torch.dot(losses_T, mask.t().reshape(-1)) / mask.numel()
 

@@ -1,12 +1,17 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split layout of Megatron.
 
-Shapes: S sequence, B micro-batch, N heads, D head size.
+Shapes: see `fp8lm.kernels.rope`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fp8lm.kernels.interface import Kernels
 
 
 def rope_tables(
@@ -23,10 +28,25 @@ def rope_tables(
     return angle.cos().to(device), angle.sin().to(device)
 
 
-def apply_rope(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R features of every head by its position; same shape and dtype."""
-    rotated = cos.shape[-1]
-    x, rest = x_SBND[..., :rotated], x_SBND[..., rotated:]
-    low, high = x.chunk(2, dim=-1)
-    turned = x * cos + torch.cat((-high, low), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+def rotated_heads(
+    qkv_SBGHD: Tensor, rope: tuple[Tensor, Tensor], queries: slice, kernels: Kernels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [S,B,N,D] and k [S,B,G,D] rotated by `rope` (cos, sin), and v; see `Kernels.rope`."""
+    return _RotatedHeads.apply(qkv_SBGHD, *rope, queries, kernels)
+
+
+class _RotatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice, kernels: Kernels
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.queries, ctx.kernels, ctx.heads_per_group = queries, kernels, qkv_SBGHD.shape[3]
+        return kernels.rope(qkv_SBGHD, cos, sin, queries)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        of_heads = ctx.queries, ctx.heads_per_group
+        dqkv = ctx.kernels.rope_backward(gradients, *ctx.saved_tensors, *of_heads)
+        return dqkv, None, None, None, None

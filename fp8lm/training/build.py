@@ -95,7 +95,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         vocab_size=vocab_size,
         model=chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
         weights=parallel.weights,
-        objective=build_objective(config, num_ids, tp),
+        objective=build_objective(config, num_ids, kernels, tp),
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.dims.dp),

@@ -93,9 +93,11 @@ def build_model(
     return GPTModel(config.model, vocab_size, recipe, granularity, seed, part)
 
 
-def build_objective(config: Config, num_ids: int, tp: TPContext = NO_TP) -> Objective:
+def build_objective(
+    config: Config, num_ids: int, kernels: Kernels, tp: TPContext = NO_TP
+) -> Objective:
     """The training objective: predict the next of `num_ids` tokens."""
-    return LanguageModeling(num_ids, tp)
+    return LanguageModeling(num_ids, tp, kernels)
 
 
 def build_optimizer(

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from fp8lm.kernels.rope import rotate
 from fp8lm.layers.param import named_params
 from fp8lm.model.init import initial_value
-from fp8lm.model.rope import apply_rope, rope_tables
+from fp8lm.model.rope import rope_tables
 from tests.model import plain
 from tests.model.tiny import CPU, KERNELS, SHAPES, build, model_config
 
@@ -23,7 +24,7 @@ def random(*shape, seed=0):
 def test_rope_is_a_complex_rotation(base, size, percent):
     x_SBND = random(40, 2, 3, size)
     cos, sin = rope_tables(64, size, base, percent, CPU)
-    result = apply_rope(x_SBND, cos[:40], sin[:40])
+    result = rotate(x_SBND, cos[:40], sin[:40])
     x_BSD = x_SBND.double().permute(1, 2, 0, 3).reshape(6, 40, size)
     expected = plain.rotate(x_BSD, torch.arange(40), base, percent)
     expected = expected.view(2, 3, 40, size).permute(2, 0, 1, 3)
@@ -34,7 +35,7 @@ def test_rope_is_a_complex_rotation(base, size, percent):
 def test_rope_sees_only_the_distance_of_positions():
     cos, sin = rope_tables(64, 8, 10000.0, 1.0, CPU)
     q, k = (random(8, seed=seed).expand(64, 1, 1, 8) for seed in (1, 2))
-    scores = (apply_rope(q, cos, sin)[5:] * apply_rope(k, cos, sin)[:-5]).sum(dim=-1)
+    scores = (rotate(q, cos, sin)[5:] * rotate(k, cos, sin)[:-5]).sum(dim=-1)
     torch.testing.assert_close(scores, scores[:1].expand_as(scores), rtol=0, atol=1e-4)
 
 
@@ -42,7 +43,7 @@ def test_rope_sees_only_the_distance_of_positions():
 def test_rope_keeps_dtype_position_zero_and_what_is_not_rotated(dtype):
     cos, sin = (t.to(dtype) for t in rope_tables(4, 8, 10000.0, 0.5, CPU))
     x = random(4, 1, 2, 8).to(dtype)
-    turned = apply_rope(x, cos, sin)
+    turned = rotate(x, cos, sin)
     assert turned.dtype == dtype
     assert torch.equal(turned[0], x[0])
     assert torch.equal(turned[..., 4:], x[..., 4:])

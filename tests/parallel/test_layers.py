@@ -196,7 +196,7 @@ def compare_cross_entropy(num_ids, dtype, offset):
     expected = functional.cross_entropy(whole[:, :num_ids].float(), labels, reduction="none")
     expected.backward(dy)
     part = tp.shard(1).take(full).requires_grad_()
-    result = cross_entropy(part, labels, num_ids, tp)
+    result = cross_entropy(part, labels, num_ids, tp, KERNELS)
     result.backward(dy)
     gradient = tp.shard(1).take(whole.grad)
     difference = (part.grad.float() - gradient.float()).abs().max().item()
@@ -218,7 +218,7 @@ def test_cross_entropy(run_distributed, size, num_ids, dtype, offset):
 
 def test_padding_takes_no_part_on_one_rank_either():
     logits, labels = random(4, VOCABULARY, seed=11), torch.tensor([0, 1, 2, 3])
-    full = cross_entropy(logits, labels, VOCABULARY, NO_TP)
+    full = cross_entropy(logits, labels, VOCABULARY, NO_TP, KERNELS)
     assert torch.equal(full, functional.cross_entropy(logits, labels, reduction="none"))
-    padded = cross_entropy(logits, labels, 8, NO_TP)
-    assert torch.equal(padded, cross_entropy(logits[:, :8], labels, 8, NO_TP))
+    padded = cross_entropy(logits, labels, 8, NO_TP, KERNELS)
+    assert torch.equal(padded, cross_entropy(logits[:, :8], labels, 8, NO_TP, KERNELS))

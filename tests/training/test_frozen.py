@@ -104,7 +104,7 @@ def steps(config, count, frozen=FIRST):
         optimizer = build_optimizer(config, made.weights, kernels, made.sharding)
         started = {name: t.clone() for name, t in tensors_of(made.weights).items()}
         model = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
-        objective = build_objective(config, VOCABULARY, tp)
+        objective = build_objective(config, VOCABULARY, kernels, tp)
         replica = groups.data_parallel.rank()
         losses = [
             train_step(
@@ -159,7 +159,7 @@ def test_several_steps_of_one_process(tiny_config):
         sharding = OptimizerSharding.build(rest)
         build_optimizer(config, weights, KERNELS, OptimizerSharding.build(trainable(weights)))
         optimizer = build_optimizer(config, rest, KERNELS, sharding)
-        objective = build_objective(config, VOCABULARY)
+        objective = build_objective(config, VOCABULARY, KERNELS)
         losses = [train_step(gpt, optimizer, objective, [batch(k)], 1e-2).loss for k in range(4)]
         results.append((losses, tensors_of(weights)))
     (expected, whole), (losses, part) = results

@@ -80,8 +80,8 @@ def optimizer(weights, precision, sharding=None, kernels=KERNELS):
     return adam
 
 
-def check_two_steps(gpt, adam, data_parallel=None):
-    objective = LanguageModeling(VOCABULARY - 3, gpt.tp)
+def check_two_steps(gpt, adam, data_parallel=None, kernels=KERNELS):
+    objective = LanguageModeling(VOCABULARY - 3, gpt.tp, kernels)
     for _ in range(2):  # weights of the first may still travel in the second
         step = train_step(gpt, adam, objective, [batch(), batch()], 1e-3, data_parallel)
     if data_parallel is not None:
@@ -97,8 +97,10 @@ def check_two_steps(gpt, adam, data_parallel=None):
 def test_steps_and_an_evaluation(preset, shape, kernels):
     precision = PrecisionConfig(preset=preset)
     gpt = model(shape, precision, kernels=kernels)
-    check_two_steps(gpt, optimizer(named_params(gpt), precision, kernels=kernels))
-    loss = NoPipeline(gpt.forward_step).evaluate([batch()], LanguageModeling(VOCABULARY - 3))
+    adam = optimizer(named_params(gpt), precision, kernels=kernels)
+    check_two_steps(gpt, adam, kernels=kernels)
+    objective = LanguageModeling(VOCABULARY - 3, kernels=kernels)
+    loss = NoPipeline(gpt.forward_step).evaluate([batch()], objective)
     assert loss.device == META
 
 

@@ -55,6 +55,8 @@ METHODS = {
     "transpose": TRANSPOSE,
     "gemm": GEMM,
     "attention": ATTENTION,
+    "rope": ROPE,
+    "rope_backward": ROPE,
     "accumulate_": ACCUMULATE,
     "sum_in_order": COMMUNICATION,
 }

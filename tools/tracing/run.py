@@ -84,7 +84,7 @@ def trace_step(
         )
         for name, weight in optimizer.weights.items():
             optimizer.initialize(name, torch.empty(weight.spec.shape, device=META))
-        objective: Objective = build_objective(config, num_ids, tp)
+        objective: Objective = build_objective(config, num_ids, kernels, tp)
         if not config.train.calculate_per_token_loss:
             objective = MeanOfMicrobatches(objective)
         batches = [_batch(config) for _ in range(2)]

@@ -6,7 +6,7 @@ that no part of a training step has, it is the reference that runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -16,7 +16,16 @@ from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import ReferenceKernels, causal_attention
-from fp8lm.kernels.triton import accumulate, cast, reductions, rows, sums, transpose
+from fp8lm.kernels.triton import (
+    accumulate,
+    cast,
+    cross_entropy,
+    reductions,
+    rope,
+    rows,
+    sums,
+    transpose,
+)
 from fp8lm.kernels.triton.amax import partial_amaxes
 from fp8lm.numerics import (
     BF16,
@@ -185,6 +194,37 @@ class TritonKernels:
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """See `Kernels` (flash attention in bf16)."""
         return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+
+    def rope(
+        self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels`."""
+        return rope.split_and_rotate(qkv_SBGHD, cos, sin, queries)
+
+    def rope_backward(
+        self,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        queries: slice,
+        heads_per_group: int,
+    ) -> Tensor:
+        """See `Kernels`."""
+        return rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
+
+    def cross_entropy(
+        self,
+        logits_TV: Tensor,
+        columns_T: Tensor,
+        used: int,
+        gather: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        return cross_entropy.cross_entropy(logits_TV, columns_T, used, gather)
+
+    def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
+        """See `Kernels`."""
+        return cross_entropy.cross_entropy_backward(saved, dy_T, used)
 
 
 def _is_known(fmt: Format) -> bool:

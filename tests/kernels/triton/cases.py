@@ -82,3 +82,41 @@ def sum_in_order():
 
 def add_in_format():
     KERNELS.add_in_format(stored(E4M3), stored(E4M3))
+
+
+def heads(of_group=3, groups=32, size=128):
+    """A micro-batch of 2 sequences of 2048."""
+    return activations(shape=(2048, 2, groups, of_group, size))
+
+
+def angles():
+    return (activations(shape=(2048, 1, 1, 128)),) * 2
+
+
+def rope():
+    KERNELS.rope(heads(), *angles(), slice(0, 1))
+
+
+def rope_backward():
+    of_queries = heads(1)[..., 0, :]
+    gradients = (of_queries, of_queries, of_queries.transpose(0, 1).contiguous().transpose(0, 1))
+    KERNELS.rope_backward(gradients, *angles(), slice(0, 1), 3)
+
+
+def rope_of_grouped_queries():
+    KERNELS.rope(heads(6, 8), *angles(), slice(0, 4))
+
+
+def logits():
+    """Of a micro-batch, over a padded vocabulary."""
+    return activations(shape=(4096, 50304)), torch.empty(4096, dtype=torch.int64), 50257
+
+
+def cross_entropy():
+    KERNELS.cross_entropy(*logits(), None)
+
+
+def cross_entropy_backward():
+    values, labels, used = logits()
+    of_tokens = torch.empty(4096)
+    KERNELS.cross_entropy_backward((values, labels, of_tokens), of_tokens, used)
