@@ -26,6 +26,7 @@ from fp8lm.kernels.triton import (
     sums,
     transpose,
 )
+from fp8lm.kernels.triton.adam import MultiTensorAdam
 from fp8lm.kernels.triton.amax import partial_amaxes
 from fp8lm.numerics import (
     BF16,
@@ -54,9 +55,10 @@ class TritonKernels:
     """
 
     def __init__(self) -> None:
-        # A GPU takes a tensor of any size in one launch. The blocks of an optimizer step are few
-        # launches already, and an fp32 copy of one takes 32 MiB.
+        # A GPU takes a tensor of any size in one launch; an fp32 copy of a block of what the
+        # reference works on in steps takes 32 MiB.
         self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
+        self._adam = MultiTensorAdam()
 
     @property
     def backends(self) -> Mapping[str, str]:
@@ -65,7 +67,7 @@ class TritonKernels:
             {
                 GEMM: cublaslt.DESCRIPTION,
                 ATTENTION: "scaled_dot_product_attention in BF16",
-                ELEMENTWISE: "fused Triton kernels; the optimizer's step in eager PyTorch",
+                ELEMENTWISE: "fused Triton kernels",
             }
         )
 
@@ -189,7 +191,7 @@ class TritonKernels:
         self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
     ) -> Tensor:
         """See `Kernels`."""
-        return self._eager.adam(params, table, coefficients)
+        return self._adam.step(params, table, coefficients)
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """See `Kernels` (flash attention in bf16)."""

@@ -15,7 +15,7 @@ Grid = tuple[int] | tuple[int, int]
 def launch(
     kernel: Any,  # a function under `triton.jit`, which has no useful type
     grid: Grid,
-    *args: Tensor | int | tuple[Tensor, ...],
+    *args: Tensor | int | float | tuple[Tensor, ...],
     reads: Sequence[Tensor],
     writes: Sequence[Tensor],
     **constants: int | str,

@@ -2,11 +2,25 @@
 
 import torch
 
+from fp8lm.config import PrecisionConfig
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.rounding import ElementIndex
 from fp8lm.kernels.triton.backend import TritonKernels
-from fp8lm.numerics import E2M5, E4M3, E5M2, FP16, PER_ROW, granularity_of
+from fp8lm.numerics import (
+    E2M5,
+    E4M3,
+    E5M2,
+    FP16,
+    PER_ROW,
+    PER_TENSOR,
+    format_by_name,
+    granularity_of,
+)
+from fp8lm.optim import StatePrecision
 from fp8lm.scaled_tensor import ScaledTensor
 
 KERNELS = TritonKernels()
+WHOLE = ElementIndex()
 SHAPE = (4096, 4096)  # tokens and features, or a weight
 
 
@@ -120,3 +134,60 @@ def cross_entropy_backward():
     values, labels, used = logits()
     of_tokens = torch.empty(4096)
     KERNELS.cross_entropy_backward((values, labels, of_tokens), of_tokens, used)
+
+
+def optimizer_step(preset, shape=SHAPE, index=WHOLE):
+    """A step of one weight in the formats of a preset."""
+    precision = PrecisionConfig(preset=preset)
+    states = StatePrecision.from_config(precision)
+    stored = format_by_name(precision.params_dtype)
+    gradient = format_by_name(precision.main_grads_dtype)
+    owns_master = states.own_master(stored) is not None
+    master = states.own_master(stored) or stored
+
+    def zeros(fmt, granularity=PER_TENSOR):
+        return ScaledTensor.zeros(shape, fmt, torch.device("cpu"), granularity)
+
+    param = AdamParam(
+        row=0,
+        gradient=zeros(gradient, granularity_of(gradient, shape)),
+        model_param=zeros(stored) if owns_master else None,
+        master=zeros(master),
+        exp_avg=zeros(states.exp_avg),
+        exp_avg_sq=zeros(states.exp_avg_sq),
+        weight_decay=0.1,
+        index=index,
+    )
+    one = torch.ones(())
+    cut_off = one if states.exp_avg_sq.root else None
+    c = AdamCoefficients(0.9, 0.95, 1e-8, 1e-3, one, one, one, cut_off, torch.tensor(False))
+    table = AdamTable(torch.ones(1, 4), torch.zeros(1, dtype=torch.int32), states.rounding)
+    KERNELS.adam([param], table, c)
+
+
+def adam_bf16():
+    optimizer_step("bf16")
+
+
+def adam_o1():
+    optimizer_step("o1")
+
+
+def adam_o3():
+    optimizer_step("o3")
+
+
+def adam_o3_long():
+    optimizer_step("o3_long")
+
+
+def adam_o4():
+    optimizer_step("o4")
+
+
+def adam_o3_sharded():
+    optimizer_step("o3", index=ElementIndex(0, 512, 1, 3, 8))
+
+
+def adam_o3_of_an_odd_shape():
+    optimizer_step("o3", shape=(1001, 1003))

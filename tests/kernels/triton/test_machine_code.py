@@ -29,6 +29,16 @@ ALIGNED = {
     "transpose": (40, 8),
 }
 
+# Registers; and what of gradient, states and weight moves in 128 bits a thread, and what in 64.
+ADAM = {
+    "adam_bf16": (64, 7, 1),
+    "adam_o1": (64, 4, 2),
+    "adam_o3": (80, 4, 4),
+    "adam_o3_long": (80, 4, 4),
+    "adam_o3_sharded": (80, 4, 4),
+    "adam_o4": (80, 2, 6),
+}
+
 
 @pytest.mark.parametrize("case", ALIGNED)
 def test_aligned_shapes(case, compiled):
@@ -45,6 +55,32 @@ def test_aligned_shapes(case, compiled):
 def test_no_shape_spills(compiled):
     for kernel in compiled["both_orientations_of_an_odd_shape"]:
         assert kernel.stack == 0
+    (kernel,) = compiled["adam_o3_of_an_odd_shape"]
+    assert kernel.stack == 0
+    assert kernel.registers <= 96
+
+
+@pytest.mark.parametrize("case", ADAM)
+def test_the_optimizer_reads_and_writes_every_tensor_once(case, compiled):
+    registers, of_128_bits, of_64_bits = ADAM[case]
+    (kernel,) = compiled[case]
+    assert kernel.stack == 0
+    assert kernel.registers <= registers
+    assert kernel.count(r"(ld|st)\.global\.v4\.b32") == of_128_bits
+    assert kernel.count(r"(ld|st)\.global\.v2\.b32") == of_64_bits
+    assert kernel.count(r"st\.global\.b") == 0
+    assert kernel.count(r"ld\.global\.b8") == 1  # whether the step is skipped
+    assert kernel.count(r"bar\.sync") <= 5  # of the amaxes at the end, and none between numbers
+
+
+@pytest.mark.parametrize("case", ADAM)
+def test_the_optimizer_rounds_where_pytorch_does(case, compiled):
+    (kernel,) = compiled[case]
+    numbers = 4 if case in ("adam_bf16", "adam_o1") else 8  # of a thread
+    assert kernel.count(r"fma\.rn\.f32") == kernel.count(r"fma\.") == 3 * numbers
+    assert kernel.count(r"sqrt\.rn\.f32") == (2 if case == "adam_o4" else 1) * numbers
+    assert kernel.count(r"div\.rn\.f32") >= 3 * numbers
+    assert kernel.count(r"(div|sqrt|rcp|rsqrt)\.(approx|full)") == 0
 
 
 @pytest.mark.parametrize(
@@ -61,7 +97,8 @@ def test_the_hardware_decodes(compiled):
 
 def test_multiplications_and_additions_are_not_fused(compiled):
     for case, kernels in compiled.items():
-        if case == "cross_entropy":  # its logarithm is a polynomial
+        # The logarithm is a polynomial; the optimizer fuses what PyTorch does.
+        if case == "cross_entropy" or case.startswith("adam"):
             continue
         assert sum(kernel.count(r"fma\.") for kernel in kernels) == 0
 

@@ -52,6 +52,7 @@ def counting():
 
     traffic = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    update = InterpreterBuilder.create_atomic_rmw
 
     def counted_load(builder, pointers, mask, *args):
         traffic.touch(0, pointers, mask)
@@ -61,7 +62,13 @@ def counting():
         traffic.touch(1, pointers, mask)
         return store(builder, pointers, value, mask, *args)
 
+    def counted_update(builder, operation, pointers, value, mask, *args):
+        traffic.touch(0, pointers, mask)
+        traffic.touch(1, pointers, mask)
+        return update(builder, operation, pointers, value, mask, *args)
+
     with pytest.MonkeyPatch.context() as patch, recording(traffic):
         patch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted_update)
         yield traffic
