@@ -270,7 +270,8 @@ def test_the_floor_of_an_ideally_fused_layer(tracing):
     assert ideal("bf16", *TP8) == (92 / 8 + 8 + 8 / 8) * E + 10 * P / 8
 
 
-LAYER_BUDGETS = {"hopper": (336, 2_731_155_120), "triton": (88, 1_804_259_600)}
+# Launches and bytes of a further micro-batch; bytes per parameter of the optimizer.
+LAYER_BUDGETS = {"hopper": (336, 2_731_155_120, 766), "triton": (88, 1_804_259_600, 13.1)}
 
 
 @pytest.mark.parametrize("kernels", LAYER_BUDGETS)
@@ -282,10 +283,10 @@ def test_the_budget_of_a_7b_shaped_layer(tracing, traced, kernels):
     shape += ("precision.master_rounding=stochastic",)
     two, one = (traced("o3", layers, *shape, kernels=kernels) for layers in (2, 1))
     further = (two - one).total(tracing.costs.FURTHER)
-    launches, moved = LAYER_BUDGETS[kernels]
+    launches, moved, of_optimizer = LAYER_BUDGETS[kernels]
     assert further.launches <= launches
     assert further.moved <= moved
-    assert (two - one).total(tracing.costs.ONCE).moved <= 766 * 12 * 1024**2
+    assert (two - one).total(tracing.costs.ONCE).moved <= of_optimizer * 12 * 1024**2
 
 
 def test_the_command(run_tool, tmp_path, capsys):

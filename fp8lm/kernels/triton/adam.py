@@ -98,9 +98,11 @@ class Kind:
         )
 
     @property
-    def collects_amax(self) -> bool:
-        """Whether any new value gets a scale."""
-        return any(fmt.scaled for fmt in (*self.states, *([self.model] if self.model else [])))
+    def num_amaxes(self) -> int:
+        """Of new master, m and v, those whose amax is collected: a copy of them has a scale."""
+        master, *moments = self.states
+        master_is_scaled = master.scaled or (self.model is not None and self.model.scaled)
+        return master_is_scaled + sum(moment.scaled for moment in moments)
 
     def constants(self) -> dict[str, int | str]:
         """Compile-time arguments of `adam_chunk`."""
@@ -157,14 +159,17 @@ def _launch(
 ) -> None:
     skip = None if c.skip is None else c.skip.view(torch.uint8)
     scalars = (c.clip_factor, c.bias_correction1, c.bias_correction2, c.largest_update, skip)
-    tables = (tensors.rows, tensors.owners, table.scales, table.noise_keys)
     read = [x for param in params for x in (_gradient(param), *param.states)]
-    amaxes = [amax] if kind.collects_amax else []
+    updated = [x.payload for param in params for x in _updated(param)]
+    amaxes = amax[: len(params), : kind.num_amaxes]
     names = ("ROUND_MASTER", "ROUND_EXP_AVG", "ROUND_EXP_AVG_SQ")
     launch(
         adam_chunk,
         (len(tensors.owners),),
-        *tables,
+        tensors.rows,
+        tensors.owners,
+        table.scales,
+        table.noise_keys,
         amax.view(torch.int32),
         *(amax if scalar is None else scalar for scalar in scalars),
         1.0 - c.beta1,
@@ -174,12 +179,15 @@ def _launch(
         1.0 - c.lr * kind.weight_decay,
         -float(c.lr),
         reads=[
-            *tables,
-            *(scalar for scalar in scalars if scalar is not None),
             *(x for tensor in read for x in (tensor.payload, tensor.scale)),
-            *amaxes,
+            *(tensors.rows, tensors.owners, amaxes),
+            *(
+                table.scales[: len(params)],
+                table.noise_keys[: len(params)],
+            ),  # as many of their rows
+            *(scalar for scalar in scalars if scalar is not None),
         ],
-        writes=[*(tensor.payload for param in params for tensor in _updated(param)), *amaxes],
+        writes=[*updated, amaxes],
         **kind.constants(),
         **{name: how.value for name, how in zip(names, table.rounding, strict=True)},
         CUTS_OFF=c.largest_update is not None,

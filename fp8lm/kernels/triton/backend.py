@@ -51,7 +51,8 @@ class TritonKernels:
     """`Kernels` for a GPU with FP8 tensor cores; the results are the reference's, bit for bit.
 
     Exceptions: GEMMs and attention (cuBLASLt's and PyTorch's), the order of fp64 sums, the sign of
-    an FP8 NaN, and values below 2^-133, which the reference decodes to zero.
+    an FP8 NaN, values below 2^-133, which the reference decodes to zero, and Adam's root, which
+    PyTorch does not always round correctly on a CPU.
     """
 
     def __init__(self) -> None:

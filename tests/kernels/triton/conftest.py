@@ -33,6 +33,18 @@ def exact_casts(monkeypatch):
         yield
 
 
+@pytest.fixture
+def pytorchs_root(monkeypatch):
+    """Roots of the interpreter are PyTorch's, not always rounded correctly on a CPU."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def sqrt(_, x):
+        root = torch.from_numpy(np.ascontiguousarray(x.data)).sqrt().numpy()
+        return TensorHandle(root, x.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_precise_sqrt", sqrt)
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The machine code of every function without arguments in `cases`, by its name."""
