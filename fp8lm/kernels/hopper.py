@@ -157,3 +157,11 @@ class HopperKernels:
     def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
         """See `Kernels`."""
         return self._eager.cross_entropy_backward(saved, dy_T, used)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.swiglu(x)
+
+    def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.swiglu_backward(x, dy)

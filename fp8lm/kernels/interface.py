@@ -150,3 +150,9 @@ class Kernels(Protocol):
 
     def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
         """Gradient of the logits, in their dtype and possibly in their memory: call it once."""
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up` of x = [gate | up] (bf16 or fp32), [.., 2F] -> [.., F]."""
+
+    def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Gradient of `x`; `dy` [.., F] is that of `swiglu(x)`."""

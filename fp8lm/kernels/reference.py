@@ -254,18 +254,6 @@ class ReferenceKernels:
         """See `Kernels`."""
         return rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
 
-    def _row_chunks(self, x: ScaledTensor) -> Iterator[slice]:
-        """Rows of `x` that are worked on together: all where they share a scale."""
-        num_rows, at_once = x.shape[0], x.shape[0]
-        if x.granularity.rows == 1:
-            at_once = max(1, self.step_elements // x.shape[1])
-        for start in range(0, num_rows, max(at_once, 1)):
-            yield slice(start, start + at_once)
-
-    def _blocks(self, numel: int) -> Iterator[slice]:
-        for start in range(0, numel, self.block_elements):
-            yield slice(start, start + self.block_elements)
-
     def cross_entropy(
         self,
         logits_TV: Tensor,
@@ -279,6 +267,29 @@ class ReferenceKernels:
     def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
         """See `Kernels`."""
         return cross_entropy.cross_entropy_backward(saved, dy_T, used)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """See `Kernels`; silu(gate) is computed again."""
+        gate, up = x.chunk(2, dim=-1)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return torch.cat((d_gate, dy * functional.silu(gate)), dim=-1)
+
+    def _row_chunks(self, x: ScaledTensor) -> Iterator[slice]:
+        """Rows of `x` that are worked on together: all where they share a scale."""
+        num_rows, at_once = x.shape[0], x.shape[0]
+        if x.granularity.rows == 1:
+            at_once = max(1, self.step_elements // x.shape[1])
+        for start in range(0, num_rows, max(at_once, 1)):
+            yield slice(start, start + at_once)
+
+    def _blocks(self, numel: int) -> Iterator[slice]:
+        for start in range(0, numel, self.block_elements):
+            yield slice(start, start + self.block_elements)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

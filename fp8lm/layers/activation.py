@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fp8lm.kernels.interface import Kernels
+
 
 class Gelu:
     """GELU in its tanh form (Megatron's), of bf16 or fp32."""
@@ -26,17 +28,18 @@ class Gelu:
 
 
 class SwiGlu:
-    """`silu(gate) * up`; only the input is kept, and silu(gate) is computed again."""
+    """`silu(gate) * up`, of which only the input is kept."""
 
     differentiated: tuple[Tensor, ...] = ()
 
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        gate, up = x.chunk(2, dim=-1)
-        return functional.silu(gate) * up, (x,)
+        return self.kernels.swiglu(x), (x,)
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        gate, up = saved[0].chunk(2, dim=-1)
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
-        return (torch.cat((d_gate, dy * functional.silu(gate)), dim=-1),)
+        (x,) = saved
+        return (self.kernels.swiglu_backward(x, dy),)

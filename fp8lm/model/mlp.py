@@ -20,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         super().__init__()
-        self.activation: Prologue = SwiGlu() if config.swiglu else Gelu()
+        self.activation: Prologue = SwiGlu(recipe.kernels) if config.swiglu else Gelu()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         std, layers = config.init_method_std, config.num_layers
         bias, num_sections = not config.disable_bias_linear, 2 if config.swiglu else 1

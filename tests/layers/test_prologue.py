@@ -35,7 +35,7 @@ PROLOGUES = {
     "LayerNorm": lambda precision: (norm("LayerNorm", precision),) * 2,
     "RMSNorm": lambda precision: (norm("RMSNorm", precision),) * 2,
     "GELU": lambda precision: (Gelu(), lambda x: functional.gelu(x, approximate="tanh")),
-    "SwiGLU": lambda precision: (SwiGlu(), swiglu),
+    "SwiGLU": lambda precision: (SwiGlu(KERNELS), swiglu),
 }
 
 

@@ -57,6 +57,8 @@ METHODS = {
     "attention": ATTENTION,
     "rope": ROPE,
     "rope_backward": ROPE,
+    "swiglu": ACTIVATION,
+    "swiglu_backward": ACTIVATION,
     "accumulate_": ACCUMULATE,
     "sum_in_order": COMMUNICATION,
 }

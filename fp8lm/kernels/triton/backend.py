@@ -24,6 +24,7 @@ from fp8lm.kernels.triton import (
     rope,
     rows,
     sums,
+    swiglu,
     transpose,
 )
 from fp8lm.kernels.triton.adam import MultiTensorAdam
@@ -228,6 +229,14 @@ class TritonKernels:
     def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
         """See `Kernels`."""
         return cross_entropy.cross_entropy_backward(saved, dy_T, used)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return swiglu.swiglu(x)
+
+    def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return swiglu.swiglu_backward(x, dy)
 
 
 def _is_known(fmt: Format) -> bool:

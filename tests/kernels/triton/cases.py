@@ -191,3 +191,12 @@ def adam_o3_sharded():
 
 def adam_o3_of_an_odd_shape():
     optimizer_step("o3", shape=(1001, 1003))
+
+
+def swiglu():
+    KERNELS.swiglu(activations(shape=(4096, 2 * 11008)))
+
+
+def swiglu_backward():
+    x, dy = (activations(shape=(4096, width)) for width in (2 * 11008, 11008))
+    KERNELS.swiglu_backward(x, dy)

@@ -26,6 +26,8 @@ ALIGNED = {
     "square_sum_e2m5": (96, 1),
     "square_sum_e4m3": (80, 1),
     "sum_in_order": (168, 8),
+    "swiglu": (40, 3),
+    "swiglu_backward": (48, 5),
     "transpose": (40, 8),
 }
 
