@@ -4,7 +4,7 @@ python tools/measure_moments.py --config configs/quickstart.yaml --steps 120 [--
     [--json moments.json] [section.key=value ...]
 
 Trains the config's model on one process with everything in fp32, and again with the second moment
-stored in each format, nothing else changed. Of the matrices of linear layers together:
+of all weights stored in each format, nothing else changed. Of the matrices of linear layers:
 
     distance    |w - w_fp32| / |w_fp32 - w_start| after --steps steps
     loss        of the validation set
@@ -197,8 +197,8 @@ def train(
         train_step(run.model, run.optimizer, run.training_objective, microbatches, rate)
         consumed = batches.consumed_samples
         if scheme.store is not None:
-            for name in names:
-                moment = run.optimizer.states[name].exp_avg_sq.payload
+            for state in run.optimizer.states.values():
+                moment = state.exp_avg_sq.payload
                 moment.copy_(scheme.store(moment.double(), generator))
     _, validation, _ = run.datasets
     loss = math.nan if validation is None else evaluation_loss(run, validation)
