@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"FP8LM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-PATIENCE = 100.0
+PATIENCE = 300  # seconds; only what hangs takes so long, also on a busy machine
 
 
 class Job:

@@ -28,7 +28,7 @@ def overrides(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("nodes", "victim"), [(2, 1), (3, 0)])
 def test_a_killed_node_is_replaced_and_nothing_is_lost(
     launch, run_distributed, tmp_path, nodes, victim
@@ -49,7 +49,7 @@ def test_a_killed_node_is_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_node_that_is_told_to_stop_ends_the_job(launch, tmp_path):
     """All have saved with it; the other would wait for it in vain."""
     many = ["train.train_iters=9999", "scheduler.lr_decay_iters=9999"]
