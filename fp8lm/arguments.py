@@ -1,14 +1,26 @@
-"""Types for argparse: numbers within bounds, and paths."""
+"""For argparse: types of numbers within bounds and of paths; overrides among options."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.paths import expand
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+=")
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`argv` without its `section.key=value`s, and these.
+
+    For commands with options of several values, which would take the overrides behind them.
+    """
+    overrides = [text for text in argv if _OVERRIDE.match(text)]
+    return [text for text in argv if not _OVERRIDE.match(text)], overrides
 
 
 def number_type(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:

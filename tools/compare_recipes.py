@@ -31,13 +31,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from compare_runs import plot, print_table, read_curves, read_reports, summarize
 
-from fp8lm.arguments import as_path, path_text
+from fp8lm.arguments import as_path, path_text, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_TIME = "iteration-time"
+OWN_KEYS = (
+    "train.seed",
+    "data.shuffle_seed",
+    "train.num_threads",
+    "logging.dir",
+    "checkpoint.save",
+    "checkpoint.load",
+    "checkpoint.keep_last",
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipes", type=path_text, nargs="+", required=True, metavar="RECIPE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
-    options, overrides = parser.parse_known_args(argv)
+    argv, overrides = split_overrides(argv)
+    options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
-    recipes = dict(read_recipe(text) for text in options.recipes)
+    refuse_own_keys(overrides)
+    recipes = read_recipes(options.recipes)
     trainings = {
         name: [
             prepare(options.config, options.output / f"{name}-{seed}", [*overrides, *keys], seed)
@@ -104,6 +115,23 @@ def main(argv: list[str]) -> None:
     train_all([run for runs in trainings.values() for run in runs], options.jobs)
     folders = {name: [run.folder for run in runs] for name, runs in trainings.items()}
     report(folders, options.output)
+
+
+def refuse_own_keys(overrides: list[str]) -> None:
+    """InputError for what this tool sets: runs would be no pairs, or share their folders."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in OWN_KEYS or key.startswith("precision."):
+            raise InputError(f"{override}: {key} is set by compare_recipes.py, by recipe or seed")
+
+
+def read_recipes(texts: list[str]) -> dict[str, list[str]]:
+    """Overrides by the name of the recipe; InputError for a name that comes twice."""
+    recipes = [read_recipe(text) for text in texts]
+    names = [name for name, _ in recipes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"--recipes has {', '.join(sorted(twice))} twice: give each a name")
+    return dict(recipes)
 
 
 def read_recipe(text: str) -> tuple[str, list[str]]:
@@ -118,15 +146,9 @@ def read_recipe(text: str) -> tuple[str, list[str]]:
 
 def prepare(config: str, folder: Path, overrides: list[str], seed: int) -> Training:
     """The run of one recipe and seed; InputError if its config is wrong."""
-    own = [
-        f"train.seed={seed}",
-        "data.shuffle_seed=1",
-        "train.num_threads=1",
-        f"logging.dir={folder}",
-        f"checkpoint.save={folder / 'checkpoints'}",
-        f"checkpoint.load={folder / 'checkpoints'}",
-        "checkpoint.keep_last=1",
-    ]
+    checkpoints = folder / "checkpoints"
+    values = (seed, 1, 1, folder, checkpoints, checkpoints, 1)
+    own = [f"{key}={value}" for key, value in zip(OWN_KEYS, values, strict=True)]
     load_config(config, [*own, *overrides])
     return Training(folder, ("--config", config, *own, *overrides))
 

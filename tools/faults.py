@@ -43,7 +43,7 @@ import checkpoint as checkpoint_tool
 from chaos import PATIENCE, POLL, ROOT, Job, compare, disturb, new_folder
 from hostile import FACTS, REWRITTEN, SPECIAL, flip_bit, sign
 
-from fp8lm.arguments import as_path, number_type, path_text
+from fp8lm.arguments import as_path, number_type, path_text, split_overrides
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, saved_iterations
 from fp8lm.data.files import write_aside
@@ -485,7 +485,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--folder", type=as_path, default=ROOT / "runs" / "faults")
     parser.add_argument("--output", type=path_text)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    return parser.parse_args(argv)
+    argv, overrides = split_overrides(argv)
+    return parser.parse_args([*argv, "--", *overrides])
 
 
 if __name__ == "__main__":

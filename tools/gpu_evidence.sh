@@ -4,8 +4,8 @@
 # where it was ended; a leg that fails does not stop the others. Exit code 1 if any has failed.
 #   tools/gpu_evidence.sh [--output docs/benchmarks/gpu] [--dry-run] [LEG ...]
 #   --dry-run  every leg on the CPU, with the smallest sizes: shows that each line of it runs
-# Needs the checkout, and in the environment (or FP8LM_PYTHON) torch with CUDA, Triton, the packages
-# of pyproject.toml and pytest; nothing is downloaded. Legs:
+# Without FP8LM_PYTHON the packages are installed into .venv, as by the other scripts; with it, it
+# names a Python that has torch with CUDA, Triton, the packages of pyproject.toml and pytest. Legs:
 #   doctor     what the machine has
 #   numerics   kernels against the reference, bit for bit, and pytest -m gpu
 #   kernels    tools/bench_kernels.py: bandwidth and FLOP/s by operation
@@ -132,6 +132,10 @@ for leg in "${legs[@]}"; do
   if [[ -e $folder/done ]]; then
     echo "$leg: done before, in $folder"
     continue
+  fi
+  if [[ -d $folder && ! -e $folder/log.txt && -n $(ls -A "$folder") ]]; then
+    echo "error: $folder is not of this script: use another --output" >&2
+    exit 2
   fi
   rm -rf "$folder" && mkdir -p "$folder"
   echo "$leg: at most $limit s, $folder/log.txt"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import as_path, split_overrides
 from fp8lm.comm.groups import ProcessGroups, process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
     parser.add_argument("--only", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--json", type=as_path, help="where to write the rows")
-    options, overrides = parser.parse_known_args(argv)
+    argv, overrides = split_overrides(argv)
+    options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error("--steps is at least 1")
     rows = {

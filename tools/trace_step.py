@@ -31,7 +31,7 @@ from tracing.purposes import ATTENTION, GEMM, PURPOSES
 from tracing.roofline import TERA, Hardware
 from tracing.run import KERNELS, trace_step
 
-from fp8lm.arguments import as_path, number_type
+from fp8lm.arguments import as_path, number_type, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
     add("--replicas", type=number_type(1), default=1, help="data-parallel ranks")
     add("--json", type=as_path, help="write the numbers to this file")
     add("--output", type=as_path, help="draw the time of a layer by purpose to this PNG")
-    options, overrides = parser.parse_known_args(argv)
+    argv, overrides = split_overrides(argv)
+    options = parser.parse_args(argv)
     hardware = Hardware.read(options.hardware)
     configured = load_config(options.config, overrides)
     presets = options.preset or [configured.precision.preset]

@@ -178,9 +178,9 @@ class PrecisionConfig(Section):
     )
     kernels: KernelsName = Field(
         "auto",
-        description="What computes casts, transposes and sums on a GPU, bit for bit the same: "
-        "triton, fused kernels; eager, PyTorch's operations one by one; auto, triton where it is "
-        "installed. A CPU has eager.",
+        description="What runs on a GPU beside GEMMs and attention: triton, fused kernels; eager, "
+        "PyTorch's operations one by one; auto, triton where it is installed. Casts, sums and "
+        "optimizer steps have the same bits, exponentials differ in the last one. A CPU has eager.",
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,

@@ -52,7 +52,8 @@ def kernels_for_gpu(
     """cuBLASLt FP8 GEMMs, on a GPU that has them; InputError names the one that has not.
 
     FP8 support is read off the compute capability, not the product's name. The rest is Triton's
-    where that can be imported, or InputError if it cannot and is `wanted`.
+    where that can be imported, or InputError if it cannot and is `wanted`. Sets PyTorch's switch
+    for partial sums of split BF16 GEMMs: in fp32, as the rest of their accumulation.
     """
     if capability < FP8_COMPUTE_CAPABILITY:
         needed = ".".join(map(str, FP8_COMPUTE_CAPABILITY))
@@ -60,7 +61,6 @@ def kernels_for_gpu(
             f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 tensor cores need "
             f"{needed} or newer: use another GPU or train.device=cpu"
         )
-    # Partial sums of a split BF16 GEMM in fp32, as the rest of its accumulation.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if wanted == "eager":
         return HopperKernels()

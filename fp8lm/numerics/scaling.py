@@ -33,12 +33,11 @@ _MAGNITUDE = 0x7FFFFFFF
 def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
     """Scales for absolute maxima `amax` (fp32, any shape); same shape, fp32.
 
-    Exact on every device: no transcendental, a division or a root only where the format wants it.
+    Exact on every device: no transcendental, no root, a division only where the format wants it.
     """
     if not fmt.scaled:
         return torch.ones_like(amax)
     # Without the sign: -0.0 is zero, and x86 makes the NaN of Inf * 0 negative.
-    amax = amax.sqrt() if fmt.root else amax
     bits = amax.view(torch.int32) & _MAGNITUDE
     scale = _power_of_two(bits, fmt) if fmt.power_of_two_scales else _quotient(amax, fmt)
     scale = scale.masked_fill_(bits >= _INF_BITS, float("nan"))
@@ -52,12 +51,15 @@ def largest_value(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def _power_of_two(bits: Tensor, fmt: Format) -> Tensor:
-    """The largest power of two that takes a number of these `bits` to at most `fmt.max`.
+    """The largest power of two that takes a number of these `bits`, or its root, to `fmt.max`.
 
     The integer difference of two positive floats, shifted right by the mantissa, is the floor of
-    the log2 of their ratio.
+    the log2 of their ratio. That of a root is half of it, rounded down: one place more.
     """
-    exponent = (_float_bits(fmt.max) - bits) >> _EXPONENT_SHIFT
+    largest, shift = fmt.max, _EXPONENT_SHIFT
+    if fmt.root:
+        largest, shift = fmt.max**2, _EXPONENT_SHIFT + 1
+    exponent = (_float_bits(largest) - bits) >> shift
     exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
     return ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
 

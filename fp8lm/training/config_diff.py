@@ -23,7 +23,7 @@ _KEYS = {
     ),
     "data": ("data_path", "split", "shuffle_seed", "mock_data", "eod_mask_loss"),
 }
-_SAME_BITS = ("cache_weight_operands", "kernels")
+_HOW = ("cache_weight_operands", "kernels")  # something is computed, and not what
 # Tensors of the same names and shapes would be read as something else.
 _MEANING = (
     "num_attention_heads",
@@ -47,7 +47,7 @@ def changed_keys(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     Keys that only one of them has are ignored: they are of another version.
     """
     keys = {section: tuple(config[section]) for section in _SECTIONS} | _KEYS
-    keys["precision"] = tuple(key for key in keys["precision"] if key not in _SAME_BITS)
+    keys["precision"] = tuple(key for key in keys["precision"] if key not in _HOW)
     return _changed(keys, former, config)
 
 

@@ -44,9 +44,23 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     assert "holds a run of other arguments" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["o9", "=preset=o3", "a/b=preset=o3", "x=main_grads_dtype=fp12"])
-def test_a_recipe_that_is_none(recipe, run_tool, tmp_path):
+@pytest.mark.parametrize(
+    "override", ["train.seed=3", "precision.wire.grads=bf16", "logging.dir=elsewhere"]
+)
+def test_what_would_make_runs_no_pairs(override, run_tool, tmp_path, capsys):
+    options = ("--config", CONFIG, "--output", tmp_path / "recipes", "--recipes", "bf16", "o3")
+    assert run_tool("compare_recipes", *options, *TINY, override) == 2
+    assert override.partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "recipes").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["bf16", "o9", "=preset=o3", "a/b=preset=o3", "x=main_grads_dtype=fp12"]
+)
+def test_a_recipe_that_is_none(recipe, run_tool, tmp_path, capsys):
     output = tmp_path / "recipes"
     options = ("--config", CONFIG, "--output", output, "--recipes", "bf16", recipe)
     assert run_tool("compare_recipes", *options, *TINY) == 2
+    error = capsys.readouterr().err
+    assert recipe.split("=")[-1] in error and "model." not in error
     assert not output.exists()

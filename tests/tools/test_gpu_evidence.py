@@ -37,6 +37,14 @@ def test_no_such_leg(arguments):
     assert ended.returncode == 2 and arguments[0] in ended.stderr
 
 
+def test_a_folder_of_others_is_kept(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/mine").touch()
+    ended = evidence("--dry-run", "--output", tmp_path, "train")
+    assert ended.returncode == 2 and "is not of this script" in ended.stderr
+    assert (tmp_path / "train/mine").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu(tmp_path):
     ended = evidence("--output", tmp_path)

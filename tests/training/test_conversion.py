@@ -7,7 +7,7 @@ import torch
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
-from fp8lm.numerics import BF16, E4M3, FP16, FP32
+from fp8lm.numerics import BF16, E4M3, FP16, FP32, ROOT_E4M4
 from fp8lm.runtime.errors import InputError
 from tests.training.contents import FORMATS, KERNELS, contents, expect, values
 from tests.training.runs import LLAMA, read, save_again
@@ -91,6 +91,27 @@ def test_bf16_to_fp8_and_back(saved, tiny_config, run_distributed, tmp_path):
         for kind in ("exp_avg", "exp_avg_sq"):
             stored = values(after, f"optimizer.{kind}.{name}")
             expect(back, f"optimizer.{kind}.{name}", KERNELS.quantize(stored, FP32))
+
+
+@pytest.mark.slow
+def test_a_second_moment_becomes_its_root_and_comes_back(
+    saved, tiny_config, run_distributed, tmp_path
+):
+    before = contents(saved("o3"))
+    after = again(tiny_config, run_distributed, tmp_path / "o3", "o4", tmp_path / "o4")
+    back = again(tiny_config, run_distributed, tmp_path / "o4", "o3", tmp_path / "back")
+    split = again(
+        tiny_config, run_distributed, tmp_path / "o4", "o4", tmp_path / "tp2", *LAYOUTS["tp2"]
+    )
+    names = [name for name in before if ".exp_avg_sq." in name and name.endswith(".payload")]
+    assert len(names) > 10
+    for name in (name.removesuffix(".payload") for name in names):
+        root = KERNELS.quantize(values(before, name), ROOT_E4M4)
+        expect(after, name, root)
+        assert (root.payload != 0).all()
+        expect(back, name, KERNELS.quantize(values(after, name), FP16))
+    assert after.keys() == split.keys()
+    assert all(torch.equal(after[name], split[name]) for name in after)
 
 
 def test_a_weight_that_was_its_own_master_becomes_one(

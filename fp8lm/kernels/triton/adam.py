@@ -181,10 +181,8 @@ def _launch(
         reads=[
             *(x for tensor in read for x in (tensor.payload, tensor.scale)),
             *(tensors.rows, tensors.owners, amaxes),
-            *(
-                table.scales[: len(params)],
-                table.noise_keys[: len(params)],
-            ),  # as many of their rows
+            # As many of their rows as there are tensors.
+            *(table.scales[: len(params)], table.noise_keys[: len(params)]),
             *(scalar for scalar in scalars if scalar is not None),
         ],
         writes=[*updated, amaxes],

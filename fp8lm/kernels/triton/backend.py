@@ -52,8 +52,9 @@ class TritonKernels:
     """`Kernels` for a GPU with FP8 tensor cores; the results are the reference's, bit for bit.
 
     Exceptions: GEMMs and attention (cuBLASLt's and PyTorch's), the order of fp64 sums, the sign of
-    an FP8 NaN, values below 2^-133, which the reference decodes to zero, and Adam's root, which
-    PyTorch does not always round correctly on a CPU.
+    an FP8 NaN, values below 2^-133, which the reference decodes to zero, Adam's root, which PyTorch
+    does not always round correctly on a CPU, and exponentials with their sums: those of
+    cross-entropy and SwiGLU.
     """
 
     def __init__(self) -> None:

@@ -115,7 +115,7 @@ def _max_bits(FORMAT: tl.constexpr):
 
 @triton.jit
 def _encode_e2m5(x):
-    """See `fp8lm.kernels.reference`: the least of three lines, each of them exact where used."""
+    """See `fp8lm.kernels.encoding`: the least of three lines, each of them exact where used."""
     size = tl.minimum(tl.abs(x), 8.0)
     code = _round(size * 32.0)
     code = tl.minimum(code, _round((size - 2.0) * 16.0) + 64.0)
