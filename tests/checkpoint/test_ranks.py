@@ -28,6 +28,8 @@ from fp8lm.checkpoint.integrity import read_metadata
 from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import file_size_limit
 
+pytestmark = pytest.mark.slow
+
 ROWS, COLUMNS = 5, 6
 
 

@@ -190,6 +190,7 @@ def test_the_printed_command_starts_the_run(launch, tmp_path):
     assert "; nothing is saved without checkpoint.save" in job.output
 
 
+@pytest.mark.slow
 def test_who_reads_a_dry_run_may_leave():
     """As in `--dry-run | head`."""
     reader, writer = os.pipe()

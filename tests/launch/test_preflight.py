@@ -306,6 +306,7 @@ print(*(heavy for heavy in ("megatron", "torch._dynamo", "wandb") if heavy in sy
 """
 
 
+@pytest.mark.slow
 def test_the_checks_import_nothing_that_takes_seconds(data, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True

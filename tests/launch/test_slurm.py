@@ -12,6 +12,8 @@ import pytest
 
 from tests.launch.conftest import ENVIRONMENT, ROOT, tool
 
+pytestmark = pytest.mark.slow
+
 # A training that ends with the code in $CODE; with $WAIT it waits for SLURM's warning and saves.
 SRUN = """#!/usr/bin/env bash
 echo "srun: $*"

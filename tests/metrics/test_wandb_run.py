@@ -14,6 +14,8 @@ from fp8lm.metrics.logger import RunInfo, TrainLogger
 from fp8lm.metrics.wandb_run import RunRecord
 from tests.metrics.reports import VALUES
 
+pytestmark = pytest.mark.slow
+
 KEY = "0123456789abcdef0123456789abcdef01234567"  # the form of a key, and nobody's
 
 

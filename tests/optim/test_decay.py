@@ -27,6 +27,7 @@ def total_movement(states, steps):
     return moved[: len(start) // 2].mean().item()
 
 
+@pytest.mark.slow
 def test_a_weight_without_gradients_comes_to_rest():
     """Rounded to nearest, subnormal moments never decay and push the weight for ever."""
     expected = total_movement(("fp32", "fp32", "fp32"), 300)

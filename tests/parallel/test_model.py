@@ -17,6 +17,8 @@ from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.training.step import train_step
 from tests.parallel.ranks import FP32_KEYS, KERNELS, error, recipe, tensor_parallel
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, NUM_IDS, SEQUENCE, BATCH = 64, 50, 16, 2
 SHAPES = {
     "gpt": dict(position_embedding_type="learned_absolute", max_position_embeddings=24),

@@ -14,6 +14,8 @@ from fp8lm.parallel.build_data_parallel import max_by_group
 from tests.parallel.experts import EXPERTS, TinyExperts, on_one_process, on_ranks
 from tests.planner.tiny import tiny
 
+pytestmark = pytest.mark.slow
+
 STEPS, RANKS = 3, 4
 # Sums in fp32 of fp32 gradients, in rank order: the bits are those of one process.
 EXACT = {"preset": "o3", "main_grads_dtype": "fp32", "wire": {"grads": "fp32"}}

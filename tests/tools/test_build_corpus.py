@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = {f"module{i}.py": f"'''Number {i}.'''\n" for i in range(20)} | {
     "package/inner.py": "x = 'größe'\n",
     "LICENSE.txt": "Free.\n",

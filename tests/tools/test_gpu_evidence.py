@@ -11,6 +11,8 @@ import torch
 
 from tests.launch.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def evidence(*arguments):
     environment = os.environ | {"FP8LM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -18,7 +20,6 @@ def evidence(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
     (tmp_path / "doctor").mkdir()
     (tmp_path / "doctor/done").touch()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from fp8lm.numerics import E4M3
 from tests.gradient.test_hierarchical import REPLICATED, means_at_owners, stored
 from tests.launch.conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_is_measured_twice(run_tool, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 
 from fp8lm.runtime.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SOURCE = '''
 """A docstring with 1 number."""
 from a import b

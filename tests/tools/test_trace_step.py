@@ -15,6 +15,8 @@ from fp8lm.kernels.cost import declare_launch, recording
 from fp8lm.runtime.errors import InputError
 from tests.launch.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 H200 = ROOT / "configs/hardware/h200.yaml"
 GPT_7B = ROOT / "configs/gpt_7b.yaml"
 BATCH, SEQUENCE, HIDDEN, VOCABULARY = 2, 128, 256, 513

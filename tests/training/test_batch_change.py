@@ -6,6 +6,8 @@ import pytest
 
 from tests.training.runs import read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def resume(tiny_config, train_run, folders, tmp_path):

@@ -21,6 +21,8 @@ from fp8lm.training.step import train_step
 from tests.model.tiny import CPU, KERNELS, SHAPES, batch, build, loss_and_gradients
 from tests.training.runs import LLAMA
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 64
 FIRST = ("embedding.", "decoder.layers.0.")
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

@@ -44,6 +44,8 @@ from fp8lm.parallel.pipeline import NoPipeline
 from fp8lm.training.step import train_step
 from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 

@@ -14,6 +14,8 @@ from fp8lm.runtime.errors import InputError
 from tests.training.contents import FORMATS, KERNELS, contents, expect, values
 from tests.training.runs import LLAMA, curve, save_again, train
 
+pytestmark = pytest.mark.slow
+
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {"tp2": TP2, "pp2": PP2, "dp2 even": {"partition": "even"}}

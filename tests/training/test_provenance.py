@@ -14,6 +14,8 @@ from fp8lm.data.tokenizer import load_tokenizer
 from fp8lm.runtime.errors import InputError
 from tests.data.tokenizers_of_all_types import train_bpe, write_config, write_model
 
+pytestmark = pytest.mark.slow
+
 BPE = "HuggingFaceTokenizer"
 
 

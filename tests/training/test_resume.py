@@ -16,6 +16,8 @@ from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.checkpoint.tensors import file_size_limit
 from tests.training.runs import curve, train
 
+pytestmark = pytest.mark.slow
+
 TIMING = {"iteration-time", "throughput", "tokens-per-second", "timestamp"}
 
 VARIANTS = {
@@ -66,7 +68,6 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"])
 def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, folders, tmp_path):
     def config(run, **train):
@@ -200,7 +201,6 @@ def test_a_last_checkpoint_without_room_is_one_line(tiny_config, train_run, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("outer", ["first", "last"])
 def test_mu_where_a_stage_has_none(outer, tiny_config, run_distributed, folders, tmp_path):
     """One stage has the BF16 layer alone, and nothing of what the reduction remembers."""

@@ -23,6 +23,8 @@ from fp8lm.training.hooks import build_trainer
 from fp8lm.training.run_folders import locked_folders, run_folders
 from tests.training.runs import trainer_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -120,7 +122,6 @@ def command(*arguments):
     return ["--config", str(ROOT / "configs/gpt_tiny.yaml"), *small, *arguments]
 
 
-@pytest.mark.slow
 def test_two_jobs_and_a_killed_one(tmp_path, capfd):
     """One folder for both is refused, naming the first; the first's death frees it at once."""
     from pretrain_gpt import main

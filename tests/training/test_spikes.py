@@ -16,6 +16,8 @@ from fp8lm.training import trainer as trainer_module
 from fp8lm.training.spikes import LossSpike, LossSpikeDetector
 from tests.training.runs import BeforeStep, curve, read
 
+pytestmark = pytest.mark.slow
+
 
 def watch(losses, threshold=0.5, patience=3):
     """The iteration that a spike began with, None without one, and the watch."""
@@ -128,7 +130,6 @@ def test_a_spike_is_rolled_back_and_its_data_skipped(
     assert saved_iterations(tmp_path / "ck") == [20, 16, 12, 8, 4]
 
 
-@pytest.mark.slow
 def test_a_run_resumed_after_a_rollback_goes_on_alike(config, train_run, tmp_path):
     bad = range(4 * 14, 4 * 16)
 
@@ -146,7 +147,6 @@ def test_a_run_resumed_after_a_rollback_goes_on_alike(config, train_run, tmp_pat
     assert curve(tmp_path / "parts log") == curve(tmp_path / "whole log")
 
 
-@pytest.mark.slow
 def test_a_run_killed_before_it_saves_again_finds_the_spike_again(config, train_run, tmp_path):
     bad = range(4 * 14, 4 * 16)
 
@@ -270,7 +270,6 @@ def test_no_whole_checkpoint_before_the_spike(config, train_run, tmp_path, capsy
     assert " warning: no valid checkpoint in" in out and "common.json is damaged" in out
 
 
-@pytest.mark.slow
 def test_a_save_under_way_is_waited_for_when_too_many_rollbacks_stop_the_run(
     config, train_run, tmp_path, monkeypatch
 ):
@@ -291,7 +290,6 @@ def test_a_save_under_way_is_waited_for_when_too_many_rollbacks_stop_the_run(
     assert find_checkpoint(tmp_path / "ck").iteration == begun[-1] > 12
 
 
-@pytest.mark.slow
 def test_too_many_rollbacks_stop_the_run(config, train_run, tmp_path):
     with pytest.raises(RunFailed, match=r"after 2 rollbacks \(train.max_rollbacks\): stopped"):
         train_run(config(max_rollbacks=2), lambda trainer: garble(trainer, range(4 * 14, 400)))

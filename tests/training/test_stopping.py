@@ -25,6 +25,8 @@ from fp8lm.training.stopping import (
 )
 from tests.training.runs import BeforeStep, curve, trainer_of
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1}
 
 

@@ -14,6 +14,8 @@ from fp8lm.training.builders import resolve_device
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import BeforeStep
 
+pytestmark = pytest.mark.slow
+
 REPORTED = {
     "iteration",
     "consumed_samples",
@@ -187,7 +189,6 @@ def test_an_unwritable_save_folder_is_found_before_training(tiny_config, train_r
         train_run(config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3"])
 def test_every_preset_learns(preset, tiny_config, train_run, read_metrics, tmp_path):
     """The chain's entropy is near 1.7 nats; 120 steps must get from 4.2 to well below 2.5."""

@@ -20,6 +20,8 @@ from fp8lm.data.batches import MicroBatchSampler
 from fp8lm.training.spikes import LossSpike
 from fp8lm.training.watchdog import Heartbeats, Watchdog
 
+pytestmark = pytest.mark.slow
+
 INTERVAL = 0.1
 
 

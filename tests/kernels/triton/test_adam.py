@@ -37,6 +37,8 @@ from tests.kernels.triton.compare import assert_same_values
 from tests.kernels.triton.traffic import counting
 from tests.optim.bench import optimizer, step, weights
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = ReferenceKernels()
 SHAPES = [(65, 128), (3, 5), (17, 37), (1, 1), (24, 40)]  # the first has two chunks
 SUBNORMALS, STOCHASTIC, NEAREST = (

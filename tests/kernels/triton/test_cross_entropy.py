@@ -12,6 +12,8 @@ from fp8lm.layers.tp_context import NO_TP
 from tests.kernels.triton.compare import assert_same_values, normal
 from tests.kernels.triton.traffic import counting
 
+pytestmark = pytest.mark.slow
+
 KERNELS, REFERENCE = TritonKernels(), ReferenceKernels()
 ROUNDINGS = 64 * 2.0**-24  # of a sum of exponentials, relative to it
 

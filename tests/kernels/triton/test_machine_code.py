@@ -6,6 +6,8 @@ threads that fit decide its speed: 65,536 registers a multiprocessor are 64 for 
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ALIGNED = {
     "accumulate_e2m5": (72, 8),
     "accumulate_e4m3": (72, 8),

@@ -11,6 +11,8 @@ from fp8lm.model.rope import rope_tables
 from tests.kernels.triton.compare import assert_same_values, normal
 from tests.kernels.triton.traffic import counting
 
+pytestmark = pytest.mark.slow
+
 KERNELS, REFERENCE = TritonKernels(), ReferenceKernels()
 S, B = 5, 2
 # Groups, heads of one in the projection, those of its queries that are wanted.

@@ -15,6 +15,8 @@ from tests.kernels.triton.traffic import counting
 from tests.model.tiny import batch, build
 from tests.optim.bench import initial
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = ReferenceKernels()
 
 
