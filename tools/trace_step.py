@@ -24,17 +24,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
-from tracing.floor import ideal_bytes, matrix_parameters
-from tracing.purposes import ATTENTION, GEMM, PURPOSES
-from tracing.roofline import TERA, Hardware
-from tracing.run import KERNELS, trace_step
-
 from fp8lm.arguments import as_path, number_type, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
+from fp8lm.planner.tracing.floor import ideal_bytes, matrix_parameters
+from fp8lm.planner.tracing.purposes import ATTENTION, GEMM, PURPOSES
+from fp8lm.planner.tracing.roofline import TERA, Hardware
+from fp8lm.planner.tracing.run import KERNELS, trace_step
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 BF16 = "bf16"

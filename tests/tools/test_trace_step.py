@@ -38,7 +38,7 @@ def tracing(tool):
     """The tool, with the modules of its package as attributes."""
     trace_step = tool("trace_step")
     for name in ("costs", "floor", "launches", "purposes", "roofline", "run"):
-        setattr(trace_step, name, importlib.import_module(f"tracing.{name}"))
+        setattr(trace_step, name, importlib.import_module(f"fp8lm.planner.tracing.{name}"))
     return trace_step
 
 

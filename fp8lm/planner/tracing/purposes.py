@@ -29,7 +29,7 @@ PURPOSES = (
 )
 
 _PACKAGE = "fp8lm."
-_DECLARES = "fp8lm.kernels.cost"
+_OBSERVES = ("fp8lm.kernels.cost", "fp8lm.planner.tracing.")  # and calls no operation itself
 # The outermost of these owns an operation: the bytes of a cast before sending are communication's.
 OWNERS = {
     "optim": OPTIMIZER,
@@ -133,7 +133,7 @@ def _segments(frame: FrameType | None) -> list[list[Place]]:
     """The package's frames from the innermost on, cut where autograd's engine has been called."""
     segments: list[list[Place]] = [[]]
     for module, function in _frames(frame):
-        if module.startswith(_PACKAGE) and module != _DECLARES:
+        if module.startswith(_PACKAGE) and not module.startswith(_OBSERVES):
             segments[-1].append((module.removeprefix(_PACKAGE), function))
         elif function == "_engine_run_backward":
             segments.append([])

@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError
 
 from fp8lm.config.section import Positive, PositiveShare, Section
 from fp8lm.config.yaml_format import read_mapping
+from fp8lm.planner.tracing.launches import Launch
+from fp8lm.planner.tracing.purposes import PURPOSES
 from fp8lm.runtime.errors import InputError
-from tracing.launches import Launch
-from tracing.purposes import PURPOSES
 
 TERA, MICRO = 1e12, 1e-6
 

@@ -34,12 +34,12 @@ from fp8lm.layers.recipe import Recipe
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.parallel.parallelize import build_tp_context, parallelize
+from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
+from fp8lm.planner.tracing.launches import Launch, Operation
+from fp8lm.planner.tracing.purposes import CallSites
+from fp8lm.planner.tracing.roofline import Hardware
 from fp8lm.training.builders import build_model, build_objective, model_vocab_size
 from fp8lm.training.step import train_step
-from tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
-from tracing.launches import Launch, Operation
-from tracing.purposes import CallSites
-from tracing.roofline import Hardware
 
 META = torch.device("meta")
 HOPPER = (9, 0)  # compute capability
