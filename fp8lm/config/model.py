@@ -23,6 +23,10 @@ class ModelConfig(Section):
     num_attention_heads: Count = Field(description="Number of query heads.")
     seq_length: Count = Field(description="Tokens in a training sample.")
     swiglu: Bool = Field(False, description="Gated SiLU in the MLP instead of GELU.")
+    gelu_approximate: Literal["tanh", "none"] = Field(
+        "tanh",
+        description="GELU by its tanh approximation, or none: by the error function, as GPT-NeoX.",
+    )
     ffn_hidden_size: Count = derived(
         _ffn_hidden_size,
         "4 * hidden_size, with swiglu 8/3 * hidden_size rounded down to a multiple of 64",
@@ -50,6 +54,14 @@ class ModelConfig(Section):
     rotary_percent: PositiveShare = Field(
         1.0, description="Share of a head's channels that RoPE rotates."
     )
+    use_rope_scaling: Bool = Field(
+        False,
+        description="Llama 3.1's scaling of RoPE: wavelengths that do not fit into 8192 tokens are "
+        "stretched by rope_scaling_factor, those below 2048 are kept.",
+    )
+    rope_scaling_factor: Positive = Field(
+        8.0, description="How many times longer, with use_rope_scaling."
+    )
     normalization: Literal["LayerNorm", "RMSNorm"] = Field(
         "LayerNorm", description="Norm before attention, before the MLP and before the head."
     )
@@ -58,6 +70,20 @@ class ModelConfig(Section):
         False, description="Give the output head a matrix of its own."
     )
     disable_bias_linear: Bool = Field(False, description="Leave out the biases of linear layers.")
+    add_qkv_bias: Bool = Field(
+        False,
+        description="Keep the bias of the QKV projection in spite of disable_bias_linear, as Qwen2.",
+    )
+    qk_layernorm: Bool = Field(
+        False,
+        description="A norm of each head's query and key before RoPE, with the weights of one "
+        "head, as Qwen3.",
+    )
+    use_parallel_residual: Bool = Field(
+        False,
+        description="Attention and MLP read the same residual stream and are added to it together, "
+        "as in GPT-NeoX and Pythia.",
+    )
     init_method_std: Positive = Field(
         0.02,
         description="Standard deviation of initial weights; projections back into the residual "

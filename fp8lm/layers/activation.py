@@ -1,6 +1,7 @@
 """Activations of the feed-forward block, as prologues of its second linear layer.
 
-GELU      y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))        [.., F] -> [.., F]
+GELU      y = 0.5 x (1 + erf(x / sqrt(2)))                           [.., F] -> [.., F]
+  tanh    y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 SwiGLU    y = silu(gate) * up,  x = [gate | up]                     [.., 2F] -> [.., F]
 """
 
@@ -14,17 +15,20 @@ from fp8lm.kernels.interface import Kernels
 
 
 class Gelu:
-    """GELU in its tanh form (Megatron's), of bf16 or fp32."""
+    """GELU of bf16 or fp32; `approximate` as in PyTorch: "tanh" (Megatron's) or "none"."""
 
     differentiated: tuple[Tensor, ...] = ()
 
+    def __init__(self, approximate: str = "tanh") -> None:
+        self.approximate = approximate
+
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        return functional.gelu(x, approximate="tanh"), (x,)
+        return functional.gelu(x, approximate=self.approximate), (x,)
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        return (torch.ops.aten.gelu_backward(dy, *saved, approximate="tanh"),)
+        return (torch.ops.aten.gelu_backward(dy, *saved, approximate=self.approximate),)
 
 
 class SwiGlu:

@@ -35,8 +35,8 @@ Initializer = Callable[[Tensor, torch.Generator], Tensor]
 class ParamSpec:
     """The description of a weight: its logical `shape`, and the shard that this rank holds.
 
-    `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only, so
-    that gradients have to be summed over the tensor-parallel group.
+    `sequence_parallel`: replicated, with a gradient of this rank's part of the sequence only (or
+    of its heads), so that gradients have to be summed over the tensor-parallel group.
     `keep_high_precision`: an embedding, norm or bias, which no preset stores in FP8.
     `group`: the name of its `fp8lm.comm.groups.ParamGroup`, the ranks that share it.
     `trainable` False: frozen, without gradient buffer or optimizer states.

@@ -2,6 +2,8 @@
 
     softmax(q k^T / sqrt(D), causal) v
 
+With `qk_layernorm` q and k are each normalized over D first, before RoPE.
+
 Shapes: S sequence, B micro-batch, H hidden, G query groups, N heads (N/G per group), D head size.
 The fused projection keeps Megatron's row order, per group [q.. | k | v], so weights are
 exchangeable with megatron-core's GPTModel. Split over ranks, each has whole groups or, with more
@@ -19,6 +21,7 @@ from fp8lm.config import ModelConfig
 from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
+from fp8lm.model.norms import head_norm
 from fp8lm.model.parallel_linear import column_linear, row_linear
 from fp8lm.model.rope import rotated_heads
 
@@ -40,7 +43,11 @@ class SelfAttention(nn.Module):
         qkv_size = query_size + 2 * config.num_query_groups * self.head_size
         hidden, bias = config.hidden_size, not config.disable_bias_linear
         std, layers = config.init_method_std, config.num_layers
-        self.linear_qkv = column_linear(qkv_size, hidden, normal_init(std), recipe, bias=bias)
+        self.linear_qkv = column_linear(
+            qkv_size, hidden, normal_init(std), recipe, bias=bias or config.add_qkv_bias
+        )
+        self.q_layernorm = head_norm(config, recipe) if config.qk_layernorm else None
+        self.k_layernorm = head_norm(config, recipe) if config.qk_layernorm else None
         self.linear_proj = row_linear(
             hidden, query_size, output_init(std, layers), recipe, bias=bias
         )
@@ -68,7 +75,11 @@ class SelfAttention(nn.Module):
         qkv = self.linear_qkv(x_SBH, norm)
         if self.ranks_per_group > 1:
             qkv = self.tp.gather_query_group(qkv)
-        return qkv.unflatten(2, (self.num_groups, self.heads_per_group + 2, self.head_size))
+        qkv = qkv.unflatten(2, (self.num_groups, self.heads_per_group + 2, self.head_size))
+        if self.q_layernorm is None or self.k_layernorm is None:
+            return qkv
+        q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        return torch.cat((self.q_layernorm(q), self.k_layernorm(k), v), dim=3)
 
     def _heads(
         self, qkv_SBGHD: Tensor, rope: tuple[Tensor, Tensor] | None

@@ -1,4 +1,7 @@
-"""The transformer layers, each pre-norm: `h = x + attn(norm(x)); y = h + mlp(norm(h))`.
+"""The transformer layers, each pre-norm.
+
+    h = x + attn(norm(x))    y = h + mlp(norm(h))
+    with parallel residual   y = x + attn(norm(x)) + mlp(norm'(x))
 
 Recomputation in backward is of a whole layer (here) or of its attention core (see `SelfAttention`).
 """
@@ -13,22 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8lm.config import ModelConfig
 from fp8lm.layers.dropout import DropoutNoise, dropout
-from fp8lm.layers.norm import NORMS
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.attention import SelfAttention
 from fp8lm.model.mlp import MLP
-
-
-def make_norm(config: ModelConfig, recipe: Recipe) -> nn.Module:
-    """The model's norm over the hidden dimension."""
-    return NORMS[config.normalization](
-        config.hidden_size,
-        config.norm_epsilon,
-        recipe.high_precision,
-        recipe.kernels,
-        recipe.device,
-        sequence_parallel=recipe.tp.sequence_parallel,
-    )
+from fp8lm.model.norms import hidden_norm
 
 
 class TransformerLayer(nn.Module):
@@ -37,9 +28,10 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, recipe: Recipe, *, recompute_core: bool) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.input_layernorm = make_norm(config, recipe)
+        self.parallel_residual = config.use_parallel_residual
+        self.input_layernorm = hidden_norm(config, recipe)
         self.self_attention = SelfAttention(config, recipe, recompute_core=recompute_core)
-        self.pre_mlp_layernorm = make_norm(config, recipe)
+        self.pre_mlp_layernorm = hidden_norm(config, recipe)
         self.mlp = MLP(config, recipe)
 
     def forward(
@@ -52,7 +44,8 @@ class TransformerLayer(nn.Module):
         first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
         attended = self.self_attention(x_SBH, rope, self.input_layernorm)
         h = x_SBH + dropout(attended, self.dropout, first)
-        return h + dropout(self.mlp(h, self.pre_mlp_layernorm), self.dropout, second)
+        read = x_SBH if self.parallel_residual else h
+        return h + dropout(self.mlp(read, self.pre_mlp_layernorm), self.dropout, second)
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Decoder(nn.Module):
                 for index in part.layers
             }
         )
-        self.final_layernorm = make_norm(config, recipe) if part.has_head else None
+        self.final_layernorm = hidden_norm(config, recipe) if part.has_head else None
 
     def forward(
         self,

@@ -130,6 +130,7 @@ class GPTModel(nn.Module):
                 config.rotary_base,
                 config.rotary_percent,
                 recipe.device,
+                config.rope_scaling_factor if config.use_rope_scaling else None,
             )
 
     def forward(

@@ -20,7 +20,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         super().__init__()
-        self.activation: Prologue = SwiGlu(recipe.kernels) if config.swiglu else Gelu()
+        self.activation: Prologue = Gelu(config.gelu_approximate)
+        if config.swiglu:
+            self.activation = SwiGlu(recipe.kernels)
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         std, layers = config.init_method_std, config.num_layers
         bias, num_sections = not config.disable_bias_linear, 2 if config.swiglu else 1

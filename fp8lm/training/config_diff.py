@@ -31,12 +31,15 @@ _MEANING = (
     "position_embedding_type",
     "rotary_percent",
     "normalization",
+    "use_parallel_residual",
 )
+_BEFORE = {"use_parallel_residual": False}  # where a checkpoint is older than the key
 
 
 def check_same_model(former: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
     """Raise `InputError` if the weights of `former` mean something else in `config`."""
     keys = {f"model.{key}" for key in _MEANING}
+    former = {**former, "model": _BEFORE | former.get("model", {})}
     if changed := [line for line in changed_keys(former, config) if line.split(" = ")[0] in keys]:
         raise InputError(f"{folder} is a checkpoint from another model: {', '.join(changed)}")
 

@@ -94,7 +94,7 @@ def zero_gradients(weights: dict[str, Param]) -> None:
 def complete_gradients(
     weights: dict[str, Param], gradients: dict[str, ScaledTensor], tp: TPContext
 ) -> None:
-    """Sum gradients that each rank of `tp` computed from its part of the sequence."""
+    """Sum gradients that each rank of `tp` computed from its tokens or heads alone."""
     tp.sum_in_place(
         gradient.payload
         for name, gradient in gradients.items()

@@ -31,6 +31,10 @@ def norm(x, w, name, config):
     return x + w[f"{name}.bias"] if config.normalization == "LayerNorm" else x
 
 
+def head_norm(x, w, name, config):
+    return norm(x, w, name, config) if config.qk_layernorm else x
+
+
 def attention(x, w, name, config, positions):
     """One head after the other, each with a copy of its group's key and value."""
     size = config.kv_channels
@@ -40,7 +44,9 @@ def attention(x, w, name, config, positions):
     contexts = []
     for group in range(config.num_query_groups):
         *queries, key, value = chunks[group * (heads + 2) :][: heads + 2]
+        key = head_norm(key, w, f"{name}.k_layernorm", config)
         for query in queries:
+            query = head_norm(query, w, f"{name}.q_layernorm", config)
             if config.position_embedding_type == "rope":
                 turn = (positions, config.rotary_base, config.rotary_percent)
                 query, turned = rotate(query, *turn), rotate(key, *turn)
@@ -56,6 +62,8 @@ def mlp(x, w, name, config):
     if config.swiglu:
         gate, up = inner[..., : config.ffn_hidden_size], inner[..., config.ffn_hidden_size :]
         inner = gate * torch.sigmoid(gate) * up
+    elif config.gelu_approximate == "none":
+        inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
     else:
         cubic = inner + 0.044715 * inner**3
         inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
@@ -73,8 +81,10 @@ def logits(tokens_BS, w, config, positions_S=None):
     for index in range(config.num_layers):
         layer = f"decoder.layers.{index}"
         attended = norm(h, w, f"{layer}.input_layernorm", config)
-        h = h + attention(attended, w, f"{layer}.self_attention", config, positions_S)
-        h = h + mlp(norm(h, w, f"{layer}.pre_mlp_layernorm", config), w, f"{layer}.mlp", config)
+        attended = attention(attended, w, f"{layer}.self_attention", config, positions_S)
+        read = h if config.use_parallel_residual else h + attended
+        inner = mlp(norm(read, w, f"{layer}.pre_mlp_layernorm", config), w, f"{layer}.mlp", config)
+        h = h + attended + inner
     h = norm(h, w, "decoder.final_layernorm", config)
     return h @ w.get("output_layer.weight", table).t()
 

@@ -145,10 +145,12 @@ def names(kinds, layers=2):
 def test_weights_have_megatrons_names(shape):
     keys = SHAPES[shape]
     matrices = {f"{name}.weight" for name in names(LAYER_MATRICES)}
-    biases = (
-        set() if "disable_bias_linear" in keys else {f"{n}.bias" for n in names(LAYER_MATRICES)}
-    )
+    biases = {f"{name}.bias" for name in names(LAYER_MATRICES)}
+    if "disable_bias_linear" in keys:
+        biases = {f"{n}.bias" for n in names(LAYER_MATRICES[:1]) if "add_qkv_bias" in keys}
     norms = {*names({"input_layernorm", "pre_mlp_layernorm"}), "decoder.final_layernorm"}
+    if "qk_layernorm" in keys:
+        norms |= names({"self_attention.q_layernorm", "self_attention.k_layernorm"})
     parts = ["weight"] if keys.get("normalization") == "RMSNorm" else ["weight", "bias"]
     tables = {"embedding.word_embeddings.weight"}
     if keys.get("position_embedding_type") == "learned_absolute":

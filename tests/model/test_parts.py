@@ -32,6 +32,21 @@ def test_rope_is_a_complex_rotation(base, size, percent):
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-5)
 
 
+def test_rope_scaling_stretches_long_wavelengths_alone():
+    """Llama 3.1's rule, by wavelengths: below 2048 tokens as they were, above 8192 eight times."""
+    plain_angle, scaled = (
+        rope_tables(2, 128, 500000.0, 1.0, CPU, factor)[1][1, 0, 0, :64].double().asin()
+        for factor in (None, 8.0)
+    )
+    wavelength, ratio = 2 * math.pi / plain_angle, plain_angle / scaled
+    short, long = wavelength < 2048, wavelength > 8192
+    assert short.any() and long.any() and (~short & ~long).any()
+    torch.testing.assert_close(ratio[short], torch.ones_like(ratio[short]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ratio[long], torch.full_like(ratio[long], 8), rtol=1e-5, atol=0)
+    between = ratio[~short & ~long]
+    assert (between[1:] > between[:-1]).all() and between[0] > 1 and between[-1] < 8
+
+
 def test_rope_sees_only_the_distance_of_positions():
     cos, sin = rope_tables(64, 8, 10000.0, 1.0, CPU)
     q, k = (random(8, seed=seed).expand(64, 1, 1, 8) for seed in (1, 2))

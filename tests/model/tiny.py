@@ -31,6 +31,22 @@ SHAPES = {
         position_embedding_type="learned_absolute", max_position_embeddings=24, num_query_groups=1
     ),
     "partial rope": dict(rotary_percent=0.5, rotary_base=500.0, kv_channels=16),
+    "qwen": dict(
+        normalization="RMSNorm",
+        swiglu=True,
+        ffn_hidden_size=48,
+        num_query_groups=2,
+        kv_channels=16,
+        disable_bias_linear=True,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+    ),
+    "neox": dict(
+        rotary_percent=0.25,
+        gelu_approximate="none",
+        use_parallel_residual=True,
+        untie_embeddings_and_output_weights=True,
+    ),
     "untied": dict(position_embedding_type="none", untie_embeddings_and_output_weights=True),
 }
 

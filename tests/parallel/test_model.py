@@ -33,10 +33,29 @@ SHAPES = {
         disable_bias_linear=True,
         untie_embeddings_and_output_weights=True,
     ),
+    "qwen": dict(
+        normalization="RMSNorm",
+        swiglu=True,
+        ffn_hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=16,
+        disable_bias_linear=True,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+    ),
+    "neox": dict(
+        rotary_percent=0.25,
+        gelu_approximate="none",
+        use_parallel_residual=True,
+        untie_embeddings_and_output_weights=True,
+    ),
 }
 # Fewer query groups than ranks, which share them: all ranks one, or two pairs of four.
 SHARED = {
-    "one group": dict(num_attention_heads=8, num_query_groups=1, kv_channels=32),
+    "one group": dict(
+        num_attention_heads=8, num_query_groups=1, kv_channels=32, qk_layernorm=True
+    ),
     "two groups": dict(num_attention_heads=8, num_query_groups=2, kv_channels=16),
 }
 WIDE = dict(hidden_size=128, num_attention_heads=8, swiglu=True)  # eight ranks have a head each
@@ -98,7 +117,8 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
 
 
 # An FP32 model is exact to its roundings. In BF16 the partial sums of two GEMMs per layer are
-# rounded once more, 2^-9 each, over a path of about 8. On FP8 wires E4M3's 2^-4 takes its place.
+# rounded once more, 2^-9 each, over a path of about 8; much cancels in a head norm's few gradients.
+# On FP8 wires E4M3's 2^-4 takes its place.
 @pytest.mark.parametrize(
     ("shape", "size", "sequence_parallel"),
     [*((shape, *case) for shape in SHAPES for case in CASES), *SHARED_CASES],
@@ -106,7 +126,7 @@ def compare(shape, sequence_parallel, precision, wire, recompute=None):
 def test_loss_and_every_gradient(run_distributed, size, sequence_parallel, shape):
     for precision, wire, loss_bound, bound in (
         (FP32_KEYS, "bf16", 1e-6, 1e-5),
-        (dict(preset="bf16"), "bf16", 2e-4, 0.03),
+        (dict(preset="bf16"), "bf16", 2e-4, 0.04),
         (dict(preset="o3"), "bf16", 2e-3, 0.2),
         (dict(preset="o3"), "fp8", 4e-3, 0.3),
     ):

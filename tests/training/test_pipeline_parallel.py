@@ -106,6 +106,26 @@ def test_curve_of_one_process(layout, tied, config, curve_of):
         assert ((several - one).abs() / one).max() < bound, precision
 
 
+OTHER_SHAPES = {
+    "qwen": LLAMA | {"num_query_groups": 1, "add_qkv_bias": True, "qk_layernorm": True},
+    "neox": {"use_parallel_residual": True, "gelu_approximate": "none", "rotary_percent": 0.5},
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_curve_of_other_shapes(shape, config, run_distributed, tmp_path):
+    curves = []
+    for ranks, parallel in ((1, {}), (4, pp(2) | TP2)):
+        logging = {"logging": {"dir": str(tmp_path / str(ranks)), "log_interval": 1}}
+        model = OTHER_SHAPES[shape]
+        changed = config(parallel, logging, CURVE, model=model, precision=FP32)
+        run_distributed(train, ranks, changed)
+        curves.append(losses(tmp_path / str(ranks)))
+    one, several = curves
+    assert one[4] < 0.9 * one[0]
+    assert ((several - one).abs() / one).max() < PRECISIONS["fp32"][1]
+
+
 @pytest.mark.parametrize("layout", ["pp4", "pp2 interleaved", "pp4 zb-h1"])
 def test_micro_batches_in_flight(layout, config, run_distributed):
     ranks, parallel = LAYOUTS[layout]

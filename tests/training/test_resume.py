@@ -132,6 +132,7 @@ def test_resumed_equals_uninterrupted(name, tiny_config, train_run, read_metrics
         ),
         # All tensors fit here, and would be read as something else.
         ({"model": {"num_attention_heads": 4}}, r"model.num_attention_heads = 4 \(was 2\)"),
+        ({"model": {"use_parallel_residual": True}}, "another model: model.use_parallel_residual"),
         (
             {"model": {"position_embedding_type": "none"}},
             r'another model: model.position_embedding_type = "none" \(was "rope"\)$',
