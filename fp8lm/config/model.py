@@ -72,7 +72,7 @@ class ModelConfig(Section):
     disable_bias_linear: Bool = Field(False, description="Leave out the biases of linear layers.")
     add_qkv_bias: Bool = Field(
         False,
-        description="Keep the bias of the QKV projection in spite of disable_bias_linear, as Qwen2.",
+        description="Keep the bias of the QKV projection despite disable_bias_linear, as Qwen2.",
     )
     qk_layernorm: Bool = Field(
         False,

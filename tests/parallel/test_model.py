@@ -53,9 +53,7 @@ SHAPES = {
 }
 # Fewer query groups than ranks, which share them: all ranks one, or two pairs of four.
 SHARED = {
-    "one group": dict(
-        num_attention_heads=8, num_query_groups=1, kv_channels=32, qk_layernorm=True
-    ),
+    "one group": dict(num_attention_heads=8, num_query_groups=1, kv_channels=32, qk_layernorm=True),
     "two groups": dict(num_attention_heads=8, num_query_groups=2, kv_channels=16),
 }
 WIDE = dict(hidden_size=128, num_attention_heads=8, swiglu=True)  # eight ranks have a head each
