@@ -77,7 +77,13 @@ NEUTRAL = {
 }
 # These decide where row blocks are cut, and with that which rank owns a row.
 OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
-PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4")
+PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4", "deepseek", "mxfp8")
+# Larger models for those with scales per block, which tensor-parallel ranks do not cut, and the
+# most of these ranks.
+BLOCKS = {
+    "deepseek": ({"model.hidden_size": 256, "model.ffn_hidden_size": 512}, 2),
+    "mxfp8": ({"model.hidden_size": 128, "model.ffn_hidden_size": 256}, 4),
+}
 FP32 = {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32", "wire.grads": "fp32"}
 # Largest relative difference of a loss from one process. fp32: the order of sums. BF16 and FP8:
 # every rank rounds what it computes, 2^-9 and 2^-4 of an element; these tiny models learn fast, so
@@ -180,7 +186,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     rng = random.Random(f"{seed}/{number}/{max_processes}")
     precision = rng.choice(PRECISIONS)
     overrides = FIXED | {key: rng.choice(values) for key, values in MODELS.items()}
-    overrides |= _precision(rng, precision) | {"train.seed": rng.randrange(1000)}
+    sizes, most_tensor = BLOCKS.get(precision, ({}, max_processes))
+    overrides |= sizes | _precision(rng, precision) | {"train.seed": rng.randrange(1000)}
     batch = rng.choice((4, 8))
     iterations = rng.randint(3, 6)
     overrides |= _length(rng, batch, iterations)
@@ -192,7 +199,9 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     # With FP8 sums on the way, and on nodes, the number of replicas and its nodes are numerics.
     phases = [
         Phase(
-            draw_layout(rng, max_processes, batch // micro, 4 // micro, on_nodes=on_nodes),
+            draw_layout(
+                rng, max_processes, most_tensor, batch // micro, 4 // micro, on_nodes=on_nodes
+            ),
             end,
             *_kill(rng, start, end),
         )
@@ -212,6 +221,12 @@ def _precision(rng: random.Random, name: str) -> Overrides:
         keys["first_last_layers_bf16"] = rng.choice(("false", "false", "true"))
         for wire in ("gather", "reduce", "pipeline"):
             keys[f"wire.{wire}"] = rng.choice(("null", "fp8", "bf16"))
+        if name in BLOCKS:
+            keys["wire.gather"] = "bf16"  # parts of so short a sequence have no whole blocks
+        else:
+            for kind in ("input", "grad_output"):
+                keys[f"scaling.{kind}"] = rng.choice(("tensor", "tensor", "row"))
+            keys["grad_output_format"] = rng.choice(("fp8_e5m2", "fp8_e4m3"))
     if name in ("o1", "o2", "o3"):
         keys["grad_reduce"] = rng.choice(("fp32_accumulate", "fp32_accumulate", "fp8_sum"))
     return {f"precision.{key}": value for key, value in keys.items()}
@@ -242,15 +257,22 @@ def sums_depend_on_owners(overrides: Overrides, phases: list[Phase]) -> bool:
 
 
 def draw_layout(
-    rng: random.Random, max_processes: int, microbatches: int, least: int, *, on_nodes: bool
+    rng: random.Random,
+    max_processes: int,
+    most_tensor: int,
+    microbatches: int,
+    least: int,
+    *,
+    on_nodes: bool,
 ) -> Layout:
     """A layout whose replicas divide `microbatches` a step, and `least` of them where it ramps.
 
-    `on_nodes`: they may be summed on nodes first.
+    At most `most_tensor` ranks are tensor-parallel. `on_nodes`: replicas may be summed on nodes
+    first.
     """
     while True:
         tensor, pipeline, data = (rng.choice((1, 1, 2, 4)) for _ in range(3))
-        fits = tensor * pipeline * data <= max_processes
+        fits = tensor * pipeline * data <= max_processes and tensor <= most_tensor
         keys: Overrides = {}
         if tensor > 1:
             keys["sequence_parallel"] = rng.choice(("true", "false"))

@@ -90,6 +90,7 @@ _DROPOUT = {
     "train.recompute_granularity": "full",
 }
 _O3, _SUM = _preset("o3"), _preset("o3", grad_reduce="fp8_sum")
+_ROWS = _preset("o3", **{"scaling.input": "row", "scaling.grad_output": "row"})
 _INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 
 RUNS = {
@@ -97,6 +98,8 @@ RUNS = {
     **{name: GoldenRun(1, _preset(name)) for name in ("bf16", "te", "o1", "o2", "o3")},
     "o3_long": GoldenRun(1, _preset("o3_long")),
     "o4": GoldenRun(1, _preset("o4")),
+    **{name: GoldenRun(1, _preset(name)) for name in ("deepseek", "mxfp8")},
+    "o3 rows tp2 sp": GoldenRun(2, _ROWS | _parallel(2, **_SP)),
     "o3 llama": GoldenRun(1, _O3 | _LLAMA),
     "o3 dropout recompute": GoldenRun(1, _O3 | _DROPOUT),
     "o3 tp2": GoldenRun(2, _O3 | _parallel(2)),

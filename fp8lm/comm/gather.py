@@ -23,19 +23,28 @@ from fp8lm.scaled_tensor import ScaledTensor
 def all_gather(x: ScaledTensor, group: dist.ProcessGroup, wire: Wire) -> Handle[ScaledTensor]:
     """Shards [n, ...] -> the tensor [n * W, ...], in rank order.
 
-    All ranks must have cast with one scale (see `max_over_group`), which therefore is not sent,
-    and have the same n. `x` must not be written to before `wait()`; in a group of one
-    rank the result shares its memory.
+    Scales of the whole first dimension must be the same on all ranks (see `max_over_group`), and
+    are not sent; those of rows and blocks are, with the payload. All ranks have the same n. `x`
+    must not be written to before `wait()`; in a group of one rank the result shares its memory.
     """
     if not x.shape:
         raise ValueError("a gathered tensor needs a first dimension")
+    if not x.granularity.spans(0):
+        return all_gather_values(x, group, wire).then(_concatenate)
     shape = (group.size() * x.shape[0], *x.shape[1:])
     scale, fmt = x.scale, x.format
 
     def join_payloads(gathered: Tensor) -> ScaledTensor:
-        return ScaledTensor(gathered.view(-1).view(fmt.storage).view(shape), scale, fmt)
+        payload = gathered.view(-1).view(fmt.storage).view(shape)
+        return ScaledTensor(payload, scale, fmt, x.granularity)
 
     return all_gather_bytes(as_bytes(x.payload), group, wire).then(join_payloads)
+
+
+def _concatenate(parts: Sequence[ScaledTensor]) -> ScaledTensor:
+    payload = torch.cat([part.payload for part in parts])
+    scale = torch.cat([part.scale for part in parts])
+    return ScaledTensor(payload, scale, parts[0].format, parts[0].granularity)
 
 
 def all_gather_values(

@@ -1,21 +1,16 @@
 """Section `precision`: the storage format of every tensor that training keeps.
 
-The presets are the levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6) and two baselines:
-`bf16` and `te`, which computes GEMMs in FP8 and keeps everything else as BF16 training does.
-`o3_long` is o3 for many micro-batches a step, of which a running sum in E4M3 loses the small ones:
-it adds gradients up in E2M5 (see `fp8lm.numerics.formats`). `o4` is o3 with the second moment in
-eight bits too, as its root in E4M4: 2 + 4/d bytes per parameter over d data-parallel ranks.
-A preset only fills the keys left null; each key can be given a value of its own.
+A preset (see `fp8lm.config.presets`) only fills the keys left null; each key can be given a value
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fp8lm.config.presets import PRESETS, PresetName
 from fp8lm.config.section import Bool, Section, derived
 
 GemmFormat = Literal["fp8", "bf16", "fp32"]
@@ -25,13 +20,12 @@ MainGradsDtype = Literal["fp8_e4m3", "fp8_e2m5", "bf16", "fp32"]
 MomentDtype = Literal["fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
 SecondMomentDtype = Literal[MomentDtype, "fp8_e4m4_root"]
 Rounding = Literal["nearest", "stochastic"]
-PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"]
 WireFormat = Literal["fp8", "bf16"]
+ScalingGranularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"]
+GradOutputFormat = Literal["fp8_e5m2", "fp8_e4m3"]
 KernelsName = Literal["auto", "eager", "triton"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
-_Moments = tuple[MomentDtype, SecondMomentDtype]
-_Wires = tuple[WireFormat, GradsWireFormat, WireFormat]  # activations, gradients, weights
 
 
 class WireConfig(Section):
@@ -68,62 +62,25 @@ class WireConfig(Section):
         return getattr(self, name)
 
 
-def _preset(
-    gemm: GemmFormat,
-    params: ParamsDtype,
-    main_params: MainParamsDtype,
-    main_grads: MainGradsDtype,
-    moments: _Moments,
-    rounding: Rounding,
-    wires: _Wires,
-) -> Mapping[str, Any]:
-    exp_avg, exp_avg_sq = moments
-    wire, grads, params_wire = wires
-    return MappingProxyType(
-        {
-            "gemm": gemm,
-            "params_dtype": params,
-            "main_params_dtype": main_params,
-            "main_grads_dtype": main_grads,
-            "exp_avg_dtype": exp_avg,
-            "exp_avg_sq_dtype": exp_avg_sq,
-            "master_rounding": rounding,
-            "first_last_layers_bf16": False,
-            "wire": MappingProxyType(
-                dict.fromkeys(WireConfig.model_fields, wire)
-                | {"grads": grads, "params": params_wire}
-            ),
-        }
+class ScalingConfig(Section):
+    """How many elements of a GEMM's operand share a scale; null until filled in."""
+
+    input: ScalingGranularity | None = Field(
+        None,
+        description="Inputs of linear layers in FP8 GEMMs; rows and blocks lie along what each "
+        "GEMM sums over. Null: what the preset says.",
+    )
+    weight: ScalingGranularity | None = Field(
+        None,
+        description="Their weights; one stored in FP8 has one scale. Null: what the preset says.",
+    )
+    grad_output: ScalingGranularity | None = Field(
+        None, description="Gradients of their outputs. Null: what the preset says."
     )
 
-
-_FP32_STATES: _Moments = ("fp32", "fp32")
-_FP8_STATES: _Moments = ("fp8_e4m3", "fp16")
-_FP8_MOMENTS: _Moments = ("fp8_e4m3", "fp8_e4m4_root")
-_BF16_WIRES: _Wires = ("bf16", "fp32", "bf16")
-# FP16 weights are sent in two bytes.
-_FP8_WIRES: _Wires = ("fp8", "fp8", "fp8")
-_FP8_BUT_WEIGHTS: _Wires = ("fp8", "fp8", "bf16")
-
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "bf16": _preset("bf16", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
-        "te": _preset("fp8", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
-        "o1": _preset(
-            "fp8", "fp16", "none", "fp8_e4m3", _FP32_STATES, "stochastic", _FP8_BUT_WEIGHTS
-        ),
-        "o2": _preset(
-            "fp8", "fp16", "none", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_BUT_WEIGHTS
-        ),
-        "o3": _preset("fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_STATES, "stochastic", _FP8_WIRES),
-        "o3_long": _preset(
-            "fp8", "fp8_e4m3", "fp16", "fp8_e2m5", _FP8_STATES, "stochastic", _FP8_WIRES
-        ),
-        "o4": _preset(
-            "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_MOMENTS, "stochastic", _FP8_WIRES
-        ),
-    }
-)
+    def by_kind(self) -> dict[str, str]:
+        """The granularity of every kind of tensor, once it is filled in."""
+        return self.model_dump()
 
 
 def _of_preset(key: str, description: str) -> Any:
@@ -137,6 +94,11 @@ class PrecisionConfig(Section):
 
     preset: PresetName = Field("o3", description="Fills the keys of this section left null.")
     gemm: GemmFormat = _of_preset("gemm", "Format of the operands of a linear layer's three GEMMs.")
+    grad_output_format: GradOutputFormat = _of_preset(
+        "grad_output_format",
+        "Format of the output gradients that FP8 GEMMs read: fp8_e5m2 has the range, fp8_e4m3 a "
+        "bit more of mantissa.",
+    )
     params_dtype: ParamsDtype = _of_preset(
         "params_dtype", "Storage of the matrices that linear layers multiply with."
     )
@@ -182,6 +144,11 @@ class PrecisionConfig(Section):
         "PyTorch's operations one by one; auto, triton where it is installed. Casts, sums and "
         "optimizer steps have the same bits, exponentials differ in the last one. A CPU has eager.",
     )
+    scaling: ScalingConfig = Field(
+        default_factory=ScalingConfig,
+        description="How many elements of an FP8 GEMM's operand share a scale: all (tensor), a "
+        "row, or a block; mx_1x32 is MXFP8's.",
+    )
     wire: WireConfig = Field(
         default_factory=WireConfig,
         description="What travels between ranks; an FP32 model's activations travel in FP32 where "
@@ -189,8 +156,10 @@ class PrecisionConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _wires_of_preset(self) -> PrecisionConfig:
-        given = {k: v for k, v in self.wire.model_dump().items() if v is not None}
-        wire = WireConfig(**{**PRESETS[self.preset]["wire"], **given})
-        object.__setattr__(self, "wire", wire)  # sections are frozen
+    def _groups_of_preset(self) -> PrecisionConfig:
+        for name in ("scaling", "wire"):
+            group = getattr(self, name)
+            given = {k: v for k, v in group.model_dump().items() if v is not None}
+            filled = type(group)(**{**PRESETS[self.preset][name], **given})
+            object.__setattr__(self, name, filled)  # sections are frozen
         return self

@@ -53,6 +53,7 @@ class Execution:
     gemm: str = ""
     attention: str = ""
     elementwise: str = ""
+    scaling: str = ""
     refusal: str | None = None
 
 

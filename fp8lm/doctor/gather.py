@@ -49,7 +49,7 @@ def _ask(accelerators: Callable[[], Accelerators]) -> Accelerators:
 def _plan(found: Accelerators) -> tuple[Execution, ...]:
     try:
         # ROCm's GPUs answer for CUDA with a capability; training refuses them by their build.
-        return plan_execution(found.gpus if found.rocm is None else ())
+        return plan_execution(found.gpus if found.rocm is None else (), found.cuda)
     except Exception as error:  # a PyTorch without FP8, for instance
         return (Execution("kernels", refusal=f"fp8lm.kernels cannot be imported: {error!r}"),)
 

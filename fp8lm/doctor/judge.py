@@ -175,6 +175,7 @@ def judge_execution(execution: Execution) -> Iterator[Finding]:
         yield Finding(device, "refused", "problem", f"{device}: {execution.refusal}")
         return
     yield Finding(device, "GEMM", remark=execution.gemm)
+    yield Finding(device, "scales", remark=execution.scaling)
     yield Finding(device, "attention", remark=execution.attention)
     yield Finding(device, "casts, AdamW", remark=execution.elementwise)
 

@@ -54,26 +54,28 @@ def find_driver() -> str | None:
     return found[1] if found else None
 
 
-def plan_execution(gpus: Sequence[Gpu]) -> tuple[Execution, ...]:
-    """What `fp8lm.kernels` would use on the CPU and on each of `gpus`."""
-    return tuple(_executions(gpus))
+def plan_execution(gpus: Sequence[Gpu], cuda: str | None) -> tuple[Execution, ...]:
+    """What `fp8lm.kernels` would use on the CPU and on each of `gpus`, with this CUDA."""
+    return tuple(_executions(gpus, cuda))
 
 
-def _executions(gpus: Sequence[Gpu]) -> Iterator[Execution]:
+def _executions(gpus: Sequence[Gpu], cuda: str | None) -> Iterator[Execution]:
     from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-    from fp8lm.kernels.select import kernels_for_cpu, kernels_for_gpu
+    from fp8lm.kernels.select import describe_scaling, kernels_for_cpu, kernels_for_gpu
 
-    choices: list[tuple[str, Callable[[], Kernels]]] = [("cpu", kernels_for_cpu)]
+    choices: list[tuple[str, tuple[int, int] | None, Callable[[], Kernels]]]
+    choices = [("cpu", None, kernels_for_cpu)]
     for index, gpu in enumerate(gpus):
-        choices.append((f"cuda:{index}", partial(kernels_for_gpu, gpu.capability, gpu.name)))
-    for device, choose in choices:
+        of_gpu = partial(kernels_for_gpu, gpu.capability, gpu.name)
+        choices.append((f"cuda:{index}", gpu.capability, of_gpu))
+    for device, capability, choose in choices:
         try:
             kernels = choose()
         except InputError as error:
             yield Execution(device, refusal=str(error))
         else:
-            by = tuple(kernels.backends[name] for name in (GEMM, ATTENTION, ELEMENTWISE))
-            yield Execution(device, *by)
+            by, scaling = kernels.backends, describe_scaling(capability, cuda)
+            yield Execution(device, by[GEMM], by[ATTENTION], by[ELEMENTWISE], scaling)
 
 
 def _gpu(properties) -> Gpu:  # noqa: ANN001

@@ -51,7 +51,7 @@ class HopperKernels:
         """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
         if not (a.format.storage == b.format.storage == torch.uint8):
             return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
-        return cublaslt.scaled_mm(a, b, bias, out_dtype, fast_accumulation)
+        return cublaslt.gemm(a, b, bias, out_dtype, fast_accumulation)
 
     def copies_transposed(self, fmt: Format) -> bool:
         """See `Kernels`."""

@@ -6,6 +6,12 @@
 
 All finite FP8 values are exact in bf16, so on a CPU, which has no FP8 arithmetic, a bf16 GEMM of
 dequantized operands *is* the FP8 GEMM up to the rounding of its output.
+
+Scales per row or block, too. Tensor cores multiply codes, and the scales come after: those of rows
+multiply the result, those of blocks along K the fp32 sum of each block before it is added to the
+others (DeepSeek-V3, arXiv 2412.19437, 3.3.2). A scale is a power of two, so it commutes with every
+rounding of these sums, and multiplying the codes by it first gives the same number, up to the order
+of the fp32 sum.
 """
 
 from __future__ import annotations
@@ -94,13 +100,13 @@ class ReferenceKernels:
             return ScaledTensor(self.cast(x, scale, fmt, saturate=shared), scale, fmt)
         quantized = ScaledTensor.zeros(tuple(x.shape), fmt, x.device, granularity)
         one = torch.ones((), dtype=torch.float32, device=x.device)
-        for rows in self._row_chunks(quantized):
+        for rows, blocks in self._row_chunks(quantized):
             # fp32: a scale of its own per block takes the smallest values of bf16 below its range.
-            part = x[rows].float()
-            largest = granularity.max(part.abs()) if amax is None else amax[rows]
+            part = x[rows].to(torch.float32, copy=True)
+            largest = granularity.max(part.abs()) if amax is None else amax[blocks]
             scale = scale_from_amax(largest, fmt)
-            scaled = part * granularity.expand(scale, part.shape)
-            quantized.scale[rows] = scale
+            quantized.scale[blocks] = scale
+            scaled = granularity.multiply_(part, scale)
             quantized.payload[rows] = self.cast(scaled, one, fmt, saturate=shared)
         return quantized
 
@@ -142,13 +148,17 @@ class ReferenceKernels:
         payload, fmt = x.payload, x.format
         if not fmt.scaled:
             return payload.to(dtype)
-        if not x.granularity.is_per_tensor:
-            one = torch.ones((), dtype=torch.float32, device=x.device)
-            codes = self._decode(payload.contiguous(), one, fmt, torch.float32)
+        if payload.ndim == 2 and not payload.is_contiguous() and payload.t().is_contiguous():
+            return self.dequantize(x.t(), dtype).t()  # in its memory order
+        payload = payload.contiguous()
+        if x.granularity.is_per_tensor:
+            return self._decode(payload, x.scale, fmt, dtype)
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        if not fmt.power_of_two_scales:
+            codes = self._decode(payload, one, fmt, torch.float32)
             return codes.div_(x.granularity.expand(x.scale, x.shape)).to(dtype)
-        if payload.ndim == 2 and payload.t().is_contiguous():  # dequantize it in its memory order
-            return self._decode(payload.t(), x.scale, fmt, dtype).t()
-        return self._decode(payload.contiguous(), x.scale, fmt, dtype)
+        codes = self._decode(payload, one, fmt, dtype)  # exact: bf16 holds codes and powers of two
+        return x.granularity.multiply_(codes, x.scale.reciprocal().to(dtype))
 
     def copies_transposed(self, fmt: Format) -> bool:
         """See `Kernels`."""
@@ -190,7 +200,7 @@ class ReferenceKernels:
             total.payload.add_(x)
             return
         # What has scales of its own goes apart: little is held in fp32 then, and that in cache.
-        for rows in self._row_chunks(total):
+        for rows, _ in self._row_chunks(total):
             part = total.rows(rows.start, rows.stop)
             values = self.dequantize(part).add_(x[rows])
             part.copy_(self.quantize(values, total.format, granularity=total.granularity))
@@ -279,13 +289,16 @@ class ReferenceKernels:
         d_gate = torch.ops.aten.silu_backward(dy * up, gate)
         return torch.cat((d_gate, dy * functional.silu(gate)), dim=-1)
 
-    def _row_chunks(self, x: ScaledTensor) -> Iterator[slice]:
-        """Rows of `x` that are worked on together: all where they share a scale."""
-        num_rows, at_once = x.shape[0], x.shape[0]
-        if x.granularity.rows == 1:
-            at_once = max(1, self.step_elements // x.shape[1])
-        for start in range(0, num_rows, max(at_once, 1)):
-            yield slice(start, start + at_once)
+    def _row_chunks(self, x: ScaledTensor) -> Iterator[tuple[slice, slice]]:
+        """Rows of `x` that are worked on together, and of its scales: all where they share one."""
+        num_rows, block = x.shape[0], x.granularity.rows
+        if block is None:
+            yield slice(0, num_rows), slice(None)
+            return
+        blocks_at_once = max(1, self.step_elements // (x.shape[1] * block))
+        for first in range(0, -(-num_rows // block), blocks_at_once):
+            stop = first + blocks_at_once
+            yield slice(first * block, stop * block), slice(first, stop)
 
     def _blocks(self, numel: int) -> Iterator[slice]:
         for start in range(0, numel, self.block_elements):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fp8lm.config.precision import KernelsName
+from fp8lm.config.precision import KernelsName, PrecisionConfig
+from fp8lm.kernels.cublaslt import why_unsupported
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.interface import ELEMENTWISE, Kernels
 from fp8lm.kernels.reference import ReferenceKernels
+from fp8lm.numerics import BLOCK_1X128, MX_1X32, PER_ROW, PER_TENSOR, granularity_by_name
 from fp8lm.runtime.errors import InputError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
@@ -27,6 +29,40 @@ def select_kernels(device: torch.device, wanted: KernelsName = "auto") -> Kernel
             "precision.kernels=auto"
         )
     return kernels_for_cpu()
+
+
+def check_scaling(device: torch.device, precision: PrecisionConfig) -> None:
+    """InputError if `device` lacks a GEMM of the scales that `precision.scaling` names."""
+    if device.type != "cpu" and precision.gemm == "fp8":
+        check_scaling_on_gpu(
+            torch.cuda.get_device_capability(device), torch.version.cuda, precision
+        )
+
+
+def check_scaling_on_gpu(
+    capability: tuple[int, int], cuda: str | None, precision: PrecisionConfig
+) -> None:
+    """`check_scaling` for a GPU of this compute capability and a PyTorch built for `cuda`."""
+    scaling = precision.scaling.by_kind()
+    for first, second in (("input", "weight"), ("grad_output", "weight"), ("grad_output", "input")):
+        a, b = granularity_by_name(scaling[first]), granularity_by_name(scaling[second])
+        if reason := why_unsupported(a, b, capability, cuda):
+            raise InputError(
+                f"precision.scaling.{first} = {scaling[first]} with precision.scaling.{second} = "
+                f"{scaling[second]}: {reason}; train.device=cpu computes it, or use tensor for all"
+            )
+
+
+def describe_scaling(capability: tuple[int, int] | None, cuda: str | None) -> str:
+    """The scales of operands that GEMMs take on a CPU (None) or a GPU of `capability`."""
+    kinds = {"tensor": PER_TENSOR, "row": PER_ROW, "block of 128": BLOCK_1X128, "MXFP8": MX_1X32}
+    reasons = {
+        name: None if capability is None else why_unsupported(kind, kind, capability, cuda)
+        for name, kind in kinds.items()
+    }
+    able = "per " + ", ".join(name for name, reason in reasons.items() if reason is None)
+    unable = [f"{name} not: {reason}" for name, reason in reasons.items() if reason is not None]
+    return "; ".join([able, *unable])
 
 
 def describe_kernels(device: torch.device, wanted: KernelsName = "auto") -> str:

@@ -21,6 +21,7 @@ from fp8lm.data.datasets import check_files
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.devices import NO_NCCL
 from fp8lm.kernels import select_kernels
+from fp8lm.kernels.select import check_scaling
 from fp8lm.planner.layout import Layout
 from fp8lm.planner.plan import Plan, plan_run
 from fp8lm.runtime.addresses import (
@@ -75,7 +76,9 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
     if not dist.is_nccl_available():
         raise InputError(NO_NCCL)
     for number in range(nproc_per_node):
-        select_kernels(torch.device("cuda", number), config.precision.kernels)
+        device = torch.device("cuda", number)
+        select_kernels(device, config.precision.kernels)
+        check_scaling(device, config.precision)
 
 
 def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:

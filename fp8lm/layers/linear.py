@@ -10,6 +10,10 @@ gathers the rest again in backward. dw goes to
 the weight's accumulator inside backward; autograd never sees an FP8 edge, where it would cast
 gradients to FP8 without a scale. (FP8-LM, arXiv 2310.18313, section 2.)
 
+With scales per row or block, x8 and x8^T are two tensors, both cast from x in forward: every GEMM
+has scales along its own contraction. x8^T alone is saved, so that memory is the same but for its
+scales, 4 bytes each.
+
 Shapes: T tokens (all leading dimensions of the input), I input features, O output features.
 """
 
@@ -55,7 +59,7 @@ class Linear(nn.Module):
             weight,
             kernels,
             device,
-            recipe.weight_quantizer(),
+            recipe.weight_quantizer(weight.shard_spec),
             cache_operands=recipe.cache_weight_operands,
         )
         self.bias = None if bias is None else VectorParam(bias, kernels, device)
@@ -72,6 +76,67 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.path, bias, prologue)
 
 
+class OperandPath:
+    """How a tensor of two GEMMs is cast, sent and received: an input or an output gradient.
+
+    The first GEMM reads it as it is, [T,F], wgrad its transposed. `comm` gathers the tokens.
+    """
+
+    def __init__(self, quantizer: Quantizer, comm: TPComm, dtype: torch.dtype) -> None:
+        self.kernels = quantizer.kernels
+        self.quantizer = quantizer
+        self.comm = comm
+        self.sent = comm.wire_quantizer(quantizer, dtype)
+
+    @property
+    def cast_by(self) -> Quantizer:
+        """The quantizer of the GEMMs' operand: before communication (wire) or after it."""
+        return self.sent if self.sent.format == self.quantizer.format else self.quantizer
+
+    def cast(self, x: Tensor, *, wgrad: bool) -> tuple[ScaledTensor, ScaledTensor]:
+        """`x` [T,F] as it is sent to other ranks for the first GEMM, and with `wgrad` for that.
+
+        The second is wgrad's operand where nothing is gathered, else what to gather for it.
+        """
+        if wgrad and not self.comm.gathers:
+            return self.sent.with_transpose(x)
+        sent = self.sent(x)
+        if wgrad and not self.sent.granularity.is_symmetric:
+            return sent, self.sent.along_columns(x)
+        return sent, sent
+
+    def operand(self, gathered: ScaledTensor) -> ScaledTensor:
+        """`gathered` as the first GEMM reads it."""
+        if gathered.format == self.quantizer.format:
+            return gathered
+        return self.quantizer(self._values(gathered))
+
+    def transposed_operand(self, gathered: ScaledTensor) -> ScaledTensor:
+        """`gathered` (the second result of `cast`) as wgrad reads it."""
+        if gathered.format == self.quantizer.format:
+            return self.kernels.transpose(gathered)
+        return self.quantizer.transposed(self._values(gathered))
+
+    def both(self, x: Tensor, *, wgrad: bool) -> tuple[ScaledTensor, ScaledTensor | None]:
+        """`x` [T,F] of this rank as the first GEMM reads it and, if asked for, as wgrad does."""
+        sent, second = self.cast(x, wgrad=wgrad)
+        if not self.comm.gathers:
+            return self.operand(sent), second
+        gathered = self.comm.gather(sent).wait()
+        if not wgrad:
+            return self.operand(gathered), None
+        if second is not sent:
+            return gathered, self.transposed_operand(self.comm.gather(second).wait())
+        if gathered.format == self.quantizer.format:
+            return gathered, self.kernels.transpose(gathered)
+        return self.quantizer.with_transpose(self._values(gathered))
+
+    def _values(self, gathered: ScaledTensor) -> Tensor:
+        # FP8 and BF16 values are exact in bf16.
+        exact = torch.float32 if gathered.format == FP32 else torch.bfloat16
+        return self.kernels.dequantize(gathered, exact)
+
+
 class GemmPath:
     """How the operands of a layer's GEMMs are cast, sent and received."""
 
@@ -85,50 +150,16 @@ class GemmPath:
         self.precision = precision
         self.kernels = kernels
         self.input_comm, self.output_comm = input_comm or TPComm(), output_comm or TPComm()
-        self.input = Quantizer(precision.input, kernels)
-        self.grad_output = Quantizer(precision.grad_output, kernels)
-        dtype = precision.output
-        self.sent_input = self.input_comm.wire_quantizer(self.input, dtype)
-        self.sent_grad_output = self.output_comm.wire_quantizer(self.grad_output, dtype)
+        scaling, dtype = precision.scaling, precision.output
+        of_input = Quantizer(precision.input, kernels, granularity=scaling.input)
+        of_gradient = Quantizer(precision.grad_output, kernels, granularity=scaling.grad_output)
+        self.input = OperandPath(of_input, self.input_comm, dtype)
+        self.grad_output = OperandPath(of_gradient, self.output_comm, dtype)
 
     @property
     def quantizers(self) -> dict[TensorKind, Quantizer]:
-        """The quantizers of the GEMMs' operands: before communication (wire) or after it."""
-        sent = {"input": self.sent_input, "grad_output": self.sent_grad_output}
-        operands: dict[TensorKind, Quantizer]
-        operands = {"input": self.input, "grad_output": self.grad_output}
-        return {
-            kind: sent[kind] if sent[kind].format == operand.format else operand
-            for kind, operand in operands.items()
-        }
-
-    def cast_input(
-        self, x: Tensor, *, transposed: bool
-    ) -> tuple[ScaledTensor, ScaledTensor | None]:
-        """`x` [T,I] as it is sent to other ranks; and `transposed`, unless others hold a part."""
-        return _cast(x, self.sent_input, self.input_comm, transposed)
-
-    def cast_grad_output(
-        self, dy: Tensor, *, transposed: bool
-    ) -> tuple[ScaledTensor, ScaledTensor | None]:
-        """The same of `dy` [T,O]."""
-        return _cast(dy, self.sent_grad_output, self.output_comm, transposed)
-
-    def operand(self, gathered: ScaledTensor, quantizer: Quantizer) -> ScaledTensor:
-        """`gathered` in the format of its GEMM."""
-        if gathered.format == quantizer.format:
-            return gathered
-        # FP8 and BF16 values are exact in bf16.
-        exact = torch.float32 if gathered.format == FP32 else torch.bfloat16
-        return quantizer(self.kernels.dequantize(gathered, exact))
-
-
-def _cast(
-    x: Tensor, quantizer: Quantizer, comm: TPComm, transposed: bool
-) -> tuple[ScaledTensor, ScaledTensor | None]:
-    if transposed and not comm.gathers:
-        return quantizer.with_transpose(x)
-    return quantizer(x), None
+        """The quantizers of the GEMMs' operands."""
+        return {"input": self.input.cast_by, "grad_output": self.grad_output.cast_by}
 
 
 def linear(
@@ -165,10 +196,10 @@ class _LinearFunction(torch.autograd.Function):
         kernels, reduces = path.kernels, path.output_comm.reduces
         y, of_prologue = (x, ()) if prologue is None else prologue.forward_saving(x)
         trainable = weight.spec.trainable
-        sent, x_IT = path.cast_input(y.reshape(-1, y.shape[-1]), transposed=trainable)
+        sent, own = path.input.cast(y.reshape(-1, y.shape[-1]), wgrad=trainable)
         gathering = path.input_comm.gather(sent)
         w_OI = weight.operand()
-        x_TI = path.operand(gathering.wait(), path.input)
+        x_TI = path.input.operand(gathering.wait())
         y_TO = kernels.gemm(
             x_TI,
             w_OI,
@@ -180,8 +211,7 @@ class _LinearFunction(torch.autograd.Function):
         if bias is not None and reduces:
             y_TO.add_(bias)
         saved: tuple[Tensor | None, ...] = ()
-        if trainable:
-            own = sent if x_IT is None else x_IT  # this rank's part, or the whole
+        if trainable:  # wgrad's operand, or this rank's part of it
             saved = (own.payload, own.scale, own.inverse)
             ctx.saved_as = (own.format, own.granularity)
         ctx.save_for_backward(*saved, *of_prologue)
@@ -196,15 +226,13 @@ class _LinearFunction(torch.autograd.Function):
         input_comm, dtype = path.input_comm, path.precision.output
         dy = dy.reshape(-1, dy.shape[-1])
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        sent, dy_OT = path.cast_grad_output(dy, transposed=weight.spec.trainable)
-        dy_TO = path.operand(path.output_comm.gather(sent).wait(), path.grad_output)
+        dy_TO, dy_OT = path.grad_output.both(dy, wgrad=weight.spec.trainable)
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
         wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
-        if weight.spec.trainable:
+        if dy_OT is not None and weight.spec.trainable:
             payload, scale, inverse, *of_prologue = of_prologue
             fmt, granularity = ctx.saved_as
             saved = ScaledTensor(payload, scale, fmt, granularity, inverse)
-            dy_OT = kernels.transpose(dy_TO) if dy_OT is None else dy_OT
             wgrad = _weight_gradient(weight, path, saved, dy_OT)
         reducing = None
         if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[_NUM_INPUTS:]):
@@ -238,7 +266,7 @@ def _weight_gradient(
         x_IT = saved
         if comm.gathers:
             arriving = gathering or comm.gather(saved)
-            x_IT = kernels.transpose(path.operand(arriving.wait(), path.input))
+            x_IT = path.input.transposed_operand(arriving.wait())
         dw_OI = kernels.gemm(dy_OT, x_IT, out_dtype=path.precision.output)
         weight.main_grad.add(dw_OI)
 

@@ -137,7 +137,8 @@ class Param(nn.Module):
 class OperandCache:
     """Amax and operands of a weight within one step; `keep`: keep the cast operands too.
 
-    `inverse` is that of the scale of a weight that GEMMs read as it is stored.
+    `amax` is `Quantizer.local_amax`, shared. `inverse` is that of the scale of a weight that GEMMs
+    read as it is stored.
     """
 
     amax: Tensor | None = None
@@ -215,9 +216,9 @@ class QuantizedParam(Param):
         copies = (fmt != self.spec.format) + self.kernels.copies_transposed(fmt)
         return copies * numel * fmt.bytes if self.cache_operands else 0
 
-    def local_amax(self) -> Tensor:
-        """The amax of this rank's shard, 0-d fp32."""
-        return self.kernels.amax(self._values())
+    def local_amax(self) -> Tensor | None:
+        """What this rank's shard tells the others for the cast; see `Quantizer.local_amax`."""
+        return self.quantizer.local_amax(self._values())
 
     def operand(self) -> ScaledTensor:
         """The weight as forward's GEMM reads it; requantized only if stored in another format."""
@@ -236,7 +237,10 @@ class QuantizedParam(Param):
         cache = self.cache or OperandCache()
         if cache.transposed is not None:
             return cache.transposed
-        transposed = self.kernels.transpose(self.operand())
+        if self.needs_cast and not self.quantizer.granularity.is_symmetric:
+            transposed = self.quantizer.transposed(self._values(), amax=cache.amax)
+        else:
+            transposed = self.kernels.transpose(self.operand())
         if cache.keep:
             cache.transposed = transposed
         return transposed

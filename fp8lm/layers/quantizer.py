@@ -1,8 +1,8 @@
 """The cast of a layer's tensor to low precision.
 
 Every linear layer has a `Quantizer` for its input, its weight and its output gradient. It holds
-format, granularity and the ranks that share the scale: a recipe with another scaling, a per-layer
-statistic, or a fallback to BF16 attaches here.
+format, granularity and the ranks that share the scale: a per-layer statistic, or a fallback to
+BF16 attaches here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ class Observer(Protocol):
 
 
 class Quantizer:
-    """Casts tensors to `format` with scales of `granularity`, just in time.
+    """Casts matrices to `format` with scales of `granularity`, just in time.
 
-    `share_amax` reduces an amax (0-d fp32) over the ranks that hold the other shards of the tensor;
-    None: this rank holds all of it. `observer` is called after every cast.
+    Both GEMMs that read a tensor have scales of `granularity` along their own contraction: the
+    transposed tensor of rows, or of blocks that are not square, is cast anew from `x`.
+
+    `share_amax` reduces amaxes (fp32) over the ranks that hold the other parts of the tensor, which
+    is cut along `sharded_dim`; None: this rank holds all of it. Scales of rows and blocks that end
+    within a part are not shared; ValueError where a block would be cut. `observer` is called after
+    every cast.
     """
 
     def __init__(
@@ -41,41 +46,78 @@ class Quantizer:
         *,
         granularity: Granularity = PER_TENSOR,
         share_amax: Callable[[Tensor], Tensor] | None = None,
+        sharded_dim: int = 0,
         observer: Observer | None = None,
     ) -> None:
-        if share_amax is not None and not granularity.is_per_tensor:
-            raise ValueError(f"scales {granularity} are not shared between ranks")
         self.format = fmt
         self.kernels = kernels
-        self.granularity = granularity
+        self.granularity = granularity if fmt.scaled else PER_TENSOR
         self.share_amax = share_amax
+        self.sharded_dim = sharded_dim
         self.observer = observer
 
     def __call__(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
-        """`x` (bf16 or fp32) in `format`; `amax`, already shared, if it is known."""
-        amax = self._amax(x, amax)
-        quantized = self.kernels.quantize(x, self.format, amax=amax, granularity=self.granularity)
-        if self.observer is not None:
-            self.observer(x, quantized)
-        return quantized
+        """`x` (bf16 or fp32) in `format`; `amax`: see `local_amax`, already shared."""
+        return self._observed(x, self._cast(x, self.granularity, amax))
+
+    def along_columns(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
+        """`x` [R,C] in `format`, with the scales that its transposed has as an operand."""
+        return self._observed(x, self._cast(x, self.granularity.transposed(), amax))
+
+    def transposed(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
+        """`x` [R,C] as GEMMs read its transposed [C,R]."""
+        return self.kernels.transpose(self.along_columns(x, amax=amax))
 
     def with_transpose(
         self, x: Tensor, *, amax: Tensor | None = None
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """`x` [R,C] in `format`, and its transposed as GEMMs read it."""
+        if not self.granularity.is_symmetric:
+            transposed = self._cast(x, self.granularity.transposed(), amax)
+            return self(x, amax=amax), self.kernels.transpose(transposed)
         if not self.granularity.is_per_tensor:
-            quantized = self(x, amax=amax)
+            quantized = self(x)
             return quantized, self.kernels.transpose(quantized)
-        amax = self._amax(x, amax)
+        amax = self._shared_amax(x, self.granularity, amax)
         quantized, transposed = self.kernels.quantize_with_transpose(x, self.format, amax=amax)
+        return self._observed(x, quantized), transposed
+
+    def local_amax(self, x: Tensor) -> Tensor | None:
+        """This rank's amax of `x`, for others to share: of the tensor, or of rows cut into parts.
+
+        None where no scale is of elements that several ranks hold.
+        """
+        for granularity in (self.granularity, self.granularity.transposed()):
+            if granularity.spans(self.sharded_dim):
+                return self._amax(x, granularity)
+        return None
+
+    def _cast(self, x: Tensor, granularity: Granularity, amax: Tensor | None) -> ScaledTensor:
+        amax = self._shared_amax(x, granularity, amax)
+        return self.kernels.quantize(x, self.format, amax=amax, granularity=granularity)
+
+    def _shared_amax(
+        self, x: Tensor, granularity: Granularity, amax: Tensor | None
+    ) -> Tensor | None:
+        """The amaxes of scales that several ranks share; None where `x` itself has them."""
+        dim = self.sharded_dim
+        if not granularity.spans(dim):
+            if self.share_amax is not None and granularity.cuts(x.shape[dim], dim):
+                raise ValueError(f"a part of {tuple(x.shape)} cuts {granularity}")
+            return None
+        if self.format.scaled and amax is None and self.share_amax is not None:
+            return self.share_amax(self._amax(x, granularity))
+        return amax
+
+    def _amax(self, x: Tensor, granularity: Granularity) -> Tensor:
+        if granularity.is_per_tensor:
+            return self.kernels.amax(x)
+        return granularity.max(x.abs().float())
+
+    def _observed(self, x: Tensor, quantized: ScaledTensor) -> ScaledTensor:
         if self.observer is not None:
             self.observer(x, quantized)
-        return quantized, transposed
-
-    def _amax(self, x: Tensor, amax: Tensor | None) -> Tensor | None:
-        if self.format.scaled and amax is None and self.share_amax is not None:
-            return self.share_amax(self.kernels.amax(x))
-        return amax
+        return quantized
 
     def __repr__(self) -> str:
         return f"Quantizer({self.format}, {self.granularity})"

@@ -7,10 +7,36 @@ from dataclasses import dataclass, replace
 import torch
 
 from fp8lm.config import PrecisionConfig
+from fp8lm.config.precision import ScalingConfig
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.quantizer import Quantizer
+from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import NO_TP, TPContext
-from fp8lm.numerics import BF16, E4M3, E5M2, FP32, Format, format_by_name
+from fp8lm.numerics import (
+    BF16,
+    E4M3,
+    E5M2,
+    FP32,
+    PER_TENSOR,
+    Format,
+    Granularity,
+    format_by_name,
+    granularity_by_name,
+)
+
+
+@dataclass(frozen=True)
+class OperandScaling:
+    """How many elements of a GEMM's operand share a scale; formats without scales ignore it."""
+
+    input: Granularity = PER_TENSOR
+    weight: Granularity = PER_TENSOR
+    grad_output: Granularity = PER_TENSOR
+
+    @classmethod
+    def from_config(cls, scaling: ScalingConfig) -> OperandScaling:
+        """What keys `precision.scaling` name."""
+        return cls(*(granularity_by_name(name) for name in scaling.by_kind().values()))
 
 
 @dataclass(frozen=True)
@@ -21,12 +47,24 @@ class GemmPrecision:
     weight: Format
     grad_output: Format
     output: torch.dtype
+    scaling: OperandScaling = OperandScaling()
 
 
 FP8_GEMM = GemmPrecision(E4M3, E4M3, E5M2, torch.bfloat16)
 BF16_GEMM = GemmPrecision(BF16, BF16, BF16, torch.bfloat16)
 FP32_GEMM = GemmPrecision(FP32, FP32, FP32, torch.float32)
-_GEMMS = {"fp8": FP8_GEMM, "bf16": BF16_GEMM, "fp32": FP32_GEMM}
+_HIGH_PRECISION_GEMMS = {"bf16": BF16_GEMM, "fp32": FP32_GEMM}
+
+
+def gemm_precision(precision: PrecisionConfig) -> GemmPrecision:
+    """Of the GEMMs that config section `precision` describes."""
+    if precision.gemm != "fp8":
+        return _HIGH_PRECISION_GEMMS[precision.gemm]
+    return replace(
+        FP8_GEMM,
+        grad_output=format_by_name(precision.grad_output_format),
+        scaling=OperandScaling.from_config(precision.scaling),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +96,7 @@ class Recipe:
     ) -> Recipe:
         """The recipe that config section `precision` describes."""
         return cls(
-            gemm=_GEMMS[precision.gemm],
+            gemm=gemm_precision(precision),
             weight=format_by_name(precision.params_dtype),
             weight_grad=format_by_name(precision.main_grads_dtype),
             high_precision=FP32 if precision.gemm == "fp32" else BF16,
@@ -74,10 +112,15 @@ class Recipe:
         """Formats of the output layer's GEMMs, never FP8."""
         return FP32_GEMM if self.high_precision == FP32 else BF16_GEMM
 
-    def weight_quantizer(self) -> Quantizer:
+    def weight_quantizer(self, shard_spec: ShardSpec) -> Quantizer:
         """The quantizer of a linear layer's weight, whose shards are on the ranks of `tp`."""
-        share_amax = self.tp.max if self.tp.size > 1 else None
-        return Quantizer(self.gemm.weight, self.kernels, share_amax=share_amax)
+        return Quantizer(
+            self.gemm.weight,
+            self.kernels,
+            granularity=self.gemm.scaling.weight,
+            share_amax=self.tp.max if self.tp.size > 1 else None,
+            sharded_dim=shard_spec.dim,
+        )
 
     def for_layer(self, index: int, num_layers: int) -> Recipe:
         """The recipe of transformer layer `index` of `num_layers`."""

@@ -22,11 +22,7 @@ from fp8lm.layers.tp_context import TPContext
 def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[None]:
     """Cache amaxes, and operands if configured, of `weights`, which must not change meanwhile."""
     matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
-    cast = [weight for weight in matrices if weight.needs_cast]
-    amaxes: dict[QuantizedParam, Tensor] = {}
-    if cast:
-        shared = tp.max(torch.stack([weight.local_amax() for weight in cast]))
-        amaxes = dict(zip(cast, shared.unbind(), strict=True))
+    amaxes = _shared_amaxes([weight for weight in matrices if weight.needs_cast], tp)
     inverses = _inverse_scales(matrices)
     for weight in matrices:
         weight.cache = OperandCache(
@@ -37,6 +33,19 @@ def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[
     finally:
         for weight in matrices:
             weight.cache = None
+
+
+def _shared_amaxes(cast: list[QuantizedParam], tp: TPContext) -> dict[QuantizedParam, Tensor]:
+    """Amaxes of the `cast` weights over all ranks, in one exchange; blocks share none."""
+    local = {weight: amax for weight in cast if (amax := weight.local_amax()) is not None}
+    if not local:
+        return {}
+    shared = tp.max(torch.cat([amax.flatten() for amax in local.values()]))
+    parts = shared.split([amax.numel() for amax in local.values()])
+    return {
+        weight: part.view(amax.shape)
+        for (weight, amax), part in zip(local.items(), parts, strict=True)
+    }
 
 
 def _inverse_scales(weights: list[QuantizedParam]) -> dict[QuantizedParam, Tensor]:

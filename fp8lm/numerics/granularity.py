@@ -1,9 +1,14 @@
 """How many elements of a matrix share one scale.
 
     per tensor   one scale, 0-d                    FP8-LM's, and every state's
-    per row      [R, 1]                            pipeline messages: a scale per token
-    1 x 128      [R, C/128]                        sums of weight gradients in E2M5
-    blocks       [ceil(R/r), ceil(C/c)]            r x c elements each
+    per row      [R, 1]                            GEMM operands; pipeline messages: one per token
+    1 x 128      [R, ceil(C/128)]                  GEMM operands (DeepSeek-V3's activations); sums
+                                                   of weight gradients in E2M5
+    128 x 128    [ceil(R/128), ceil(C/128)]        GEMM operands (DeepSeek-V3's weights)
+    1 x 32       [R, ceil(C/32)]                   GEMM operands in MXFP8 (OCP): E8M0 scales
+
+Rows and columns are those of an operand as a GEMM reads it, its contraction last. A power of two
+(see `scaling`) is a number of E8M0, the eight bits of an exponent that MXFP8 keeps of a scale.
 
 A scale has the shape that its granularity gives it, so that a tensor and its scales cannot be
 mistaken for those of another granularity.
@@ -44,9 +49,23 @@ class Granularity:
         sizes = zip(shape, (self.rows, self.columns), strict=True)
         return tuple(1 if block is None else -(-size // block) for size, block in sizes)
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the transposed matrix has the same scales, transposed."""
+        return self.rows == self.columns
+
     def transposed(self) -> Granularity:
         """The granularity of the transposed matrix."""
         return Granularity(self.columns, self.rows)
+
+    def cuts(self, size: int, dim: int) -> bool:
+        """Whether a part of `size` along `dim` (0: rows) ends inside a block."""
+        block = (self.rows, self.columns)[dim]
+        return block is not None and size % block != 0
+
+    def spans(self, dim: int) -> bool:
+        """Whether one scale is of the whole matrix along `dim` (0: rows)."""
+        return (self.rows, self.columns)[dim] is None
 
     def max(self, magnitudes: Tensor) -> Tensor:
         """The largest of `magnitudes` [R, C] (none is negative) in every block; NaN wins."""
@@ -65,6 +84,15 @@ class Granularity:
                 scale = scale.repeat_interleave(block, dim).narrow(dim, 0, shape[dim])
         return scale
 
+    def multiply_(self, x: Tensor, factors: Tensor) -> Tensor:
+        """`x` times the factor of every block, in place."""
+        rows, columns = x.shape
+        r, c = self.rows or max(rows, 1), self.columns or max(columns, 1)
+        if rows % r or columns % c or not x.is_contiguous():
+            return x.mul_(self.expand(factors, x.shape))
+        x.view(rows // r, r, columns // c, c).mul_(factors[:, None, :, None])
+        return x
+
     def __str__(self) -> str:
         if self.is_per_tensor:
             return "per tensor"
@@ -74,6 +102,20 @@ class Granularity:
 
 PER_TENSOR = Granularity(None, None)
 PER_ROW = Granularity(1, None)
+BLOCK_1X128 = Granularity(1, BLOCK)
+BLOCK_128X128 = Granularity(BLOCK, BLOCK)
+MX_1X32 = Granularity(1, 32)
+
+
+def granularity_by_name(name: str) -> Granularity:
+    """The granularity a config value such as `block_1x128` names; KeyError if there is none."""
+    return {
+        "tensor": PER_TENSOR,
+        "row": PER_ROW,
+        "block_1x128": BLOCK_1X128,
+        "block_128x128": BLOCK_128X128,
+        "mx_1x32": MX_1X32,
+    }[name]
 
 
 def granularity_of(fmt: Format, shape: tuple[int, ...]) -> Granularity:

@@ -13,6 +13,9 @@ all-reduced. Bytes sent by a rank for T tokens of F features on an FP8 wire, 16 
 and its padding (gathered bytes share one scale, found by an all-reduce of 4 bytes):
 
     gather (t-1) T/t F        reduce-scatter (t-1) (T/t F + 16)     all-reduce 2 (t-1) (T/t F + 16)
+
+Operands with scales per row or block are gathered with them. A gradient of the output is then
+gathered twice, cast along each of the two contractions, as is a saved input in backward.
 """
 
 from __future__ import annotations
@@ -121,11 +124,15 @@ class SequenceParallelComm(TPAllReduceComm):
     gathers = True
 
     def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
-        """Casts [T/t, F] to the wire's format, with one scale over the group."""
+        """Casts [T/t, F] to the wire's format; scales of all tokens are shared over the group."""
         fp8 = operand.format if operand.format.scaled else E4M3
         fmt = wire_format(self.tp.gather_wire, dtype, fp8)
-        share_amax = self.tp.max if fmt.scaled else None
-        return Quantizer(fmt, self.tp.kernels, share_amax=share_amax)
+        return Quantizer(
+            fmt,
+            self.tp.kernels,
+            granularity=operand.granularity,
+            share_amax=self.tp.max if fmt.scaled else None,
+        )
 
     def gather(self, x: ScaledTensor) -> Handle[ScaledTensor]:
         """[T/t, F] of every rank -> [T, F]."""

@@ -14,6 +14,7 @@ from fp8lm.data.batches import SizedDataset
 from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.kernels import select_kernels
+from fp8lm.kernels.select import check_scaling
 from fp8lm.layers.param import Param
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
@@ -78,6 +79,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     data = build_data(config)
     num_ids = data.tokenizer.vocab_size
     vocab_size = model_vocab_size(config, num_ids)
+    check_scaling(device, config.precision)
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, tp)

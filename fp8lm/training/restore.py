@@ -14,6 +14,7 @@ from fp8lm.config import Config, ModelConfig, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.kernels.select import check_scaling
 from fp8lm.layers.param import named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
@@ -60,6 +61,7 @@ def restore_model(
             f"{checkpoint.folder} has rows for {rows}: it is another one's"
         )
     _check_is_stored(checkpoint, config, rows)
+    check_scaling(device, config.precision)
     recipe = Recipe.from_config(config.precision, select_kernels(device), device)
     model = GPTModel(config.model, rows, recipe)
     load_checkpoint(checkpoint, by_name(model_shards(named_params(model))), ignore_prefix="")

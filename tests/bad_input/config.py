@@ -205,6 +205,16 @@ PRECISION = [
         "precision.gemm=bf16", says="params_dtype = fp8_e4m3 needs precision.gemm = fp8, not bf16"
     ),
     train("precision.main_params_dtype=none", says="needs a master weight"),
+    train("precision.scaling.input=block", says="expected tensor | row | block_1x128"),
+    train("precision.scaling.weights=row", says="unknown key precision.scaling.weights: did you"),
+    train("precision.scaling.weight=row", says="stores it with one scale: use tensor, or params_"),
+    train(
+        "precision.preset=mxfp8",
+        "model.ffn_hidden_size=96",
+        "parallel.tensor_model_parallel_size=2",
+        says="/ parallel.tensor_model_parallel_size = 2 is 48, which cuts blocks of 32 "
+        "(precision.scaling.input): use a multiple of 64",
+    ),
     train("precision.preset=te", "precision.wire.params=fp8", says="wire.params = fp8 needs"),
     train(
         "precision.main_grads_dtype=fp32",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8lm.config import Config, load_config, parse_command_line
+from fp8lm.config import PRESETS, Config, load_config, parse_command_line
 from fp8lm.config.command_line import main
 from fp8lm.config.generated import schema_text
 from fp8lm.config.keys import list_keys
@@ -49,7 +49,7 @@ def test_help_lists_every_key_and_exits_with_0(argv, capsys):
         ("model.num_layers", "integer >= 1", "required"),
         ("model.ffn_hidden_size", "integer >= 1 or null", "null"),
         ("model.swiglu", "true | false", "false"),
-        ("precision.preset", "bf16 | te | o1 | o2 | o3 | o3_long | o4", "o3"),
+        ("precision.preset", " | ".join(PRESETS), "o3"),
         ("train.recompute_granularity", "full | selective or null", "null"),
         ("optimizer.adam_beta2", "number >= 0 and < 1", "0.95"),
         ("data.split", "text", "99,1,0"),

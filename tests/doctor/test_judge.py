@@ -27,9 +27,8 @@ MEGATRON = package("megatron-core", "0.16.1", ">=0.16.1,<0.17")
 def machine(*gpus, packages=(TORCH, MEGATRON), **keys):
     keys = {"cuda": "13.0", "driver": "580.95", "nccl": (2, 28, 9), **keys}
     accelerators = Accelerators(gpus, **keys)
-    return Facts(
-        "0.1.0", "", "3.12.3", ">=3.11", packages, accelerators, plan_execution(accelerators.gpus)
-    )
+    execution = plan_execution(accelerators.gpus, accelerators.cuda)
+    return Facts("0.1.0", "", "3.12.3", ">=3.11", packages, accelerators, execution)
 
 
 def remark(facts, subject, found=None):

@@ -7,12 +7,30 @@ import sys
 import pytest
 import torch
 
+from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.interface import ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import check_gemm_operands
-from fp8lm.kernels.select import kernels_for_gpu
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, PER_ROW, Granularity
+from fp8lm.kernels.select import (
+    check_scaling,
+    check_scaling_on_gpu,
+    describe_scaling,
+    kernels_for_gpu,
+)
+from fp8lm.numerics import (
+    BF16,
+    BLOCK_1X128,
+    BLOCK_128X128,
+    E4M3,
+    E5M2,
+    FP16,
+    FP32,
+    MX_1X32,
+    PER_ROW,
+    PER_TENSOR,
+    Granularity,
+)
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -200,9 +218,97 @@ def test_operands_are_not_copied_unseen():
         HopperKernels().gemm(strided, b)
     with pytest.raises(ValueError, match="not contiguous"):
         HopperKernels().gemm(b, strided)
-    blocks = KERNELS.quantize(torch.randn(32, 64), E4M3, granularity=PER_ROW)
-    with pytest.raises(ValueError, match="blocks of 1 x all"):
-        HopperKernels().gemm(a, blocks)
+
+
+UNABLE = [
+    (PER_TENSOR, BLOCK_1X128, "no GEMM of scales per tensor by scales blocks of 1 x 128"),
+    (PER_ROW, BLOCK_128X128, "no GEMM"),
+    (BLOCK_128X128, BLOCK_128X128, "no GEMM"),
+    (MX_1X32, MX_1X32, "no GEMM"),
+]
+
+
+@pytest.mark.parametrize(("of_a", "of_b", "says"), UNABLE, ids=str)
+def test_scales_that_cublas_has_no_gemm_for(of_a, of_b, says):
+    a, b = (KERNELS.quantize(torch.randn(128, 256), E4M3, granularity=g) for g in (of_a, of_b))
+    with pytest.raises(ValueError, match=says):
+        HopperKernels().gemm(a, b)
+    assert KERNELS.gemm(a, b).shape == (128, 128)
+
+
+ABLE = [
+    (PER_ROW, PER_ROW),
+    (PER_ROW, PER_TENSOR),
+    (BLOCK_1X128, BLOCK_1X128),
+    (BLOCK_1X128, BLOCK_128X128),
+    (BLOCK_128X128, BLOCK_1X128),
+]
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), ABLE, ids=str)
+@pytest.mark.parametrize("contraction", [128, 640])  # blocks that cuBLASLt wants padded to four
+def test_cublas_takes_the_layout_of_scales(of_a, of_b, contraction):
+    meta = torch.device("meta")  # where PyTorch checks it as CUDA does
+    a = ScaledTensor.zeros((256, contraction), E5M2, meta, of_a)
+    b = ScaledTensor.zeros((384, contraction), E4M3, meta, of_b)
+    bias = torch.zeros(384, dtype=torch.bfloat16, device=meta)
+    assert HopperKernels().gemm(a, b, bias=bias).shape == (256, 384)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("of_a", "of_b"), ABLE, ids=str)
+def test_tensor_cores_match_the_reference_with_scales_of_rows_and_blocks(of_a, of_b):
+    sizes = zip((256, 384), (E5M2, E4M3), (of_a, of_b), strict=True)
+    a, b = (
+        KERNELS.quantize(
+            torch.randn(n, 640) * torch.logspace(-2, 2, 640), fmt, granularity=granularity
+        )
+        for n, fmt, granularity in sizes
+    )
+    on_gpu = (
+        ScaledTensor(x.payload.cuda(), x.scale.cuda(), x.format, x.granularity) for x in (a, b)
+    )
+    product, magnitude = exact_product(a, b)
+    bound = 2.0**-8 * product.abs() + 640 * 2.0**-14 * magnitude
+    assert ((HopperKernels().gemm(*on_gpu).cpu().double() - product).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "preset", "says"),
+    [
+        ((9, 0), "12.8", "deepseek", "CUDA 12.9 or newer, and torch is built for 12.8"),
+        ((10, 0), "13.0", "deepseek", "compute capability 9.0"),
+        ((9, 0), "12.9", "mxfp8", "MXFP8's tensor cores are Blackwell's"),
+    ],
+)
+def test_a_gpu_that_lacks_a_recipes_gemms_is_refused_at_the_start(capability, cuda, preset, says):
+    with pytest.raises(InputError, match=f"precision.scaling.input = .*{says}"):
+        check_scaling_on_gpu(capability, cuda, PrecisionConfig(preset=preset))
+    assert "not: " in describe_scaling(capability, cuda)
+    check_scaling_on_gpu((9, 0), "12.9", PrecisionConfig(preset="deepseek"))
+    check_scaling_on_gpu(capability, cuda, PrecisionConfig(preset="te"))
+    check_scaling(CPU, PrecisionConfig(preset=preset))
+
+
+def test_scales_of_blocks_multiply_the_sums_of_blocks():
+    """DeepSeek-V3's order: codes, their sum over a block, its scales, then the sum over blocks.
+
+    Integers, so that no sum is rounded and the order of the rest does not matter.
+    """
+    generator = torch.Generator().manual_seed(3)
+    codes = [torch.randint(-3, 4, (32, 256), generator=generator).float() for _ in range(2)]
+    blocks = Granularity(1, 128)
+    powers = [2.0 ** torch.randint(-3, 4, (32, 2), generator=generator) for _ in range(2)]
+    a, b = (
+        ScaledTensor(KERNELS.cast(code, torch.ones(()), E4M3), power, E4M3, blocks)
+        for code, power in zip(codes, powers, strict=True)
+    )
+    total = torch.zeros(32, 32)
+    for block in range(2):
+        part = slice(128 * block, 128 * (block + 1))
+        sums = codes[0][:, part] @ codes[1][:, part].t()
+        total += sums / powers[0][:, block, None] / powers[1][None, :, block]
+    assert torch.equal(KERNELS.gemm(a, b, out_dtype=torch.float32), total)
 
 
 @pytest.mark.parametrize("granularity", [PER_ROW, Granularity(1, 16), Granularity(16, 32)], ids=str)

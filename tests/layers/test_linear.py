@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec, vector_spec
-from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, Recipe
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
+from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, OperandScaling, Recipe
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, PER_ROW, Granularity
 from tests.layers.recording import RecordingKernels
 
 KERNELS = ReferenceKernels()
@@ -99,6 +100,51 @@ def test_gemms_of_the_dequantized_operands(precision, storage):
     for result, expected, m in zip(run(linear, x, dy), exact, magnitude, strict=True):
         bound = unit * expected.abs() + 64 * 2.0**-24 * m
         assert ((result.double() - expected).abs() <= bound).all()
+
+
+SCALINGS = {
+    "rows": OperandScaling(PER_ROW, PER_ROW, PER_ROW),
+    "blocks of rows": OperandScaling(Granularity(1, 16), Granularity(1, 16), Granularity(1, 16)),
+    "as DeepSeek": OperandScaling(Granularity(1, 16), Granularity(16, 16), Granularity(1, 16)),
+    "gradients alone": OperandScaling(grad_output=PER_ROW),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_gemm_has_scales_along_its_own_contraction(scaling):
+    scaling = SCALINGS[scaling]
+    precision = replace(FP8_GEMM, grad_output=E4M3, scaling=scaling)
+    linear = layer(precision, BF16)
+    x, dy = batch(precision)
+    # Amplitudes that differ within rows and columns: other scales would show.
+    x = (x.detach() * torch.logspace(-2, 2, IN)).bfloat16().requires_grad_()
+    dy = (dy * torch.logspace(-2, 2, T)[:, None]).bfloat16()
+    w = linear.weight.model_param.payload
+    results = run(linear, x, dy)
+
+    def cast(tensor, granularity):
+        quantized = KERNELS.quantize(tensor.contiguous(), E4M3, granularity=granularity)
+        return KERNELS.dequantize(quantized).double()
+
+    of_x, of_w, of_dy = (getattr(scaling, kind) for kind in ("input", "weight", "grad_output"))
+    products = [
+        (cast(x.detach(), of_x), cast(w, of_w)),
+        (cast(dy, of_dy), cast(w.t(), of_w)),
+        (cast(dy.t(), of_dy), cast(x.detach().t(), of_x)),
+    ]
+    for result, (a, b) in zip(results, products, strict=True):
+        product, magnitude = a @ b.t(), a.abs() @ b.abs().t()
+        bound = 2.0**-8 * product.abs() + 64 * 2.0**-24 * magnitude
+        assert ((result.double() - product).abs() <= bound).all()
+
+
+def test_scales_of_rows_take_four_bytes_more_each_of_what_is_saved():
+    saved = []
+    precision = replace(FP8_GEMM, scaling=OperandScaling(input=PER_ROW))
+    x, _ = batch(precision)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda none: none):
+        layer(precision, BF16)(x)
+    assert [tensor.nbytes for tensor in saved] == [T * IN, 4 * IN]  # wgrad sums over tokens
 
 
 @pytest.mark.parametrize(("precision", "storage"), CASES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8lm.layers.quantizer import TENSOR_KINDS, Quantizer, quantizers_of
-from fp8lm.numerics import BF16, E4M3, E5M2, PER_ROW
+from fp8lm.numerics import BF16, E4M3, E5M2, PER_ROW, Granularity
 from tests.model.tiny import BATCH, KERNELS, SEQUENCE, VOCABULARY, build
 
 LAYERS = [
@@ -55,6 +55,35 @@ def test_an_amax_is_shared_before_the_cast_and_only_where_there_is_a_scale():
     assert Quantizer(BF16, KERNELS, share_amax=pytest.fail)(x).scale == 1.0
 
 
-def test_scales_of_blocks_are_not_shared():
-    with pytest.raises(ValueError, match="blocks of 1 x all"):
-        Quantizer(E4M3, KERNELS, granularity=PER_ROW, share_amax=torch.clone)
+@pytest.mark.parametrize("granularity", [PER_ROW, Granularity(1, 16), Granularity(16, 16)], ids=str)
+def test_both_orientations_are_cast_from_the_tensor(granularity):
+    x = torch.randn(32, 48) * torch.logspace(-3, 3, 48)
+    quantizer = Quantizer(E4M3, KERNELS, granularity=granularity)
+    quantized, transposed = quantizer.with_transpose(x)
+    for actual, expected in ((quantized, x), (transposed, x.t()), (quantizer.transposed(x), x.t())):
+        wanted = KERNELS.quantize(expected.contiguous(), E4M3, granularity=granularity)
+        assert torch.equal(KERNELS.dequantize(actual), KERNELS.dequantize(wanted))
+        assert torch.equal(actual.scale, wanted.scale) and actual.granularity == granularity
+
+
+@pytest.mark.parametrize(("dim", "rows", "columns"), [(0, 1.0, 0.5), (1, 0.5, 1.0)])
+def test_scales_of_rows_are_shared_where_ranks_hold_parts_of_a_row(dim, rows, columns):
+    def share_amax(amax):
+        return 2 * amax
+
+    x = torch.full((16, 32), 448.0)
+    quantizer = Quantizer(
+        E4M3, KERNELS, granularity=PER_ROW, share_amax=share_amax, sharded_dim=dim
+    )
+    assert (quantizer(x).scale == rows).all() and (quantizer.transposed(x).scale == columns).all()
+    shared = share_amax(quantizer.local_amax(x))
+    assert (quantizer(x, amax=shared).scale == rows).all()
+    assert (quantizer.transposed(x, amax=shared).scale == columns).all()
+
+
+def test_scales_of_whole_blocks_are_not_shared():
+    quantizer = Quantizer(E4M3, KERNELS, granularity=Granularity(1, 16), share_amax=pytest.fail)
+    quantizer.with_transpose(torch.randn(32, 24))
+    assert quantizer.local_amax(torch.randn(32, 24)) is None
+    with pytest.raises(ValueError, match="cuts blocks of 16 x 1"):
+        quantizer.transposed(torch.randn(24, 32))

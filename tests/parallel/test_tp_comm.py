@@ -12,8 +12,8 @@ from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.layers.linear import GemmPath
 from fp8lm.layers.quantizer import Quantizer
-from fp8lm.layers.recipe import GemmPrecision
-from fp8lm.numerics import E4M3, E5M2, FP32
+from fp8lm.layers.recipe import FP8_GEMM, GemmPrecision, OperandScaling
+from fp8lm.numerics import E4M3, E5M2, FP32, PER_ROW, PER_TENSOR, Granularity
 from tests.parallel.ranks import KERNELS, error, own_rows, random, sent, tensor_parallel
 
 TOKENS, FEATURES = 16, 24
@@ -84,8 +84,9 @@ def gather_over(precision, fmt):
     whole[-1, -1] = 1000.0
     whole = whole.bfloat16()
     path = GemmPath(GemmPrecision(fmt, fmt, fmt, torch.bfloat16), KERNELS, comm)
-    gathered = comm.gather(path.sent_input(own_rows(whole, tp))).wait()
-    return path.operand(gathered, path.input), KERNELS.quantize(whole, fmt), sent(tp)
+    own, _ = path.input.cast(own_rows(whole, tp), wgrad=False)
+    gathered = comm.gather(own).wait()
+    return path.input.operand(gathered), KERNELS.quantize(whole, fmt), sent(tp)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -102,6 +103,36 @@ def test_gathered_bytes_and_scale_are_those_of_one_process(run_distributed, size
         message = (size - 1) * block
         assert sent_bytes == (message + amax if precision == "fp8" else 2 * message)
         assert reduced == 0
+
+
+GRANULARITIES = [PER_ROW, Granularity(1, 4), Granularity(4, 4)]
+
+
+def operands_of(precision, granularity):
+    """Of an input and an output gradient: both operands, and one process's scales and values."""
+    tp = tensor_parallel(gather=precision)
+    comm, scaling = tp.replicated_side(), OperandScaling(granularity, PER_TENSOR, granularity)
+    whole = (random(TOKENS, FEATURES, seed=2) * torch.logspace(-3, 3, TOKENS)[:, None]).bfloat16()
+    path = GemmPath(replace(FP8_GEMM, scaling=scaling), KERNELS, comm, comm)
+    own, for_wgrad = path.input.cast(own_rows(whole, tp), wgrad=True)
+    found = [
+        path.input.operand(comm.gather(own).wait()),
+        path.input.transposed_operand(comm.gather(for_wgrad).wait()),
+        *path.grad_output.both(own_rows(whole, tp), wgrad=True),
+    ]
+    one = [KERNELS.quantize(x, E4M3, granularity=granularity) for x in (whole, whole.t())]
+    one += [KERNELS.quantize(x, E5M2, granularity=granularity) for x in (whole, whole.t())]
+    return [(x.scale, KERNELS.dequantize(x)) for x in found], [
+        (x.scale, KERNELS.dequantize(x)) for x in one
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_gathered_operands_have_the_scales_of_one_process(run_distributed, granularity, precision):
+    for found, one in run_distributed(operands_of, 2, precision, granularity):
+        for (scale, values), (expected_scale, expected) in zip(found, one, strict=True):
+            assert torch.equal(scale, expected_scale) and torch.equal(values, expected)
 
 
 def gather_a_fault(bad_rank):

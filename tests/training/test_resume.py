@@ -10,6 +10,7 @@ import torch
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import saved_iterations, write_latest
 from fp8lm.checkpoint.reader import differences, stored_tensors
+from fp8lm.config import PRESETS
 from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.training.config_diff import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
@@ -68,7 +69,7 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.parametrize("preset", ["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, folders, tmp_path):
     def config(run, **train):
         precision = {"preset": preset, "master_rounding": "stochastic"}

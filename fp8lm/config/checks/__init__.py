@@ -24,6 +24,7 @@ _CHECKS = (
     precision.formats,
     precision.fp8_gemms,
     precision.block_scales,
+    precision.scaling,
     parallel.tensor_parallel,
     parallel.replicas,
     precision.params_wire,

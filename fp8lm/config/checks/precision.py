@@ -8,6 +8,7 @@ from fp8lm.config.checks.parallel import QKV_WIDTH, TENSOR_PARALLEL
 from fp8lm.config.root import Config
 
 FP8_GEMM_MULTIPLE = 16  # cuBLASLt: every dimension of an FP8 GEMM
+_BLOCKS = {"block_1x128": 128, "block_128x128": 128, "mx_1x32": 32}  # their longer side
 
 
 def formats(config: Config) -> Iterator[str]:
@@ -71,6 +72,45 @@ def block_scales(config: Config) -> Iterator[str]:
                 f"{odd}, which blocks of gradients need (precision.main_grads_dtype = fp8_e2m5): "
                 "use bf16"
             )
+
+
+def scaling(config: Config) -> Iterator[str]:
+    """A weight stored in FP8 has one scale; tensor parallelism cuts no block."""
+    precision = config.precision
+    if precision.gemm != "fp8":
+        return
+    weight = precision.scaling.weight
+    if precision.params_dtype == "fp8_e4m3" and weight != "tensor":
+        yield (
+            f"precision.scaling.weight = {weight} is for a weight that is cast for its GEMMs, but "
+            "precision.params_dtype = fp8_e4m3 stores it with one scale: use tensor, or "
+            "params_dtype = bf16"
+        )
+    ranks = config.parallel.tensor_model_parallel_size
+    if ranks > 1:
+        blocks = {k: _BLOCKS.get(name, 1) for k, name in precision.scaling.by_kind().items()}
+        kind = max(blocks, key=lambda kind: blocks[kind])
+        names = f"blocks of {blocks[kind]} (precision.scaling.{kind})"
+        for name, size in _cut(config).items():
+            if size % ranks == 0 and size // ranks % blocks[kind]:
+                yield (
+                    f"{name} = {size} / {TENSOR_PARALLEL} = {ranks} is {size // ranks}, which cuts "
+                    f"{names}: use a multiple of {ranks * blocks[kind]}"
+                )
+
+
+def _cut(config: Config) -> dict[str, int]:
+    """Dimensions of FP8 operands of which tensor-parallel ranks hold parts."""
+    model, train, parallel = config.model, config.train, config.parallel
+    queries, kv = model.query_projection_size, model.kv_projection_size
+    cut = {
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_attention_heads * model.kv_channels": queries,
+        QKV_WIDTH: queries + 2 * kv,
+    }
+    if parallel.sequence_parallel and config.precision.wire.gather == "fp8":
+        cut["model.seq_length * train.micro_batch_size"] = model.seq_length * train.micro_batch_size
+    return cut
 
 
 def fp8_gemms(config: Config) -> Iterator[str]:

@@ -146,7 +146,7 @@ class TritonKernels:
     ) -> Tensor:
         """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
         if a.format.storage == b.format.storage == torch.uint8:
-            return cublaslt.scaled_mm(a, b, bias, out_dtype, fast_accumulation)
+            return cublaslt.gemm(a, b, bias, out_dtype, fast_accumulation)
         return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
 
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:

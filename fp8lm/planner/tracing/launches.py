@@ -121,9 +121,9 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def _arithmetic(operation: Operation) -> tuple[int, Unit | None]:
     """Flops of a matrix product or of causal attention, and who does them."""
     name, inputs = operation.name, operation.arguments
-    if name in ("mm", "_scaled_mm", "addmm", "bmm"):
+    if name in ("mm", "_scaled_mm", "_scaled_mm_v2", "addmm", "bmm"):
         a, b = inputs[1:3] if name == "addmm" else inputs[:2]
-        unit = "fp8" if name == "_scaled_mm" else _UNIT_OF[a.dtype]
+        unit = "fp8" if name.startswith("_scaled_mm") else _UNIT_OF[a.dtype]
         return 2 * a.numel() * b.shape[-1], unit
     if "scaled_dot_product" in name:
         is_backward = name.endswith("_backward")

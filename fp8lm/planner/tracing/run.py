@@ -28,7 +28,7 @@ from fp8lm.config import Config
 from fp8lm.kernels import Kernels
 from fp8lm.kernels.cost import declare_launch, recording
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.kernels.select import kernels_for_gpu
+from fp8lm.kernels.select import check_scaling_on_gpu, kernels_for_gpu
 from fp8lm.layers.param import trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
@@ -43,6 +43,7 @@ from fp8lm.training.step import train_step
 
 META = torch.device("meta")
 HOPPER = (9, 0)  # compute capability
+CUDA = "12.9"
 KERNELS = ("hopper", "triton")
 
 
@@ -68,6 +69,7 @@ def trace_step(
 
     `num_ids` is the size of the tokenizer's vocabulary. Rank 0 of `world_size`; no pipeline.
     """
+    check_scaling_on_gpu(HOPPER, CUDA, config.precision)
     kernels, counter = kernels_of(kernels_name), WireCounter()
     with fake_groups(config, world_size) as groups:
         tp = build_tp_context(config, groups, kernels, counter)
