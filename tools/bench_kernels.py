@@ -193,7 +193,7 @@ def casts(kernels: Kernels, device: torch.device, tokens: int, width: int) -> It
         yield operation(f"cast and transpose to {name}", both, 4)
     yield operation("transpose", partial(transposed, kernels, payload), 2)
     yield operation("dequantize to fp32", partial(kernels.dequantize, payload), 5)
-    yield operation("square sum and amax", partial(kernels.square_sum_and_amax, payload), 1)
+    yield operation("square sum and amax", partial(kernels.square_sums_and_amaxes, [payload]), 1)
 
 
 def transposed(kernels: Kernels, x: ScaledTensor) -> Tensor:

@@ -105,9 +105,9 @@ class HopperKernels:
         """See `Kernels`."""
         self._eager.accumulate_(total, x)
 
-    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+    def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        return self._eager.square_sum_and_amax(x)
+        return self._eager.square_sums_and_amaxes(tensors)
 
     def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
         """See `Kernels`."""

@@ -87,8 +87,8 @@ class Kernels(Protocol):
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
         """`total += x` (bf16 or fp32), with the scale or scales of the sum."""
 
-    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
-        """Sum of squares (0-d fp64) and absolute maximum (0-d fp32) of the values of `x`."""
+    def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
+        """Sum of squares (fp64 [n]) and absolute maximum (fp32 [n]) of each of n > 0 tensors."""
 
     def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
         """Sum of `terms` (one shape) in fp32, in their order, rounded to `dtype` at the end."""

@@ -205,8 +205,12 @@ class ReferenceKernels:
             values = self.dequantize(part).add_(x[rows])
             part.copy_(self.quantize(values, total.format, granularity=total.granularity))
 
-    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+    def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
+        squares, amaxes = zip(*map(self._square_sum_and_amax, tensors), strict=True)
+        return torch.stack(squares), torch.stack(amaxes)
+
+    def _square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
         square = torch.zeros((), dtype=torch.float64, device=x.device)
         amax = torch.zeros((), device=x.device)
         for start in range(0, x.payload.numel(), self.step_elements):

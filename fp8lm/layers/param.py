@@ -266,6 +266,7 @@ class VectorParam(Param):
         super().__init__(spec, kernels, device)
         initial = torch.zeros(spec.local_shape, dtype=spec.format.dtype, device=device)
         self.param = nn.Parameter(initial, requires_grad=spec.trainable)
+        self._one = torch.ones((), device=device)
         if spec.trainable:
             # Autograd would sum micro-batches in the parameter's bf16.
             _after_gradient(self.param, self._collect)
@@ -273,8 +274,7 @@ class VectorParam(Param):
     @property
     def model_param(self) -> ScaledTensor:
         """The parameter's data, with scale 1."""
-        data = self.param.data
-        return ScaledTensor(data, torch.ones((), device=data.device), self.spec.format)
+        return ScaledTensor(self.param.data, self._one, self.spec.format)
 
     def bind_storage(self, payload: Tensor) -> None:
         """See `Param`."""
@@ -287,6 +287,7 @@ class VectorParam(Param):
     def _apply(self, fn: Callable, recurse: bool = True) -> VectorParam:
         # As in QuantizedParam: another dtype would promote activations and contradict `spec`.
         self.param.data = self.param.data.to(_device_after(fn, self.param.device))
+        self._one = self._one.to(self.param.device)
         return self
 
     def _collect(self) -> None:

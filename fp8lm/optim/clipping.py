@@ -54,31 +54,34 @@ def single_rank(values: Tensor) -> Tensor:
 
 
 def gradient_norm(
-    gradients: Sequence[ScaledTensor | None],
+    gradients: Sequence[ScaledTensor],
     clip: float,
     kernels: Kernels,
     *,
     device: torch.device = CPU,
     gather: Callable[[Tensor], Tensor] = single_rank,
-    norm_owner: Sequence[bool] | None = None,
+    norm_owner: Tensor | None = None,
     share: Tensor | None = None,
     loss: Tensor | None = None,
     stop: Tensor | None = None,
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
-    All are on `device`, and so are the results, even where this rank has no gradient at all. A
-    gradient that is None is another rank's; one that is not `norm_owner` counts on another rank
-    (default: all count here). `gather` collects a vector of every rank that updates the model.
+    All are on `device`, and so are the results, even where this rank has no gradient at all.
+    `norm_owner` (bool, one for each) is False for those that count on another rank (default: all
+    count here). `gather` collects a vector of every rank that updates the model.
     `share`, `loss` and `stop` are those of `StepScalars`; a loss or a `stop` that is not finite, on
     any rank, skips the step.
     """
-    squares, amaxes = zip(*(_square_and_amax(g, kernels, device) for g in gradients), strict=True)
+    if gradients:
+        squares, amaxes = kernels.square_sums_and_amaxes(gradients)
+    else:
+        squares = torch.zeros(0, dtype=torch.float64, device=device)
+        amaxes = torch.zeros(0, device=device)
     if norm_owner is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
-        counted = zip(squares, norm_owner, strict=True)
-        squares = tuple(s if counts else s * 0.0 for s, counts in counted)
-    own = StepScalars.of(torch.stack(squares).sum().sqrt(), share, loss, stop)
+        squares = squares * norm_owner
+    own = StepScalars.of(squares.sum().sqrt(), share, loss, stop)
     ranks = SharedScalars.unpack(gather(own.pack()))
     per_token = per_counted_token(ranks.token_share).float()
     norm = ranks.norm.float() * per_token
@@ -87,7 +90,7 @@ def gradient_norm(
         norm=norm,
         clip_factor=factor * per_token,
         skip=~(torch.isfinite(norm) & ranks.finite),
-        amax=torch.stack(amaxes),
+        amax=amaxes,
         per_token=per_token,
         share=ranks.token_share.float(),
         losses=ranks.losses,
@@ -101,12 +104,3 @@ def per_counted_token(share: Tensor) -> Tensor:
     1 if none counts: loss and gradient are zero then, and stay zero.
     """
     return torch.where(share == 0, torch.ones_like(share), 1.0 / share)
-
-
-def _square_and_amax(
-    gradient: ScaledTensor | None, kernels: Kernels, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    if gradient is not None:
-        return kernels.square_sum_and_amax(gradient)
-    square = torch.zeros((), dtype=torch.float64, device=device)
-    return square, torch.zeros((), device=device)

@@ -70,6 +70,8 @@ class AdamW:
         self._owned = [name for name in weights if name in self.sharding.local_shards]
         owned_rows = [self._rows[name] for name in self._owned]
         self._owned_rows = torch.tensor(owned_rows, dtype=torch.int64, device=device)
+        counts = [self.sharding.norm_owner[name] for name in self._owned]
+        self._norm_owner = torch.tensor(counts, dtype=torch.bool, device=device)
         names = [zlib.crc32(f"{seed}/{name}".encode()) - (1 << 31) for name in weights]
         self._name_keys = torch.tensor(names, device=device)
         formats = [weight.spec.format for weight in weights.values()]
@@ -163,18 +165,22 @@ class AdamW:
         self, tensors: dict[str, ScaledTensor], clip: float, **scalars: Tensor | None
     ) -> GradientNorm:
         return gradient_norm(
-            [tensors.get(name) for name in self.weights],
+            [tensors[name] for name in self._owned],
             clip,
             self.kernels,
             device=self.amax.device,
             gather=self.sharding.gather,
-            norm_owner=[self.sharding.norm_owner[name] for name in self.weights],
+            norm_owner=self._norm_owner,
             **scalars,
         )
 
     def _largest(self, grad_amax: Tensor) -> tuple[Tensor, Tensor]:
-        """Amaxes [W] of the logical gradients and [W, 3] of the logical states, in one exchange."""
-        largest = self.sharding.max(torch.cat((grad_amax[:, None], self.amax), dim=1))
+        """Amaxes [W] of the logical gradients and [W, 3] of the logical states, in one exchange.
+
+        `grad_amax` is of the gradients of this rank's rows.
+        """
+        every = torch.zeros_like(self.amax[:, 0]).index_copy_(0, self._owned_rows, grad_amax)
+        largest = self.sharding.max(torch.cat((every[:, None], self.amax), dim=1))
         return largest[:, 0], largest[:, 1:]
 
     @property

@@ -78,7 +78,7 @@ def test_factor_is_torchs(clip):
 
 def test_a_gradient_that_counts_elsewhere_has_no_part_in_the_norm_but_its_faults_do():
     first, *others = gradients_of(weights())
-    norm_owner = [False] + [True] * len(others)
+    norm_owner = torch.tensor([False] + [True] * len(others))
     norm = gradient_norm([first, *others], 1.0, KERNELS, norm_owner=norm_owner)
     assert norm.norm.item() == pytest.approx(exact_norm(others), rel=1e-6) and not norm.skip
     first.scale.fill_(float("nan"))

@@ -28,14 +28,19 @@ from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.triton.launch import launch
 from fp8lm.kernels.triton.numbers import decode, encode, fact, inverse_of, magnitude
 from fp8lm.kernels.triton.rounding import cast_rounded, element_numbers, noise_bits
-from fp8lm.kernels.triton.tensor_table import TensorTable
+from fp8lm.kernels.triton.tensor_table import (
+    ALIGNMENT,
+    TensorTable,
+    block_scales,
+    pointer_at,
+    tensor_at,
+)
 from fp8lm.numerics import FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
 CHUNK = 8192  # elements of a program, which looks up its tensor and adds to its amaxes once
 _COLUMNS = tl.constexpr(17)  # of the table, in the order of `_row`
 _WARPS = 4
-_ALIGNMENT = 16  # bytes of the widest access, and elements of FP8 in it
 
 
 class MultiTensorAdam:
@@ -94,7 +99,7 @@ class Kind:
             states=(master.format, exp_avg.format, exp_avg_sq.format),
             weight_decay=param.weight_decay,
             is_sharded=param.index.size > 1,
-            is_aligned=all(size % _ALIGNMENT == 0 for size in sizes),
+            is_aligned=all(size % ALIGNMENT == 0 for size in sizes),
         )
 
     @property
@@ -119,7 +124,7 @@ class Kind:
             "EXP_AVG_SQ": exp_avg_sq,
             "SCALE_BLOCK": self.scale_block,
             "SHARDED": self.is_sharded,
-            "ALIGNMENT": _ALIGNMENT if self.is_aligned else 1,
+            "ALIGNMENT": ALIGNMENT if self.is_aligned else 1,
             "CHUNK": CHUNK,
             "BLOCK": per_thread * 32 * _WARPS,
             "PER_THREAD": per_thread,
@@ -235,11 +240,11 @@ def adam_chunk(
     row, position = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     first_number, section = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
     size, rank = tl.load(row_ptr + 6), tl.load(row_ptr + 7)
-    g_ptr, g_scale_ptr = _tensor(row_ptr + 8, GRADIENT, ALIGNMENT)
-    w_ptr, old_w_scale_ptr = _tensor(row_ptr + 10, MASTER, ALIGNMENT)
-    m_ptr, old_m_scale_ptr = _tensor(row_ptr + 12, EXP_AVG, ALIGNMENT)
-    v_ptr, old_v_scale_ptr = _tensor(row_ptr + 14, EXP_AVG_SQ, ALIGNMENT)
-    model_ptr = _pointer(row_ptr + 16, MODEL, ALIGNMENT)
+    g_ptr, g_scale_ptr = tensor_at(row_ptr + 8, GRADIENT, ALIGNMENT)
+    w_ptr, old_w_scale_ptr = tensor_at(row_ptr + 10, MASTER, ALIGNMENT)
+    m_ptr, old_m_scale_ptr = tensor_at(row_ptr + 12, EXP_AVG, ALIGNMENT)
+    v_ptr, old_v_scale_ptr = tensor_at(row_ptr + 14, EXP_AVG_SQ, ALIGNMENT)
+    model_ptr = pointer_at(row_ptr + 16, MODEL, ALIGNMENT)
 
     g_inverse, w_inverse = inverse_of(tl.load(g_scale_ptr)), inverse_of(tl.load(old_w_scale_ptr))
     m_inverse = inverse_of(tl.load(old_m_scale_ptr))
@@ -262,7 +267,7 @@ def adam_chunk(
         if SCALE_BLOCK == 0:
             g = _read(g_ptr + start + offsets, inside, g_inverse, GRADIENT)
         else:
-            g_scale = _block_scales(g_scale_ptr, start, numel, SCALE_BLOCK, BLOCK, PER_THREAD)
+            g_scale = block_scales(g_scale_ptr, start, numel, SCALE_BLOCK, BLOCK, PER_THREAD)
             g = decode(tl.load(g_ptr + start + offsets, mask=inside, other=0), GRADIENT)
             g = tl.math.div_rn(g, g_scale)
 
@@ -303,47 +308,12 @@ def _is_scaled(FORMAT):
     return FORMAT != "none" and fact(FORMAT, "scaled")
 
 
-@triton.constexpr_function
-def _pointer_type(FORMAT):
-    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
-    return tl.pointer_type(types.get(FORMAT, tl.uint8))
-
-
-@triton.jit
-def _pointer(address_ptr, FORMAT: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """A pointer to the payload whose address is in the table."""
-    return tl.multiple_of(tl.load(address_ptr).to(_pointer_type(FORMAT)), ALIGNMENT)
-
-
-@triton.jit
-def _tensor(address_ptr, FORMAT: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Pointers to a payload and to its scale, whose addresses follow each other."""
-    payload_ptr = _pointer(address_ptr, FORMAT, ALIGNMENT)
-    return payload_ptr, tl.load(address_ptr + 1).to(_pointer_type("fp32"))
-
-
 @triton.jit
 def _read(ptr, inside, inverse, FORMAT: tl.constexpr):
     value = decode(tl.load(ptr, mask=inside, other=0), FORMAT)
     if fact(FORMAT, "scaled"):
         value = value * inverse
     return value * value if fact(FORMAT, "root") else value
-
-
-@triton.jit
-def _block_scales(
-    scale_ptr,
-    start,
-    numel,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-):
-    """Scales of `BLOCK` elements from `start` on; a thread loads one, if its elements share it."""
-    SHARED: tl.constexpr = PER_THREAD if SCALE_BLOCK % PER_THREAD == 0 else 1
-    first = start + tl.arange(0, BLOCK // SHARED) * SHARED
-    scales = tl.load(scale_ptr + first // SCALE_BLOCK, mask=first < numel, other=1.0)
-    return tl.reshape(tl.broadcast_to(scales[:, None], (BLOCK // SHARED, SHARED)), (BLOCK,))
 
 
 @triton.jit

@@ -20,7 +20,6 @@ from fp8lm.kernels.triton import (
     accumulate,
     cast,
     cross_entropy,
-    reductions,
     rope,
     rows,
     sums,
@@ -29,6 +28,7 @@ from fp8lm.kernels.triton import (
 )
 from fp8lm.kernels.triton.adam import MultiTensorAdam
 from fp8lm.kernels.triton.amax import partial_amaxes
+from fp8lm.kernels.triton.reductions import MultiTensorNorm
 from fp8lm.numerics import (
     BF16,
     E2M5,
@@ -36,7 +36,6 @@ from fp8lm.numerics import (
     E5M2,
     FP16,
     FP32,
-    PER_ROW,
     PER_TENSOR,
     Format,
     Granularity,
@@ -62,6 +61,7 @@ class TritonKernels:
         # reference works on in steps takes 32 MiB.
         self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
         self._adam = MultiTensorAdam()
+        self._norm = MultiTensorNorm()
 
     @property
     def backends(self) -> Mapping[str, str]:
@@ -163,13 +163,9 @@ class TritonKernels:
         else:
             self._eager.accumulate_(total, x)
 
-    def square_sum_and_amax(self, x: ScaledTensor) -> tuple[Tensor, Tensor]:
+    def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        if not _is_known(x.format) or (x.format == E2M5 and x.granularity.is_per_tensor):
-            return self._eager.square_sum_and_amax(x)
-        if x.granularity != PER_ROW:
-            x = x.elements(0, x.payload.numel())
-        return reductions.square_sum_and_amax(x)
+        return self._norm.square_sums_and_amaxes(tensors)
 
     def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
         """See `Kernels`."""

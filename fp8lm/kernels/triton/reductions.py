@@ -1,93 +1,172 @@
-"""The sum of squares and the amax of a tensor in any format, in two launches.
+"""Sums of squares and amaxes of many tensors: a launch for all that are alike, and one for the end.
 
-Squares and their sum are fp64, in an order of their own: n terms of one sign, so that the relative
-error is below n 2^-53, as that of any order is.
+A program takes a chunk of one tensor and leaves its sum and its amax behind; in the last launch a
+program adds up those of one tensor, in their order. Squares and their sum are fp64, in an order of
+their own: n terms of one sign, so that the relative error is below n 2^-53, as that of any order
+is.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8lm.kernels.triton.amax import MAX_PARTS, num_parts
 from fp8lm.kernels.triton.launch import launch
-from fp8lm.kernels.triton.numbers import decode, inverse_of, magnitude
-from fp8lm.kernels.triton.rows import group, rows_at_once, unscale_rows
+from fp8lm.kernels.triton.numbers import decode, fact, inverse_of, magnitude
+from fp8lm.kernels.triton.tensor_table import (
+    ALIGNMENT,
+    TensorTable,
+    block_scales,
+    tensor_at,
+)
+from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
-_BLOCK = 2048
+CHUNK = 1 << 15  # elements of a program
+_PER_THREAD, _WARPS = 16, 4
+_COLUMNS = tl.constexpr(4)  # of the table: first program, elements, addresses of payload and scale
+_PARTS = 256  # that the last launch adds up at once
 
 
-def square_sum_and_amax(x: ScaledTensor) -> tuple[Tensor, Tensor]:
-    """0-d fp64 and fp32; `x` is contiguous, with one scale for all or for each of its rows."""
-    numel, device = x.payload.numel(), x.device
-    parts = num_parts(numel, _BLOCK)
-    sums = torch.empty(parts, dtype=torch.float64, device=device)
-    amaxes = torch.empty(parts, dtype=torch.int32, device=device)
-    operands = (x.payload, x.scale, sums, amaxes)
-    if x.granularity.is_per_tensor:
+class MultiTensorNorm:
+    """Reduces many tensors; keeps the tables of where they are from step to step."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Kind, TensorTable] = defaultdict(TensorTable)
+        self._parts = TensorTable()
+
+    def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
+        """See `Kernels`. ValueError for a payload or scales that `Kind.of` refuses."""
+        device = tensors[0].device
+        squares = torch.empty(len(tensors), dtype=torch.float64, device=device)
+        amaxes = torch.empty(len(tensors), device=device)
+        alike: dict[Kind, list[int]] = defaultdict(list)
+        for position, tensor in enumerate(tensors):
+            alike[Kind.of(tensor)].append(position)
+        counts = [triton.cdiv(tensor.payload.numel(), CHUNK) for tensor in tensors]
+        partial_squares = squares.new_empty(sum(counts))
+        partial_amaxes = torch.empty(sum(counts), dtype=torch.int32, device=device)
+        first, parts = 0, [(0, 0)] * len(tensors)
+        for kind, positions in alike.items():
+            programs = [counts[position] for position in positions]
+            for position in positions:
+                parts[position] = (first, counts[position])
+                first += counts[position]
+            part = slice(first - sum(programs), first)
+            members, table = [tensors[position] for position in positions], self._tables[kind]
+            table.update([_row(tensor) for tensor in members], programs, device)
+            _launch(kind, members, table, partial_squares[part], partial_amaxes[part])
+        self._parts.update(parts, [1] * len(parts), device)
         launch(
-            square_sums,
-            (parts,),
-            *operands,
-            numel,
-            reads=[x.payload, x.scale],
-            writes=[sums, amaxes],
-            FORMAT=x.format.name,
-            BLOCK=_BLOCK,
+            add_parts,
+            (len(tensors),),
+            self._parts.rows,
+            partial_squares,
+            partial_amaxes,
+            squares,
+            amaxes,
+            reads=[self._parts.rows[:, 1:], partial_squares, partial_amaxes],
+            writes=[squares, amaxes],
+            PARTS=_PARTS,
         )
-    else:
-        width, _ = rows_at_once(x.shape[1])
-        launch(
-            square_sums_of_rows,
-            (parts,),
-            *operands,
-            *x.shape,
-            reads=[x.payload, x.scale],
-            writes=[sums, amaxes],
-            FORMAT=x.format.name,
-            ROWS=max(1, _BLOCK // width),
-            WIDTH=width,
-        )
-    square, amax = (
-        torch.empty((), dtype=torch.float64, device=device),
-        torch.empty((), device=device),
-    )
+        return squares, amaxes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is the same for all tensors of a launch; `scale_block` 0: one scale for all elements."""
+
+    fmt: Format
+    scale_block: int
+    is_aligned: bool
+
+    @classmethod
+    def of(cls, tensor: ScaledTensor) -> Kind:
+        """That of `tensor`; ValueError for scales or payloads that do not lie one by one."""
+        payload = tensor.payload
+        if not payload.is_contiguous():
+            raise ValueError("a sum over many tensors needs contiguous payloads")
+        granularity, block = tensor.granularity, 0
+        if not granularity.is_per_tensor:
+            block = granularity.columns or tensor.shape[-1]
+            if granularity.rows != 1 or tensor.shape[-1] % block:
+                raise ValueError(f"scales {granularity} are not of consecutive elements")
+        is_aligned = payload.data_ptr() % ALIGNMENT == payload.numel() % ALIGNMENT == 0
+        return cls(tensor.format, block, is_aligned)
+
+
+def _row(tensor: ScaledTensor) -> list[int]:
+    return [tensor.payload.numel(), tensor.payload.data_ptr(), tensor.scale.data_ptr()]
+
+
+def _launch(
+    kind: Kind, tensors: list[ScaledTensor], table: TensorTable, squares: Tensor, amaxes: Tensor
+) -> None:
+    if not len(table.owners):
+        return
+    held = [tensor for tensor in tensors if tensor.payload.numel()]
     launch(
-        finish,
-        (1,),
-        sums,
+        square_sums,
+        (len(table.owners),),
+        table.rows,
+        table.owners,
+        squares,
         amaxes,
-        square,
-        amax,
-        parts,
-        reads=[sums, amaxes],
-        writes=[square, amax],
-        PARTS=MAX_PARTS,
+        reads=[
+            *(x for tensor in held for x in (tensor.payload, tensor.scale)),
+            *(table.rows[: len(held)], table.owners),
+        ],
+        writes=[squares, amaxes],
+        FORMAT=kind.fmt.name,
+        SCALE_BLOCK=kind.scale_block,
+        ALIGNMENT=ALIGNMENT if kind.is_aligned else 1,
+        CHUNK=CHUNK,
+        BLOCK=_PER_THREAD * 32 * _WARPS,
+        PER_THREAD=_PER_THREAD,
+        num_warps=_WARPS,
     )
-    return square, amax
 
 
 @triton.jit
 def square_sums(
-    payload_ptr,
-    scale_ptr,
+    table_ptr,
+    owner_ptr,
     sum_ptr,
     amax_ptr,
-    numel,
     FORMAT: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PER_THREAD: tl.constexpr,
 ):
-    """Every program's sum of squares, and the bits of its amax."""
-    inverse = inverse_of(tl.load(scale_ptr))
+    """The sum of squares and the bits of the amax of one chunk of one tensor."""
+    row_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * _COLUMNS
+    first = (tl.program_id(0) - tl.load(row_ptr)) * CHUNK
+    numel = tl.multiple_of(tl.load(row_ptr + 1), ALIGNMENT)
+    payload_ptr, scale_ptr = tensor_at(row_ptr + 2, FORMAT, ALIGNMENT)
     offsets = tl.arange(0, BLOCK)
     total, largest = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    for start in range(first, numel, tl.num_programs(0).to(tl.int64) * BLOCK):
-        code = tl.load(payload_ptr + start + offsets, mask=start + offsets < numel, other=0)
-        value = decode(code, FORMAT) * inverse
+    if SCALE_BLOCK == 0:
+        scale = tl.load(scale_ptr)
+    for start in range(first, tl.minimum(first + CHUNK, numel), BLOCK):
+        inside = offsets < numel - start
+        value = decode(tl.load(payload_ptr + start + offsets, mask=inside, other=0), FORMAT)
+        if SCALE_BLOCK != 0:
+            scales = block_scales(scale_ptr, start, numel, SCALE_BLOCK, BLOCK, PER_THREAD)
+            value = tl.math.div_rn(value, scales)
+        elif FORMAT == "fp8_e2m5":  # whose scales are no powers of two
+            value = tl.math.div_rn(value, tl.broadcast_to(scale, value.shape))
+        elif fact(FORMAT, "scaled"):
+            value = value * inverse_of(scale)
+        if fact(FORMAT, "root"):
+            value = value * value
         largest = tl.maximum(largest, magnitude(value))
         total += value.to(tl.float64) * value.to(tl.float64)
     tl.store(sum_ptr + tl.program_id(0), tl.sum(total, axis=0))
@@ -95,35 +174,16 @@ def square_sums(
 
 
 @triton.jit
-def square_sums_of_rows(
-    payload_ptr,
-    scale_ptr,
-    sum_ptr,
-    amax_ptr,
-    num_rows,
-    length,
-    FORMAT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The same of rows with a scale each."""
-    total, largest = tl.zeros((ROWS, WIDTH), tl.float64), tl.zeros((ROWS, WIDTH), tl.int32)
-    for start in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
-        rows, place, inside = group(start, num_rows, length, ROWS, WIDTH)
-        scale = tl.load(scale_ptr + rows, mask=rows < num_rows, other=1.0)
-        code = tl.load(payload_ptr + place, mask=inside, other=0)
-        value = unscale_rows(decode(code, FORMAT), scale, FORMAT)
-        largest = tl.maximum(largest, magnitude(value))
-        total += value.to(tl.float64) * value.to(tl.float64)
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
-    tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(largest, axis=1), axis=0))
-
-
-@triton.jit
-def finish(sums_ptr, amaxes_ptr, sum_ptr, amax_ptr, parts, PARTS: tl.constexpr):
-    """The sum and the amax of what all programs found."""
+def add_parts(table_ptr, sums_ptr, amaxes_ptr, sum_ptr, amax_ptr, PARTS: tl.constexpr):
+    """The sum and the amax of one tensor, from those of its chunks."""
+    row_ptr = table_ptr + tl.program_id(0) * 3
+    first, count = tl.load(row_ptr + 1), tl.load(row_ptr + 2)
     index = tl.arange(0, PARTS)
-    sums = tl.load(sums_ptr + index, mask=index < parts, other=0.0)
-    amaxes = tl.load(amaxes_ptr + index, mask=index < parts, other=0)
-    tl.store(sum_ptr, tl.sum(sums, axis=0))
-    tl.store(amax_ptr, tl.max(amaxes, axis=0).to(tl.float32, bitcast=True))
+    total, largest = tl.zeros((PARTS,), tl.float64), tl.zeros((PARTS,), tl.int32)
+    for start in range(0, count, PARTS):
+        inside = start + index < count
+        total += tl.load(sums_ptr + first + start + index, mask=inside, other=0.0)
+        part = tl.load(amaxes_ptr + first + start + index, mask=inside, other=0)
+        largest = tl.maximum(largest, part)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(amax_ptr + tl.program_id(0), tl.max(largest, axis=0).to(tl.float32, bitcast=True))

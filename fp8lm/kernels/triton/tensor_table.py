@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+ALIGNMENT = 16  # bytes of the widest access, and elements of FP8 in it
 
 
 class TensorTable:
@@ -43,3 +47,38 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
     # From pageable memory a copy would make the host wait.
     table = table.pin_memory() if device.type == "cuda" else table
     return table.to(device, non_blocking=True)
+
+
+@triton.constexpr_function
+def _pointer_type(FORMAT):
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    return tl.pointer_type(types.get(FORMAT, tl.uint8))
+
+
+@triton.jit
+def pointer_at(address_ptr, FORMAT: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """A pointer to the payload whose address is in the table."""
+    return tl.multiple_of(tl.load(address_ptr).to(_pointer_type(FORMAT)), ALIGNMENT)
+
+
+@triton.jit
+def tensor_at(address_ptr, FORMAT: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Pointers to a payload and to its scale, whose addresses follow each other."""
+    payload_ptr = pointer_at(address_ptr, FORMAT, ALIGNMENT)
+    return payload_ptr, tl.load(address_ptr + 1).to(_pointer_type("fp32"))
+
+
+@triton.jit
+def block_scales(
+    scale_ptr,
+    start,
+    numel,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+):
+    """Scales of `BLOCK` elements from `start` on; a thread loads one, if its elements share it."""
+    SHARED: tl.constexpr = PER_THREAD if SCALE_BLOCK % PER_THREAD == 0 else 1
+    first = start + tl.arange(0, BLOCK // SHARED) * SHARED
+    scales = tl.load(scale_ptr + first // SCALE_BLOCK, mask=first < numel, other=1.0)
+    return tl.reshape(tl.broadcast_to(scales[:, None], (BLOCK // SHARED, SHARED)), (BLOCK,))

@@ -83,11 +83,11 @@ def dequantize_e4m3():
 
 
 def square_sum_e4m3():
-    KERNELS.square_sum_and_amax(stored(E4M3))
+    KERNELS.square_sums_and_amaxes([stored(E4M3)])
 
 
 def square_sum_e2m5():
-    KERNELS.square_sum_and_amax(stored(E2M5))
+    KERNELS.square_sums_and_amaxes([stored(E2M5)])
 
 
 def sum_in_order():

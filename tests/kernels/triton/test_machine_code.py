@@ -33,6 +33,8 @@ ALIGNED = {
     "transpose": (40, 8),
 }
 
+OF_PROGRAMS = ("add_parts",)  # add up what programs have left
+
 # Registers; and what of gradient, states and weight moves in 128 bits a thread, and what in 64.
 ADAM = {
     "adam_bf16": (64, 7, 1),
@@ -53,7 +55,8 @@ def test_aligned_shapes(case, compiled):
     assert sum(kernel.count(r"(LDG|STG)\.E\.128") for kernel in kernels) >= wide_accesses
     # What is narrow are scales, and what is one number of a program or of a row (a label's logit).
     assert all(kernel.count(r"(LDG|STG)\.E\.U(8|16)") <= 1 for kernel in kernels)
-    assert all(kernel.count(r"(LDG|STG)\.E(\.64)?$") <= 8 for kernel in kernels)
+    of_elements = [kernel for kernel in kernels if kernel.name not in OF_PROGRAMS]
+    assert all(kernel.count(r"(LDG|STG)\.E(\.64)?$") <= 8 for kernel in of_elements)
 
 
 def test_no_shape_spills(compiled):
