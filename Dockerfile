@@ -32,7 +32,7 @@ CMD ["python", "pretrain_gpt.py", "--config", "configs/gpt_tiny.yaml"]
 # ---- GPU ----------------------------------------------------------------------------------------
 # NVIDIA's build of PyTorch, with libraries that fit each other. Users report of this tag: Python
 # 3.12.3, torch 2.13.0a0 (8145d630e8), CUDA 13.3, NCCL 2.30.5, transformer-engine 2.16.0, driver 580
-# or newer. 26.04 and 26.05 have torch 2.12.0a0; 26.08 has 2.14.0a0, beyond pyproject.toml's range.
+# or newer. 26.04 and 26.05 have torch 2.12.0a0; 26.08 has 2.14.0a0.
 FROM nvcr.io/nvidia/pytorch:26.06-py3 AS ngc
 
 # NVIDIA's apex, from source: the package of that name on PyPI is another project.

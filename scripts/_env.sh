@@ -50,7 +50,7 @@ fp8lm_indexes() {
 }
 
 fp8lm_install() {
-    local venv=$1 stamp=$1/fp8lm-installed wanted
+    local venv=$1 stamp=$1/fp8lm-installed wanted without_gpu=()
     wanted="$(cksum <"$fp8lm_root/pyproject.toml") $fp8lm_root"
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
@@ -59,6 +59,8 @@ fp8lm_install() {
     if [[ -z ${FP8LM_PIP_ARGS:-} ]] && ! command -v nvidia-smi >/dev/null; then
         echo "no NVIDIA GPU here: PyTorch's much smaller CPU build comes with" \
             "FP8LM_PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'" >&2
+        # The release that the numbers of docs/ were measured with on CPUs: bits differ with others.
+        without_gpu=("torch<2.14")
     fi
     # An index that cannot be reached is given up after a second try; one slow answer is not.
     export PIP_RETRIES=${PIP_RETRIES:-1} PIP_TIMEOUT=${PIP_TIMEOUT:-${PIP_DEFAULT_TIMEOUT:-15}}
@@ -68,7 +70,7 @@ fp8lm_install() {
     (
         set -o pipefail
         "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-            ${FP8LM_PIP_ARGS:-} --editable "${fp8lm_root}[dev]" |
+            ${FP8LM_PIP_ARGS:-} "${without_gpu[@]}" --editable "${fp8lm_root}[dev]" |
             { grep --line-buffered -E '^(Collecting|Building|Installing)' || true; } >&2
     ) || fp8lm_fail "installation from $(fp8lm_indexes "$venv") failed, see above;" \
         "FP8LM_PIP_ARGS can name another index, PIP_RETRIES and PIP_TIMEOUT are for slow ones"

@@ -38,7 +38,7 @@ def test_facts_of_this_machine():
     facts = gather(import_check=fine)
     versions = {package.name: package.version for package in facts.packages}
     assert versions["torch"] == version("torch") and versions["pyyaml"] == version("pyyaml")
-    assert ">=2.11,<2.14" in {package.tested for package in facts.packages}
+    assert ">=2.11,<2.15" in {package.tested for package in facts.packages}
     assert not any(package.name == "pytest" for package in facts.packages)  # of an extra
     assert len(facts.accelerators.gpus) == torch.cuda.device_count()
     cpu = facts.execution[0]
@@ -175,5 +175,5 @@ def test_the_command_without_any_package(tmp_path):
     errors = done.stderr.splitlines()
     assert all(line.startswith("error: ") for line in errors)
     (missing,) = (line for line in errors if line.startswith("error: torch "))
-    assert missing.endswith('pip install "torch>=2.11,<2.14"')
+    assert missing.endswith('pip install "torch>=2.11,<2.15"')
     assert "! megatron-core" in done.stdout

@@ -20,8 +20,8 @@ def package(name, version="1.0", tested="", required=True, error=None):
     return Package(name, required, version is not None, version, tested, error)
 
 
-TORCH = package("torch", "2.13.0", ">=2.11,<2.14")
-MEGATRON = package("megatron-core", "0.16.1", ">=0.16.1,<0.17")
+TORCH = package("torch", "2.13.0", ">=2.11,<2.15")
+MEGATRON = package("megatron-core", "0.16.1", ">=0.16.1,<0.20")
 
 
 def machine(*gpus, packages=(TORCH, MEGATRON), **keys):
@@ -127,17 +127,18 @@ def test_nccl(version, gpus, able):
         ("2.11.0", "ok"),
         ("2.13.0+cpu", "ok"),
         ("2.13.0a0+8145d630e8.nv26.6", "ok"),  # NVIDIA's builds are development versions
-        ("2.14.0a0+4fdf77b940.nv26.8", "note"),
+        ("2.14.0a0+4fdf77b940.nv26.8", "ok"),
+        ("2.15.0a0+4fdf77b940.nv26.11", "note"),
         ("2.15.0", "note"),
         ("unknown", "ok"),
     ],
 )
 def test_versions_of_torch(version, status):
-    finding = judge_package(package("torch", version, ">=2.11,<2.14"))
+    finding = judge_package(package("torch", version, ">=2.11,<2.15"))
     assert finding.status == status
     if status == "problem":
         assert finding.remark.startswith("torch 2.10.0 ")
-        assert finding.remark.endswith('pip install "torch>=2.11,<2.14"')
+        assert finding.remark.endswith('pip install "torch>=2.11,<2.15"')
 
 
 def test_python():
@@ -151,10 +152,10 @@ def test_python():
 
 
 def test_missing_packages():
-    missing = package("megatron-core", None, ">=0.16.1,<0.17")
+    missing = package("megatron-core", None, ">=0.16.1,<0.20")
     (problem,) = problems(judge(machine(packages=(TORCH, missing))))
     assert problem.startswith("megatron-core ")
-    assert problem.endswith('pip install "megatron-core>=0.16.1,<0.17"')
+    assert problem.endswith('pip install "megatron-core>=0.16.1,<0.20"')
     optional = package("triton", None, required=False)
     assert problems(judge(machine(packages=(TORCH, MEGATRON, optional)))) == []
     assert remark(machine(packages=(optional,)), "triton").startswith("costs speed")
