@@ -1,4 +1,7 @@
-"""Schedules of learning rate and batch size, by megatron-core, as functions of the run's position.
+"""Schedules of learning rate and batch size as functions of the run's position.
+
+The learning rate is megatron-core's. Its ramp-up of the batch has another interface in every few
+versions, so that is written out here.
 
 Functions need no state in a checkpoint. The position has the unit of the run's length: iterations
 with `train_iters`, consumed samples with `train_samples`, so that the schedule does not move if a
@@ -9,13 +12,9 @@ which checks before a start need not wait for.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from fp8lm.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from fp8lm.runtime.quiet import quiet_megatron
-
-if TYPE_CHECKING:
-    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
 
 class LearningRate:
@@ -69,37 +68,23 @@ class BatchSize:
 
     def __init__(self, train: TrainConfig, data_parallel_size: int) -> None:
         self._stride = train.micro_batch_size * data_parallel_size
-        self._constant, self._calculator = train.global_batch_size, None
-        if train.rampup_batch_size is not None:
-            self._calculator = _ramp_up(train, train.rampup_batch_size, data_parallel_size)
+        self._final, self._rampup = train.global_batch_size, train.rampup_batch_size
 
     def global_batch_size(self, consumed_samples: int) -> int:
         """Samples, over all data-parallel ranks, of the step after `consumed_samples`."""
-        if self._calculator is None:
-            return self._constant
-        self._calculator.update(consumed_samples, consistency_check=False)
-        return self._calculator.get_current_global_batch_size()
+        if self._rampup is None:
+            return self._final
+        return _ramp_up(consumed_samples, self._final, self._rampup)
 
     def num_microbatches(self, consumed_samples: int) -> int:
         """Micro-batches of each rank in that step."""
         return self.global_batch_size(consumed_samples) // self._stride
 
 
-def _ramp_up(
-    train: TrainConfig, rampup: tuple[int, int, int], data_parallel_size: int
-) -> RampupBatchsizeNumMicroBatchesCalculator:
-    with quiet_megatron():
-        from megatron.core.num_microbatches_calculator import (
-            RampupBatchsizeNumMicroBatchesCalculator,
-        )
+def _ramp_up(consumed: int, final: int, rampup: tuple[int, int, int]) -> int:
+    """Megatron's: from `start` to `final` in steps of `increment`, equally long in samples."""
     start, increment, samples = rampup
-    return RampupBatchsizeNumMicroBatchesCalculator(
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        decrease_batch_size_if_needed=False,
-        rank=-1,  # it only decides who logs
-        start_global_batch_size=start,
-        batch_size_increment=increment,
-        ramup_samples=samples,
-    )
+    num_increments = (final - start) // increment
+    if consumed > samples or not num_increments * samples:
+        return final
+    return start + increment * int(consumed / (samples / num_increments))
