@@ -15,7 +15,7 @@ from torch import Tensor
 from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.kernels.reference import ReferenceKernels, causal_attention
+from fp8lm.kernels.reference import ReferenceKernels, attention_at_positions, causal_attention
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -68,6 +68,12 @@ class HopperKernels:
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """See `Kernels` (flash attention in bf16)."""
         return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+
+    def attention_at(
+        self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor
+    ) -> Tensor:
+        """See `Kernels` (in bf16)."""
+        return attention_at_positions(q_BNSD, k_BGCD, v_BGCD, positions_BS)
 
     # Operations without a faster kernel yet: the reference.
 

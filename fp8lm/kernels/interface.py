@@ -111,6 +111,15 @@ class Kernels(Protocol):
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
         """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`."""
 
+    def attention_at(
+        self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor
+    ) -> Tensor:
+        """Attention of queries at any positions (int64) to keys and values 0 .. position.
+
+        [B,N,S,D] in the dtype of `q_BNSD`; of the C keys those after a query's position may hold
+        any finite numbers.
+        """
+
     def rope(
         self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ of the fp32 sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -50,6 +51,7 @@ _BF16_DECODE = {
     E5M2.name: (5, 0x8FE0 - 0x10000, 2.0**112),
     E2M5.name: (2, 0x81FC - 0x10000, 2.0**126),
 }
+ROWS_PER_TILE = 16
 
 
 class ReferenceKernels:
@@ -251,6 +253,26 @@ class ReferenceKernels:
         context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
         return context.to(q_BNSD.dtype)
 
+    def attention_at(
+        self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor
+    ) -> Tensor:
+        """See `Kernels`; written out in fp32, where a query's bits do not depend on the others.
+
+        A CPU's matrix products take the same order of summation whatever the number of their rows,
+        if that is a multiple of 16, and the number of keys is the cache's.
+        """
+        seq_length, groups = q_BNSD.shape[2], k_BGCD.shape[1]
+        padding = -seq_length % ROWS_PER_TILE
+        q = functional.pad(q_BNSD.float(), (0, 0, 0, padding)).unflatten(1, (groups, -1))
+        positions = functional.pad(positions_BS, (0, padding))
+        keys = torch.arange(k_BGCD.shape[2], device=positions.device)
+        future = keys > positions[:, None, None, :, None]
+        scores = q.flatten(2, 3) @ k_BGCD.float().transpose(2, 3) / math.sqrt(q.shape[-1])
+        scores = scores.view(*q.shape[:-1], -1).masked_fill_(future, -math.inf)
+        weights = scores.softmax(dim=-1).flatten(2, 3)
+        context = (weights @ v_BGCD.float()).view(q.shape).flatten(1, 2)
+        return context[:, :, :seq_length].to(q_BNSD.dtype)
+
     def rope(
         self, qkv_SBGHD: Tensor, cos: Tensor, sin: Tensor, queries: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,6 +334,15 @@ class ReferenceKernels:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attention_at_positions(q: Tensor, k: Tensor, v: Tensor, positions_BS: Tensor) -> Tensor:
+    """`Kernels.attention_at` by PyTorch's fused kernels, in the dtype of `q`."""
+    keys = torch.arange(k.shape[2], device=positions_BS.device)
+    seen = keys <= positions_BS[:, None, :, None]
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

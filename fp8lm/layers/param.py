@@ -227,7 +227,9 @@ class QuantizedParam(Param):
             return ScaledTensor(self.payload, self.scale, self.spec.format, inverse=cache.inverse)
         if not cache.keep:
             return self.quantizer(self._values(), amax=cache.amax)
-        if cache.operand is None:
+        if cache.operand is None and not self.spec.trainable:  # nothing reads it transposed
+            cache.operand = self.quantizer(self._values(), amax=cache.amax)
+        elif cache.operand is None:
             both = self.quantizer.with_transpose(self._values(), amax=cache.amax)
             cache.operand, cache.transposed = both
         return cache.operand

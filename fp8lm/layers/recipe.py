@@ -17,6 +17,7 @@ from fp8lm.numerics import (
     E4M3,
     E5M2,
     FP32,
+    PER_ROW,
     PER_TENSOR,
     Format,
     Granularity,
@@ -73,7 +74,8 @@ class Recipe:
 
     `high_precision` is the format of embeddings, norms and biases, and of activations between
     GEMMs; their gradients are fp32. `tp` is the tensor-parallel group of a layer.
-    `cache_weight_operands`: see `cached_weight_operands`.
+    `cache_weight_operands`: see `cached_weight_operands`. `input_granularity`: how GEMM inputs are
+    scaled. `trainable` False: matrices without gradient buffers.
     """
 
     gemm: GemmPrecision
@@ -85,6 +87,8 @@ class Recipe:
     device: torch.device
     tp: TPContext = NO_TP
     cache_weight_operands: bool = False
+    input_granularity: Granularity = PER_TENSOR
+    trainable: bool = True
 
     @classmethod
     def from_config(
@@ -106,6 +110,14 @@ class Recipe:
             tp=tp,
             cache_weight_operands=precision.cache_weight_operands,
         )
+
+    def for_inference(self) -> Recipe:
+        """A model that only computes: frozen, each token scaled by itself, weights cast once.
+
+        With a scale per token, a token's values do not depend on the others that are computed with
+        it.
+        """
+        return replace(self, input_granularity=PER_ROW, trainable=False, cache_weight_operands=True)
 
     @property
     def head_gemm(self) -> GemmPrecision:

@@ -13,6 +13,8 @@ parallelism what comes in and goes out is a part of the sequence, and the core s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,9 @@ from fp8lm.model.init import normal_init, output_init
 from fp8lm.model.norms import head_norm
 from fp8lm.model.parallel_linear import column_linear, row_linear
 from fp8lm.model.rope import rotated_heads
+
+# q [S,B,N,D], k and v [S,B,G,D] -> the context [S,B,N*D] of this rank's heads.
+CoreAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -57,10 +62,16 @@ class SelfAttention(nn.Module):
         x_SBH: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         norm: Prologue | None = None,
+        core: CoreAttention | None = None,
     ) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `norm` is applied to the input."""
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `norm` is applied to the input.
+
+        `core` takes the place of causal attention within the sequence.
+        """
         q_SBND, k_SBGD, v_SBGD = self._heads(self._project(x_SBH, norm), rope)
-        if self.recompute_core and torch.is_grad_enabled():
+        if core is not None:
+            context = core(q_SBND, k_SBGD, v_SBGD)
+        elif self.recompute_core and torch.is_grad_enabled():
             # A random state is saved and restored, which takes time on the host.
             draws = self.dropout > 0.0
             context = checkpoint(

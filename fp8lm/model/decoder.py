@@ -8,6 +8,7 @@ Recomputation in backward is of a whole layer (here) or of its attention core (s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8lm.config import ModelConfig
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.recipe import Recipe
-from fp8lm.model.attention import SelfAttention
+from fp8lm.model.attention import CoreAttention, SelfAttention
 from fp8lm.model.mlp import MLP
 from fp8lm.model.norms import hidden_norm
 
@@ -39,10 +40,14 @@ class TransformerLayer(nn.Module):
         x_SBH: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         noise: DropoutNoise | None = None,
+        core: CoreAttention | None = None,
     ) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout."""
+        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout.
+
+        `core`: see `SelfAttention`.
+        """
         first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
-        attended = self.self_attention(x_SBH, rope, self.input_layernorm)
+        attended = self.self_attention(x_SBH, rope, self.input_layernorm, core)
         h = x_SBH + dropout(attended, self.dropout, first)
         read = x_SBH if self.parallel_residual else h
         return h + dropout(self.mlp(read, self.pre_mlp_layernorm), self.dropout, second)
@@ -83,9 +88,11 @@ class Decoder(nn.Module):
         h_SBH: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         noise: DropoutNoise | None = None,
+        core_of: Callable[[int], CoreAttention] | None = None,
     ) -> Tensor:
-        """[S,B,H] -> [S,B,H]."""
+        """[S,B,H] -> [S,B,H]; `core_of` gives the core attention of a layer by its number."""
         for index, layer in self.layers.items():
+            core = None if core_of is None else core_of(int(index))
             of_layer = None if noise is None else noise.at(int(index))
             if self.recompute_layers and torch.is_grad_enabled():
                 h_SBH = checkpoint(
@@ -97,5 +104,5 @@ class Decoder(nn.Module):
                     preserve_rng_state=self.draws,
                 )
             else:
-                h_SBH = layer(h_SBH, rope, of_layer)
+                h_SBH = layer(h_SBH, rope, of_layer, core)
         return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)

@@ -7,6 +7,8 @@ between layers. With tensor parallelism it has its part of V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from fp8lm.layers.embedding import embed
 from fp8lm.layers.linear import GemmPath, linear
 from fp8lm.layers.param import ParamSpec, QuantizedParam
 from fp8lm.layers.recipe import Recipe
+from fp8lm.model.attention import CoreAttention
 from fp8lm.model.decoder import Decoder, StageSpec
 from fp8lm.model.init import normal_init, table_spec
 from fp8lm.model.rope import rope_tables
@@ -143,16 +146,35 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations.
 
-        A part without embedding starts from the hidden states `h_SBH`, one without head returns
-        them. Hidden dropout needs `sample_ids_B`; for these and `positions_BS` see `Batch`.
+        A part without head returns hidden states. See `hidden_states` for what is given.
+        """
+        h_SBH = self.hidden_states(
+            tokens_BS, h_SBH, positions_BS=positions_BS, sample_ids_B=sample_ids_B
+        )
+        return self.logits(h_SBH) if self.part.has_head else h_SBH
+
+    def hidden_states(
+        self,
+        tokens_BS: Tensor,
+        h_SBH: Tensor | None = None,
+        *,
+        positions_BS: Tensor | None = None,
+        sample_ids_B: Tensor | None = None,
+        core_of: Callable[[int], CoreAttention] | None = None,
+    ) -> Tensor:
+        """[B,S] int64 -> [S,B,H] after this part's layers, and after the final norm of the last.
+
+        A part without embedding starts from the hidden states `h_SBH`. Hidden dropout needs
+        `sample_ids_B`; for these and `positions_BS` see `Batch`, for `core_of` `Decoder`.
         """
         noise = self._noise(sample_ids_B, tokens_BS.shape[1])
         if isinstance(self.embedding, Embedding):
             h_SBH = self.embedding(tokens_BS, noise and noise.at(0), positions_BS)
         rope = self._rope(tokens_BS.shape[1], positions_BS)
-        h_SBH = self.decoder(h_SBH, rope, noise and noise.at(1))
-        if not self.part.has_head:
-            return h_SBH
+        return self.decoder(h_SBH, rope, noise and noise.at(1), core_of)
+
+    def logits(self, h_SBH: Tensor) -> Tensor:
+        """Logits [S,B,V/t] of the last part's hidden states."""
         table = self.output_layer
         if table is None:
             assert self.embedding is not None  # a head has its own matrix or the tied one

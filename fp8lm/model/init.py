@@ -37,7 +37,14 @@ def matrix_spec(
 ) -> ParamSpec:
     """Spec of a linear layer's weight [out, in] in the recipe's formats."""
     shape = (out_features, in_features)
-    return ParamSpec(shape, init, recipe.weight, recipe.weight_grad, shard_spec=shard_spec)
+    return ParamSpec(
+        shape,
+        init,
+        recipe.weight,
+        recipe.weight_grad,
+        shard_spec=shard_spec,
+        trainable=recipe.trainable,
+    )
 
 
 def table_spec(
@@ -59,6 +66,7 @@ def table_spec(
         shard_spec=shard_spec,
         sequence_parallel=sequence_parallel,
         keep_high_precision=True,
+        trainable=recipe.trainable,
     )
 
 

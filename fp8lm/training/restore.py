@@ -1,25 +1,34 @@
-"""Loads a trained model from a checkpoint, without optimizer or data."""
+"""Loads a trained model from a checkpoint, without optimizer or data, under any layout.
+
+The layout is that of the process groups, whatever the one it was trained under. Wires carry the
+dtype of activations, so that no value depends on which others travel with it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from fp8lm.checkpoint import Checkpoint, StateKey, load_checkpoint, open_checkpoint
+from fp8lm.checkpoint import Checkpoint, Shard, StateKey, load_checkpoint, open_checkpoint
+from fp8lm.checkpoint.collectives import all_or_error
 from fp8lm.checkpoint.loading import check_fits
 from fp8lm.checkpoint.reader import WORD_TABLES, stored_tensors
+from fp8lm.comm import WireCounter
+from fp8lm.comm.dims import ParallelDims
+from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config, ModelConfig, TokenizerConfig, build_config
 from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from fp8lm.kernels import ReferenceKernels, select_kernels
+from fp8lm.kernels import Kernels, ReferenceKernels, select_kernels
 from fp8lm.kernels.select import check_scaling
-from fp8lm.layers.param import named_params
+from fp8lm.layers.param import freeze, named_params
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
+from fp8lm.parallel.parallelize import build_tp_context, stage_specs
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import tokenizer_of
+from fp8lm.training.resizing import RowPlan
 from fp8lm.training.state import by_name, model_shards
 
 FP32_BYTES = 4
@@ -28,12 +37,14 @@ LARGEST_TABLES = 2**28  # bytes of rotary tables that any model may have, howeve
 
 @dataclass(frozen=True)
 class Restored:
-    """A model in evaluation mode, its tokenizer and the config it ran with.
+    """This rank's part of a model, frozen, its tokenizer and the config it ran with.
 
-    `warnings` name differences from training.
+    `config` has the layout of this job in its section `parallel`. `warnings` name differences from
+    training.
     """
 
-    model: nn.Module
+    model: GPTModel
+    kernels: Kernels
     tokenizer: Tokenizer
     config: Config
     warnings: list[str]
@@ -41,31 +52,77 @@ class Restored:
 
 def restore_model(
     folder: str,
+    groups: ProcessGroups,
     device: torch.device,
     tokenizer_model: str | None = None,
     tokenizer_type: str | None = None,
 ) -> Restored:
-    """The model of a checkpoint, or of the newest valid one in a folder.
+    """The model of a checkpoint, or of the newest valid one in a folder; a collective of all ranks.
 
     Weights keep the format they were trained in. The tokenizer is the one whose files are in the
     checkpoint, else the one that its config names, unless `tokenizer_model` names another. Raises
     `InputError` for what cannot be loaded.
     """
-    checkpoint = open_checkpoint(folder, needed=("config",))
-    config = build_config(checkpoint.common["config"])
-    tokenizer = _tokenizer(checkpoint, config.tokenizer, tokenizer_model, tokenizer_type)
-    rows = _vocabulary_rows(checkpoint)
-    if tokenizer.vocab_size > rows:
+    checkpoint = open_checkpoint(folder, group=groups.world, needed=("config",))
+    config = all_or_error(groups.world, lambda: _config(checkpoint, groups.dims))
+    tokenizer = all_or_error(
+        groups.world,
+        lambda: _tokenizer(checkpoint, config.tokenizer, tokenizer_model, tokenizer_type),
+    )
+    return _restore(checkpoint, config, groups, device, tokenizer)
+
+
+def _config(checkpoint: Checkpoint, dims: ParallelDims) -> Config:
+    """The stored config, with the layout of this job."""
+    content = dict(checkpoint.common["config"])
+    content["parallel"] = {
+        "tensor_model_parallel_size": dims.tp,
+        "pipeline_model_parallel_size": dims.pp,
+    }
+    precision = content.get("precision") or {}
+    wires = dict.fromkeys(("gather", "reduce", "pipeline"), "bf16")
+    content["precision"] = {**precision, "wire": {**(precision.get("wire") or {}), **wires}}
+    return build_config(content)
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    config: Config,
+    groups: ProcessGroups,
+    device: torch.device,
+    tokenizer: Tokenizer,
+) -> Restored:
+    stored = _vocabulary_rows(checkpoint)
+    if tokenizer.vocab_size > stored:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, and the model of "
-            f"{checkpoint.folder} has rows for {rows}: it is another one's"
+            f"{checkpoint.folder} has rows for {stored}: it is another one's"
         )
-    _check_is_stored(checkpoint, config, rows)
+    _check_is_stored(checkpoint, config, stored)
     check_scaling(device, config.precision)
-    recipe = Recipe.from_config(config.precision, select_kernels(device), device)
-    model = GPTModel(config.model, rows, recipe)
-    load_checkpoint(checkpoint, by_name(model_shards(named_params(model))), ignore_prefix="")
-    return Restored(model.eval(), tokenizer, config, _warnings(checkpoint, tokenizer))
+    kernels = select_kernels(device)
+    tp = build_tp_context(config, groups, kernels, WireCounter())
+    recipe = Recipe.from_config(config.precision, kernels, device, tp).for_inference()
+    rows = -(-stored // tp.size) * tp.size
+    (part,) = stage_specs(config, groups.pipeline_parallel.rank())
+    model = GPTModel(config.model, rows, recipe, part=part)
+    freeze(model)
+    shards = model_shards(named_params(model))
+    if rows != stored:
+        shards = {key: _without_padding(key, own, checkpoint) for key, own in shards.items()}
+    load_checkpoint(checkpoint, by_name(shards), groups.world, ignore_prefix="")
+    return Restored(model.eval(), kernels, tokenizer, config, _warnings(checkpoint, tokenizer))
+
+
+def _without_padding(key: StateKey, blocks: list[Shard], checkpoint: Checkpoint) -> list[Shard]:
+    """`blocks` of a word table, which this layout pads beyond the stored rows; others as they are.
+
+    The rest stays zero, which no token looks up.
+    """
+    if key.param not in WORD_TABLES or key.field != "payload":
+        return blocks
+    stored = checkpoint.state[key]
+    return RowPlan(stored.size[0]).cut(blocks, stored)
 
 
 def _tokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
-from fp8lm.runtime.errors import InputError
 from fp8lm.training.build import build
 from fp8lm.training.hooks import build_trainer
 from tests.data.tokenizers_of_all_types import write_config, write_model
@@ -92,12 +92,67 @@ def test_large_numbers(generate):
     assert generate("--temperature=1e308", "--top-k", 10**30)[0] == 0
 
 
-@pytest.mark.parametrize("length", [16, 19, 300])
-def test_prompts_around_the_number_of_positions(length, generate):
-    prompt = "!?" * length  # byte tokens
-    code, text, complaints = generate(prompt=prompt, count=2)
-    assert code == 0, complaints
-    assert text.startswith(prompt)
+@pytest.mark.parametrize(("length", "new"), [(16, 4), (19, 2), (20, 1)])
+def test_text_ends_with_the_context(length, new, generate):
+    code, out, _ = generate("--json", "--ignore-eod", prompt="!" * length, count=9)
+    done = json.loads(out)
+    assert code == 0 and len(done["prompt_tokens"]) == length  # byte tokens
+    # The token after the last position is still known.
+    assert len(done["tokens"]) == 21 - length and done["finish_reason"] == "context"
+
+
+@pytest.mark.parametrize("length", [21, 300])
+def test_a_prompt_longer_than_the_context(length, generate):
+    code, out, complaints = generate(prompt="!" * length)
+    assert (code, out) == (2, "") and complaints.count("\n") == 1
+    assert f"{length} tokens" in complaints and "20" in complaints
+
+
+def test_several_prompts_from_a_file_as_json_lines(generate, run_tool, trained, tmp_path, capfd):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts = ["def ", "a", "class b"]
+    file.write_text("\n".join(json.dumps({"prompt": text}) for text in prompts) + "\n\n")
+    options = "--load", trained / "ck", "--prompts-file", file, "--max-new-tokens", 4
+    assert run_tool("generate", *options, "--json", out, "--batch-size", 2) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [done["prompt"] for done in found] == prompts
+    # A prompt's number decides its random numbers, not the batch that it is in.
+    assert run_tool("generate", *options, "--json", out, "--no-cache") == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    assert generate("--json")[1] == json.dumps(found[0]) + "\n"
+    assert run_tool("generate", *options) == 0
+    assert capfd.readouterr().out.startswith("def ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", b" \n\n", "no prompts"),
+        ("a.txt", b"\xff", "UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{', "line 2"),
+        ("a.jsonl", b'{"text": "a"}', "line 1"),
+        ("a.txt", b"a\n" + b"!" * 30, "prompt 2"),
+    ],
+)
+def test_files_without_prompts(run_tool, trained, tmp_path, capfd, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    code = run_tool("generate", "--load", trained / "ck", "--prompts-file", tmp_path / name)
+    errors = capfd.readouterr().err
+    assert code == 2 and errors.count("\n") == 1 and complaint in errors
+
+
+def test_streamed_text_is_the_text(generate):
+    assert generate("--stream") == generate()
+    assert generate("--stop", " ")[0] == 0
+
+
+def test_a_conversation(run_tool, trained, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n\n/clear\n" + "x" * 40 + "\nb\n/exit\nc\n"))
+    code = run_tool("generate", "--load", trained / "ck", "--chat", "--max-new-tokens", 2)
+    out, errors = capfd.readouterr()
+    # "User: a\nAssistant:" has 19 byte tokens, of 20 positions.
+    assert code == 0, errors
+    assert out.count("\n") >= 3 and errors.count("error:") == 1
 
 
 @pytest.mark.parametrize("prompt", ["", "\udcff", "a\ud800b"])
@@ -105,14 +160,6 @@ def test_prompts_that_are_no_text(prompt, generate):
     code, text, complaints = generate(prompt=prompt)
     assert (code, text) == (2, "") and complaints.startswith("error: --prompt")
     assert complaints.count("\n") == 1
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_logits_that_are_not_finite(value, temperature, tool):
-    logits = torch.tensor([0.0, value, 1.0])
-    with pytest.raises(InputError, match="not finite"):
-        tool("generate").choose(logits, temperature, 40, torch.Generator())
 
 
 @pytest.mark.parametrize(
