@@ -7,7 +7,6 @@ import torch
 
 from fp8lm.generate.context import CachedContext, RecomputedContext
 from fp8lm.generate.decoding import complete
-from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.param import named_params
 from tests.generate.models import PROMPTS, greedy, greedy_tokens, loaded
 
@@ -93,16 +92,3 @@ def test_nothing_is_held_for_training(checkpoint):
         cache = model.new_cache(2, 10, "fp8")
         # Keys and values of 2 layers: 21 slots of 2 groups, 16 bytes and a scale each.
         assert cache.nbytes == 2 * 2 * 21 * 2 * (16 + 4)
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_attention_at_positions_is_causal_attention(heads):
-    kernels, generator = ReferenceKernels(), torch.Generator().manual_seed(0)
-    shapes = [(2, heads[0], 20, 8), (2, heads[1], 20, 8), (2, heads[1], 20, 8)]
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    expected = kernels.attention(q, k, v, 0.0)
-    positions = torch.tensor([[3, 19], [0, 7]])
-    rows = torch.stack([q[b, :, positions[b]] for b in range(2)])
-    found = kernels.attention_at(rows, k, v, positions)
-    for b in range(2):
-        torch.testing.assert_close(found[b], expected[b, :, positions[b]])

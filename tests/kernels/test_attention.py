@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.reference import attention_at_positions
 
 KERNELS = ReferenceKernels()
 HEADS = [(4, 4), (4, 2), (6, 2), (4, 1)]
@@ -45,6 +46,20 @@ def test_output_and_gradients(heads, groups, dtype):
         assert result.dtype == dtype
         tolerance = dict(rtol=torch.finfo(dtype).eps, atol=3e-6)
         torch.testing.assert_close(result.double(), reference, **tolerance)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("attend", [KERNELS.attention_at, attention_at_positions])
+def test_at_positions_of_a_cache(heads, attend):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, count, 20, 8) for count in (heads[0], heads[1], heads[1])]
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    expected = KERNELS.attention(q, k, v, 0.0)
+    positions = torch.tensor([[3, 19], [0, 7]])
+    rows = torch.stack([q[b, :, positions[b]] for b in range(2)])
+    found = attend(rows, k, v, positions)
+    for b in range(2):
+        torch.testing.assert_close(found[b], expected[b, :, positions[b]])
 
 
 def test_no_position_sees_the_future():

@@ -321,6 +321,21 @@ def test_product_of_blocks(granularity):
     assert ((KERNELS.gemm(a, b).double() - product).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_of_their_own_scale_on_tensor_cores(bias):
+    """Every row is the product of that row alone, whatever the size of the others."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(16, 64, generator=generator) * 10.0 ** torch.linspace(-20, 20, 16)[:, None]
+    a, b = KERNELS.quantize(x, E4M3, granularity=PER_ROW), operand(32, 64, E4M3, seed=4)
+    added = torch.randn(32, generator=generator).bfloat16() if bias else None
+    result, expected = (k.gemm(a, b, bias=added) for k in (HopperKernels(), KERNELS))
+    bound = 2.0**-7 * expected.abs() + 2.0**-7 * expected.abs().amax(dim=1, keepdim=True)
+    assert ((result - expected).abs() <= bound).all()
+    a.scale[3] = torch.nan
+    result = HopperKernels().gemm(a, b)
+    assert result[3].isnan().all() and result[4:].isfinite().all()
+
+
 @pytest.mark.parametrize("fast_accumulation", [False, True])
 def test_fast_accumulation_is_passed_on(monkeypatch, fast_accumulation):
     asked = []
