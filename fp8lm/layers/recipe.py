@@ -74,8 +74,8 @@ class Recipe:
 
     `high_precision` is the format of embeddings, norms and biases, and of activations between
     GEMMs; their gradients are fp32. `tp` is the tensor-parallel group of a layer.
-    `cache_weight_operands`: see `cached_weight_operands`. `input_granularity`: how GEMM inputs are
-    scaled. `trainable` False: matrices without gradient buffers.
+    `cache_weight_operands`: see `cached_weight_operands`. `trainable` False: matrices without
+    gradient buffers.
     """
 
     gemm: GemmPrecision
@@ -87,7 +87,6 @@ class Recipe:
     device: torch.device
     tp: TPContext = NO_TP
     cache_weight_operands: bool = False
-    input_granularity: Granularity = PER_TENSOR
     trainable: bool = True
 
     @classmethod
@@ -117,7 +116,10 @@ class Recipe:
         With a scale per token, a token's values do not depend on the others that are computed with
         it.
         """
-        return replace(self, input_granularity=PER_ROW, trainable=False, cache_weight_operands=True)
+        scaling = self.gemm.scaling
+        of_token = scaling.input if scaling.input.rows == 1 else PER_ROW
+        gemm = replace(self.gemm, scaling=replace(scaling, input=of_token))
+        return replace(self, gemm=gemm, trainable=False, cache_weight_operands=True)
 
     @property
     def head_gemm(self) -> GemmPrecision:

@@ -79,9 +79,11 @@ def _config(checkpoint: Checkpoint, dims: ParallelDims) -> Config:
         "tensor_model_parallel_size": dims.tp,
         "pipeline_model_parallel_size": dims.pp,
     }
-    precision = content.get("precision") or {}
-    wires = dict.fromkeys(("gather", "reduce", "pipeline"), "bf16")
-    content["precision"] = {**precision, "wire": {**(precision.get("wire") or {}), **wires}}
+    precision = content.get("precision")
+    stored = precision.get("wire") if isinstance(precision, dict) else None
+    if isinstance(precision, dict) and isinstance(stored, dict):  # else validation says what it is
+        wires = dict.fromkeys(("gather", "reduce", "pipeline"), "bf16")
+        content["precision"] = {**precision, "wire": {**stored, **wires}}
     return build_config(content)
 
 
