@@ -7,7 +7,6 @@ from fp8lm.comm.gather import (
     all_gather_scalars,
     all_gather_values,
     broadcast,
-    join,
 )
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
@@ -34,7 +33,6 @@ __all__ = [
     "all_reduce",
     "all_to_all_bytes",
     "broadcast",
-    "join",
     "max_over_group",
     "reduce_scatter",
     "reduce_scatter_fp8",

@@ -17,6 +17,7 @@ from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.transport import all_gather_bytes, as_bytes, broadcast_bytes
 from fp8lm.kernels.interface import Kernels
+from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
 
@@ -32,11 +33,11 @@ def all_gather(x: ScaledTensor, group: dist.ProcessGroup, wire: Wire) -> Handle[
     if not x.granularity.spans(0):
         return all_gather_values(x, group, wire).then(_concatenate)
     shape = (group.size() * x.shape[0], *x.shape[1:])
-    scale, fmt = x.scale, x.format
+    scale, fmt, inverse = x.scale, x.format, x.inverse
 
     def join_payloads(gathered: Tensor) -> ScaledTensor:
         payload = gathered.view(-1).view(fmt.storage).view(shape)
-        return ScaledTensor(payload, scale, fmt, x.granularity)
+        return ScaledTensor(payload, scale, fmt, x.granularity, inverse)
 
     return all_gather_bytes(as_bytes(x.payload), group, wire).then(join_payloads)
 
@@ -52,15 +53,30 @@ def all_gather_values(
 ) -> Handle[list[ScaledTensor]]:
     """Tensors of one shape, each cast with its own rank's scale -> all of them, in rank order.
 
-    Scales are sent with the payloads. The results are views of one buffer; `join` concatenates
-    their values.
+    Scales are sent with the payloads. The results are views of one buffer; `kernels.join`
+    concatenates their values.
     """
     layout = MessageLayout.of([x])
+    return _gather_messages(layout, layout.pack([x]), group, wire)
 
+
+def cast_and_gather(
+    x: Tensor, fmt: Format, group: dist.ProcessGroup, wire: Wire, kernels: Kernels
+) -> Handle[list[ScaledTensor]]:
+    """The same of `x` (bf16 or fp32), which is cast to `fmt` on the way into its message."""
+    layout = MessageLayout(((tuple(x.shape), fmt),))
+    message = torch.empty(layout.nbytes, dtype=torch.uint8, device=x.device)
+    kernels.quantize_into([x], layout.views(message))
+    return _gather_messages(layout, message, group, wire)
+
+
+def _gather_messages(
+    layout: MessageLayout, message: Tensor, group: dist.ProcessGroup, wire: Wire
+) -> Handle[list[ScaledTensor]]:
     def unpack(gathered: Tensor) -> list[ScaledTensor]:
-        return [layout.views(message)[0] for message in gathered]
+        return [tensor for (tensor,) in layout.views_of(list(gathered))]
 
-    return all_gather_bytes(layout.pack([x]), group, wire).then(unpack)
+    return all_gather_bytes(message, group, wire).then(unpack)
 
 
 def all_gather_scalars(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> Tensor:
@@ -68,11 +84,6 @@ def all_gather_scalars(values: Tensor, group: dist.ProcessGroup, wire: Wire) -> 
     sent = as_bytes(values)
     gathered = all_gather_bytes(sent, group, wire).wait()
     return gathered.view(-1).view(values.dtype).view(group.size(), *values.shape)
-
-
-def join(shards: Sequence[ScaledTensor], kernels: Kernels, dtype: torch.dtype) -> Tensor:
-    """Values of `shards` (each [n, ...], any scales) in `dtype`, concatenated to [n * W, ...]."""
-    return torch.cat([kernels.dequantize(shard, dtype) for shard in shards])
 
 
 def broadcast(

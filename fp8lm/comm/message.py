@@ -23,6 +23,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 
 ALIGNMENT = 16
 _SCALE_BYTES = 4
+_WORD = 8  # bytes that are copied at once where all are multiples of it
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,17 @@ class MessageLayout:
 
         They share its memory: writing to one writes the message. Formats without a scale get 1.
         """
+        return self.views_of([message])[0]
+
+    def views_of(self, messages: Sequence[Tensor]) -> list[list[ScaledTensor]]:
+        """`views` of each of `messages`."""
+        one = torch.empty(())
+        if messages and not all(fmt.scaled for _, fmt in self.parts):
+            one = torch.ones((), device=messages[0].device)  # of all of them: a launch on a GPU
+        return [self._views(message, one) for message in messages]
+
+    def _views(self, message: Tensor, one: Tensor) -> list[ScaledTensor]:
         scales = self._scales(message).split(self._num_scales)
-        one = torch.ones((), device=message.device)
         tensors = []
         for (start, stop, shape, fmt), own, granularity in zip(
             self._payloads(), scales, self.granularities, strict=True
@@ -73,17 +83,23 @@ class MessageLayout:
 
     def pack(self, tensors: Sequence[ScaledTensor], message: Tensor | None = None) -> Tensor:
         """`tensors` (as the layout says) copied into `message`, or into a new one; uint8."""
-        if MessageLayout.of(tensors) != self:
-            raise ValueError(f"{list(tensors)} do not have the layout {self.parts}")
         if message is None:
             device = tensors[0].device
             message = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
-        for tensor, (start, stop, _, _) in zip(tensors, self._payloads(), strict=True):
-            message[start:stop].copy_(as_bytes(tensor.payload))
-        scales = [tensor.scale.reshape(-1) for tensor in tensors if tensor.format.scaled]
-        if scales:
-            torch.cat(scales, out=self._scales(message))
+        pack_all([self], [tensors], [message])
         return message
+
+    def copies(
+        self, tensors: Sequence[ScaledTensor], message: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes of `message`, and of `tensors` (as the layout says), which are to lie there."""
+        if MessageLayout.of(tensors) != self:
+            raise ValueError(f"{list(tensors)} do not have the layout {self.parts}")
+        scales = self._scales(message).split(self._num_scales)
+        for tensor, own, (start, stop, _, _) in zip(tensors, scales, self._payloads(), strict=True):
+            yield message[start:stop], as_bytes(tensor.payload)
+            if tensor.format.scaled:
+                yield as_bytes(own), as_bytes(tensor.scale)
 
     @cached_property
     def _num_scales(self) -> list[int]:
@@ -102,6 +118,28 @@ class MessageLayout:
     def _scales(self, message: Tensor) -> Tensor:
         stop = self.scales_at + sum(self._num_scales) * _SCALE_BYTES
         return message[self.scales_at : stop].view(torch.float32)
+
+
+def pack_all(
+    layouts: Sequence[MessageLayout],
+    tensors: Sequence[Sequence[ScaledTensor]],
+    messages: Sequence[Tensor],
+) -> None:
+    """Copy the tensors of several messages into them, in a few launches for all."""
+    wide: list[tuple[Tensor, Tensor]] = []
+    narrow: list[tuple[Tensor, Tensor]] = []
+    for layout, own, message in zip(layouts, tensors, messages, strict=True):
+        for target, source in layout.copies(own, message):
+            if not target.numel():
+                continue
+            if not any(x.storage_offset() % _WORD or x.numel() % _WORD for x in (target, source)):
+                wide.append((target.view(torch.int64), source.view(torch.int64)))
+            else:
+                narrow.append((target, source))
+    for copies in (wide, narrow):
+        if copies:
+            targets, sources = map(list, zip(*copies, strict=True))
+            torch._foreach_copy_(targets, sources)
 
 
 def _padded(num_bytes: int) -> int:

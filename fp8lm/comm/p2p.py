@@ -73,15 +73,18 @@ class PipelineP2P:
         rows = x.detach().reshape(self.rows, self.shape[-1])
         if not self.format.scaled:
             return as_bytes(rows.to(self.format.dtype))
-        sent = self.kernels.quantize(rows, self.format, granularity=PER_ROW)
-        return torch.cat((as_bytes(sent.payload), as_bytes(sent.scale)))
+        message = torch.empty(self.nbytes, dtype=torch.uint8, device=x.device)
+        self.kernels.quantize_into([rows], [self._view(message)])
+        return message
 
     def unpack(self, message: Tensor) -> Tensor:
         """The tensor that `pack` made `message` of, rounded as the wire rounds."""
         if not self.format.scaled:
             return message.view(self.format.dtype).view(self.shape).to(self.dtype)
+        return self.kernels.dequantize(self._view(message), self.dtype).view(self.shape)
+
+    def _view(self, message: Tensor) -> ScaledTensor:
         numel = self.rows * self.shape[-1]
         payload = message[:numel].view(self.rows, self.shape[-1])
         scale = message[numel:].view(torch.float32)[:, None]
-        sent = ScaledTensor(payload, scale, self.format, PER_ROW)
-        return self.kernels.dequantize(sent, self.dtype).view(self.shape)
+        return ScaledTensor(payload, scale, self.format, PER_ROW)

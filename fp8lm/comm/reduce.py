@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fp8lm.comm.accounting import Wire
-from fp8lm.comm.gather import all_gather_values, join
+from fp8lm.comm.gather import cast_and_gather
 from fp8lm.comm.handles import Handle
 from fp8lm.comm.message import MessageLayout
 from fp8lm.comm.transport import all_to_all_bytes
 from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import Format
+from fp8lm.scaled_tensor import ScaledTensor
 
 
 def reduce_scatter(
@@ -52,17 +53,16 @@ def reduce_scatter(
     chunks = x.chunk(world_size)
     layout = MessageLayout(((tuple(chunks[rank].shape), fmt),))
     sizes = [layout.nbytes * (other != rank) for other in range(world_size)]
-    send = torch.zeros(sum(sizes), dtype=torch.uint8, device=x.device)
-    for chunk, message in zip(chunks, send.split(sizes), strict=True):
-        if message.numel():
-            layout.pack([kernels.quantize(chunk, fmt)], message)
+    send = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)  # nobody reads padding
+    others = [other for other in range(world_size) if other != rank]
+    targets = layout.views_of([send.split(sizes)[other] for other in others])
+    kernels.quantize_into([chunks[other] for other in others], [target for (target,) in targets])
     own = chunks[rank].clone()
 
     def add_up(received: list[Tensor]) -> Tensor:
-        terms = [
-            own if other == rank else layout.views(message)[0]
-            for other, message in enumerate(received)
-        ]
+        arrived = layout.views_of([received[other] for other in others])
+        terms: list[ScaledTensor | Tensor] = [tensor for (tensor,) in arrived]
+        terms.insert(rank, own)
         return kernels.sum_in_order(terms, dtype)
 
     return all_to_all_bytes(send, sizes, sizes, group, wire).then(add_up)
@@ -84,11 +84,13 @@ def all_reduce(
     if group.size() == 1:
         return Handle.done(x.to(dtype))
     shape, numel = x.shape, x.numel()
-    padded = functional.pad(x.reshape(-1), (0, -numel % group.size()))
+    padded = x.reshape(-1)
+    if numel % group.size():
+        padded = functional.pad(padded, (0, -numel % group.size()))
 
     def share(own_sum: Tensor) -> Tensor:
         # The owner, too, goes on with the rounded sum, or its bits would differ from the others'.
-        shards = all_gather_values(kernels.quantize(own_sum, fmt), group, wire).wait()
-        return join(shards, kernels, dtype)[:numel].view(shape)
+        shards = cast_and_gather(own_sum, fmt, group, wire, kernels).wait()
+        return kernels.join(shards, dtype)[:numel].view(shape)
 
     return reduce_scatter(padded, fmt, group, wire, kernels).then(share)

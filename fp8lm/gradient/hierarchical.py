@@ -65,14 +65,13 @@ class HierarchicalReduceScatter:
             left = iter(sums)
             by_node = [[(name, next(left)) for name in owned] for owned in held]
             amaxes = self._amaxes(by_node, scaled, shared, device)
-            total = self._sum_across(by_node, like, amaxes, device).wait()
-            own = names[self.group.rank()]
-            return {name: value.div_(self.divisor) for name, value in zip(own, total, strict=True)}
+            means = self._mean_across(by_node, like, amaxes, device).wait()
+            return dict(zip(names[self.group.rank()], means, strict=True))
 
         summing = reduce_scatter_fp32(by_number, self.node, self.wire, self.kernels, device)
         return summing.then(go_across)
 
-    def _sum_across(
+    def _mean_across(
         self, by_node: Sums, like: Parts, amaxes: Mapping[str, Tensor], device: torch.device
     ) -> Handle[list[Tensor]]:
         """The second hop; `like` are the parts that were summed, which have their formats."""
@@ -90,7 +89,13 @@ class HierarchicalReduceScatter:
         ]
         uncast = [total for _, total in by_node[here]]
         return reduce_scatter_fp32(
-            sent, self.across, self.wire, self.kernels, device, uncast=uncast
+            sent,
+            self.across,
+            self.wire,
+            self.kernels,
+            device,
+            uncast=uncast,
+            divisor=self.divisor,
         )
 
     def _amaxes(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, all_to_all_bytes
+from fp8lm.comm.message import pack_all
 from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
@@ -70,13 +71,11 @@ class Fp32ReduceScatter:
         """See `GradientReduction`."""
         names, parts = cut(gradients, rows), parts_of(gradients, rows)
         device = next(iter(gradients.values())).device
-        summing = reduce_scatter_fp32(parts, self.group, self.wire, self.kernels, device)
-
-        def mean(sums: list[Tensor]) -> dict[str, Tensor]:
-            own = names[self.group.rank()]
-            return {name: total.div_(self.divisor) for name, total in zip(own, sums, strict=True)}
-
-        return summing.then(mean)
+        summing = reduce_scatter_fp32(
+            parts, self.group, self.wire, self.kernels, device, divisor=self.divisor
+        )
+        own = names[self.group.rank()]
+        return summing.then(lambda means: dict(zip(own, means, strict=True)))
 
     def finish_step(self, skipped: Tensor) -> None:
         """No state to update."""
@@ -92,12 +91,14 @@ def reduce_scatter_fp32(
     wire: Wire,
     kernels: Kernels,
     device: torch.device,
+    *,
     uncast: Sequence[Tensor] | None = None,
+    divisor: int = 1,
 ) -> Handle[list[Tensor]]:
     """`parts[r]` for rank r -> fp32 sums, in rank order, of what all ranks hold of one's own.
 
-    A part may be empty. `uncast` (fp32) is this rank's own term if it was not cast, since it is not
-    sent; `parts[own rank]` then only gives shapes and formats.
+    They are divided by `divisor`. A part may be empty. `uncast` (fp32) is this rank's own term if
+    it was not cast, since it is not sent; `parts[own rank]` then only gives shapes and formats.
     """
     rank = group.rank()
     own = parts[rank]
@@ -106,23 +107,26 @@ def reduce_scatter_fp32(
         layout.nbytes * (other != rank and bool(tensors))
         for other, (layout, tensors) in enumerate(zip(layouts, parts, strict=True))
     ]
-    messages = [
-        layout.pack(tensors)
-        for layout, tensors, size in zip(layouts, parts, sizes, strict=True)
-        if size
-    ]
+    others = [other for other, size in enumerate(sizes) if size]
     receive = [layouts[rank].nbytes * (other != rank and bool(own)) for other in range(len(parts))]
-    buffer = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *messages])
+    buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    messages = buffer.split(sizes)
+    pack_all(
+        [layouts[other] for other in others],
+        [parts[other] for other in others],
+        [messages[other] for other in others],
+    )
 
     def add_up(received: list[Tensor]) -> list[Tensor]:
-        terms = [terms_of(other, message) for other, message in enumerate(received)]
+        if not own:
+            return []
+        arrived = layouts[rank].views_of([message for message in received if message.numel()])
+        terms: list[Sequence[ScaledTensor | Tensor]] = [*arrived]
+        terms.insert(rank, own if uncast is None else uncast)
         of_tensors = zip(*terms, strict=True)  # each tensor's, in rank order
-        return [kernels.sum_in_order(of_one, torch.float32) for of_one in of_tensors]
-
-    def terms_of(other: int, message: Tensor) -> Sequence[ScaledTensor | Tensor]:
-        if other == rank:
-            return own if uncast is None else uncast
-        return layouts[rank].views(message) if own else own
+        return [
+            kernels.sum_in_order(of_one, torch.float32, divisor=divisor) for of_one in of_tensors
+        ]
 
     return all_to_all_bytes(buffer, sizes, receive, group, wire).then(add_up)
 

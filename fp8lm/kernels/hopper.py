@@ -103,9 +103,17 @@ class HopperKernels:
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
 
+    def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
+        """See `Kernels`."""
+        self._eager.quantize_into(sources, targets)
+
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Kernels`."""
         return self._eager.dequantize(x, dtype)
+
+    def join(self, parts: Sequence[ScaledTensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.join(parts, dtype)
 
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
         """See `Kernels`."""
@@ -115,9 +123,11 @@ class HopperKernels:
         """See `Kernels`."""
         return self._eager.square_sums_and_amaxes(tensors)
 
-    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+    def sum_in_order(
+        self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype, *, divisor: int = 1
+    ) -> Tensor:
         """See `Kernels`."""
-        return self._eager.sum_in_order(terms, dtype)
+        return self._eager.sum_in_order(terms, dtype, divisor=divisor)
 
     def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
         """See `Kernels`."""

@@ -60,8 +60,18 @@ class Kernels(Protocol):
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """`x` [R,C] as `quantize` gives it, per tensor, and as `transpose` gives that."""
 
+    def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
+        """Each of `sources` (bf16 or fp32) as `quantize` gives it, written into its target.
+
+        So a message is made where it lies: targets are views of it. Each has its own scale or
+        scales, of its format and granularity.
+        """
+
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `x` in `dtype` (bf16 or fp32), exact in fp32; may share memory with `x`."""
+
+    def join(self, parts: Sequence[ScaledTensor], dtype: torch.dtype) -> Tensor:
+        """Values of `parts` (each [n, ...], any scales) in `dtype`, in one tensor [n * W, ...]."""
 
     def copies_transposed(self, fmt: Format) -> bool:
         """Whether `transpose` of a matrix in `fmt` takes memory of its own."""
@@ -90,8 +100,10 @@ class Kernels(Protocol):
     def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """Sum of squares (fp64 [n]) and absolute maximum (fp32 [n]) of each of n > 0 tensors."""
 
-    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
-        """Sum of `terms` (one shape) in fp32, in their order, rounded to `dtype` at the end."""
+    def sum_in_order(
+        self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype, *, divisor: int = 1
+    ) -> Tensor:
+        """Sum of `terms` (one shape) in fp32, in their order, over `divisor`; then in `dtype`."""
 
     def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
         """`a + b`, both of one scale, rounded to their format with that scale."""

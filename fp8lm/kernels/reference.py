@@ -119,6 +119,14 @@ class ReferenceKernels:
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
 
+    def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
+        """See `Kernels`."""
+        for x, target in zip(sources, targets, strict=True):
+            if target.format.scaled:
+                target.copy_(self.quantize(x, target.format, granularity=target.granularity))
+            else:
+                target.payload.copy_(x)
+
     def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
         """See `Kernels`."""
         # Clamping is explicit: torch's own FP8 cast saturates, gives NaN or gives Inf, depending on
@@ -161,6 +169,10 @@ class ReferenceKernels:
             return codes.div_(x.granularity.expand(x.scale, x.shape)).to(dtype)
         codes = self._decode(payload, one, fmt, dtype)  # exact: bf16 holds codes and powers of two
         return x.granularity.multiply_(codes, x.scale.reciprocal().to(dtype))
+
+    def join(self, parts: Sequence[ScaledTensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        return torch.cat([self.dequantize(part, dtype) for part in parts])
 
     def copies_transposed(self, fmt: Format) -> bool:
         """See `Kernels`."""
@@ -222,11 +234,15 @@ class ReferenceKernels:
             square += torch.dot(block, block)
         return square, amax
 
-    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+    def sum_in_order(
+        self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype, *, divisor: int = 1
+    ) -> Tensor:
         """See `Kernels`."""
         total = torch.zeros(terms[0].shape, device=terms[0].device)
         for term in terms:
             total += self.dequantize(term) if isinstance(term, ScaledTensor) else term
+        if divisor != 1:
+            total.div_(divisor)
         return total.to(dtype)
 
     def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:

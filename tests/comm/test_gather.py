@@ -15,7 +15,6 @@ from fp8lm.comm import (
     all_gather_values,
     all_to_all_bytes,
     broadcast,
-    join,
     max_over_group,
 )
 from fp8lm.comm.dims import ParallelDims
@@ -80,7 +79,7 @@ def gather_values_in_all_formats(bad_rank=None):
         used = wire()
         q = KERNELS.quantize(shard(dist.get_rank(), bad_rank), fmt)
         gathered = all_gather_values(q, dist.group.WORLD, used).wait()
-        results.append((gathered, join(gathered, KERNELS, torch.float32), sent(used)))
+        results.append((gathered, KERNELS.join(gathered, torch.float32), sent(used)))
     return results
 
 

@@ -20,6 +20,7 @@ from fp8lm.kernels.triton import (
     accumulate,
     cast,
     cross_entropy,
+    messages,
     rope,
     rows,
     sums,
@@ -108,13 +109,27 @@ class TritonKernels:
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
 
+    def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
+        """See `Kernels`."""
+        spacing, made = messages.Spacing.of(sources), messages.Messages.of(targets)
+        one_scale = targets[0].granularity.is_per_tensor and _is_known(targets[0].format)
+        if spacing is not None and made is not None and one_scale:
+            messages.quantize_chunks(sources, spacing, made)
+            return
+        for x, target in zip(sources, targets, strict=True):
+            length = rows.row_length(x.shape, target.granularity)
+            if length and target.format in _SCALED and _is_contiguous(target):
+                rows.quantize_rows_into(x, target, None, length)
+            else:
+                self._eager.quantize_into([x], [target])
+
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Kernels`."""
         if x.format not in _SCALED:
             return self._eager.dequantize(x, dtype)
         if not x.granularity.is_per_tensor:
             length = rows.row_length(x.shape, x.granularity)
-            if length and x.payload.is_contiguous() and x.scale.is_contiguous():
+            if length and _is_contiguous(x):
                 return rows.dequantize_rows(x, dtype, length)
             return self._eager.dequantize(x, dtype)
         if x.format == E2M5:  # a scale that is no power of two, for which bf16 is not exact
@@ -122,6 +137,13 @@ class TritonKernels:
         if x.payload.ndim == 2 and x.payload.t().is_contiguous():
             return cast.dequantize(x.t(), dtype).t()
         return cast.dequantize(_contiguous(x), dtype)
+
+    def join(self, parts: Sequence[ScaledTensor], dtype: torch.dtype) -> Tensor:
+        """See `Kernels`."""
+        joined = messages.Messages.of(parts)
+        if joined is not None and _is_plain(parts[0]):
+            return messages.join(joined, dtype)
+        return self._eager.join(parts, dtype)
 
     def copies_transposed(self, fmt: Format) -> bool:
         """See `Kernels`."""
@@ -167,14 +189,14 @@ class TritonKernels:
         """See `Kernels`."""
         return self._norm.square_sums_and_amaxes(tensors)
 
-    def sum_in_order(self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype) -> Tensor:
+    def sum_in_order(
+        self, terms: Sequence[ScaledTensor | Tensor], dtype: torch.dtype, *, divisor: int = 1
+    ) -> Tensor:
         """See `Kernels`."""
-        scaled = [term for term in terms if isinstance(term, ScaledTensor)]
-        alike = {(term.format, term.granularity.is_per_tensor) for term in scaled}
-        plain = len(scaled) == len(terms) <= sums.MAX_TERMS and len(alike) == 1
-        if plain and all(_is_plain(term) for term in scaled):
-            return sums.sum_in_order(scaled, dtype)
-        return self._eager.sum_in_order(terms, dtype)
+        added = sums.Terms.of(terms)
+        if added is not None:
+            return sums.sum_in_order(added, dtype, divisor)
+        return self._eager.sum_in_order(terms, dtype, divisor=divisor)
 
     def add_in_format(self, a: ScaledTensor, b: ScaledTensor) -> ScaledTensor:
         """See `Kernels`."""
@@ -255,6 +277,10 @@ def _is_plain(x: ScaledTensor) -> bool:
         and x.format != E2M5
         and x.payload.is_contiguous()
     )
+
+
+def _is_contiguous(x: ScaledTensor) -> bool:
+    return x.payload.is_contiguous() and x.scale.is_contiguous()
 
 
 def _contiguous(x: ScaledTensor) -> ScaledTensor:

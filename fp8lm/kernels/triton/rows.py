@@ -38,9 +38,16 @@ def quantize_rows(
     x: Tensor, fmt: Format, amax: Tensor | None, granularity: Granularity, length: int
 ) -> ScaledTensor:
     """`x` [R,C] in `fmt` with scales of `granularity`, which are of `length` elements each."""
-    x = x.contiguous()
     payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
     scale = torch.empty(granularity.scale_shape(x.shape), device=x.device)
+    quantized = ScaledTensor(payload, scale, fmt, granularity)
+    quantize_rows_into(x, quantized, amax, length)
+    return quantized
+
+
+def quantize_rows_into(x: Tensor, target: ScaledTensor, amax: Tensor | None, length: int) -> None:
+    """The same into `target`, whose payload and scales are contiguous."""
+    x, payload, scale = x.contiguous(), target.payload, target.scale
     width, at_once = rows_at_once(length)
     amax = None if amax is None else amax.contiguous().view(torch.int32)
     launch(
@@ -54,13 +61,12 @@ def quantize_rows(
         length,
         reads=[x] if amax is None else [x, amax],
         writes=[payload, scale],
-        FORMAT=fmt.name,
+        FORMAT=target.format.name,
         AMAX_IS_KNOWN=amax is not None,
         ROWS=at_once,
         WIDTH=width,
         num_warps=warps(width),
     )
-    return ScaledTensor(payload, scale, fmt, granularity)
 
 
 def dequantize_rows(x: ScaledTensor, dtype: torch.dtype, length: int) -> Tensor:

@@ -60,6 +60,8 @@ METHODS = {
     "swiglu": ACTIVATION,
     "swiglu_backward": ACTIVATION,
     "accumulate_": ACCUMULATE,
+    "quantize_into": COMMUNICATION,
+    "join": COMMUNICATION,
     "sum_in_order": COMMUNICATION,
 }
 PLACES = {

@@ -2,6 +2,7 @@
 
 import torch
 
+from fp8lm.comm import MessageLayout
 from fp8lm.config import PrecisionConfig
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.rounding import ElementIndex
@@ -90,8 +91,42 @@ def square_sum_e2m5():
     KERNELS.square_sums_and_amaxes([stored(E2M5)])
 
 
+def messages():
+    """Of a tensor-parallel rank to seven others."""
+    layout = MessageLayout((((512, 4096), E4M3),))
+    buffer = torch.empty(7, layout.nbytes, dtype=torch.uint8)
+    return [tensor for (tensor,) in layout.views_of(list(buffer))]
+
+
+def pack():
+    chunks = activations().chunk(8)
+    KERNELS.quantize_into([*chunks[:3], *chunks[4:]], messages())
+
+
+def pack_tokens():
+    buffer = torch.empty(4096 * (4096 + 4), dtype=torch.uint8)
+    payload, scale = buffer[: 4096 * 4096].view(SHAPE), buffer[4096 * 4096 :].view(torch.float32)
+    message = ScaledTensor(payload, scale[:, None], E4M3, PER_ROW)
+    KERNELS.quantize_into([activations()], [message])
+    KERNELS.dequantize(message, torch.bfloat16)
+
+
+def join():
+    KERNELS.join(messages(), torch.bfloat16)
+
+
 def sum_in_order():
-    KERNELS.sum_in_order([stored(E5M2)] * 8, torch.bfloat16)
+    sent, own = messages(), activations(shape=(512, 4096))
+    KERNELS.sum_in_order([*sent[:3], own, *sent[3:]], torch.bfloat16)
+
+
+def sum_of_replicas():
+    """In E2M5, with a scale per block; one's own was not sent."""
+    layout = MessageLayout(((SHAPE, E2M5),), (granularity_of(E2M5, SHAPE),))
+    buffer = torch.empty(3, layout.nbytes, dtype=torch.uint8)
+    sent = [tensor for (tensor,) in layout.views_of(list(buffer))]
+    own = ScaledTensor.zeros(SHAPE, E2M5, torch.device("cpu"), granularity_of(E2M5, SHAPE))
+    KERNELS.sum_in_order([*sent, own], torch.float32, divisor=4)
 
 
 def add_in_format():

@@ -19,6 +19,9 @@ ALIGNED = {
     "cross_entropy_backward": (64, 4),
     "dequantize_e4m3": (48, 6),
     "dequantize_fp16": (48, 12),
+    "join": (40, 6),
+    "pack": (64, 10),
+    "pack_tokens": (64, 12),
     "quantize_blocks": (64, 6),
     "quantize_e4m3": (48, 6),
     "quantize_rows": (64, 6),
@@ -27,7 +30,8 @@ ALIGNED = {
     "rope_of_grouped_queries": (48, 14),
     "square_sum_e2m5": (96, 1),
     "square_sum_e4m3": (80, 1),
-    "sum_in_order": (168, 8),
+    "sum_in_order": (48, 7),
+    "sum_of_replicas": (64, 7),
     "swiglu": (40, 3),
     "swiglu_backward": (48, 5),
     "transpose": (40, 8),
@@ -115,3 +119,5 @@ def test_launches_of_an_operation(compiled):
     assert len(compiled["accumulate_e2m5"]) == 1
     assert len(compiled["both_orientations_e5m2"]) == 2
     assert len(compiled["quantize_e4m3"]) == len(compiled["quantize_rows"]) == 1
+    assert len(compiled["pack"]) == len(compiled["pack_tokens"]) == 2
+    assert len(compiled["join"]) == len(compiled["sum_in_order"]) == 1
