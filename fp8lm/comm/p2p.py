@@ -10,6 +10,8 @@ arXiv 2310.18313, section 2.3, sends BF16 here.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,12 +27,16 @@ _SCALE_BYTES = 4
 
 
 class PipelineP2P:
-    """Sends tensors of one shape [..., H] in `dtype` between the ranks of `group`."""
+    """Sends tensors of one shape [..., H] in `dtype` between the ranks of `group`.
+
+    `observer` is called after every cast to FP8, and must not wait for the device.
+    """
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, wire: Wire, kernels: Kernels
     ) -> None:
         self.shape, self.dtype, self.wire, self.kernels = shape, dtype, wire, kernels
+        self.observer: Callable[[Tensor, ScaledTensor], None] | None = None
         self.rows = 1
         for size in shape[:-1]:
             self.rows *= size
@@ -74,7 +80,10 @@ class PipelineP2P:
         if not self.format.scaled:
             return as_bytes(rows.to(self.format.dtype))
         message = torch.empty(self.nbytes, dtype=torch.uint8, device=x.device)
-        self.kernels.quantize_into([rows], [self._view(message)])
+        sent = self._view(message)
+        self.kernels.quantize_into([rows], [sent])
+        if self.observer is not None:
+            self.observer(rows, sent)
         return message
 
     def unpack(self, message: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ not rounded: a rank's own term stays as it is, and a group of one rank returns i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,8 @@ from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
+CastObserver = Callable[[Tensor, ScaledTensor], None]
+
 
 def reduce_scatter(
     x: Tensor,
@@ -35,12 +39,14 @@ def reduce_scatter(
     kernels: Kernels,
     *,
     dtype: torch.dtype = torch.float32,
+    observer: CastObserver | None = None,
 ) -> Handle[Tensor]:
     """`x` [W n, ...] (bf16 or fp32) of all ranks -> rows of this rank of their sum, [n, ...].
 
     Terms are sent in `fmt`; BF16 and FP32 in the same way without scales. `x` may be overwritten
     as soon as this returns, except in a group of one rank, whose result can be `x` itself. A NaN or
-    Inf makes the whole shard NaN on the rank it is sent to. ValueError if W does not divide rows.
+    Inf makes the whole shard NaN on the rank it is sent to. `observer` is called after every cast
+    to a scaled format. ValueError if W does not divide rows.
     """
     world_size, rank = group.size(), group.rank()
     if x.shape[0] % world_size:
@@ -57,6 +63,9 @@ def reduce_scatter(
     others = [other for other in range(world_size) if other != rank]
     targets = layout.views_of([send.split(sizes)[other] for other in others])
     kernels.quantize_into([chunks[other] for other in others], [target for (target,) in targets])
+    if observer is not None and fmt.scaled:
+        for other, (target,) in zip(others, targets, strict=True):
+            observer(chunks[other], target)
     own = chunks[rank].clone()
 
     def add_up(received: list[Tensor]) -> Tensor:
@@ -76,6 +85,7 @@ def all_reduce(
     kernels: Kernels,
     *,
     dtype: torch.dtype = torch.float32,
+    observer: CastObserver | None = None,
 ) -> Handle[Tensor]:
     """Sum of `x` (bf16 or fp32, any shape) over all ranks, the same bits on each of them.
 
@@ -91,6 +101,8 @@ def all_reduce(
     def share(own_sum: Tensor) -> Tensor:
         # The owner, too, goes on with the rounded sum, or its bits would differ from the others'.
         shards = cast_and_gather(own_sum, fmt, group, wire, kernels).wait()
+        if observer is not None and fmt.scaled:
+            observer(own_sum, shards[group.rank()])
         return kernels.join(shards, dtype)[:numel].view(shape)
 
-    return reduce_scatter(padded, fmt, group, wire, kernels).then(share)
+    return reduce_scatter(padded, fmt, group, wire, kernels, observer=observer).then(share)

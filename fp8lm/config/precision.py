@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fp8lm.config.guard import GuardConfig
 from fp8lm.config.presets import PRESETS, PresetName
 from fp8lm.config.section import Bool, Section, derived
 
@@ -148,6 +149,10 @@ class PrecisionConfig(Section):
         default_factory=ScalingConfig,
         description="How many elements of an FP8 GEMM's operand share a scale: all (tensor), a "
         "row, or a block; mx_1x32 is MXFP8's.",
+    )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig,
+        description="Watches over the statistics of FP8 GEMMs.",
     )
     wire: WireConfig = Field(
         default_factory=WireConfig,

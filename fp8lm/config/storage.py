@@ -134,6 +134,16 @@ class LoggingConfig(Section):
         "only the log.",
     )
     log_interval: Count = Field(100, description="Iterations between reports.")
+    fp8_stats_interval: Count | None = Field(
+        None,
+        description="Iterations between statistics of what casts to low precision do to every "
+        "layer's tensors; null: none.",
+    )
+    fp8_stats_layers: Texts = Field(
+        ("*",),
+        description="Layers that have statistics, by name; * stands for anything: "
+        "decoder.layers.0.*, *.linear_fc2.",
+    )
     tensorboard: Bool = Field(True, description="Write TensorBoard events into dir.")
     wandb_project: Text | None = Field(
         None,

@@ -10,7 +10,7 @@ groups in one sequence: ranks that wait for each other in different groups would
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ class GradientBuckets:
 
     `reductions` are those of the weights' parameter groups by name, in one order on all ranks.
     `overlap`: reduce during the last backward, otherwise after it. At most two buckets are in
-    flight at a time, which bounds the memory of their messages.
+    flight at a time, which bounds the memory of their messages. `observer` is called with the
+    name of a weight after its gradient was cast to be sent, and must not wait for the device.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class GradientBuckets:
         overlap: bool,
     ) -> None:
         self.weights, self.reductions = weights, reductions
+        self.observer: Callable[[str, Tensor, ScaledTensor], None] | None = None
         self.buckets = _fill(weights, bucket_size)
         self._bucket_of = {name: i for i, names in enumerate(self.buckets) for name in names}
         self._missing: list[set[str]] = []
@@ -164,7 +166,11 @@ class GradientBuckets:
         gradient, (fmt, _) = accumulator.value, self._sent_as(name)
         if fmt == gradient.format:
             return gradient
-        return kernels.quantize(kernels.dequantize(gradient), fmt)
+        exact = kernels.dequantize(gradient)
+        sent = kernels.quantize(exact, fmt)
+        if self.observer is not None:
+            self.observer(name, exact, sent)
+        return sent
 
 
 def _fill(weights: dict[str, Param], bucket_size: int) -> list[list[str]]:

@@ -10,6 +10,8 @@ although it is many operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def adam_step(
     Returns fp32 [3]: the true amax of new master, m and v (0 where no copy of them has a scale).
     Scales are the caller's to replace afterwards.
     """
-    model_scale, *state_scales = table.scales[param.row].unbind()
+    model_scale = table.scales[param.row, 0]
     needs_amax = [state.format.scaled for state in param.states]
     needs_amax[0] |= param.model_param is not None and param.model_param.format.scaled
     amax = torch.zeros(3, device=table.scales.device)
@@ -54,18 +56,29 @@ def adam_step(
         for kind, value in enumerate((w, m, v)):
             if needs_amax[kind]:
                 amax[kind] = torch.maximum(amax[kind], kernels.amax(value))
-        noise = _noise(param, table, start, w)
-        roundings = zip(param.states, (w, m, v), state_scales, table.rounding, strict=True)
-        for state, value, scale, rounding in roundings:
-            if _to_nearest(state, rounding):
-                payload = kernels.cast(value, scale, state.format)
-            else:
-                payload = cast_rounded(value, scale, state.format, rounding, noise)
+        payloads = state_payloads(kernels, param, table, (w, m, v), start)
+        for state, payload in zip(param.states, payloads, strict=True):
             _write(payload, state, block, c.skip)
         if param.model_param is not None:
             payload = kernels.cast(w, model_scale, param.model_param.format)
             _write(payload, param.model_param, block, c.skip)
     return amax
+
+
+def state_payloads(
+    kernels: Kernels, param: AdamParam, table: AdamTable, values: Sequence[Tensor], start: int
+) -> list[Tensor]:
+    """Payloads of new master, m and v, whose elements from `start` on are `values` (fp32, 1-d)."""
+    noise = _noise(param, table, start, values[0])
+    scales = table.scales[param.row, 1:].unbind()
+    return [
+        kernels.cast(value, scale, state.format)
+        if _to_nearest(state, rounding)
+        else cast_rounded(value, scale, state.format, rounding, noise)
+        for state, value, scale, rounding in zip(
+            param.states, values, scales, table.rounding, strict=True
+        )
+    ]
 
 
 def _to_nearest(state: ScaledTensor, rounding: Rounding) -> bool:

@@ -30,9 +30,9 @@ from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam
 from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.quantizer import Quantizer, TensorKind
-from fp8lm.layers.recipe import GemmPrecision, Recipe
+from fp8lm.layers.recipe import BF16_GEMM, GemmPrecision, Recipe
 from fp8lm.layers.tp_context import TPComm
-from fp8lm.numerics import FP32
+from fp8lm.numerics import BF16, FP32
 from fp8lm.scaled_tensor import ScaledTensor
 
 
@@ -64,11 +64,37 @@ class Linear(nn.Module):
         )
         self.bias = None if bias is None else VectorParam(bias, kernels, device)
         self.path = GemmPath(recipe.gemm, kernels, input_comm, output_comm)
+        # Of the recipe, while other ones are used.
+        self._set_aside: tuple[GemmPath, Quantizer] | None = None
 
     @property
     def quantizers(self) -> dict[TensorKind, Quantizer]:
         """The quantizers of this layer, by the kind of tensor."""
         return {**self.path.quantizers, "weight": self.weight.quantizer}
+
+    @property
+    def recipe_quantizers(self) -> dict[TensorKind, Quantizer]:
+        """Those of the recipe, which are not in use after `fall_back`."""
+        if self._set_aside is None:
+            return self.quantizers
+        path, of_weight = self._set_aside
+        return {**path.quantizers, "weight": of_weight}
+
+    def fall_back(self) -> None:
+        """Run the GEMMs in BF16 from the next forward on, and gather their operands in BF16.
+
+        The stored weight and the partial sums keep their formats. Between steps, on all ranks.
+        """
+        if self._set_aside is None:
+            self._set_aside = self.path, self.weight.quantizer
+            self.path = self.path.in_bf16()
+            self.weight.quantizer = Quantizer(BF16, self.path.kernels)
+
+    def restore(self) -> None:
+        """Return to the recipe's formats."""
+        if self._set_aside is not None:
+            self.path, self.weight.quantizer = self._set_aside
+            self._set_aside = None
 
     def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         """[..., I] -> [..., O], this rank's tokens and features; `prologue` is applied first."""
@@ -79,14 +105,17 @@ class Linear(nn.Module):
 class OperandPath:
     """How a tensor of two GEMMs is cast, sent and received: an input or an output gradient.
 
-    The first GEMM reads it as it is, [T,F], wgrad its transposed. `comm` gathers the tokens.
+    The first GEMM reads it as it is, [T,F], wgrad its transposed. `comm` gathers the tokens, in
+    the format that its wire has for them or, with `exact_wire`, in that of the GEMMs.
     """
 
-    def __init__(self, quantizer: Quantizer, comm: TPComm, dtype: torch.dtype) -> None:
+    def __init__(
+        self, quantizer: Quantizer, comm: TPComm, dtype: torch.dtype, *, exact_wire: bool = False
+    ) -> None:
         self.kernels = quantizer.kernels
         self.quantizer = quantizer
         self.comm = comm
-        self.sent = comm.wire_quantizer(quantizer, dtype)
+        self.sent = quantizer if exact_wire else comm.wire_quantizer(quantizer, dtype)
 
     @property
     def cast_by(self) -> Quantizer:
@@ -138,7 +167,10 @@ class OperandPath:
 
 
 class GemmPath:
-    """How the operands of a layer's GEMMs are cast, sent and received."""
+    """How the operands of a layer's GEMMs are cast, sent and received.
+
+    With `exact_wires` they are sent as the GEMMs read them, whatever the wires carry.
+    """
 
     def __init__(
         self,
@@ -146,6 +178,8 @@ class GemmPath:
         kernels: Kernels,
         input_comm: TPComm | None = None,
         output_comm: TPComm | None = None,
+        *,
+        exact_wires: bool = False,
     ) -> None:
         self.precision = precision
         self.kernels = kernels
@@ -153,8 +187,13 @@ class GemmPath:
         scaling, dtype = precision.scaling, precision.output
         of_input = Quantizer(precision.input, kernels, granularity=scaling.input)
         of_gradient = Quantizer(precision.grad_output, kernels, granularity=scaling.grad_output)
-        self.input = OperandPath(of_input, self.input_comm, dtype)
-        self.grad_output = OperandPath(of_gradient, self.output_comm, dtype)
+        self.input = OperandPath(of_input, self.input_comm, dtype, exact_wire=exact_wires)
+        self.grad_output = OperandPath(of_gradient, self.output_comm, dtype, exact_wire=exact_wires)
+
+    def in_bf16(self) -> GemmPath:
+        """The same communication with operands in BF16, also on the wires that gather them."""
+        comms = self.input_comm, self.output_comm
+        return GemmPath(BF16_GEMM, self.kernels, *comms, exact_wires=True)
 
     @property
     def quantizers(self) -> dict[TensorKind, Quantizer]:

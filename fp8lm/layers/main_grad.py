@@ -14,6 +14,8 @@ accumulation, so nothing non-finite is ever forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,15 @@ from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import FP32, Format, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
+# The exact sum (fp32), what is stored of it, and the values stored before (None: nothing).
+SumObserver = Callable[[Tensor, ScaledTensor, Tensor | None], None]
+
 
 class MainGrad:
-    """Accumulates weight gradients of `shape` into `value` (`ScaledTensor` in `fmt`)."""
+    """Accumulates weight gradients of `shape` into `value` (`ScaledTensor` in `fmt`).
+
+    `observer` is called after every `add`, and must not wait for the device.
+    """
 
     def __init__(
         self,
@@ -36,6 +44,7 @@ class MainGrad:
         self._elements = self.value.elements(0, self.value.payload.numel())
         self._kernels = kernels
         self._is_zero = True
+        self.observer: SumObserver | None = None
 
     def zero(self) -> None:
         """Start a new sum. The buffer is not touched: the first `add` overwrites it."""
@@ -43,8 +52,17 @@ class MainGrad:
 
     def add(self, dw: Tensor) -> None:
         """Add the gradient `dw` (bf16 or fp32, shape of the weight) of one micro-batch."""
+        dw = dw.reshape(self._elements.shape)
+        if self.observer is None:
+            self._add(dw)
+            return
+        before = None if self._is_zero else self._kernels.dequantize(self._elements).clone()
+        exact = dw.float() if before is None else before + dw
+        self._add(dw)
+        self.observer(exact, self._elements, before)
+
+    def _add(self, dw: Tensor) -> None:
         total = self._elements
-        dw = dw.reshape(total.shape)
         if self._is_zero:
             granularity = total.granularity
             total.copy_(self._kernels.quantize(dw, total.format, granularity=granularity))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.comm.handles import Handle
-from fp8lm.layers.quantizer import Quantizer
+from fp8lm.layers.quantizer import Observer, Quantizer
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -28,6 +28,7 @@ class TPComm:
 
     gathers = False  # whether `gather` brings what other ranks hold
     reduces = False  # whether `reduce` adds what other ranks hold
+    observer: Observer | None = None  # of the partial sums that `reduce` casts
 
     def wire_quantizer(self, operand: Quantizer, dtype: torch.dtype) -> Quantizer:
         """The quantizer of a tensor (of `dtype`) before it is sent and saved for backward.

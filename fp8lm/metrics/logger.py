@@ -98,6 +98,11 @@ class TrainLogger:
             self._console.write(evaluation_line(split, iteration, loss))
             self._record({"iteration": iteration, f"lm loss {split}": loss})
 
+    def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Record numbers of `iteration` that are not printed."""
+        if self._console is not None:
+            self._record({"iteration": iteration, **metrics})
+
     def log_text(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""
         if self._console is not None:

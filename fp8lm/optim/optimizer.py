@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from fp8lm.optim.states import AdamState, StatePrecision
 from fp8lm.scaled_tensor import ScaledTensor
 
 _STEP_KEY = 0x632BE5AB  # noise differs from step to step
+StepObserver = Callable[[Sequence[AdamParam], AdamTable, AdamCoefficients], None]
 
 
 class AdamW:
@@ -34,6 +36,8 @@ class AdamW:
     how the ranks share scalars. Norm, skip decision and scales are those of the logical tensors, so
     the bytes of a state do not depend on the layout. A rank updates its rows and sets the new
     scales of all weights; the payloads of other rows come from the ranks that update them.
+    `observer` is called before every update with the arguments of `Kernels.adam`: it must change
+    nothing, and not wait for the device.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class AdamW:
         self.precision = precision
         self.kernels = kernels
         self.seed = seed
+        self.observer: StepObserver | None = None
         self.states: dict[str, AdamState] = {}
         device = next(iter(weights.values())).model_param.device
         # On a GPU the host does not know whether a step is skipped: every write is masked instead.
@@ -143,6 +148,8 @@ class AdamW:
         bounds = bound_amax(amax, grad_amax, self._decay, c, self._state_formats)
         table = AdamTable(self._next_scales(bounds), self._noise_keys(), self.precision.rounding)
         params = [self._adam_param(name, gradients[name]) for name in self._owned]
+        if self.observer is not None:
+            self.observer(params, table, c)
         new_amax = torch.zeros_like(self.amax)
         new_amax.index_copy_(0, self._owned_rows, self.kernels.adam(params, table, c))
         # A value beyond the range of its scale has saturated.

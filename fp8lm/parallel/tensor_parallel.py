@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,8 @@ class TPAllReduceComm(TPComm):
     def reduce(self, y: Tensor) -> Handle[Tensor]:
         """[T, F] -> [T, F], the same bits on every rank."""
         fmt, wire = wire_format(self.tp.reduce_wire, y.dtype), self.tp.reduce_wire
-        return all_reduce(y, fmt, self.tp.group, wire, self.tp.kernels, dtype=y.dtype)
+        options: dict[str, Any] = {"dtype": y.dtype, "observer": self.observer}
+        return all_reduce(y, fmt, self.tp.group, wire, self.tp.kernels, **options)
 
 
 class SequenceParallelComm(TPAllReduceComm):
@@ -141,7 +143,8 @@ class SequenceParallelComm(TPAllReduceComm):
     def reduce(self, y: Tensor) -> Handle[Tensor]:
         """[T, F] -> this rank's rows [T/t, F] of the sum."""
         fmt, wire = wire_format(self.tp.reduce_wire, y.dtype), self.tp.reduce_wire
-        return reduce_scatter(y, fmt, self.tp.group, wire, self.tp.kernels, dtype=y.dtype)
+        options: dict[str, Any] = {"dtype": y.dtype, "observer": self.observer}
+        return reduce_scatter(y, fmt, self.tp.group, wire, self.tp.kernels, **options)
 
 
 def wire_format(wire: Wire, dtype: torch.dtype, fp8: Format = E4M3) -> Format:

@@ -24,6 +24,8 @@ from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
 from fp8lm.parallel.pipeline import Executor
+from fp8lm.telemetry.guard import Guard
+from fp8lm.telemetry.observing import linears_of
 from fp8lm.training.builders import (
     build_data,
     build_model,
@@ -55,6 +57,11 @@ class Run:
     pipeline: Executor
     shared_params: frozenset[str]
     sent: WireCounter
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This rank's parts of the model, one unless the schedule is interleaved."""
+        return [self.model] if isinstance(self.model, GPTModel) else [*self.model]
 
     @property
     def train_dataset(self) -> SizedDataset:
@@ -108,6 +115,12 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         shared_params=parallel.shared_params,
         sent=counter,
     )
+
+
+def build_guard(run: Run) -> Guard | None:
+    """The guard of the run's FP8 GEMMs, if section `precision` has one."""
+    config = run.config.precision.guard
+    return None if config.action == "off" else Guard(config, linears_of(run.chunks))
 
 
 def resize_datasets(run: Run, iteration: int, consumed_samples: int) -> Run:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fp8lm.checkpoint import Checkpoint, Shard, StateKey
 from fp8lm.runtime.errors import InputError
+from fp8lm.telemetry.guard import Guard
 from fp8lm.training.build import Run
 from fp8lm.training.progress import MetricAccumulator, Progress
 from fp8lm.training.resizing import Vocabulary
@@ -29,12 +30,16 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class TrainState:
-    """Model and optimizer of `run`, sums since the last report, position, and loss history."""
+    """Model and optimizer of `run`, sums since the last report, position, and loss history.
+
+    `guard`: which layers run in BF16, if the run has one.
+    """
 
     run: Run
     window: MetricAccumulator
     progress: Progress
     losses: LossSpikeDetector
+    guard: Guard | None = None
 
     def shards(self) -> StateShards:
         """This rank's blocks of all tensors."""
@@ -59,6 +64,7 @@ class TrainState:
         return {
             **asdict(self.progress),
             "losses": self.losses.state,
+            **({} if self.guard is None else {"guard": self.guard.state}),
             "config": self.run.config.model_dump(mode="json"),
         }
 
@@ -83,6 +89,8 @@ class TrainState:
         for name in asdict(self.progress):
             setattr(self.progress, name, common[name])
         self.losses.restore(common["losses"])
+        if self.guard is not None:
+            self.guard.restore(common.get("guard"))
         return reader
 
     def _expected_in(self, checkpoint: Checkpoint) -> StateShards:

@@ -17,7 +17,7 @@ checkpoints. All ranks call all hooks in one order, so that a hook may use colle
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -27,7 +27,7 @@ from fp8lm.comm.env import DistEnv
 from fp8lm.data.batches import BatchIterator
 from fp8lm.runtime.errors import LockLost
 from fp8lm.runtime.run_lock import RunLocks
-from fp8lm.training.build import Run, resize_datasets
+from fp8lm.training.build import Run, build_guard, resize_datasets
 from fp8lm.training.checkpointing import RunCheckpoints
 from fp8lm.training.evaluation import run_batches
 from fp8lm.training.progress import AsyncScalars, HostScalars, MetricAccumulator, Progress
@@ -74,6 +74,9 @@ class TrainerHook:
     def on_evaluation(self, trainer: Trainer, split: str, loss: float) -> None:
         """The mean loss (nats per token) on `split`: validation or test."""
 
+    def on_metrics(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Numbers of this iteration to report, under the keys of metrics.jsonl."""
+
     def on_message(self, trainer: Trainer, line: str) -> None:
         """A message to report, one line."""
 
@@ -88,7 +91,8 @@ class Trainer:
     """Trains `run`, from where `load` leaves it to its end; `locks` are of the run's folders.
 
     `hooks` act in their order. They may read all that is public here: `window` are the sums since
-    the last report, `sent` the bytes that this rank sent in the last step, by wire. `exits`, set on
+    the last report, `sent` the bytes that this rank sent in the last step, by wire, `guard` that of
+    FP8 GEMMs, if there is one. `exits`, set on
     all ranks alike, ends the training after the step.
     """
 
@@ -101,7 +105,8 @@ class Trainer:
         self.progress = Progress()
         self.window = MetricAccumulator(run.device)
         self.losses = LossSpikeDetector(train.loss_spike_threshold, train.loss_spike_patience)
-        state = TrainState(run, self.window, self.progress, self.losses)
+        self.guard = build_guard(run)
+        state = TrainState(run, self.window, self.progress, self.losses, self.guard)
         self.checkpoints = RunCheckpoints(state, self.say, self.locks)
         self.sent: dict[str, int] = {}
         self.stop, self.exits = 0.0, False

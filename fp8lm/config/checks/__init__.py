@@ -5,7 +5,15 @@ A check yields a sentence for each: which keys, their values, what would be vali
 
 from __future__ import annotations
 
-from fp8lm.config.checks import model, parallel, precision, schedule, storage, training
+from fp8lm.config.checks import (
+    model,
+    parallel,
+    precision,
+    schedule,
+    storage,
+    telemetry,
+    training,
+)
 from fp8lm.config.root import Config
 
 _CHECKS = (
@@ -30,6 +38,8 @@ _CHECKS = (
     precision.params_wire,
     precision.grad_reduce,
     parallel.pipeline,
+    telemetry.statistics_layers,
+    telemetry.guard,
 )
 
 

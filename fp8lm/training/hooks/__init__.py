@@ -16,6 +16,7 @@ from fp8lm.training.hooks.guards import (
 )
 from fp8lm.training.hooks.periodic import EvaluationHook, SaveHook
 from fp8lm.training.hooks.reporting import ReportHook
+from fp8lm.training.hooks.telemetry import TelemetryHook
 from fp8lm.training.trainer import Trainer, TrainerHook
 
 
@@ -27,12 +28,14 @@ def build_trainer(
     `locks` are of the run's folders (see `run_folders.locked_folders`).
     """
     config, locks = run.config, RunLocks() if locks is None else locks
+    stats = config.logging.fp8_stats_interval
     train, launch = config.train, DistEnv.from_environment(os.environ)
     return Trainer(
         run,
         [
             StopHook(train, config.checkpoint, launch, locks),
             ReportHook(config.logging.log_interval, run.groups.is_main),
+            *([] if stats is None else [TelemetryHook(stats)]),
             WatchdogHook(run.groups, train.slow_step_factor),
             SkippedStepsHook(train.max_consecutive_skips),
             LossSpikeHook(train.max_rollbacks),

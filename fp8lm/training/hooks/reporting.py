@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fp8lm.metrics.logger import RunInfo, TrainLogger
@@ -69,6 +69,10 @@ class ReportHook(TrainerHook):
     def on_evaluation(self, trainer: Trainer, split: str, loss: float) -> None:
         """See `TrainerHook`."""
         self._logger.log_validation(trainer.progress.iteration, loss, split)
+
+    def on_metrics(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """See `TrainerHook`."""
+        self._logger.log_metrics(trainer.progress.iteration, metrics)
 
     def on_message(self, trainer: Trainer, line: str) -> None:
         """See `TrainerHook`."""
