@@ -136,7 +136,7 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def _signal_to_noise(signal: float, noise: float) -> float:
-    """In dB; 0 where a cast made no number of one, NaN where nothing is lost or there is nothing."""
+    """In dB; 0 where a cast made no number of one, NaN where there is no signal or no noise."""
     if not math.isfinite(signal) or signal == 0.0 or noise == 0.0:
         return math.nan
     return 10.0 * math.log10(signal / noise) if math.isfinite(noise) else 0.0

@@ -33,7 +33,7 @@ def statistics_of_run(tiny_config, train_run, read_metrics, tmp_path):
 
 def frozen_scale(modules):
     """A scale for inputs of at most 0.01, whatever they are."""
-    modules[QKV].path.input.share_amax = lambda amax: torch.full_like(amax, 0.01)
+    modules[QKV].quantizers["input"].share_amax = lambda amax: torch.full_like(amax, 0.01)
 
 
 def large_output(modules):
