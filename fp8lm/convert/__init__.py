@@ -1,0 +1,1 @@
+"""Models of other programs, in and out: HuggingFace, compressed-tensors, megatron-core."""

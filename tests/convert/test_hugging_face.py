@@ -1,0 +1,158 @@
+"""HuggingFace models: the logits of transformers are those here, both ways, for every shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lm.convert.safetensors_files import SafetensorsFolder
+from fp8lm.layers.param import named_params
+from fp8lm.training.restore import restore_model
+from tests.convert.models import (
+    CPU,
+    FP32,
+    IDS,
+    LLAMA,
+    SHAPES,
+    as_bytes,
+    error,
+    logits_here,
+    logits_there,
+    save_model,
+)
+from tests.training.contents import contents, values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_export_has_the_same_logits(shape, convert, tmp_path):
+    folder = save_model(tmp_path / "ck", SHAPES[shape], FP32)
+    convert("fp8lm", "hf", folder, tmp_path / "hf", "--dtype", "fp32")
+    expected = logits_here(folder)
+    assert expected.std() > 0.01
+    assert error(logits_there(tmp_path / "hf"), expected) < 1e-5
+
+
+SMALL = {
+    "vocab_size": IDS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+THERE = {
+    "llama": ("LlamaConfig", SMALL | {"num_key_value_heads": 2, "head_dim": 32}),
+    "llama scaled": (
+        "LlamaConfig",
+        SMALL
+        | {"rope_parameters": ROPE | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}}
+        | {"tie_word_embeddings": True},
+    ),
+    "mistral": ("MistralConfig", SMALL | {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", SMALL | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", SMALL | {"num_key_value_heads": 2, "head_dim": 32}),
+    "gpt_neox": ("GPTNeoXConfig", SMALL),
+    "gpt_neox sequential": ("GPTNeoXConfig", SMALL | {"use_parallel_residual": False}),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+}
+
+
+def save_there(folder, kind, **keys):
+    """A model of transformers with random weights, in several files."""
+    import transformers
+
+    name, given = THERE[kind]
+    torch.manual_seed(3)
+    config = getattr(transformers, name)(**given | keys)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape) + (parameter.mean() == 1))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+@pytest.mark.parametrize("kind", THERE)
+def test_import_has_the_same_logits(kind, convert, tmp_path):
+    folder = save_there(tmp_path / "hf", kind)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    convert("hf", "fp8lm", folder, tmp_path / "ck")
+    expected = logits_there(folder)
+    assert expected.std() > 0.01
+    assert error(logits_here(tmp_path / "ck"), expected) < 1e-5
+    # And back: every byte of every tensor.
+    convert("fp8lm", "hf", tmp_path / "ck", tmp_path / "back", "--dtype", "fp32")
+    first, second = (SafetensorsFolder(tmp_path / name) for name in ("hf", "back"))
+    names = {name.replace("embed_out", "lm_head") for name in second.tensors}
+    assert names == {name.replace("embed_out", "lm_head") for name in first.tensors}
+    for name in first.tensors:
+        assert torch.equal(first.read(name), second.read(name)), name
+
+
+@pytest.mark.parametrize("preset", ["o3", "bf16"])
+def test_bf16_export_is_rounded_from_the_master(preset, convert, tmp_path):
+    folder = save_model(tmp_path / "ck", LLAMA, {"preset": preset})
+    said = convert("fp8lm", "hf", folder, tmp_path / "bf16")
+    assert "bf16, from the stored master or weight, rounded" in said or "master" in said
+    convert("fp8lm", "hf", folder, tmp_path / "fp32", "--dtype", "fp32")
+    rounded, exact = (SafetensorsFolder(tmp_path / name) for name in ("bf16", "fp32"))
+    for name in exact.tensors:
+        assert torch.equal(rounded.read(name), exact.read(name).bfloat16()), name
+    there = logits_there(tmp_path / "bf16")
+    assert error(there, logits_there(tmp_path / "fp32")) < 0.02
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt"])
+def test_fp32_export_imported_back_is_the_master_in_every_byte(shape, convert, tmp_path):
+    folder = save_model(tmp_path / "ck", SHAPES[shape], {"preset": "o3"})
+    convert("fp8lm", "hf", folder, tmp_path / "hf", "--dtype", "fp32")
+    convert("hf", "fp8lm", tmp_path / "hf", tmp_path / "back")
+    before, after = contents(folder), contents(tmp_path / "back")
+    names = [name for name in after if name.endswith(".payload")]
+    assert len(names) > 10
+    for name in names:
+        master = name.replace("model.", "optimizer.master.", 1)
+        kind = master if master in before else name
+        expected = values(before, kind.removesuffix(".payload"))
+        assert after[name].dtype == torch.float32
+        if expected.shape == after[name].shape and "embed" in name or "output" in name:
+            expected, after[name] = expected[:IDS], after[name][:IDS]  # without padding
+        assert torch.equal(after[name], expected), name
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3", "neox"])
+@pytest.mark.parametrize("keys", [{"preset": "o3"}, {"preset": "o3", "first_last_layers_bf16": True}])
+def test_fp8_export_imported_back_is_equal_in_every_byte(shape, keys, convert, tmp_path):
+    model = SHAPES[shape] | {"num_layers": 3}
+    folder = save_model(tmp_path / "ck", model, keys)
+    convert("fp8lm", "hf-fp8", folder, tmp_path / "hf")
+    convert("hf", "fp8lm", tmp_path / "hf", tmp_path / "back")
+    before, after = contents(folder), contents(tmp_path / "back")
+    weights = {name for name in before if name.startswith("model.")}
+    assert weights == after.keys()
+    for name in weights:
+        one, two = before[name], after[name]
+        assert one.dtype == two.dtype
+        if "word_embeddings" in name or "output_layer" in name:
+            one, two = one[:IDS], two[:IDS]
+        assert torch.equal(as_bytes(one), as_bytes(two)), name
+    assert torch.equal(logits_here(tmp_path / "back"), logits_here(folder))
+
+
+@pytest.mark.parametrize("preset", ["te", "o1"])
+def test_weights_of_other_formats_are_cast_as_their_gemms_cast_them(preset, convert, tmp_path):
+    folder = save_model(tmp_path / "ck", LLAMA, {"preset": preset})
+    convert("fp8lm", "hf-fp8", folder, tmp_path / "hf")
+    model = restore_model(str(folder), CPU).model
+    weight = named_params(model)["decoder.layers.1.self_attention.linear_proj.weight"]
+    found, operand = SafetensorsFolder(tmp_path / "hf"), weight.operand()
+    name = "model.layers.1.self_attn.o_proj"
+    assert torch.equal(as_bytes(found.read(f"{name}.weight")), operand.payload.view(-1))
+    assert found.read(f"{name}.weight_scale").item() == 1 / operand.scale.item()
