@@ -234,9 +234,9 @@ class _ConfigReader:
             for name in (key, old):
                 if self.config.get(name) is not None:
                     found.setdefault(key, self.config[name])
-        scaling = self.get("rope_scaling", {})
-        found = {**found, **{key: value for key, value in scaling.items() if value is not None}}
-        found.setdefault("rope_type", found.pop("type", "default"))
+        for key, value in self.get("rope_scaling", {}).items():
+            found["rope_type" if key == "type" else key] = value
+        found.setdefault("rope_type", "default")
         return found
 
 

@@ -32,7 +32,7 @@ from fp8lm.convert.safetensors_files import (
     write_file,
     write_index,
 )
-from fp8lm.convert.tokenizers import token_ids, tokenizer_files
+from fp8lm.convert.tokenizers import reservations, token_ids, tokenizer_files
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import NullTokenizer, Tokenizer
 from fp8lm.kernels import ReferenceKernels
@@ -79,7 +79,8 @@ def plan_export(checkpoint: Checkpoint, dtype: str | None) -> Export:
         if dtype == "bf16":
             lines[0] += ", rounded to nearest"
     config |= {"torch_dtype": _TORCH_NAMES[dtype or "bf16"], **ids}
-    return Export(config, named, tokenizer, [f"architecture: {kind}", *lines])
+    lines = [f"architecture: {kind}", *lines, *reservations(tokenizer)]
+    return Export(config, named, tokenizer, lines)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

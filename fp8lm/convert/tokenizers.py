@@ -25,32 +25,69 @@ from fp8lm.runtime.errors import InputError
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The tokenizer's files, with settings that transformers reads its class from."""
     files = dict(tokenizer.files)
-    kind = str(tokenizer.identity["tokenizer_type"])
-    settings: dict[str, Any] | None = None
-    if kind == "HuggingFaceTokenizer" and CONFIG not in files:
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    elif kind == "GPT2BPETokenizer":
-        settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-    elif kind == "SentencePieceTokenizer":
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
-    if settings is not None:
-        files[CONFIG] = json.dumps({**settings, **_named(tokenizer)}, indent=2).encode() + b"\n"
+    if CONFIG not in files and (settings := _settings(tokenizer)):
+        files[CONFIG] = json.dumps(settings, indent=2).encode() + b"\n"
     return files
 
 
-def _named(tokenizer: Tokenizer) -> dict[str, str]:
-    """Its control tokens' texts."""
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
     named = {"eos_token": tokenizer.eod, "bos_token": tokenizer.bos}
-    found = {key: _piece(tokenizer, number) for key, number in named.items() if number is not None}
-    if tokenizer.identity["tokenizer_type"] == "GPT2BPETokenizer":
-        found["bos_token"] = found["unk_token"] = found["eos_token"]
-    return found
+    texts = {
+        key: tokenizer.detokenize([number]) for key, number in named.items() if number is not None
+    }
+    match kind_of(tokenizer):
+        case "HuggingFaceTokenizer":
+            return {"tokenizer_class": "PreTrainedTokenizerFast", **texts}
+        case "GPT2BPETokenizer":
+            end = texts["eos_token"]
+            names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+            return {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **names}
+        case "SentencePieceTokenizer":
+            return _sentencepiece_settings(tokenizer)
+    return {}
 
 
-def _piece(tokenizer: Tokenizer, number: int) -> str:
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return tokenizer.piece(number)
-    return tokenizer.detokenize([number])
+def _sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    model = _sentencepiece_model(tokenizer)
+    ids = {"unk_token": model.trainer_spec.unk_id, "eos_token": tokenizer.eod}
+    if tokenizer.bos is not None:
+        ids["bos_token"] = tokenizer.bos
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_prefix_space": model.normalizer_spec.add_dummy_prefix,
+        "legacy": False,
+        **{key: model.pieces[number].piece for key, number in ids.items()},
+    }
+
+
+def _sentencepiece_model(tokenizer: Tokenizer) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(
+        tokenizer.files[SentencePieceTokenizer.MODEL]
+    )
+
+
+def kind_of(tokenizer: Tokenizer) -> str:
+    """Megatron's name of its type."""
+    return str(tokenizer.identity["tokenizer_type"])
+
+
+def reservations(tokenizer: Tokenizer) -> list[str]:
+    """What transformers will not do with the files as this program does."""
+    kind = kind_of(tokenizer)
+    if kind == "SentencePieceTokenizer":
+        model = _sentencepiece_model(tokenizer)
+        is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+        if not is_bpe or model.normalizer_spec.name != "identity":
+            return [
+                "warning: transformers reads a SentencePiece model as BPE without normalization, "
+                "which this one is not: it may split some text otherwise"
+            ]
+    if kind == "TikTokenizer":
+        return ["warning: transformers does not read this tokenizer's file: serve token ids"]
+    return [] if tokenizer.files else ["no tokenizer: the model takes token ids alone"]
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -95,7 +132,7 @@ def _kind_of(path: Path) -> str:
 
 def config_section(tokenizer: Tokenizer, place: Path) -> Mapping[str, Any]:
     """Section `tokenizer` of a config, for files that lie in `place`."""
-    kind = tokenizer.identity["tokenizer_type"]
+    kind = kind_of(tokenizer)
     if not tokenizer.files:
         return {"tokenizer_type": kind, "vocab_size": tokenizer.vocab_size - 1}
     name = place if len(tokenizer.files) > 1 else place / next(iter(tokenizer.files))

@@ -189,10 +189,6 @@ class SentencePieceTokenizer:
         content = [self.files[self.MODEL]]
         return identify("SentencePieceTokenizer", self.vocab_size, self.eod, content)
 
-    def piece(self, number: int) -> str:
-        """The text of token `number` in the vocabulary, control tokens included."""
-        return self._processor.id_to_piece(number)
-
     @cached_property
     def _control_pieces(self) -> dict[str, int]:
         """Ids of the control pieces, which the library never finds in text."""

@@ -18,6 +18,11 @@ def generate(*arguments, says):
     return run("generate", "--load", "ck", "--prompt", "1", *arguments, says=says)
 
 
+def convert(source, target, *arguments, says):
+    pair = ("--from", source, "--to", target, "--input", "org/model", "--output", "out")
+    return run("convert_checkpoint", *pair, *arguments, says=says)
+
+
 def corpus(max_mb):
     says = f"--max-mb: '{max_mb}' is not a finite number of at least 0"
     return run("build_corpus", "--output", "out", "--max-mb", max_mb, says=says)
@@ -54,6 +59,11 @@ CASES = [
         says=("--vocab-file", "--tokenizer-model FOLDER"),
     ),
     corpus("inf"),
+    convert("hf", "hf-fp8", says="--from hf --to hf-fp8 is no conversion"),
+    convert("hf", "fp8lm", says="names on a hub are not downloaded"),
+    convert("fp8lm", "hf", says="no checkpoint in"),
+    convert("fp8lm", "hf-fp8", "--dtype", "fp32", says="--dtype: hf-fp8 has the formats"),
+    convert("fp8lm", "hf", "--max-shard-size", "0", says="--max-shard-size: '0' is not a number"),
     run(
         "train_tokenizer",
         *("--input", "a", "--vocab-size", "300", "--output-prefix", "t", "--max-mb", "nan"),

@@ -60,12 +60,12 @@ def config_of(model=None, precision=None, tokenizer=None):
     )
 
 
-def save_model(folder, model=None, precision=None, tokenizer=None, config=None):
-    """Write a checkpoint of iteration 1: weights, optimizer states and facts."""
+def save_model(folder, model=None, precision=None, tokenizer=None, config=None, says=None):
+    """Write a checkpoint of iteration 1, whose facts are those of `config`, or of `says`."""
     config = config or config_of(model, precision)
     tokenizer = tokenizer or NullTokenizer(IDS - 1)
     rows = -(-tokenizer.vocab_size // 128) * 128
-    gpt, optimizer = build_one_process(config, rows, KERNELS, CPU)
+    _, optimizer = build_one_process(config, rows, KERNELS, CPU)
     generator = torch.Generator().manual_seed(1)
     for name, weight in optimizer.weights.items():
         value = torch.randn(weight.spec.shape, generator=generator)
@@ -74,7 +74,7 @@ def save_model(folder, model=None, precision=None, tokenizer=None, config=None):
         optimizer.initialize(name, 0.1 * value if value.ndim == 2 else value)
     optimizer.share_amax()
     shards = by_name({**model_shards(optimizer.weights), **optimizer_shards(optimizer)})
-    meta = {"config": config.model_dump(mode="json"), **made_with(config, tokenizer)}
+    meta = {"config": (says or config).model_dump(mode="json"), **made_with(config, tokenizer)}
     save_checkpoint(folder, 1, shards, meta, files=tokenizer.files)
     return folder
 

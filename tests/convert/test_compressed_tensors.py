@@ -1,0 +1,116 @@
+"""FP8 exports: compressed-tensors reads them on a CPU, and what others have written is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fp8lm.convert.safetensors_files import SafetensorsFolder
+from tests.convert.models import (
+    FP32,
+    LLAMA,
+    SHAPES,
+    error,
+    logits_here,
+    logits_there,
+    save_model,
+    tokens,
+)
+from tests.training.contents import contents, values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def exported(convert, tmp_path):
+    """`exported(model)`: a checkpoint of FP8 weights, and its export."""
+
+    def make(model=LLAMA, **precision):
+        folder = save_model(tmp_path / "ck", model, {"preset": "o3", **precision})
+        said = convert("fp8lm", "hf-fp8", folder, tmp_path / "hf")
+        assert "FP8 codes and scales as trained" in said
+        return folder, tmp_path / "hf"
+
+    return make
+
+
+PARTS = {
+    "self_attn.o_proj": "self_attention.linear_proj",
+    "mlp.down_proj": "mlp.linear_fc2",
+}
+
+
+@pytest.mark.parametrize("keys", [{}, {"first_last_layers_bf16": True}], ids=["all", "inner"])
+def test_its_own_loader_has_the_trained_values_bit_for_bit(keys, exported):
+    from transformers import AutoModelForCausalLM
+
+    folder, there = exported(LLAMA | {"num_layers": 3}, **keys)
+    model = AutoModelForCausalLM.from_pretrained(there, dtype=torch.float32)
+    with torch.no_grad():
+        result = model(tokens()).logits
+    trained, weights = contents(folder), dict(model.named_parameters())  # decompressed by forward
+    for layer in range(3):
+        prefix, own = f"model.layers.{layer}", f"model.decoder.layers.{layer}"
+        for name, param in PARTS.items():
+            expected = values(trained, f"{own}.{param}.weight")
+            assert torch.equal(weights[f"{prefix}.{name}.weight"], expected)
+        gate, up = values(trained, f"{own}.mlp.linear_fc1.weight")
+        assert torch.equal(weights[f"{prefix}.mlp.gate_proj.weight"], gate)
+        assert torch.equal(weights[f"{prefix}.mlp.up_proj.weight"], up)
+        quantized = f"{prefix}.mlp.up_proj.weight_scale" in weights
+        assert quantized == (layer == 1 or not keys)
+    # Activations are cast per token there and per tensor here, E4M3's 2^-4 each: about 19 dB.
+    assert error(result, logits_here(folder)) < 10 ** (-15 / 20)
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "neox"])
+def test_dequantized_logits_are_those_of_the_values_here(shape, exported, convert, tmp_path):
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    _, there = exported(SHAPES[shape])
+    keys = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    convert("hf", "fp8lm", there, tmp_path / "values", "--dtype", "fp32")
+    assert error(logits_there(there, **keys), logits_here(tmp_path / "values")) < 1e-5
+
+
+def test_scales_of_others_are_multiplied_in(exported, convert, tmp_path):
+    """Scales that are no powers of two, of each channel, or not shared: values, not codes."""
+    _, there = exported()
+    tensors = load_file(there / "model.safetensors")
+    q, o = (f"model.layers.0.self_attn.{name}_proj.weight_scale" for name in "qo")
+    tensors[q] = tensors[q] * 0.3
+    tensors[o] = torch.rand(tensors[o.replace("_scale", "")].shape[0], 1)
+    save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+    said = convert("hf", "fp8lm", there, tmp_path / "back", "--dtype", "fp32")
+    assert "dequantized" in said
+    convert("fp8lm", "hf", tmp_path / "back", tmp_path / "values", "--dtype", "fp32")
+    result = SafetensorsFolder(tmp_path / "values")
+    for name in (q, o):
+        weight = name.replace("_scale", "")
+        assert torch.equal(result.read(weight), tensors[weight].float() * tensors[name])
+
+
+def test_what_was_not_trained_in_fp8_is_refused(run, tmp_path):
+    plain = save_model(tmp_path / "plain", LLAMA, FP32)
+    code, said = run("fp8lm", "hf-fp8", plain, tmp_path / "out")
+    assert code == 2 and "precision.gemm = fp32" in said
+    gpt2 = save_model(tmp_path / "gpt2", SHAPES["gpt2"], {"preset": "o3"})
+    code, said = run("fp8lm", "hf-fp8", gpt2, tmp_path / "out")
+    assert code == 2 and "Conv1D" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"quant_method": "gptq"}, {"format": "pack-quantized"}],
+)
+def test_other_quantizations_are_refused(change, exported, run, tmp_path):
+    _, there = exported()
+    config = json.loads((there / "config.json").read_text())
+    config["quantization_config"] |= change
+    (there / "config.json").write_text(json.dumps(config))
+    code, said = run("hf", "fp8lm", there, tmp_path / "back")
+    assert code == 2 and "quantization_config" in said
+    assert not (tmp_path / "back").exists()

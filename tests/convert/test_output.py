@@ -1,0 +1,115 @@
+"""An output is there whole or not at all, and a conversion goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fp8lm.checkpoint import open_checkpoint
+from fp8lm.convert.hf_export import export_model, plan_export
+from fp8lm.convert.output import finish_output, start_output
+from fp8lm.convert.safetensors_files import OutputTensor, SafetensorsFolder, plan_files, write_file
+from fp8lm.runtime.errors import InputError
+from tests.convert.models import LLAMA, save_model
+
+
+def random_tensors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (5, 3), "b": (7,), "c": (2, 4, 3), "d": ()}
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for (name, shape), dtype in zip(shapes.items(), kinds, strict=True)
+    }
+
+
+def outputs(tensors):
+    return [
+        OutputTensor(name, t.dtype, tuple(t.shape), lambda t=t: t.reshape(-1).split(4))
+        for name, t in tensors.items()
+    ]
+
+
+def test_a_file_written_in_blocks_is_one_of_the_library(tmp_path):
+    tensors, told = random_tensors(), []
+    write_file(tmp_path / "model.safetensors", outputs(tensors), told.append)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].float(), tensor.float())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
+    reader = SafetensorsFolder(tmp_path)
+    assert torch.equal(reader.read("a", 1, 3), tensors["a"][1:3])
+
+
+def test_files_have_a_largest_size(tmp_path):
+    tensors = outputs(random_tensors())  # of 60, 14, 48 and 1 bytes
+    names = {name: [t.name for t in held] for name, held in plan_files(tensors, 62).items()}
+    assert names == {
+        "model-00001-of-00003.safetensors": ["a"],
+        "model-00002-of-00003.safetensors": ["b", "c"],
+        "model-00003-of-00003.safetensors": ["d"],
+    }
+    assert [*plan_files(tensors, 1000)] == ["model.safetensors"]
+    assert len(plan_files(tensors, 1)) == 4  # none is cut
+
+
+def test_a_folder_that_is_no_conversions_is_left_alone(tmp_path):
+    (tmp_path / ".x.converting").mkdir()
+    (tmp_path / ".x.converting" / "mine").touch()
+    with pytest.raises(InputError, match="in the way"):
+        start_output(tmp_path / "x", {})
+    assert (tmp_path / ".x.converting" / "mine").exists()
+
+
+def test_another_conversion_starts_anew(tmp_path):
+    work = start_output(tmp_path / "x", {"dtype": "bf16"})
+    (work / "part").touch()
+    assert (start_output(tmp_path / "x", {"dtype": "bf16"}) / "part").exists()
+    assert not (start_output(tmp_path / "x", {"dtype": "fp32"}) / "part").exists()
+    finish_output(work, tmp_path / "x")
+    assert not list((tmp_path / "x").iterdir())
+    with pytest.raises(InputError, match="is there already"):
+        start_output(tmp_path / "x", {})
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path / "ck", LLAMA, {"preset": "o3"}))
+    largest, output, written = 60_000, tmp_path / "hf", []
+
+    def export(progress, to=output):
+        export_model(plan_export(checkpoint, "fp32"), to, largest, {}, progress)
+
+    def kill(size):
+        written.append(size)
+        if sum(written) > 150_000:
+            raise Killed
+
+    with pytest.raises(Killed):
+        export(kill)
+    assert not output.exists()
+    work = tmp_path / ".hf.converting"
+    done = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert len(done) > 1 and len(list(work.glob("*.part"))) == 1
+    export(lambda size: None)
+    export(lambda size: None, to=tmp_path / "once")
+    for path, time in done.items():
+        assert (output / path.name).stat().st_mtime_ns == time
+    names = sorted(path.name for path in (tmp_path / "once").iterdir())
+    assert sorted(path.name for path in output.iterdir()) == names
+    for name in names:
+        assert (output / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {n for n in names if n.endswith("tensors")}
