@@ -36,7 +36,7 @@ from fp8lm.convert.tokenizers import reservations, token_ids, tokenizer_files
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import NullTokenizer, Tokenizer
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import BF16, E4M3, FP32, scale_from_amax
+from fp8lm.numerics import BF16, E4M3, FP32, granularity_by_name, scale_from_amax
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
 from fp8lm.training.provenance import tokenizer_of
@@ -176,6 +176,12 @@ def _fp8_scale(weights: Weights, param: str) -> Tensor:
     """The stored scale, or the one with which the GEMMs cast a weight of another format."""
     if weights.format(param) == E4M3:
         return weights.scale(param)
+    granularity = weights.precision.scaling.by_kind()["weight"]
+    if not granularity_by_name(granularity).is_per_tensor:
+        raise InputError(
+            f"the GEMMs of {weights.checkpoint.folder} cast their weights with scales per "
+            f"{granularity}, and an FP8 export has one per tensor: export it with --to hf"
+        )
     kernels, amax = ReferenceKernels(), torch.zeros(())
     rows = weights.shapes[param][0]
     for start, stop in weights.blocks(param, ((0, rows),)):

@@ -64,9 +64,8 @@ def _sentencepiece_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 def _sentencepiece_model(tokenizer: Tokenizer) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(
-        tokenizer.files[SentencePieceTokenizer.MODEL]
-    )
+    models: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    return models.ModelProto.FromString(tokenizer.files[SentencePieceTokenizer.MODEL])
 
 
 def kind_of(tokenizer: Tokenizer) -> str:

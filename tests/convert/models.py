@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fp8lm.checkpoint import save_checkpoint
+from fp8lm.comm.groups import process_groups
 from fp8lm.config import build_config
 from fp8lm.data.tokenizer import NullTokenizer
 from fp8lm.kernels import ReferenceKernels
@@ -84,10 +85,16 @@ def tokens(ids=IDS):
     return torch.randint(0, ids, (BATCH, SEQUENCE), generator=generator)
 
 
+def restored(folder):
+    """The model of a checkpoint, in evaluation mode."""
+    with process_groups(CPU) as groups:
+        return restore_model(str(folder), groups, CPU).model
+
+
 @torch.no_grad()
 def logits_here(folder, ids=IDS):
     """[B,S,ids] of a checkpoint, in fp32."""
-    model = restore_model(str(folder), CPU).model
+    model = restored(folder)
     return model(tokens(ids)).transpose(0, 1)[..., :ids].float()
 
 
