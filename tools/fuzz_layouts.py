@@ -77,7 +77,19 @@ NEUTRAL = {
 }
 # These decide where row blocks are cut, and with that which rank owns a row.
 OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
-PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4", "deepseek", "mxfp8")
+PRECISIONS = (
+    "fp32",
+    "bf16",
+    "te",
+    "o1",
+    "o2",
+    "o3",
+    "o3_long",
+    "o4",
+    "te_delayed",
+    "deepseek",
+    "mxfp8",
+)
 # Larger models for those with scales per block, which tensor-parallel ranks do not cut, and the
 # most of these ranks.
 BLOCKS = {
@@ -224,7 +236,8 @@ def _precision(rng: random.Random, name: str) -> Overrides:
         if name in BLOCKS:
             keys["wire.gather"] = "bf16"  # parts of so short a sequence have no whole blocks
         else:
-            for kind in ("input", "grad_output"):
+            kinds = ("input", "grad_output") if name != "te_delayed" else ()
+            for kind in kinds:
                 keys[f"scaling.{kind}"] = rng.choice(("tensor", "tensor", "row"))
             keys["grad_output_format"] = rng.choice(("fp8_e5m2", "fp8_e4m3"))
     if name in ("o1", "o2", "o3"):

@@ -5,6 +5,7 @@
     optimizer.amax.PARAM                                           true amaxes of master, m and v
     optimizer.num_steps                                            steps taken
     gradient.mu.PARAM                                              scaling of an FP8 reduction
+    scaling.amax_history.LAYER.{input,weight,grad_output}          amaxes, for delayed scaling
     window                                                         sums since the last report
 
 PARAM is the parameter's name in the model (Megatron's), with dots of its own.
@@ -22,10 +23,14 @@ _SECTIONS = {
     "amax": "optimizer.amax",
     "num_steps": "optimizer.num_steps",
     "mu": "gradient.mu",
+    "amax_history": "scaling.amax_history",
     "window": "window",
 }
 FIELDS = ("payload", "scale")
-_SCALED = ("weight", "master", "exp_avg", "exp_avg_sq")  # kinds that are payload and scale
+_FIELDS = {
+    **dict.fromkeys(("weight", "master", "exp_avg", "exp_avg_sq"), FIELDS),
+    "amax_history": ("input", "weight", "grad_output"),
+}
 _OF_THE_RUN = ("num_steps", "window")  # kinds that belong to no parameter
 
 
@@ -33,8 +38,9 @@ _OF_THE_RUN = ("num_steps", "window")  # kinds that belong to no parameter
 class StateKey:
     """Which tensor of a training state: a `kind`, of a `param`, its `field`.
 
-    `param` is empty for `num_steps` and `window`; `field` is payload or scale for what is a
-    `ScaledTensor`, else empty. ValueError for any other combination.
+    `param` is empty for `num_steps` and `window`, and a layer for `amax_history`; `field` is
+    payload or scale for what is a `ScaledTensor`, which of a layer's tensors for `amax_history`,
+    else empty. ValueError for any other combination.
     """
 
     kind: str
@@ -42,7 +48,7 @@ class StateKey:
     field: str = ""
 
     def __post_init__(self) -> None:
-        fields = FIELDS if self.kind in _SCALED else ("",)
+        fields = _FIELDS.get(self.kind, ("",))
         known = self.kind in _SECTIONS and self.field in fields
         if not known or bool(self.param) == (self.kind in _OF_THE_RUN):
             raise ValueError(f"no tensor of a training state: {self!r}")
@@ -62,7 +68,7 @@ class StateKey:
         for kind, section in _SECTIONS.items():
             if name == section or name.startswith(f"{section}."):
                 param, field = name[len(section) + 1 :], ""
-                if kind in _SCALED:
+                if kind in _FIELDS:
                     param, _, field = param.rpartition(".")
                 try:
                     key = cls(kind, param, field)

@@ -43,9 +43,13 @@ RENAMED: Mapping[str, str] = {
     "ddp_reduce_scatter_with_fp32_accumulation": "precision.grad_reduce=fp32_accumulate",
     "fp16": "precision.preset=bf16, the nearest to it: the default is o3, in FP8",
     "fp8": "precision.preset=o3 (te for FP8 GEMMs alone)",
-    "fp8_format": "precision.preset=o3 (te for FP8 GEMMs alone); E4M3 forward, E5M2 backward",
+    "fp8_format": "precision.preset=o3 (te for FP8 GEMMs alone), and "
+    "precision.grad_output_format=fp8_e5m2 (hybrid) or fp8_e4m3 (e4m3)",
     "fp8_hybrid": "precision.preset=o3 (te for FP8 GEMMs alone); E4M3 forward, E5M2 backward",
-    "fp8_e4m3": "precision.preset=o3 (te for FP8 GEMMs alone); E4M3 forward, E5M2 backward",
+    "fp8_e4m3": "precision.preset=o3 (te for FP8 GEMMs alone), and "
+    "precision.grad_output_format=fp8_e4m3",
+    "fp8_recipe": "precision.preset=te (tensorwise), te_delayed (delayed), deepseek (blockwise) or "
+    "mxfp8",
     "fp8_param": "precision.params_dtype=fp8_e4m3, a part of precision.preset=o3",
     "fp8_param_gather": "precision.wire.params=fp8, a part of precision.preset=o3",
     "grad_reduce_in_bf16": "precision.wire.grads=bf16",
@@ -183,12 +187,8 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         "variable_seq_lengths",
         "gradient_reduce_div_fusion",
     ),
-    "a scale comes from the tensor it is for, not from a history": (
-        "fp8_amax_compute_algo",
-        "fp8_amax_history_len",
+    "scales are found in every step, for all three GEMMs, over all ranks": (
         "fp8_interval",
-        "fp8_margin",
-        "fp8_recipe",
         "fp8_wgrad",
         "no_fp8_wgrad",
         "tp_only_amax_red",

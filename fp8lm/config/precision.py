@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from fp8lm.config.guard import GuardConfig
 from fp8lm.config.presets import PRESETS, PresetName
-from fp8lm.config.section import Bool, Section, derived
+from fp8lm.config.section import Bool, Count, Section, Size, derived
 
 GemmFormat = Literal["fp8", "bf16", "fp32"]
 ParamsDtype = Literal["fp8_e4m3", "fp16", "bf16", "fp32"]
@@ -23,6 +23,8 @@ SecondMomentDtype = Literal[MomentDtype, "fp8_e4m4_root"]
 Rounding = Literal["nearest", "stochastic"]
 WireFormat = Literal["fp8", "bf16"]
 ScalingGranularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"]
+ScalingMethod = Literal["current", "delayed"]
+AmaxComputeAlgo = Literal["max", "most_recent"]
 GradOutputFormat = Literal["fp8_e5m2", "fp8_e4m3"]
 KernelsName = Literal["auto", "eager", "triton"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
@@ -144,6 +146,20 @@ class PrecisionConfig(Section):
         description="What runs on a GPU beside GEMMs and attention: triton, fused kernels; eager, "
         "PyTorch's operations one by one; auto, triton where it is installed. Casts, sums and "
         "optimizer steps have the same bits, exponentials differ in the last one. A CPU has eager.",
+    )
+    scaling_method: ScalingMethod = _of_preset(
+        "scaling_method",
+        "Where the scale of an FP8 GEMM's operand comes from: current, its own amax; delayed, the "
+        "amaxes of earlier steps, with a scale of 1 in the first.",
+    )
+    fp8_amax_history_len: Count = Field(
+        1024, description="Steps that delayed scaling remembers the amax of."
+    )
+    fp8_amax_compute_algo: AmaxComputeAlgo = Field(
+        "max", description="Which amax of its history delayed scaling takes."
+    )
+    fp8_margin: Size = Field(
+        0, description="Powers of two that delayed scaling leaves free above the amax."
     )
     scaling: ScalingConfig = Field(
         default_factory=ScalingConfig,

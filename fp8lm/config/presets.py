@@ -9,6 +9,10 @@ o3_long   o3 for many micro-batches a step, of which a running sum in E4M3 loses
           it adds gradients up in E2M5 (see `fp8lm.numerics.formats`).
 o4        o3 with the second moment in eight bits too, as its root in E4M4: 2 + 4/d bytes per
           parameter over d data-parallel ranks.
+te_delayed
+          TransformerEngine's `DelayedScaling` with its defaults: the largest of 1024 amaxes, margin
+          0, E4M3 forward and E5M2 backward; else as te. Where it differs is said in
+          `fp8lm.layers.amax_history`.
 deepseek  DeepSeek-V3 (arXiv 2412.19437, 3.3): E4M3 throughout, scales per 1 x 128 of inputs and
           output gradients and per 128 x 128 of weights, moments in BF16, master and gradients
           in fp32. Different: scales are powers of two, not amax / 448; wgrad's inputs are cast
@@ -26,7 +30,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-PresetName = Literal["bf16", "te", "o1", "o2", "o3", "o3_long", "o4", "deepseek", "mxfp8"]
+PresetName = Literal[
+    "bf16", "te", "o1", "o2", "o3", "o3_long", "o4", "te_delayed", "deepseek", "mxfp8"
+]
 Formats = tuple[str, str, str]
 _KINDS = ("input", "weight", "grad_output")
 
@@ -41,6 +47,7 @@ def _preset(
     wires: Formats,
     *,
     scaling: Formats = ("tensor", "tensor", "tensor"),
+    method: str = "current",
     grad_output: str = "fp8_e5m2",
 ) -> Mapping[str, Any]:
     """`wires`: of activations, gradients, weights. `scaling`: of input, weight, grad_output."""
@@ -57,6 +64,7 @@ def _preset(
             "exp_avg_sq_dtype": exp_avg_sq,
             "master_rounding": rounding,
             "first_last_layers_bf16": False,
+            "scaling_method": method,
             "scaling": MappingProxyType(dict(zip(_KINDS, scaling, strict=True))),
             "wire": MappingProxyType(
                 {"gather": wire, "reduce": wire, "grads": grads_wire}
@@ -93,6 +101,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "o4": _preset(
             "fp8", "fp8_e4m3", "fp16", "fp8_e4m3", _FP8_MOMENTS, "stochastic", _FP8_WIRES
+        ),
+        "te_delayed": _preset(
+            *("fp8", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
+            method="delayed",
         ),
         "deepseek": _preset(
             *("fp8", "bf16", "fp32", "fp32", _BF16_STATES, "nearest", _BF16_WIRES),

@@ -185,8 +185,18 @@ class GemmPath:
         self.kernels = kernels
         self.input_comm, self.output_comm = input_comm or TPComm(), output_comm or TPComm()
         scaling, dtype = precision.scaling, precision.output
-        of_input = Quantizer(precision.input, kernels, granularity=scaling.input)
-        of_gradient = Quantizer(precision.grad_output, kernels, granularity=scaling.grad_output)
+        of_input = Quantizer(
+            precision.input,
+            kernels,
+            granularity=scaling.input,
+            known_scale=scaling.known_scale(),
+        )
+        of_gradient = Quantizer(
+            precision.grad_output,
+            kernels,
+            granularity=scaling.grad_output,
+            known_scale=scaling.known_scale(),
+        )
         self.input = OperandPath(of_input, self.input_comm, dtype, exact_wire=exact_wires)
         self.grad_output = OperandPath(of_gradient, self.output_comm, dtype, exact_wire=exact_wires)
 

@@ -27,6 +27,13 @@ class Observer(Protocol):
         """`x` is the input (bf16 or fp32), `quantized` the result."""
 
 
+class KnownScale(Protocol):
+    """A scale that is known before the cast, and not taken from the amax of the tensor."""
+
+    def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
+        """The scale (0-d fp32) of `x`, NaN if its `amax` (0-d fp32) is not finite."""
+
+
 class Quantizer:
     """Casts matrices to `format` with scales of `granularity`, just in time.
 
@@ -35,8 +42,9 @@ class Quantizer:
 
     `share_amax` reduces amaxes (fp32) over the ranks that hold the other parts of the tensor, which
     is cut along `sharded_dim`; None: this rank holds all of it. Scales of rows and blocks that end
-    within a part are not shared; ValueError where a block would be cut. `observer` is called after
-    every cast.
+    within a part are not shared; ValueError where a block would be cut. With `known_scale` there is
+    one scale per tensor, nothing is shared, and what exceeds it saturates. `observer` is called
+    after every cast.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Quantizer:
         granularity: Granularity = PER_TENSOR,
         share_amax: Callable[[Tensor], Tensor] | None = None,
         sharded_dim: int = 0,
+        known_scale: KnownScale | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.format = fmt
@@ -54,6 +63,7 @@ class Quantizer:
         self.granularity = granularity if fmt.scaled else PER_TENSOR
         self.share_amax = share_amax
         self.sharded_dim = sharded_dim
+        self.known_scale = known_scale if fmt.scaled else None
         self.observer = observer
 
     def __call__(self, x: Tensor, *, amax: Tensor | None = None) -> ScaledTensor:
@@ -75,8 +85,8 @@ class Quantizer:
         if not self.granularity.is_symmetric:
             transposed = self._cast(x, self.granularity.transposed(), amax)
             return self(x, amax=amax), self.kernels.transpose(transposed)
-        if not self.granularity.is_per_tensor:
-            quantized = self(x)
+        if self.known_scale is not None or not self.granularity.is_per_tensor:
+            quantized = self(x, amax=amax)
             return quantized, self.kernels.transpose(quantized)
         amax = self._shared_amax(x, self.granularity, amax)
         quantized, transposed = self.kernels.quantize_with_transpose(x, self.format, amax=amax)
@@ -93,6 +103,9 @@ class Quantizer:
         return None
 
     def _cast(self, x: Tensor, granularity: Granularity, amax: Tensor | None) -> ScaledTensor:
+        if self.known_scale is not None:
+            scale = self.known_scale(x, self.kernels.amax(x) if amax is None else amax)
+            return ScaledTensor(self.kernels.cast(x, scale, self.format), scale, self.format)
         amax = self._shared_amax(x, granularity, amax)
         return self.kernels.quantize(x, self.format, amax=amax, granularity=granularity)
 

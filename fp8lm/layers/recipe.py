@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fp8lm.config import PrecisionConfig
-from fp8lm.config.precision import ScalingConfig
+from fp8lm.config.precision import ScalingMethod
 from fp8lm.kernels.interface import Kernels
-from fp8lm.layers.quantizer import Quantizer
+from fp8lm.layers.amax_history import DelayedScale
+from fp8lm.layers.quantizer import KnownScale, Quantizer
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.numerics import (
@@ -28,16 +29,30 @@ from fp8lm.numerics import (
 
 @dataclass(frozen=True)
 class OperandScaling:
-    """How many elements of a GEMM's operand share a scale; formats without scales ignore it."""
+    """How many elements of a GEMM's operand share a scale; formats without scales ignore it.
+
+    `method`: where a scale comes from, a value of `precision.scaling_method`.
+    """
 
     input: Granularity = PER_TENSOR
     weight: Granularity = PER_TENSOR
     grad_output: Granularity = PER_TENSOR
+    method: ScalingMethod = "current"
 
     @classmethod
-    def from_config(cls, scaling: ScalingConfig) -> OperandScaling:
-        """What keys `precision.scaling` name."""
-        return cls(*(granularity_by_name(name) for name in scaling.by_kind().values()))
+    def from_config(cls, precision: PrecisionConfig) -> OperandScaling:
+        """What config section `precision` says."""
+        scaling = precision.scaling.by_kind()
+        return cls(
+            granularity_by_name(scaling["input"]),
+            granularity_by_name(scaling["weight"]),
+            granularity_by_name(scaling["grad_output"]),
+            precision.scaling_method,
+        )
+
+    def known_scale(self) -> KnownScale | None:
+        """What gives a quantizer the scale of one tensor, unless that comes from its amax."""
+        return DelayedScale() if self.method == "delayed" else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def gemm_precision(precision: PrecisionConfig) -> GemmPrecision:
     return replace(
         FP8_GEMM,
         grad_output=format_by_name(precision.grad_output_format),
-        scaling=OperandScaling.from_config(precision.scaling),
+        scaling=OperandScaling.from_config(precision),
     )
 
 
@@ -132,6 +147,7 @@ class Recipe:
             self.gemm.weight,
             self.kernels,
             granularity=self.gemm.scaling.weight,
+            known_scale=self.gemm.scaling.known_scale(),
             share_amax=self.tp.max if self.tp.size > 1 else None,
             sharded_dim=shard_spec.dim,
         )

@@ -11,6 +11,8 @@ from fp8lm.comm import (
     WireCounter,
     all_gather_scalars,
 )
+from fp8lm.comm.amax import max_over_group
+from fp8lm.comm.dims import DENSE
 from fp8lm.comm.groups import (
     PipelineGroups,
     ProcessGroups,
@@ -21,7 +23,9 @@ from fp8lm.comm.groups import (
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.config import Config
 from fp8lm.kernels import Kernels
+from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, QuantizedParam, named_params, trainable
+from fp8lm.layers.quantizer import quantizers_of
 from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.decoder import StageSpec
@@ -65,6 +69,7 @@ class ParallelModel:
     """This rank's `weights` by Megatron name, with their data, tensor and pipeline parallelism.
 
     `shared_params` are weights that the first pipeline stage holds too; it counts them.
+    `histories` are those of delayed scaling.
     """
 
     weights: dict[str, Param]
@@ -72,6 +77,7 @@ class ParallelModel:
     pipeline: Executor
     sharding: OptimizerSharding
     shared_params: frozenset[str]
+    histories: AmaxHistories
 
 
 def parallelize(
@@ -110,7 +116,14 @@ def parallelize(
         is_norm_owner=data_parallel.is_norm_owner,
         shared_params=shared,
     )
-    return ParallelModel(weights, data_parallel, pipeline, sharding, shared)
+    holders = param_groups[DENSE].amax_group
+    histories = AmaxHistories(
+        {key: quantizer for chunk in chunks for key, quantizer in quantizers_of(chunk).items()},
+        config.precision,
+        device,
+        share=lambda amaxes: max_over_group(amaxes, holders, scalars).wait(),
+    )
+    return ParallelModel(weights, data_parallel, pipeline, sharding, shared, histories)
 
 
 def stage_specs(config: Config, stage: int) -> list[StageSpec]:

@@ -129,6 +129,8 @@ class SequenceParallelComm(TPAllReduceComm):
         """Casts [T/t, F] to the wire's format; scales of all tokens are shared over the group."""
         fp8 = operand.format if operand.format.scaled else E4M3
         fmt = wire_format(self.tp.gather_wire, dtype, fp8)
+        if fmt == operand.format and operand.known_scale is not None:
+            return operand  # the same scale on all ranks
         return Quantizer(
             fmt,
             self.tp.kernels,

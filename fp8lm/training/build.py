@@ -15,6 +15,7 @@ from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.kernels import select_kernels
 from fp8lm.kernels.select import check_scaling
+from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
@@ -38,7 +39,10 @@ from fp8lm.training.run_length import check_batches, dataset_sizes
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one run; `weights` are the model's by Megatron name, `sent` counts bytes."""
+    """The parts of one run; `weights` are the model's by Megatron name, `sent` counts bytes.
+
+    `histories` are those of delayed scaling, none with another.
+    """
 
     config: Config
     groups: ProcessGroups
@@ -56,6 +60,7 @@ class Run:
     data_parallel: NoDataParallel
     pipeline: Executor
     shared_params: frozenset[str]
+    histories: AmaxHistories
     sent: WireCounter
 
     @property
@@ -113,6 +118,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         data_parallel=parallel.data_parallel,
         pipeline=parallel.pipeline,
         shared_params=parallel.shared_params,
+        histories=parallel.histories,
         sent=counter,
     )
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp8lm.checkpoint import Shard
+from fp8lm.checkpoint import Checkpoint, Shard
 from fp8lm.checkpoint.state_key import FIELDS, StateKey
+from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, ParamSpec
 from fp8lm.optim import AdamW
 from fp8lm.scaled_tensor import ScaledTensor
@@ -111,6 +112,24 @@ def _counters(optimizer: AdamW) -> dict[StateKey, Tensor]:
     amaxes = zip(optimizer.weights, optimizer.amax.unbind(), strict=True)
     return {StateKey("num_steps"): optimizer.num_steps} | {
         StateKey("amax", name): amax for name, amax in amaxes
+    }
+
+
+def history_shards(histories: AmaxHistories) -> StateShards:
+    """The histories of delayed scaling, which all ranks that have a layer hold alike."""
+    return {
+        StateKey("amax_history", layer, kind): [Shard.whole(history)]
+        for (layer, kind), history in histories.by_key.items()
+    }
+
+
+def stored_histories(histories: AmaxHistories, checkpoint: Checkpoint) -> StateShards:
+    """Those that `checkpoint` has in this length; others start anew."""
+    length = (histories.length,)
+    return {
+        key: own
+        for key, own in history_shards(histories).items()
+        if (stored := checkpoint.state.get(key)) is not None and tuple(stored.size) == length
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fp8lm.batch import Batch
+from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
@@ -43,6 +45,7 @@ def train_step(
     lr: float,
     data_parallel: NoDataParallel | None = None,
     pipeline: Executor | None = None,
+    histories: AmaxHistories | None = None,
     *,
     stop: float = 0.0,
 ) -> StepResult:
@@ -50,7 +53,8 @@ def train_step(
 
     A non-finite loss, gradient or amax leaves all state as it was, bit for bit, on all ranks.
     `objective` computes the loss and says which tokens count. `pipeline` runs `model`, this stage's
-    part (default: the whole on one stage). `stop` goes to all ranks with the step's other scalars.
+    part (default: the whole on one stage). `histories` are those of `model`, if its scaling is
+    delayed. `stop` goes to all ranks with the step's other scalars.
     Where no token counts the gradient is zero: moments and weights decay.
     """
     model.train()
@@ -64,12 +68,15 @@ def train_step(
     share = objective.counted_share(microbatches)
     if any(isinstance(w, QuantizedParam) and w.needs_cast for w in weights.values()):
         data_parallel.finish_param_sync()
-    with cached_weight_operands(named_params(model).values(), tp):
+    recording = nullcontext() if histories is None else histories.recording(len(microbatches))
+    with recording, cached_weight_operands(named_params(model).values(), tp):
         loss = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
     gradients = data_parallel.reduce()
     complete_gradients(weights, gradients, tp)
     norm = optimizer.step(lr, gradients, share=share, loss=loss, stop=torch.full_like(loss, stop))
     data_parallel.start_param_sync(norm.skip)
+    if histories is not None:
+        histories.update(norm.skip)
     # Only the last stage of a pipeline has a loss, the others zero.
     loss = norm.losses.mean() * pipeline.num_stages * norm.per_token
     return StepResult(loss, norm.norm, norm.share, norm.skip, norm.stops.max())

@@ -12,7 +12,13 @@ from fp8lm.training.build import Run
 from fp8lm.training.progress import MetricAccumulator, Progress
 from fp8lm.training.resizing import Vocabulary
 from fp8lm.training.spikes import LossSpikeDetector
-from fp8lm.training.state import StateShards, model_shards, optimizer_shards
+from fp8lm.training.state import (
+    StateShards,
+    history_shards,
+    model_shards,
+    optimizer_shards,
+    stored_histories,
+)
 from fp8lm.training.state_reader import StateReader
 
 # Facts that resuming needs.
@@ -49,6 +55,7 @@ class TrainState:
             **optimizer_shards(self.run.optimizer),
             StateKey("window"): [Shard.whole(self.window.sums)],
             **{StateKey("mu", name): [Shard.whole(mu)] for name, mu in mus.items()},
+            **history_shards(self.run.histories),
         }
 
     def shards_to_write(self) -> StateShards:
@@ -84,8 +91,10 @@ class TrainState:
         vocabulary = Vocabulary.of(run.tokenizer.vocab_size, common)
         extend = run.config.checkpoint.extend_embeddings
         reader = StateReader(run.optimizer, checkpoint, vocabulary, extend, run.groups.saving)
-        mus = [str(key) for key in checkpoint.state if key.kind == "mu"]
-        reader.read(self._expected_in(checkpoint), unused=mus)
+        unused = [str(key) for key in checkpoint.state if key.kind in ("mu", "amax_history")]
+        run.histories.clear()
+        reader.read(self._expected_in(checkpoint), unused=unused)
+        run.histories.refresh()
         for name in asdict(self.progress):
             setattr(self.progress, name, common[name])
         self.losses.restore(common["losses"])
@@ -96,7 +105,7 @@ class TrainState:
     def _expected_in(self, checkpoint: Checkpoint) -> StateShards:
         # A reduction without mu passes over what another stored; one that finds none starts anew.
         # The whole job's tensors tell: a stage may have none.
-        shards = self.shards()
-        if any(key.kind == "mu" for key in checkpoint.state):
-            return shards
-        return {key: own for key, own in shards.items() if key.kind != "mu"}
+        shards, kinds = self.shards(), {key.kind for key in checkpoint.state}
+        histories = stored_histories(self.run.histories, checkpoint)
+        absent = {"mu", "amax_history"} - (kinds & {"mu"})
+        return {key: own for key, own in shards.items() if key.kind not in absent} | histories

@@ -221,6 +221,7 @@ class Trainer:
             run.learning_rate.rate(progress.iteration, consumed),
             run.data_parallel,
             run.pipeline,
+            run.histories,
             stop=max((hook.stop_reason() for hook in self.hooks), default=0.0),
         )
         self.sent = run.sent.take()

@@ -206,6 +206,12 @@ PRECISION = [
     ),
     train("precision.main_params_dtype=none", says="needs a master weight"),
     train("precision.scaling.input=block", says="expected tensor | row | block_1x128"),
+    train(
+        "precision.scaling_method=delayed",
+        "precision.scaling.input=row",
+        says="delayed has one scale per tensor, but precision.scaling.input = row",
+    ),
+    train("precision.fp8_amax_history_len=0", says="fp8_amax_history_len"),
     train("precision.scaling.weights=row", says="unknown key precision.scaling.weights: did you"),
     train("precision.scaling.weight=row", says="stores it with one scale: use tensor, or params_"),
     train(

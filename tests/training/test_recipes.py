@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.training.runs import curve, train
+from fp8lm.checkpoint import open_checkpoint
+from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
+from fp8lm.layers.quantizer import quantizers_of
+from fp8lm.training.restore import restore_model
+from tests.training.runs import curve, save_again, train
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +19,9 @@ ROWS = {"input": "row", "grad_output": "row"}
 RECIPES = {
     "deepseek": {"preset": "deepseek"},
     "mxfp8": {"preset": "mxfp8"},
+    "te_delayed": {"preset": "te_delayed"},
     "rows": {"preset": "te", "scaling": ROWS | {"weight": "row"}},
+    "o3 delayed": {"preset": "o3", "scaling_method": "delayed", "fp8_amax_history_len": 2},
     "o3 rows": {"preset": "o3", "scaling": ROWS, "grad_output_format": "fp8_e4m3"},
 }
 # Largest relative difference of a loss from one process. The stages of a pipeline and replicas
@@ -51,3 +57,82 @@ def test_losses_of_one_process(recipe, tiny_config, run_distributed, tmp_path):
     for layout, parallel in LAYOUTS.items():
         difference = ((run(layout, 2, parallel) - one).abs() / one).max()
         assert difference <= bounds[layout], f"{layout}: {difference}"
+
+
+DELAYED = {"preset": "te_delayed", "fp8_amax_history_len": 3}
+
+
+def histories(folder):
+    checkpoint = open_checkpoint(folder)
+    return {
+        name: read_tensor(checkpoint, stored)
+        for name, stored in stored_tensors(checkpoint).items()
+        if name.startswith("scaling.amax_history.")
+    }
+
+
+def test_histories_are_one_for_every_tensor_under_every_layout(
+    tiny_config, run_distributed, tmp_path
+):
+    def config(name, parallel, **checkpoint):
+        changes = {
+            "train": {"eval_iters": 0, "train_iters": 4},
+            "optimizer": {"lr": 1e-3},
+            "precision": DELAYED,
+            "parallel": parallel,
+            "checkpoint": {"save": str(tmp_path / name), **checkpoint},
+        }
+        return tiny_config(changes)
+
+    run_distributed(train, 1, config("one", {}))
+    one = histories(tmp_path / "one")
+    # Two layers of four linear layers, in each an input, a weight and an output gradient.
+    assert len(one) == 2 * 4 * 3 and all(history.shape == (3,) for history in one.values())
+    assert all((history > 0).all() for history in one.values())
+    assert any(len(history.unique()) == 3 for history in one.values())  # one of each step
+    for layout, parallel in LAYOUTS.items():
+        run_distributed(train, 2, config(layout, parallel))
+        found = histories(tmp_path / layout)
+        assert found.keys() == one.keys()
+        # Tensor-parallel ranks round partial sums. The stages and replicas compute the same bits.
+        bound = 0.1 if layout == "tp" else 0.0
+        for name, history in found.items():
+            torch.testing.assert_close(history, one[name], rtol=bound, atol=0.0)
+    again = config("tp", {}, load=str(tmp_path / "tp"))
+    run_distributed(save_again, 1, again, str(tmp_path / "again"))
+    tp, again = (open_checkpoint(tmp_path / name) for name in ("tp", "again"))
+    assert not list(differences(tp, again))
+
+
+def test_a_history_of_another_length_starts_anew(tiny_config, run_distributed, tmp_path):
+    folder = str(tmp_path / "run")
+
+    def run(length, steps):
+        changes = {
+            "train": {"eval_iters": 0, "train_iters": 4, "exit_interval": steps},
+            "precision": DELAYED | {"fp8_amax_history_len": length},
+            "checkpoint": {"save": folder, "load": folder},
+        }
+        run_distributed(train, 1, tiny_config(changes))
+        return histories(folder)
+
+    run(3, 2)
+    for history in run(5, 3).values():
+        assert history.shape == (5,) and (history > 0).tolist() == [True] + 4 * [False]
+
+
+def test_a_restored_model_casts_with_the_scales_of_its_training(train_run, tiny_config, tmp_path):
+    changes = {
+        "train": {"eval_iters": 0, "train_iters": 3},
+        "precision": DELAYED,
+        "checkpoint": {"save": str(tmp_path)},
+    }
+    trained = train_run(tiny_config(changes)).run.model.eval()
+    restored = restore_model(str(tmp_path), torch.device("cpu")).model
+    tokens = torch.arange(32).view(2, 16) % 63
+    with torch.no_grad():
+        logits = trained(tokens)
+        assert torch.equal(logits, restored(tokens))
+        for quantizer in quantizers_of(restored).values():
+            quantizer.known_scale.value.fill_(1.0)
+        assert not torch.equal(logits, restored(tokens))

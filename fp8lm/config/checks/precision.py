@@ -86,9 +86,16 @@ def scaling(config: Config) -> Iterator[str]:
             "precision.params_dtype = fp8_e4m3 stores it with one scale: use tensor, or "
             "params_dtype = bf16"
         )
+    granularities = precision.scaling.by_kind()
+    if precision.scaling_method != "current" and set(granularities.values()) != {"tensor"}:
+        kind = next(kind for kind, name in granularities.items() if name != "tensor")
+        yield (
+            f"precision.scaling_method = {precision.scaling_method} has one scale per tensor, but "
+            f"precision.scaling.{kind} = {granularities[kind]}: use tensor, or current"
+        )
     ranks = config.parallel.tensor_model_parallel_size
     if ranks > 1:
-        blocks = {k: _BLOCKS.get(name, 1) for k, name in precision.scaling.by_kind().items()}
+        blocks = {k: _BLOCKS.get(name, 1) for k, name in granularities.items()}
         kind = max(blocks, key=lambda kind: blocks[kind])
         names = f"blocks of {blocks[kind]} (precision.scaling.{kind})"
         for name, size in _cut(config).items():

@@ -94,7 +94,7 @@ def trace_step(
         model.register_forward_pre_hook(lambda *_: recorder.next_microbatch())
         ranks = parallel.data_parallel, parallel.pipeline
         with FusedOperations(), recording(recorder), recorder:
-            train_step(model, optimizer, objective, batches, 1e-3, *ranks)
+            train_step(model, optimizer, objective, batches, 1e-3, *ranks, parallel.histories)
     return recorder.cost
 
 

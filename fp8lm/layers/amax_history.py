@@ -1,0 +1,129 @@
+"""Delayed scaling: the scale of a step comes from the amaxes of earlier ones.
+
+    history <- [amax of the step, then the former ones but the last]
+    scale = 2^floor(log2(format_max / (2^margin max(history))))
+
+TransformerEngine's `DelayedScaling` (`transformer_engine/common/recipe`): one history per input,
+weight and output gradient of every layer; the scale from its largest or its most recent amax, 1
+while that is 0; what exceeds the scaled range saturates. Different from it:
+
+- a history moves once in an optimizer step, by the largest amax of its micro-batches and of all
+  ranks that hold a part of the layer, and not once in a micro-batch: so it is the same under every
+  layout;
+- an output gradient counts as that of its micro-batch's own mean loss: backward's is smaller by
+  their number, which replicas divide and a ramp-up changes;
+- scales are powers of two, as everywhere here;
+- a tensor whose amax is not finite is cast with scale NaN, so that its step is skipped, and a step
+  that is skipped leaves no trace in the histories.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fp8lm.config import PrecisionConfig
+from fp8lm.layers.quantizer import Quantizer, TensorKind
+from fp8lm.numerics import Format, scale_from_amax
+
+HistoryKey = tuple[str, TensorKind]  # the path of the layer, and which of its tensors
+
+
+class DelayedScale:
+    """The scale of one tensor, known before the cast: 1 until `AmaxHistories` holds it.
+
+    The amax of the tensor goes to `recorded` (0-d fp32), while there is one. Both are of the tensor
+    times `unit`, a power of two.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.recorded: Tensor | None = None
+        self.unit = 1.0
+
+    def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
+        """The scale (0-d fp32) for `x`, whose `amax` is given."""
+        if self.recorded is not None:
+            self.recorded.copy_(torch.maximum(self.recorded, amax * self.unit))
+        value = torch.ones_like(amax) if self.value is None else self.value
+        return torch.where(amax.isfinite(), value * self.unit, torch.nan)
+
+
+class AmaxHistories:
+    """The histories and scales of all `quantizers` whose scale is a `DelayedScale`.
+
+    `share` reduces amaxes over all ranks that hold a part of these layers, or the same part.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[HistoryKey, Quantizer],
+        precision: PrecisionConfig,
+        device: torch.device,
+        share: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.precision = precision
+        self.length = precision.fp8_amax_history_len
+        self._share = share
+        delayed = {
+            key: (quantizer.format, quantizer.known_scale)
+            for key, quantizer in quantizers.items()
+            if isinstance(quantizer.known_scale, DelayedScale)
+        }
+        self._formats = [fmt for fmt, _ in delayed.values()]
+        self._scales_of = [scale for _, scale in delayed.values()]
+        self._of_gradients = [
+            scale for (_, kind), (_, scale) in delayed.items() if kind == "grad_output"
+        ]
+        self._values = torch.zeros(len(delayed), self.length, device=device)
+        self._scales = torch.ones(len(delayed), device=device)
+        self._recorded = torch.zeros(len(delayed), device=device)
+        self._of_format = {
+            fmt: torch.tensor([other == fmt for other in self._formats], device=device)
+            for fmt in dict.fromkeys(self._formats)
+        }
+        # The rows are what a checkpoint reads and writes.
+        self.by_key: dict[HistoryKey, Tensor] = dict(zip(delayed, self._values, strict=True))
+        for scale, value in zip(self._scales_of, self._scales, strict=True):
+            scale.value = value
+
+    @contextmanager
+    def recording(self, num_microbatches: int) -> Iterator[None]:
+        """Record the amaxes of all casts of a step, whose loss is the mean of micro-batches."""
+        self._recorded.zero_()
+        for scale in self._of_gradients:
+            scale.unit = 2.0 ** math.floor(math.log2(num_microbatches))
+        for scale, recorded in zip(self._scales_of, self._recorded, strict=True):
+            scale.recorded = recorded
+        try:
+            yield
+        finally:
+            for scale in self._scales_of:
+                scale.recorded = None
+
+    def update(self, skipped: Tensor) -> None:
+        """Move all histories on by what was recorded, unless `skipped` (0-d bool)."""
+        if not self.by_key:
+            return
+        amaxes = self._share(self._recorded)
+        moved = torch.cat((amaxes[:, None], self._values[:, :-1]), dim=1)
+        self._values.copy_(torch.where(skipped, self._values, moved))
+        self.refresh()
+
+    def clear(self) -> None:
+        """Forget all amaxes."""
+        self._values.zero_()
+
+    def refresh(self) -> None:
+        """Take the scales from the histories, which may have been written to."""
+        most_recent = self.precision.fp8_amax_compute_algo == "most_recent"
+        amaxes = self._values[:, 0] if most_recent else self._values.amax(dim=1)
+        for fmt, rows in self._of_format.items():
+            self._scales.copy_(torch.where(rows, self._scale(amaxes, fmt), self._scales))
+
+    def _scale(self, amaxes: Tensor, fmt: Format) -> Tensor:
+        return scale_from_amax(amaxes * 2.0**self.precision.fp8_margin, fmt)
