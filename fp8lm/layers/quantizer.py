@@ -60,7 +60,8 @@ class Quantizer:
     ) -> None:
         self.format = fmt
         self.kernels = kernels
-        self.granularity = granularity if fmt.scaled else PER_TENSOR
+        one_scale = not fmt.scaled or known_scale is not None
+        self.granularity = PER_TENSOR if one_scale else granularity
         self.share_amax = share_amax
         self.sharded_dim = sharded_dim
         self.known_scale = known_scale if fmt.scaled else None

@@ -7,6 +7,7 @@ import torch
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
+from fp8lm.comm.groups import process_groups
 from fp8lm.layers.quantizer import quantizers_of
 from fp8lm.training.restore import restore_model
 from tests.training.runs import curve, save_again, train
@@ -128,7 +129,9 @@ def test_a_restored_model_casts_with_the_scales_of_its_training(train_run, tiny_
         "checkpoint": {"save": str(tmp_path)},
     }
     trained = train_run(tiny_config(changes)).run.model.eval()
-    restored = restore_model(str(tmp_path), torch.device("cpu")).model
+    device = torch.device("cpu")
+    with process_groups(device) as groups:
+        restored = restore_model(str(tmp_path), groups, device).model
     tokens = torch.arange(32).view(2, 16) % 63
     with torch.no_grad():
         logits = trained(tokens)
