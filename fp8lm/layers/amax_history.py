@@ -106,12 +106,16 @@ class AmaxHistories:
                 scale.recorded = None
 
     def update(self, skipped: Tensor) -> None:
-        """Move all histories on by what was recorded, unless `skipped` (0-d bool)."""
+        """Move all histories on by what was recorded, unless the step is `skipped` (0-d bool).
+
+        That of a tensor which is zero, or was not cast, stays as it is.
+        """
         if not self.by_key:
             return
         amaxes = self._share(self._recorded)
         moved = torch.cat((amaxes[:, None], self._values[:, :-1]), dim=1)
-        self._values.copy_(torch.where(skipped, self._values, moved))
+        stays = skipped | (amaxes == 0)
+        self._values.copy_(torch.where(stays[:, None], self._values, moved))
         self.refresh()
 
     def clear(self) -> None:
