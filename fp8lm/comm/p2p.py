@@ -62,17 +62,24 @@ class PipelineP2P:
 
         return Handle(finish)
 
-    def receive(self, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """Receive the message of rank number `source` of `group`, in `dtype`; waits for it."""
+    def receive(
+        self, source: int, group: dist.ProcessGroup, device: torch.device
+    ) -> Handle[Tensor]:
+        """Receive the next message of rank number `source` of `group`, in `dtype`."""
         message = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        try:
-            started(dist.irecv(message, group=group, group_src=source)).wait()
-        except RuntimeError as error:
-            rank = dist.get_global_rank(group, source)
-            raise RuntimeError(
-                f"nothing came from pipeline stage {source} (rank {rank})"
-            ) from error
-        return self.unpack(message)
+        work = started(dist.irecv(message, group=group, group_src=source))
+
+        def finish() -> Tensor:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                rank = dist.get_global_rank(group, source)
+                raise RuntimeError(
+                    f"nothing came from pipeline stage {source} (rank {rank})"
+                ) from error
+            return self.unpack(message)
+
+        return Handle(finish)
 
     def pack(self, x: Tensor) -> Tensor:
         """`x` as the bytes of a message."""

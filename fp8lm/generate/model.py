@@ -149,7 +149,7 @@ class InferenceModel:
         p2p = PipelineP2P(shape, self.part.dtype, wire, self.kernels)
         received = None
         if not self._is_first_stage:
-            received = p2p.receive(pipeline.rank() - 1, pipeline, self.device)
+            received = p2p.receive(pipeline.rank() - 1, pipeline, self.device).wait()
         h_T1H = self.part.hidden_states(
             packed.tokens_1T,
             received,

@@ -11,7 +11,7 @@ Activations and gradients are sent in the order of the schedule, over separate g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -25,7 +25,13 @@ from fp8lm.comm.handles import Handle
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.layers.weight_grad_store import WeightGradStore
 from fp8lm.model.objectives import Objective
-from fp8lm.parallel.pipeline_schedule import Action, Schedule, forwards
+from fp8lm.parallel.pipeline_schedule import (
+    Action,
+    Schedule,
+    early_receives,
+    forwards,
+    received,
+)
 from fp8lm.parallel.stages import TiedEmbeddingSync
 
 Chunk = Callable[[Tensor | None, Batch], Tensor]
@@ -107,6 +113,9 @@ class Pipeline:
         # Messages that may not have arrived yet: activations and gradients.
         self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}
         self._losses: list[Tensor] = []
+        # Messages that were asked for, by the action that needs them.
+        self._arriving: dict[Action, Handle[Tensor]] = {}
+        self._plans: dict[tuple[int, bool], tuple[Schedule, frozenset[int]]] = {}
 
     @property
     def has_loss(self) -> bool:
@@ -117,12 +126,12 @@ class Pipeline:
         self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
     ) -> Tensor:
         """See `Executor`."""
-        schedule = self.schedule(len(microbatches))
+        schedule, early = self._planned(len(microbatches), training=True)
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
         self._most_messages = max(schedule.in_flight)
         last = next(i for i in reversed(range(len(actions))) if actions[i].kind in "BI")
-        for number, action in enumerate(actions):
+        for number, action in self._in_turn(schedule, early):
             complete = len(self.chunks) == 1 and not schedule.splits_backward and not self.tied
             if number == last and complete:
                 before_last()
@@ -136,9 +145,42 @@ class Pipeline:
         """See `Executor`."""
         microbatches = list(microbatches)
         self._most_messages = self.num_stages
-        for action in forwards(self.num_stages, len(microbatches), len(self.chunks)):
+        for _, action in self._in_turn(*self._planned(len(microbatches), training=False)):
             self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
         return self._finish()
+
+    def _planned(self, num_microbatches: int, *, training: bool) -> tuple[Schedule, frozenset[int]]:
+        """The schedule, and which of this stage's actions ask for their message one ahead."""
+        key = num_microbatches, training
+        if key not in self._plans:
+            if training:
+                schedule = self.schedule(num_microbatches)
+            else:
+                actions = forwards(self.num_stages, num_microbatches, len(self.chunks))
+                schedule = Schedule((tuple(actions),) * self.num_stages, len(self.chunks))
+            self._plans[key] = schedule, early_receives(schedule)[self.stage]
+        return self._plans[key]
+
+    def _in_turn(self, schedule: Schedule, early: frozenset[int]) -> Iterator[tuple[int, Action]]:
+        """This stage's actions with their numbers, each after its message has been asked for.
+
+        NCCL starts to receive when all is done that was launched before: what is asked for one
+        action ahead arrives beside it.
+        """
+        actions = schedule.stages[self.stage]
+        for number, action in enumerate(actions):
+            if number not in early:
+                self._ask_for(schedule, action)
+            if number + 1 in early:
+                self._ask_for(schedule, actions[number + 1])
+            yield number, action
+
+    def _ask_for(self, schedule: Schedule, action: Action) -> None:
+        message = received(schedule, self.stage, action)
+        if message is not None:
+            source = message[1] % self.num_stages
+            channel = self._channel(source, self.stage)
+            self._arriving[action] = self.wire.receive(source, channel, self.device)
 
     def _do(
         self, action: Action, microbatches: list[Batch], objective: Objective, splits: bool
@@ -156,11 +198,11 @@ class Pipeline:
     def _forward(self, action: Action, batch: Batch, objective: Objective, count: int) -> None:
         """Run one of `count` micro-batches through a chunk."""
         virtual = self._virtual(action)
-        received = None
+        hidden = None
         if virtual:
-            received = self._receive((self.stage - 1) % self.num_stages)
-            received.requires_grad_(torch.is_grad_enabled())
-        output = self.chunks[action.chunk](received, batch)
+            hidden = self._arriving.pop(action).wait()
+            hidden.requires_grad_(torch.is_grad_enabled())
+        output = self.chunks[action.chunk](hidden, batch)
         if virtual < self._last_virtual:
             self._send(output, (self.stage + 1) % self.num_stages, self._sending["F"])
         else:
@@ -169,23 +211,20 @@ class Pipeline:
         if torch.is_grad_enabled():
             # A first chunk whose weights are all frozen has no backward.
             edge = get_gradient_edge(output) if output.requires_grad else None
-            self._held[action.microbatch, action.chunk] = received, edge
+            self._held[action.microbatch, action.chunk] = hidden, edge
 
     def _backward(self, action: Action) -> None:
         virtual = self._virtual(action)
-        received, output = self._held.pop((action.microbatch, action.chunk))
+        hidden, output = self._held.pop((action.microbatch, action.chunk))
         gradient = None
         if virtual < self._last_virtual:
-            gradient = self._receive((self.stage + 1) % self.num_stages)
+            gradient = self._arriving.pop(action).wait()
         if output is not None:
             torch.autograd.backward(output, gradient)
-        if received is not None:
-            if received.grad is None:
+        if hidden is not None:
+            if hidden.grad is None:
                 raise RuntimeError("the loss does not depend on what the stage before has sent")
-            self._send(received.grad, (self.stage - 1) % self.num_stages, self._sending["B"])
-
-    def _receive(self, source: int) -> Tensor:
-        return self.wire.receive(source, self._channel(source, self.stage), self.device)
+            self._send(hidden.grad, (self.stage - 1) % self.num_stages, self._sending["B"])
 
     def _send(self, x: Tensor, to: int, sending: deque[Handle[None]]) -> None:
         """Send without waiting, except for a message so old that it has been received.

@@ -177,6 +177,54 @@ def simulate(
     return Trace(seconds, 1.0 - busy / seconds)
 
 
+def early_receives(schedule: Schedule) -> tuple[frozenset[int], ...]:
+    """Of every stage the numbers of the actions whose message it may ask for one action ahead.
+
+    What arrives while the action before is computed costs no time. But a GPU may have to stop for
+    all that it was given, to free memory or to load a kernel, and then waits for that message too
+    in the middle of an action: it must not follow from this action, on whatever way. So these are
+    found by a run in which every stage does wait. Where all would stop, one gradient (else one
+    activation) is not asked for ahead: in 1F1B neighbours work on what the other needs next, and
+    one of them has to be able to finish.
+    """
+    late: set[tuple[int, int]] = set()
+    position = [0] * len(schedule.stages)
+    done: set[tuple[str, int, int]] = set()
+    moving = True
+    while moving:
+        moving, waiting = False, []
+        for stage, actions in enumerate(schedule.stages):
+            while position[stage] < len(actions):
+                number = position[stage]
+                if not done.issuperset(_needs(schedule, stage, actions[number])):
+                    break
+                ahead = [received(schedule, stage, action) for action in actions[number + 1 :][:1]]
+                if (stage, number + 1) not in late and not done.issuperset(filter(None, ahead)):
+                    waiting.append((stage, number + 1))
+                    break
+                done.add(_result(schedule, stage, actions[number]))
+                position[stage] += 1
+                moving = True
+        if waiting and not moving:
+            late.add(min(waiting, key=lambda one: schedule.stages[one[0]][one[1]].kind == "F"))
+            moving = True
+    return tuple(
+        frozenset(
+            number
+            for number, action in enumerate(actions)
+            if number and (stage, number) not in late and received(schedule, stage, action)
+        )
+        for stage, actions in enumerate(schedule.stages)
+    )
+
+
+def received(schedule: Schedule, stage: int, action: Action) -> tuple[str, int, int] | None:
+    """What the action needs of another stage: its kind, virtual stage and micro-batch."""
+    virtual = action.chunk * len(schedule.stages) + stage
+    others = [need for need in _needs(schedule, stage, action) if need[1] != virtual]
+    return others[0] if others else None
+
+
 def _check_complete(schedule: Schedule, num_microbatches: int) -> None:
     kinds = "FIW" if schedule.splits_backward else "FB"
     wanted = {

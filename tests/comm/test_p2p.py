@@ -87,7 +87,7 @@ def exchange(precision):
         for handle in sending:
             handle.wait()
         return made.wire.counter.take()["pipeline"] - 3 * made.nbytes
-    arrived = [made.receive(0, group, torch.device("cpu")) for _ in range(3)]
+    arrived = [made.receive(0, group, torch.device("cpu")).wait() for _ in range(3)]
     expected = [made.unpack(made.pack(outliers() * k)) for k in (1, 2, 3)]
     return sum(not torch.equal(a, b) for a, b in zip(arrived, expected, strict=True))
 
@@ -102,7 +102,7 @@ def wait_for_a_hung_stage():
     if group.rank() == 1:
         return None
     with pytest.raises(RuntimeError) as caught:
-        wire("fp8").receive(1, group, torch.device("cpu"))
+        wire("fp8").receive(1, group, torch.device("cpu")).wait()
     return str(caught.value)
 
 

@@ -56,8 +56,14 @@ class Recorder:
         return Handle(lambda: self.operations.append(("wait", number)))
 
     def receive(self, source, group, device):
+        number = len(self.operations)
         self.operations.append(("receive", self._channel(group, source)))
-        return torch.ones(1, 1, 1)
+
+        def arrive():
+            self.operations.append(("wait", number))
+            return torch.ones(1, 1, 1)
+
+        return Handle(arrive)
 
     def _channel(self, group, other):
         return group.name, frozenset((self.stage, other))
@@ -80,8 +86,11 @@ def operations(kind, stages, microbatches, stage, names=("up", "down"), training
     return wire.operations
 
 
-def play(stages):
-    """Run the stages' operations against each other; how many of each are left undone."""
+def play(stages, stops=False):
+    """Run the stages' operations against each other; how many of each are left undone.
+
+    `stops`: every stage waits for all that it was given before it sends.
+    """
     position, waiting = [0] * len(stages), defaultdict(deque)
     done, moving = set(), True
     while moving:
@@ -95,8 +104,10 @@ def play(stages):
                     if (kind, number) not in queue:
                         queue.append((kind, number))
                         moving = True
-                blocked = {"send": None, "receive": (stage, number), "wait": (stage, what)}[kind]
-                if blocked is not None and blocked not in done:
+                # A device that stops in an action waits for all messages that were asked for.
+                asked = [(stage, i) for i in range(number) if todo[i][0] == "receive"]
+                needed = {"send": asked if stops else [], "receive": [], "wait": [(stage, what)]}
+                if not done.issuperset(needed[kind]):
                     break
                 position[stage] += 1
                 moving = True
@@ -115,7 +126,14 @@ def test_no_stage_waits_for_ever(kind, stages):
     for microbatches in (stages, 2 * stages, 4 * stages):
         played = [operations(kind, stages, microbatches, stage) for stage in range(stages)]
         assert all(len(done) >= microbatches for done in played)
-        assert play(played) == [0] * stages
+        assert play(played) == play(played, stops=True) == [0] * stages
+
+
+@pytest.mark.parametrize("kind", [ONE, ("zb-h1", 1)], ids=str)
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_few_micro_batches_do_not_wait_for_ever(kind, microbatches):
+    played = [operations(kind, 4, microbatches, stage) for stage in range(4)]
+    assert play(played) == play(played, stops=True) == [0] * 4
 
 
 @pytest.mark.parametrize("kind", [ONE, ("1f1b", 2), SEVERAL], ids=str)
@@ -126,10 +144,21 @@ def test_no_stage_waits_for_ever_in_an_evaluation(kind, stages):
             operations(kind, stages, microbatches, stage, training=False) for stage in range(stages)
         ]
         assert all(len(done) >= microbatches for done in played)
-        assert play(played) == [0] * stages
+        assert play(played) == play(played, stops=True) == [0] * stages
 
 
-@pytest.mark.parametrize("kind", [ONE, SEVERAL], ids=str)
+def test_messages_are_asked_for_before_the_action_before_theirs():
+    """Between its asking and its waiting the last stage sends the gradient of another one."""
+    done = operations(ONE, 4, 16, stage=3)
+    waits = {what: number for number, (kind, what) in enumerate(done) if kind == "wait"}
+    receives = [number for number, (kind, _) in enumerate(done) if kind == "receive"]
+    beside = [
+        any(kind == "send" for kind, _ in done[number : waits[number]]) for number in receives
+    ]
+    assert not beside[0] and all(beside[1:])
+
+
+@pytest.mark.parametrize("kind", [("1f1b", 2), SEVERAL], ids=str)
 def test_with_one_group_they_would(kind):
     played = [operations(kind, 2, 4, stage, names=("both", "both")) for stage in range(2)]
     assert min(play(played)) > 0

@@ -9,9 +9,11 @@ import pytest
 from fp8lm.parallel.pipeline_schedule import (
     Action,
     Schedule,
+    early_receives,
     forwards,
     interleaved,
     one_forward_one_backward,
+    received,
     simulate,
     zero_bubble,
 )
@@ -49,6 +51,41 @@ def test_zero_bubble(p):
         assert trace.seconds <= whole.seconds
         if m >= p:
             assert trace.bubble == pytest.approx((p - 1) / (3 * m + p - 1))
+
+
+def asked_ahead(schedule, kinds):
+    """How many messages of actions of `kinds` are asked for ahead, and how many could be."""
+    numbers = [
+        (number, early)
+        for stage, early in enumerate(early_receives(schedule))
+        for number, action in enumerate(schedule.stages[stage])
+        if number and action.kind in kinds and received(schedule, stage, action)
+    ]
+    return sum(number in early for number, early in numbers), len(numbers)
+
+
+@pytest.mark.parametrize("p", range(2, 9))
+def test_activations_are_asked_for_ahead(p):
+    for m in (p, 4 * p):
+        for schedule in (one_forward_one_backward(p, m), zero_bubble(p, m)):
+            asked, all_ = asked_ahead(schedule, "F")
+            assert asked == all_ == (p - 1) * (m - 1)
+
+
+@pytest.mark.parametrize("p", range(2, 9))
+def test_most_messages_are_asked_for_ahead_where_there_is_time(p):
+    """In 1F1B neighbours need each other's result at once, and one of them asks late."""
+    m = 8 * p
+    for schedule in (zero_bubble(p, m), interleaved(p, m, 2), interleaved(p, m, 3)):
+        asked, all_ = asked_ahead(schedule, "FBI")
+        assert asked >= 0.85 * all_
+
+
+@pytest.mark.parametrize("p", range(2, 9))
+def test_an_answer_is_not_asked_for_ahead(p):
+    """The gradient of the only micro-batch follows from its forward, which goes before it."""
+    for schedule in (one_forward_one_backward(p, 1), zero_bubble(p, 1)):
+        assert early_receives(schedule) == (frozenset(),) * p
 
 
 def ends(p, m, chunks):
