@@ -9,8 +9,7 @@ one or more launches, and a launch takes as long as its bytes or its flops need 
 What is not in the prediction: gaps between launches, the time of collectives (their bytes are
 counted), and the idle time of a pipeline, of which one stage with both ends is traced.
 
-All layers cost the same, but for the first and the last where the config makes these BF16. So two
-models are traced that differ by one layer: its cost is the difference, and the model's the sum.
+Two models are traced that differ by one layer: its cost is the difference, and the model's the sum.
 With --replicas the reduction of gradients and the optimizer's shards are traced on all layers.
 """
 
@@ -30,6 +29,7 @@ from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from fp8lm.planner.tracing.floor import ideal_bytes, matrix_parameters
+from fp8lm.planner.tracing.model import one_stage, trace_model
 from fp8lm.planner.tracing.purposes import ATTENTION, GEMM, PURPOSES
 from fp8lm.planner.tracing.roofline import TERA, Hardware
 from fp8lm.planner.tracing.run import KERNELS, trace_step
@@ -134,37 +134,15 @@ def predict(
             f"not a multiple of as many micro-batches of {config.train.micro_batch_size}"
         )
     num_ids = build_tokenizer(config.tokenizer).vocab_size
-
-    def trace(num_layers: int, replicas: int = 1) -> StepCost:
-        traced = load_config(path, [*overrides, *_one_stage(preset, num_layers, config, replicas)])
-        world_size = parallel.tensor_model_parallel_size * replicas
-        return trace_step(traced, num_ids, hardware, world_size, kernels)
-
-    # The first and the last are others, and not counted as a layer.
-    least = 3 if config.precision.first_last_layers_bf16 else 1
-    small = trace(least)
-    layer = trace(least + 1) - small
-    ends = small - layer.times(least)
+    traced = trace_model(config, num_ids, hardware, kernels)
+    layer, ends = traced.layer.cost, traced.ends.cost
     if replicas == 1:
-        once = (layer.times(layers) + ends).total(ONCE)
-    else:
-        once = trace(layers, replicas).total(ONCE)
+        once = traced.of_layers(layers).cost.total(ONCE)
+    else:  # ranks that are not there cannot be asked for the size of their machines
+        shared = one_stage(config, layers, node_size=parallel.node_size or 8)
+        world_size = parallel.tensor_model_parallel_size * replicas
+        once = trace_step(shared, num_ids, hardware, world_size, kernels).cost.total(ONCE)
     return Prediction(config, hardware, layer, ends, once, layers, microbatches)
-
-
-def _one_stage(preset: str, num_layers: int, config: Config, replicas: int) -> list[str]:
-    overrides = [
-        f"precision.preset={preset}",
-        f"model.num_layers={num_layers}",
-        "parallel.pipeline_model_parallel_size=1",
-        "parallel.pipeline_schedule=1f1b",
-        "parallel.num_layers_per_virtual_pipeline_stage=null",
-        "parallel.decoder_first_pipeline_num_layers=null",
-        "parallel.decoder_last_pipeline_num_layers=null",
-    ]
-    if replicas > 1 and config.parallel.node_size is None:
-        overrides.append("parallel.node_size=8")  # ranks that are not there cannot be asked
-    return overrides
 
 
 def as_facts(prediction: Prediction, bf16: Prediction) -> dict[str, Any]:

@@ -49,11 +49,16 @@ class RankPlacement:
 
 @dataclass(frozen=True)
 class Stage:
-    """What every rank of a pipeline stage holds: parts of the model, and bytes by replica."""
+    """What every rank of a pipeline stage holds: parts of the model, and bytes by replica.
+
+    A replica gets the gradients of its `rows`, whose weights have `shards` bytes.
+    """
 
     chunks: tuple[StageSpec, ...]
-    weights: Mapping[str, Param]
+    weights: dict[str, Param]
     state: tuple[Mapping[str, int], ...]
+    rows: tuple[Mapping[str, Rows], ...]
+    shards: tuple[int, ...]
 
     @cached_property
     def totals(self) -> list[int]:
@@ -156,28 +161,35 @@ def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Sta
     chunks = [build_model(config, rows, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owned, padding = local_shards_of(config, dims, weights)
+    owners, shards = owners_of(config, dims, weights)
+    owned, padding = owners, sum(shards) - _payload_bytes(weights)
+    if dims.dp == 1 or not parallel.use_distributed_optimizer:
+        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
+        owned, padding = [everything] * dims.dp, 0
     held = _held_bytes(weights, padding)
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
-    return Stage(tuple(specs), weights, state)
+    return Stage(tuple(specs), weights, state, tuple(owners), tuple(shards))
 
 
-def local_shards_of(
+def owners_of(
     config: Config, dims: ParallelDims, weights: dict[str, Param]
-) -> tuple[list[dict[str, Rows]], int]:
-    """The rows of each weight whose states each replica holds; bytes that pad the weights."""
-    if dims.dp == 1 or not config.parallel.use_distributed_optimizer:
-        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
-        return [everything] * dims.dp, 0
-    owned: list[dict[str, Rows]] = [{} for _ in range(dims.dp)]
-    padding = -sum(weight.model_param.payload.nbytes for weight in weights.values())
+) -> tuple[list[dict[str, Rows]], list[int]]:
+    """The rows whose gradients each replica gets, and the bytes of these rows' weights, padded."""
+    rows: list[dict[str, Rows]] = [{} for _ in range(dims.dp)]
+    shards = [0] * dims.dp
     for group, params in by_group(weights).items():
         axis = REPLICA_AXIS[group]
         sharded = shard_params(config.parallel, params, dims.size(axis))
-        padding += sharded.nbytes
-        for replica, rows in enumerate(owned):
-            rows |= sharded.rows[dims.coordinate(dims.rank(dp=replica), axis)]
-    return owned, padding
+        sizes = [sum(each) for each in zip(*(p.shard_bytes for p in sharded.layouts), strict=True)]
+        for replica, own in enumerate(rows):
+            owner = dims.coordinate(dims.rank(dp=replica), axis)
+            own |= sharded.rows[owner]
+            shards[replica] += sizes[owner]
+    return rows, shards
+
+
+def _payload_bytes(weights: Mapping[str, Param]) -> int:
+    return sum(weight.model_param.payload.nbytes for weight in weights.values())
 
 
 def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:

@@ -55,7 +55,7 @@ def traced(tracing, hardware):
     def trace(preset, layers, *overrides, world_size=1, kernels=None):
         shown = (f"precision.preset={preset}", f"model.num_layers={layers}", *SMALL, *overrides)
         config = load_config(GPT_7B, shown)
-        return tracing.run.trace_step(config, VOCABULARY, hardware, world_size, kernels)
+        return tracing.run.trace_step(config, VOCABULARY, hardware, world_size, kernels).cost
 
     return trace
 

@@ -46,9 +46,9 @@ class StepCost:
 
     def __add__(self, other: StepCost) -> StepCost:
         keys = {*self.costs, *other.costs}
-        found = ((key, self.costs.get(key, Cost()) + other.costs.get(key, Cost())) for key in keys)
+        found = [(key, self.costs.get(key, Cost()) + other.costs.get(key, Cost())) for key in keys]
         # Where the counts cancel, the seconds do but for their rounding.
-        return StepCost({k: cost for k, cost in found if cost.launches or cost.collectives})
+        return StepCost({k: c for k, c in found if c.launches or c.collectives or c.sent})
 
     def times(self, factor: float) -> StepCost:
         """`factor` such steps."""

@@ -7,24 +7,27 @@ Launches follow each other without gaps, which a host that is fast enough or a C
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from fp8lm.config.section import Positive, PositiveShare, Section
+import fp8lm
+from fp8lm.config.section import Count, NonNegative, Positive, PositiveShare, Section
 from fp8lm.config.yaml_format import read_mapping
 from fp8lm.planner.tracing.launches import Launch
 from fp8lm.planner.tracing.purposes import PURPOSES
 from fp8lm.runtime.errors import InputError
 
-TERA, MICRO = 1e12, 1e-6
+GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 
 
 class Hardware(Section):
     """Rates that kernels reach on a device, not those of its data sheet."""
 
     name: str
+    memory_gb: Positive = Field(description="Memory of a GPU that PyTorch can use, 1e9 bytes.")
     memory_tb_per_s: Positive = Field(description="Bytes read and written by a large copy.")
     bf16_tflops: Positive = Field(description="Matrix products of BF16, and of FP16.")
     fp8_tflops: Positive = Field(description="Matrix products of FP8.")
@@ -32,10 +35,35 @@ class Hardware(Section):
     attention_forward_tflops: Positive = Field(description="Causal attention, half of it counted.")
     attention_backward_tflops: Positive = Field(description="The same in backward.")
     smallest_kernel_us: Positive = Field(description="The time of a kernel that does nothing.")
+    peak_bf16_tflops: Positive = Field(description="The data sheet's, dense, for MFU.")
+    peak_fp8_tflops: Positive = Field(description="The data sheet's, dense, for MFU.")
+    gpus_per_node: Count = Field(description="GPUs that NVLink connects.")
+    nvlink_gb_per_s: Positive = Field(description="Sent by a GPU to others of its node.")
+    network_gb_per_s: Positive = Field(description="Sent by a GPU to other nodes.")
+    context_gb: NonNegative = Field(description="Held by CUDA and its libraries.")
+    communicator_gb: NonNegative = Field(
+        description="Held by NCCL for each group of several ranks that a rank is in."
+    )
     efficiency: Mapping[str, PositiveShare] = Field(
         default={},
         description="By purpose, the share of the bandwidth that PyTorch's own kernels reach.",
     )
+
+    @classmethod
+    def find(cls, name: str) -> Hardware:
+        """A GPU of configs/hardware by its name, or a file like those there by its path."""
+        if name.endswith((".yaml", ".yml")):
+            return cls.read(Path(name))
+        checkout = Path(fp8lm.__file__).parents[1] / "configs/hardware"
+        installed = Path(sysconfig.get_path("data"), "share/fp8lm/configs/hardware")
+        folder = checkout if checkout.is_dir() else installed
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            raise InputError(
+                f"GPU {name!r} is not known: use one of {', '.join(known)}, or a file.yaml like "
+                f"those of {folder}"
+            )
+        return cls.read(folder / f"{name}.yaml")
 
     @classmethod
     def read(cls, path: Path) -> Hardware:

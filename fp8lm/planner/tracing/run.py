@@ -8,8 +8,9 @@ step never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from fp8lm.kernels import Kernels
 from fp8lm.kernels.cost import declare_launch, recording
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.select import check_scaling_on_gpu, kernels_for_gpu
-from fp8lm.layers.param import trainable
+from fp8lm.layers.param import Param, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.parallel.parallelize import build_tp_context, parallelize
 from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from fp8lm.planner.tracing.launches import Launch, Operation
+from fp8lm.planner.tracing.memory import LiveMemory, StepMemory
 from fp8lm.planner.tracing.purposes import CallSites
 from fp8lm.planner.tracing.roofline import Hardware
 from fp8lm.training.builders import build_model, build_objective, model_vocab_size
@@ -58,14 +60,37 @@ def kernels_of(name: str | None) -> Kernels:
     return TritonKernels()
 
 
+@dataclass(frozen=True)
+class TracedStep:
+    """What a step costs, the bytes it sends by (phase, wire), and the memory it holds."""
+
+    cost: StepCost = field(default_factory=StepCost)
+    wires: StepCost = field(default_factory=StepCost)
+    memory: StepMemory = field(default_factory=StepMemory)
+
+    def __add__(self, other: TracedStep) -> TracedStep:
+        return TracedStep(
+            self.cost + other.cost, self.wires + other.wires, self.memory + other.memory
+        )
+
+    def times(self, factor: float) -> TracedStep:
+        """`factor` such steps."""
+        return TracedStep(
+            self.cost.times(factor), self.wires.times(factor), self.memory.times(factor)
+        )
+
+    def __sub__(self, other: TracedStep) -> TracedStep:
+        return self + other.times(-1)
+
+
 def trace_step(
     config: Config,
     num_ids: int,
     hardware: Hardware,
     world_size: int,
     kernels_name: str | None = None,
-) -> StepCost:
-    """The cost of a step of two micro-batches, all of `config` but its numbers of those and data.
+) -> TracedStep:
+    """A step of two micro-batches, all of `config` but its numbers of those and data.
 
     `num_ids` is the size of the tokenizer's vocabulary. Rank 0 of `world_size`; no pipeline.
     """
@@ -90,12 +115,23 @@ def trace_step(
         if not config.train.calculate_per_token_loss:
             objective = MeanOfMicrobatches(objective)
         batches = [_batch(config) for _ in range(2)]
-        recorder = StepRecorder(hardware, counter)
+        vocabulary = model_vocab_size(config, num_ids) // groups.dims.tp
+        memory = LiveMemory(state_tensors(parallel.weights, optimizer), vocabulary)
+        recorder = StepRecorder(hardware, counter, memory)
         model.register_forward_pre_hook(lambda *_: recorder.next_microbatch())
         ranks = parallel.data_parallel, parallel.pipeline
-        with FusedOperations(), recording(recorder), recorder:
+        with FusedOperations(recorder.begin_backward), recording(recorder), recorder:
             train_step(model, optimizer, objective, batches, 1e-3, *ranks, parallel.histories)
-    return recorder.cost
+    return TracedStep(recorder.cost, recorder.wires, memory.of_step)
+
+
+def state_tensors(weights: Mapping[str, Param], optimizer: AdamW) -> Iterator[Tensor]:
+    """The tensors of weights, gradients and optimizer states, with their scales."""
+    held = [kept for state in optimizer.states.values() for kept in state.stored]
+    for weight in weights.values():
+        held += [weight.model_param, weight.main_grad.value]
+    for scaled in held:
+        yield from (scaled.payload, scaled.scale)
 
 
 def _batch(config: Config) -> Batch:
@@ -126,18 +162,29 @@ def _group(ranks: list[list[int]]) -> dist.ProcessGroup:
 
 
 class StepRecorder(TorchDispatchMode):
-    """Adds up the launches of all operations that run while it is entered; a `CostRecorder`."""
+    """Adds up the launches of all operations that run while it is entered; a `CostRecorder`.
 
-    def __init__(self, hardware: Hardware, counter: WireCounter) -> None:
+    Tensors that they make are shown to `memory`.
+    """
+
+    def __init__(
+        self, hardware: Hardware, counter: WireCounter, memory: LiveMemory | None = None
+    ) -> None:
         super().__init__()
-        self.cost = StepCost()
-        self.hardware, self.counter = hardware, counter
+        self.cost, self.wires = StepCost(), StepCost()
+        self.hardware, self.counter, self.memory = hardware, counter, memory
         self._sites = CallSites()
-        self._microbatches = self._sent = 0
+        self._microbatches = 0
+        self._sent = counter.sent
 
     def next_microbatch(self) -> None:
         """A micro-batch begins."""
         self._microbatches += 1
+
+    def begin_backward(self) -> None:
+        """The forward of a micro-batch is over."""
+        if self.memory is not None:
+            self.memory.begin_backward()
 
     def record(self, name: str, reads: int, writes: int) -> None:
         """See `fp8lm.kernels.cost.CostRecorder`."""
@@ -152,12 +199,18 @@ class StepRecorder(TorchDispatchMode):
             self._add_collective()
         elif func.namespace != "prim":
             operation = Operation.of(func, args, kwargs, result)
-            self._add(operation.name, operation.launches(), is_scalar=operation.is_scalar)
+            made = operation.results
+            self._add(operation.name, operation.launches(), made, is_scalar=operation.is_scalar)
         return result
 
-    def _add(self, name: str, launches: list[Launch], *, is_scalar: bool) -> None:
+    def _add(
+        self, name: str, launches: list[Launch], made: Iterable[Tensor] = (), *, is_scalar: bool
+    ) -> None:
         # Of a view too: what its backward is for is looked up by it.
         phase, purpose = self._where(name, is_scalar=is_scalar)
+        if self.memory is not None:
+            for tensor in made:
+                self.memory.see(tensor, purpose, in_microbatch=phase != ONCE)
         for launch in launches:
             seconds = self.hardware.seconds(launch, purpose)
             self.cost.add(phase, purpose, Cost(1, launch.moved, launch.flops, seconds))
@@ -165,9 +218,12 @@ class StepRecorder(TorchDispatchMode):
     def _add_collective(self) -> None:
         """What was sent since the last one; a collective counts its bytes just before it starts."""
         phase, purpose = self._where("collective", is_scalar=False)
-        total = sum(self.counter.sent.values())
-        sent, self._sent = total - self._sent, total
-        self.cost.add(phase, purpose, Cost(collectives=1, sent=sent))
+        before, self._sent = self._sent, self.counter.sent
+        sent = {wire: total - before[wire] for wire, total in self._sent.items()}
+        self.cost.add(phase, purpose, Cost(collectives=1, sent=sum(sent.values())))
+        for wire, size in sent.items():
+            if size:
+                self.wires.add(phase, wire, Cost(collectives=1, sent=size))
 
     def _where(self, name: str, *, is_scalar: bool) -> tuple[str, str]:
         site = self._sites.locate(name, is_scalar=is_scalar)
@@ -177,7 +233,14 @@ class StepRecorder(TorchDispatchMode):
 
 
 class FusedOperations(TorchFunctionMode):
-    """Operations that are one kernel on Hopper, and several on the meta device."""
+    """Operations that are one kernel on Hopper, and several on the meta device.
+
+    `before_backward` is called when the backward of a loss begins.
+    """
+
+    def __init__(self, before_backward: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._before_backward = before_backward
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -196,6 +259,7 @@ class FusedOperations(TorchFunctionMode):
 
         PyTorch leaves a mode before it calls what the mode may replace, as all its functions are.
         """
+        self._before_backward()
         with self:
             _engine_run_backward(
                 (y,),
