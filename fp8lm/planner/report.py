@@ -65,8 +65,8 @@ def heading(estimate: Estimate) -> str:
     parallel = layout.config.parallel
     sequence = " with SP" * parallel.sequence_parallel
     return (
-        f"{dims.world_size} x {hardware.name} ({hardware.memory_gb:.0f} GB), "
-        f"TP {dims.tp}{sequence}, PP {dims.pp}, DP {dims.dp}; {batches.num_microbatches} micro-batches of "
+        f"{dims.world_size} x {hardware.name} ({hardware.memory_gb:.0f} GB), TP {dims.tp}"
+        f"{sequence}, PP {dims.pp}, DP {dims.dp}; {batches.num_microbatches} micro-batches of "
         f"{batches.micro_batch_size} a step; predicted, not measured"
     )
 
@@ -97,7 +97,7 @@ def plot(estimates: Mapping[str, Estimate], title: str, path: Path) -> None:
     room = first.hardware.memory_gb
     memory.axvline(room, color="black", linestyle="--", linewidth=1, label=f"{room:.0f} GB")
     for axes in (memory, time):
-        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

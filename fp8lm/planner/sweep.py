@@ -104,20 +104,21 @@ class Sweep:
             return [Tried(division, refused=why)]
         node_size = min(self.world_size, parallel.node_size or self.hardware.gpus_per_node)
         layout = plan_layout(config, self.num_ids, self.world_size, node_size)
+        if (held := max(layout.totals)) > room:
+            why = f"weights, gradients and optimizer states alone are {held / GIGA:.0f} GB"
+            return [Tried(division, refused=why)]
         tried: list[Tried] = []
         for recompute in (None, "full"):
             for size in sizes:
                 keys = {"micro_batch_size": size, "recompute_granularity": recompute}
                 changed = with_keys(config, train=keys)
-                traced = self._trace(changed).with_micro_batch(
-                    self._trace(changed, double=True), size
-                )
+                one, two = self._trace(changed)
+                traced = one.with_micro_batch(two, size)
                 batches = plan_batches(changed, dp)
                 there = replace(layout, config=changed)
                 of = Estimate(there, batches, self.num_ids, self.hardware, traced)
                 if not of.fits:
-                    why = f"needs {of.fullest.total / GIGA:.0f} of {room / GIGA:.0f} GB"
-                    tried.append(Tried(division, size, recompute, refused=why))
+                    tried.append(Tried(division, size, recompute, refused=_why_not(of)))
                     break
                 tried.append(Tried(division, size, recompute, of))
             if any(each.estimate for each in tried):
@@ -188,6 +189,16 @@ def describe(tried: list[Tried], world_size: int, hardware: Hardware) -> str:
     known = {each.division for each in ranked}
     last = {each.division: each for each in tried if each.division not in known}
     return "\n".join([*lines, *(f"{each}: {each.refused}" for each in last.values())])
+
+
+def _why_not(of: Estimate) -> str:
+    """What it needs, and the component that is largest."""
+    components, room = of.fullest.components, of.hardware.memory_gb
+    largest = max(components, key=lambda name: components[name])
+    return (
+        f"needs {of.fullest.total / GIGA:.0f} of {room:.0f} GB, {components[largest] / GIGA:.0f} "
+        f"of them {largest}"
+    )
 
 
 def _why_slower(of: Estimate, best: Estimate) -> str:

@@ -82,7 +82,7 @@ class StepMemory:
 class LiveMemory:
     """Follows the storages of tensors that it is shown; those of `state` do not count.
 
-    A tensor whose last dimension is `vocabulary` is made of logits.
+    A tensor whose last dimension is `vocabulary`, a width that no other has, is made of logits.
     """
 
     def __init__(self, state: Iterable[Tensor], vocabulary: int) -> None:

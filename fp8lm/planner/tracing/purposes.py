@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import FrameType
 
 import torch
@@ -102,7 +103,7 @@ class CallSites:
         stack = _segments(sys._getframe(1))  # noqa: SLF001 (traceback is 50 times slower)
         # What the engine calls, and not what called it: all of a backward is called in one place.
         called = next(filter(None, stack[:-1]), []) if len(stack) > 1 else stack[0]
-        purpose = _purpose(called)
+        purpose = _purpose(tuple(called))
         if purpose is None:
             purpose = self._of_autograd(name)
         else:
@@ -135,11 +136,20 @@ def _segments(frame: FrameType | None) -> list[list[Place]]:
     """The package's frames from the innermost on, cut where autograd's engine has been called."""
     segments: list[list[Place]] = [[]]
     for module, function in _frames(frame):
-        if module.startswith(_PACKAGE) and not module.startswith(_OBSERVES):
-            segments[-1].append((module.removeprefix(_PACKAGE), function))
+        part = _part_of_package(module)
+        if part is not None:
+            segments[-1].append((part, function))
         elif function == "_engine_run_backward":
             segments.append([])
     return segments
+
+
+@cache  # asked of every frame of every operation
+def _part_of_package(module: str) -> str | None:
+    """The name within the package of a module that runs operations."""
+    if module.startswith(_PACKAGE) and not module.startswith(_OBSERVES):
+        return module.removeprefix(_PACKAGE)
+    return None
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[str, str]]:
@@ -148,7 +158,8 @@ def _frames(frame: FrameType | None) -> Iterator[tuple[str, str]]:
         frame = frame.f_back
 
 
-def _purpose(places: list[Place]) -> str | None:
+@cache
+def _purpose(places: tuple[Place, ...]) -> str | None:
     """None where no frame of the package is in the stack."""
     for module, _ in reversed(places):
         for owner, purpose in OWNERS.items():
