@@ -63,7 +63,7 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     params = random_params(config)
     parameters = sum(torch.Size(param.shape).numel() for param in params.values())
     tokenizer = build_tokenizer(config.tokenizer)
-    write_release(folder / "ck", config, tokenizer, params, {}, lambda size: None)
+    write_release(folder / "ck", config, tokenizer, params, lambda size: None)
     result: dict[str, Any] = {
         "parameters": parameters,
         "precision": config.precision.preset,
@@ -96,7 +96,7 @@ def random_params(config: Config) -> dict[str, Incoming]:
         is_matrix = ".linear_" in name and len(shape) == 2
         fmt = matrix if is_matrix else high
         scale = torch.tensor(1024.0) if fmt.scaled else None
-        sections = 2 if config.model.swiglu and ".linear_fc1." in name else 1
+        sections = 2 if config.model.swiglu and ".linear_fc1." in name else None
         found[name] = Incoming(shape, fmt, reader(pool, shape, fmt), scale, sections)
     return found
 

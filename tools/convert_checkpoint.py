@@ -3,9 +3,12 @@
 python tools/convert_checkpoint.py --from fp8lm --to hf     --input runs/x/checkpoints --output x
 python tools/convert_checkpoint.py --from fp8lm --to hf-fp8 --input runs/x/checkpoints --output x
 python tools/convert_checkpoint.py --from hf    --to fp8lm  --input Qwen3-0.6B --output runs/qwen3
+python tools/convert_checkpoint.py --from fp8lm --to megatron --input runs/x/checkpoints --output x
+python tools/convert_checkpoint.py --from megatron --to fp8lm --input x --output y --config C.yaml
 
 hf is a HuggingFace folder: safetensors, config.json, tokenizer. hf-fp8 is one of compressed-tensors
-that vLLM serves: FP8 weights and scales as they were trained. A model that comes in is a checkpoint
+that vLLM serves: FP8 weights and scales as they were trained. megatron is megatron-core's
+torch_dist, the weights of one. A model that comes in is a checkpoint
 without optimizer states: train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time
 is in memory. OUTPUT is not there until all of it is; the same command again continues where one was
 killed.
@@ -24,14 +27,19 @@ import fp8lm
 from fp8lm.arguments import as_path, number_type, path_text
 from fp8lm.checkpoint import Checkpoint, open_checkpoint
 from fp8lm.checkpoint.checksums import CHECKSUMS, file_digest
+from fp8lm.config import load_config
+from fp8lm.convert import megatron
 from fp8lm.convert.hf_export import DTYPES, export_model, plan_export
-from fp8lm.convert.hf_import import import_model, plan_import
+from fp8lm.convert.hf_import import plan_import
 from fp8lm.convert.output import check_output
+from fp8lm.convert.release import import_model
+from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import TOKENIZER_TYPES
 from fp8lm.runtime.errors import CommandParser, run_command
 
 GIGA = 10**9
-PAIRS = {("fp8lm", "hf"), ("fp8lm", "hf-fp8"), ("hf", "fp8lm")}
+EXPORTS, IMPORTS = ("hf", "hf-fp8", "megatron"), ("hf", "megatron")
+PAIRS = {*(("fp8lm", name) for name in EXPORTS), *((name, "fp8lm") for name in IMPORTS)}
 
 
 def main(argv: list[str]) -> None:
@@ -53,8 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--from", dest="source", choices=("fp8lm", "hf"), required=True)
-    add("--to", dest="target", choices=("fp8lm", "hf", "hf-fp8"), required=True)
+    add("--from", dest="source", choices=("fp8lm", *IMPORTS), required=True)
+    add("--to", dest="target", choices=("fp8lm", *EXPORTS), required=True)
     add("--input", type=as_path, required=True, help="a folder of checkpoints, one, or a model")
     add("--output", type=as_path, required=True, help="a folder that is not there yet")
     add(
@@ -69,6 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="GB",
         help="of a safetensors file (default: 5)",
     )
+    add("--config", help="of the model and tokenizer that --from megatron brings in (YAML)")
     add("--tokenizer-model", type=path_text, help="not the model's own: a file or folder")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, help="its kind")
     options = parser.parse_args(argv)
@@ -76,8 +85,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--from {options.source} --to {options.target} is no conversion")
     if options.target == "hf-fp8" and options.dtype is not None:
         parser.error("--dtype: hf-fp8 has the formats of the training")
-    if options.source == "fp8lm" and (options.tokenizer_model or options.tokenizer_type):
-        parser.error("--tokenizer-model: a checkpoint here has its own tokenizer")
+    if (options.source == "megatron") != (options.config is not None):
+        parser.error("--config FILE: --from megatron needs it, and nothing else takes it")
+    if options.source != "hf" and (options.tokenizer_model or options.tokenizer_type):
+        parser.error("--tokenizer-model: for --from hf; others say themselves what theirs is")
     return options
 
 
@@ -86,6 +97,9 @@ def export(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.input, needed=("config", "config.model"))
     for problem in checkpoint.passed_over:
         print(f"warning: passed over {problem}", file=sys.stderr)
+    if options.target == "megatron":
+        export_to_megatron(options, checkpoint)
+        return
     dtype = None if options.target == "hf-fp8" else options.dtype or "bf16"
     plan = plan_export(checkpoint, dtype)
     tell([f"{checkpoint.folder}, iteration {checkpoint.iteration}", *plan.lines])
@@ -97,11 +111,27 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.output}: {total:,} bytes of weights")
 
 
+def export_to_megatron(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Write the weights of a checkpoint of this program as one of megatron-core."""
+    weights, dtype = Weights.of(checkpoint), options.dtype or "bf16"
+    tell([f"{checkpoint.folder}, iteration {checkpoint.iteration}", *weights.describe(dtype)])
+    conversion = describe(options, identity_of(checkpoint))
+    fmt = DTYPES[dtype]
+    total = sum(tensor.nbytes for tensor in megatron.plan_export(weights, fmt).values())
+    with progress_bar(total) as bar:
+        megatron.export_model(
+            weights, fmt, options.output, conversion, lambda size: bar.update(size)
+        )
+    print(f"{options.output}: {total:,} bytes of weights")
+
+
 def bring_in(options: argparse.Namespace) -> None:
-    """Write a HuggingFace folder as a checkpoint of this program."""
-    plan = plan_import(
-        options.input, options.dtype, options.tokenizer_model, options.tokenizer_type
-    )
+    """Write a model of another program as a checkpoint of this one."""
+    if options.source == "megatron":
+        plan = megatron.plan_import(options.input, load_config(options.config), options.dtype)
+    else:
+        tokenizer = options.tokenizer_model, options.tokenizer_type
+        plan = plan_import(options.input, options.dtype, *tokenizer)
     tell([str(options.input), *plan.lines])
     with progress_bar(sum(param.nbytes for param in plan.params.values())) as bar:
         import_model(plan, options.output, describe(options, {}), lambda size: bar.update(size))

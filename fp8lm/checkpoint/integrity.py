@@ -122,7 +122,9 @@ def _read(folder: Path, name: str, most: int, digest: str | None = None) -> byte
     try:
         data = read_regular(path, most)
     except FileNotFoundError:
-        hint = " (Megatron-LM's, which are not read, look so)" if _is_megatrons(folder) else ""
+        hint = ""
+        if _is_megatrons(folder):
+            hint = " (Megatron-LM's look so: tools/convert_checkpoint.py --from megatron)"
         raise DamagedCheckpoint(f"{folder} is incomplete: no {name}{hint}") from None
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error}") from error

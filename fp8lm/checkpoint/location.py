@@ -111,7 +111,7 @@ def _what_is_there(root: Path) -> str | None:
     if os.path.exists(root / METADATA):
         return "it holds tensors of torch.distributed.checkpoint that another program wrote"
     if any(next(root.glob(pattern), None) for pattern in _OF_HUGGING_FACE):
-        return "it looks like a Hugging Face model, which is not read"
+        return "it looks like a Hugging Face model: tools/convert_checkpoint.py --from hf"
     if meant := next((folder for folder in _folders(root) if _has_checkpoints(folder)), None):
         return f"did you mean {meant}?"
     siblings = [] if os.path.exists(root) else list(filter(_has_checkpoints, _folders(root.parent)))

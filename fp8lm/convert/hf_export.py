@@ -26,6 +26,7 @@ from fp8lm.convert.names import (
     hugging_face_names,
 )
 from fp8lm.convert.output import finish_output, start_output
+from fp8lm.convert.release import Progress
 from fp8lm.convert.safetensors_files import (
     OutputTensor,
     plan_files,
@@ -44,7 +45,6 @@ from fp8lm.training.provenance import tokenizer_of
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 DTYPES = {"fp32": FP32, "bf16": BF16}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ def plan_export(checkpoint: Checkpoint, dtype: str | None) -> Export:
         named, target = [], DTYPES[dtype].dtype
         for rows in hugging_face_names(weights.model, kind, weights.shapes):
             named.append(_tensor(weights, rows, target))
-        sources = sorted({weights.source_kind(name) for name in weights.shapes}, reverse=True)
-        lines = [f"weights: {dtype}, from the stored {' or '.join(sources)}"]
-        if dtype == "bf16":
-            lines[0] += ", rounded to nearest"
+        lines = weights.describe(dtype)
     config |= {"torch_dtype": _TORCH_NAMES[dtype or "bf16"], **ids}
     lines = [f"architecture: {kind}", *lines, *reservations(tokenizer)]
     return Export(config, named, tokenizer, lines)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,22 @@ import torch
 from torch import Tensor
 
 from fp8lm.checkpoint.reader import WORD_TABLES
-from fp8lm.config import ModelConfig, build_config
+from fp8lm.config import ModelConfig
 from fp8lm.convert import compressed_tensors
 from fp8lm.convert.architectures import from_hugging_face
-from fp8lm.convert.hf_export import CONFIG, DTYPES, Progress
+from fp8lm.convert.hf_export import CONFIG, DTYPES
 from fp8lm.convert.names import (
     NamedRows,
     head_of,
     hugging_face_names,
     param_shapes,
 )
-from fp8lm.convert.output import finish_output, start_output
-from fp8lm.convert.release import Incoming, write_release
+from fp8lm.convert.release import Import, Incoming, precision_of
 from fp8lm.convert.safetensors_files import (
     SafetensorsFolder,
 )
-from fp8lm.convert.tokenizers import config_section, find_tokenizer
-from fp8lm.data.tokenizer import Tokenizer, padded_vocab_size
+from fp8lm.convert.tokenizers import find_tokenizer
+from fp8lm.data.tokenizer import padded_vocab_size
 from fp8lm.numerics import BF16, E4M3, Format
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
@@ -42,17 +40,6 @@ LARGEST_CONFIG = 2**22  # bytes
 _PADDING = 128  # rows of a table are a multiple of this, so that tensor-parallel ranks divide them
 # Buffers that some versions have saved beside the weights.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
-
-
-@dataclass(frozen=True)
-class Import:
-    """A HuggingFace folder as sections of a config, tokenizer and parameters."""
-
-    model: dict[str, Any]
-    precision: dict[str, Any]
-    tokenizer: Tokenizer
-    params: dict[str, Incoming]
-    lines: list[str]
 
 
 def plan_import(
@@ -81,7 +68,8 @@ def plan_import(
         lines[-1] += ", dequantized"
     if not tokenizer.files:
         lines.append(f"no tokenizer in {folder}: token ids alone")
-    precision = _precision(None if as_it_is else kept, reader.unquantized, model.num_layers)
+    outer = as_it_is and bool(reader.unquantized)
+    precision = precision_of("fp8" if as_it_is else kept, outer_layers_bf16=outer)
     return Import(keys, precision, tokenizer, params, lines)
 
 
@@ -112,15 +100,6 @@ def _dtype_of(config: Mapping[str, Any], reader: _Reader) -> str:
     """bf16 where all is BF16 or FP8, else fp32, which holds every other dtype."""
     dtypes = {tensor.dtype for tensor in reader.used()}
     return "bf16" if dtypes <= {torch.bfloat16, torch.float8_e4m3fn} else "fp32"
-
-
-def _precision(dtype: str | None, unquantized: set[int], num_layers: int) -> dict[str, Any]:
-    """Section `precision` of a config under which the weights load as they are stored."""
-    if dtype == "bf16":
-        return {"preset": "bf16"}
-    if dtype == "fp32":
-        return {"preset": "bf16", "gemm": "fp32", "params_dtype": "fp32"}
-    return {"preset": "o3", "first_last_layers_bf16": bool(unquantized)}
 
 
 class _Reader:
@@ -217,7 +196,10 @@ class _Reader:
             if param in WORD_TABLES:
                 shape = (padded_vocab_size(shape[0], _PADDING, 1), *shape[1:])
             gated = self._model.swiglu and ".linear_fc1." in param
-            yield param, Incoming(shape, own, self._rows_of(param, own), scale, 1 + gated)
+            yield (
+                param,
+                Incoming(shape, own, self._rows_of(param, own), scale, 2 if gated else None),
+            )
 
     def _rows_of(self, param: str, fmt: Format) -> Callable[[int, int], Tensor]:
         def read(start: int, stop: int) -> Tensor:
@@ -257,24 +239,3 @@ def _fill(
             shift = before - start
             target[low - first : high - first] = read(rows, low + shift, high + shift)
         before += stop - start
-
-
-def import_model(
-    plan: Import, output: Path, conversion: Mapping[str, Any], progress: Progress
-) -> None:
-    """Write `plan` to the folder `output` as a checkpoint."""
-    place = output.resolve() / "iter_0000000"
-    config = build_config(
-        {
-            "model": plan.model,
-            "precision": plan.precision,
-            # A release is not trained on: what must be there says nothing.
-            "train": {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1},
-            "optimizer": {"lr": 1e-5},
-            "data": {"mock_data": True},
-            "tokenizer": config_section(plan.tokenizer, place),
-        }
-    )
-    work = start_output(output, conversion)
-    write_release(work, config, plan.tokenizer, plan.params, {}, progress)
-    finish_output(work, output)

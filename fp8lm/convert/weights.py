@@ -77,10 +77,20 @@ class Weights:
     def _rows(self) -> StoredRows:
         return StoredRows(self.checkpoint)
 
+    def rows_of_table(self, param: str) -> int:
+        """Rows of a word table as it is stored, padding included."""
+        return self._rows.shape(str(StateKey("weight", param, "payload")), 2)[0]
+
     def source_kind(self, param: str) -> str:
         """Where the most exact values of `param` are."""
         stored = StateKey("master", param, "payload") in self.checkpoint.state
         return "master" if stored else "weight"
+
+    def describe(self, dtype: str) -> list[str]:
+        """A line on what an export in `dtype` (fp32, bf16) is made from."""
+        sources = sorted({self.source_kind(name) for name in self.shapes})
+        line = f"weights: {dtype}, from the stored {' or '.join(sources)}"
+        return [line + ", rounded to nearest" * (dtype == "bf16")]
 
     def format(self, param: str, kind: str = "weight") -> Format:
         """The format in which a `kind` of `param` is stored."""

@@ -102,7 +102,7 @@ CASES = [
     train(LOAD, says=(NONE, f"is incomplete: no {FILE}"), prepare=saved(remove(FILE))),
     train(
         LOAD,
-        says=(NONE, "Megatron-LM's, which are not read"),
+        says=(NONE, "Megatron-LM's look so: tools/convert_checkpoint.py"),
         prepare=writes(
             **{"ck/iter_0000005/common__pt": "", "ck/latest_checkpointed_iteration__txt": "5"}
         ),
