@@ -8,10 +8,9 @@ python tools/convert_checkpoint.py --from megatron --to fp8lm --input x --output
 
 hf is a HuggingFace folder: safetensors, config.json, tokenizer. hf-fp8 is one of compressed-tensors
 that vLLM serves: FP8 weights and scales as they were trained. megatron is megatron-core's
-torch_dist, the weights of one. A model that comes in is a checkpoint
-without optimizer states: train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time
-is in memory. OUTPUT is not there until all of it is; the same command again continues where one was
-killed.
+torch_dist, the weights of one. A model that comes in is a checkpoint without optimizer states:
+train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time is in memory. OUTPUT is
+not there until all of it is; --to hf and hf-fp8 go on where the same command was killed.
 """
 
 from __future__ import annotations
