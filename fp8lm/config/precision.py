@@ -23,7 +23,7 @@ SecondMomentDtype = Literal[MomentDtype, "fp8_e4m4_root"]
 Rounding = Literal["nearest", "stochastic"]
 WireFormat = Literal["fp8", "bf16"]
 ScalingGranularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"]
-ScalingMethod = Literal["current", "delayed"]
+ScalingMethod = Literal["current", "delayed", "static"]
 AmaxComputeAlgo = Literal["max", "most_recent"]
 GradOutputFormat = Literal["fp8_e5m2", "fp8_e4m3"]
 KernelsName = Literal["auto", "eager", "triton"]
@@ -147,10 +147,16 @@ class PrecisionConfig(Section):
         "PyTorch's operations one by one; auto, triton where it is installed. Casts, sums and "
         "optimizer steps have the same bits, exponentials differ in the last one. A CPU has eager.",
     )
+    smooth_swiglu: Bool = Field(
+        False,
+        description="Scale every channel of SwiGLU's output by a power of two before its cast to "
+        "FP8, and take it back in the second matrix (Smooth-SwiGLU): for channels that grow far "
+        "beyond the others.",
+    )
     scaling_method: ScalingMethod = _of_preset(
         "scaling_method",
         "Where the scale of an FP8 GEMM's operand comes from: current, its own amax; delayed, the "
-        "amaxes of earlier steps, with a scale of 1 in the first.",
+        "amaxes of earlier steps, with a scale of 1 in the first; static, sizes alone.",
     )
     fp8_amax_history_len: Count = Field(
         1024, description="Steps that delayed scaling remembers the amax of."

@@ -13,6 +13,14 @@ te_delayed
           TransformerEngine's `DelayedScaling` with its defaults: the largest of 1024 amaxes, margin
           0, E4M3 forward and E5M2 backward; else as te. Where it differs is said in
           `fp8lm.layers.amax_history`.
+coat      COAT (Xi et al., arXiv 2410.19313): both moments in eight bits, scales per tensor in the
+          GEMMs, BF16 weights and gradients, fp32 master. Different: COAT expands the range of m and
+          v in groups of 128 by a power k before E4M3; here v is its root (k = 1/2) in E4M4, rounded
+          stochastically, m is E4M3 as it is, and each has one scale per tensor; activations outside
+          of linear layers, which COAT saves in FP8, are BF16.
+unit      Static scales after Unit Scaling (Blake et al., arXiv 2303.11257; Perez et al., arXiv
+          2309.17224): powers of two from sizes alone, else as te. Where it differs is said in
+          `fp8lm.layers.unit_scale`.
 deepseek  DeepSeek-V3 (arXiv 2412.19437, 3.3): E4M3 throughout, scales per 1 x 128 of inputs and
           output gradients and per 128 x 128 of weights, moments in BF16, master and gradients
           in fp32. Different: scales are powers of two, not amax / 448; wgrad's inputs are cast
@@ -30,9 +38,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-PresetName = Literal[
-    "bf16", "te", "o1", "o2", "o3", "o3_long", "o4", "te_delayed", "deepseek", "mxfp8"
-]
+_FP8LM = Literal["bf16", "te", "o1", "o2", "o3", "o3_long", "o4"]
+_OTHERS = Literal["te_delayed", "coat", "unit", "deepseek", "mxfp8"]
+PresetName = Literal[_FP8LM, _OTHERS]
 Formats = tuple[str, str, str]
 _KINDS = ("input", "weight", "grad_output")
 
@@ -105,6 +113,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "te_delayed": _preset(
             *("fp8", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
             method="delayed",
+        ),
+        "coat": _preset(
+            *("fp8", "bf16", "fp32", "bf16", _FP8_MOMENTS, "nearest", ("bf16", "bf16", "bf16"))
+        ),
+        "unit": _preset(
+            *("fp8", "bf16", "fp32", "fp32", _FP32_STATES, "nearest", _BF16_WIRES),
+            method="static",
         ),
         "deepseek": _preset(
             *("fp8", "bf16", "fp32", "fp32", _BF16_STATES, "nearest", _BF16_WIRES),

@@ -10,8 +10,8 @@ while that is 0; what exceeds the scaled range saturates. Different from it:
 - a history moves once in an optimizer step, by the largest amax of its micro-batches and of all
   ranks that hold a part of the layer, and not once in a micro-batch: so it is the same under every
   layout;
-- an output gradient counts as that of its micro-batch's own mean loss: backward's is smaller by
-  their number, which replicas divide and a ramp-up changes;
+- an output gradient counts as that of the sum of losses: backward's is that of a mean over the
+  step's tokens on this rank, a number that replicas divide and a ramp-up changes;
 - scales are powers of two, as everywhere here;
 - a tensor whose amax is not finite is cast with scale NaN, so that its step is skipped, and a step
   that is skipped leaves no trace in the histories.
@@ -56,6 +56,7 @@ class DelayedScale:
 class AmaxHistories:
     """The histories and scales of all `quantizers` whose scale is a `DelayedScale`.
 
+    It also tells every known scale of an output gradient the number of tokens.
     `share` reduces amaxes over all ranks that hold a part of these layers, or the same part.
     """
 
@@ -77,7 +78,9 @@ class AmaxHistories:
         self._formats = [fmt for fmt, _ in delayed.values()]
         self._scales_of = [scale for _, scale in delayed.values()]
         self._of_gradients = [
-            scale for (_, kind), (_, scale) in delayed.items() if kind == "grad_output"
+            quantizer.known_scale
+            for (_, kind), quantizer in quantizers.items()
+            if kind == "grad_output" and quantizer.known_scale is not None
         ]
         self._values = torch.zeros(len(delayed), self.length, device=device)
         self._scales = torch.ones(len(delayed), device=device)
@@ -92,11 +95,11 @@ class AmaxHistories:
             scale.value = value
 
     @contextmanager
-    def recording(self, num_microbatches: int) -> Iterator[None]:
-        """Record the amaxes of all casts of a step, whose loss is the mean of micro-batches."""
+    def recording(self, num_tokens: int) -> Iterator[None]:
+        """Record the amaxes of all casts of a step, whose loss is a mean over `num_tokens`."""
         self._recorded.zero_()
         for scale in self._of_gradients:
-            scale.unit = 2.0 ** math.floor(math.log2(num_microbatches))
+            scale.unit = 2.0 ** math.floor(math.log2(num_tokens))
         for scale, recorded in zip(self._scales_of, self._recorded, strict=True):
             scale.recorded = recorded
         try:

@@ -31,6 +31,7 @@ from fp8lm.layers.param import ParamSpec, QuantizedParam, VectorParam
 from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.quantizer import Quantizer, TensorKind
 from fp8lm.layers.recipe import BF16_GEMM, GemmPrecision, Recipe
+from fp8lm.layers.smoothing import channel_scales
 from fp8lm.layers.tp_context import TPComm
 from fp8lm.numerics import BF16, FP32
 from fp8lm.scaled_tensor import ScaledTensor
@@ -52,6 +53,7 @@ class Linear(nn.Module):
         bias: ParamSpec | None = None,
         input_comm: TPComm | None = None,
         output_comm: TPComm | None = None,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         kernels, device = recipe.kernels, recipe.device
@@ -59,11 +61,12 @@ class Linear(nn.Module):
             weight,
             kernels,
             device,
-            recipe.weight_quantizer(weight.shard_spec),
+            recipe.weight_quantizer(weight.shape, weight.shard_spec),
             cache_operands=recipe.cache_weight_operands,
         )
         self.bias = None if bias is None else VectorParam(bias, kernels, device)
-        self.path = GemmPath(recipe.gemm, kernels, input_comm, output_comm)
+        smooth = smooth and recipe.gemm.input.scaled
+        self.path = GemmPath(recipe.gemm, kernels, input_comm, output_comm, smooth=smooth)
         # Of the recipe, while other ones are used.
         self._set_aside: tuple[GemmPath, Quantizer] | None = None
 
@@ -169,7 +172,8 @@ class OperandPath:
 class GemmPath:
     """How the operands of a layer's GEMMs are cast, sent and received.
 
-    With `exact_wires` they are sent as the GEMMs read them, whatever the wires carry.
+    With `exact_wires` they are sent as the GEMMs read them, whatever the wires carry. `smooth`: the
+    input, which no other rank has a part of, is smoothed (see `fp8lm.layers.smoothing`).
     """
 
     def __init__(
@@ -180,8 +184,10 @@ class GemmPath:
         output_comm: TPComm | None = None,
         *,
         exact_wires: bool = False,
+        smooth: bool = False,
     ) -> None:
         self.precision = precision
+        self.smooth = smooth
         self.kernels = kernels
         self.input_comm, self.output_comm = input_comm or TPComm(), output_comm or TPComm()
         scaling, dtype = precision.scaling, precision.output
@@ -245,9 +251,13 @@ class _LinearFunction(torch.autograd.Function):
         kernels, reduces = path.kernels, path.output_comm.reduces
         y, of_prologue = (x, ()) if prologue is None else prologue.forward_saving(x)
         trainable = weight.spec.trainable
-        sent, own = path.input.cast(y.reshape(-1, y.shape[-1]), wgrad=trainable)
+        y_TI, divisors = y.reshape(-1, y.shape[-1]), None
+        if path.smooth:
+            scales = channel_scales(y_TI)
+            y_TI, divisors = y_TI * scales, scales.reciprocal()
+        sent, own = path.input.cast(y_TI, wgrad=trainable)
         gathering = path.input_comm.gather(sent)
-        w_OI = weight.operand()
+        w_OI = weight.operand() if divisors is None else weight.operand_of_columns(divisors)
         x_TI = path.input.operand(gathering.wait())
         y_TO = kernels.gemm(
             x_TI,
@@ -261,7 +271,7 @@ class _LinearFunction(torch.autograd.Function):
             y_TO.add_(bias)
         saved: tuple[Tensor | None, ...] = ()
         if trainable:  # wgrad's operand, or this rank's part of it
-            saved = (own.payload, own.scale, own.inverse)
+            saved = (own.payload, own.scale, own.inverse, divisors)
             ctx.saved_as = (own.format, own.granularity)
         ctx.save_for_backward(*saved, *of_prologue)
         ctx.weight, ctx.path, ctx.prologue, ctx.input_shape = weight, path, prologue, y.shape
@@ -279,10 +289,10 @@ class _LinearFunction(torch.autograd.Function):
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
         wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
         if dy_OT is not None and weight.spec.trainable:
-            payload, scale, inverse, *of_prologue = of_prologue
+            payload, scale, inverse, divisors, *of_prologue = of_prologue
             fmt, granularity = ctx.saved_as
             saved = ScaledTensor(payload, scale, fmt, granularity, inverse)
-            wgrad = _weight_gradient(weight, path, saved, dy_OT)
+            wgrad = _weight_gradient(weight, path, saved, dy_OT, divisors)
         reducing = None
         if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[_NUM_INPUTS:]):
             dx_TI = kernels.gemm(dy_TO, weight.transposed_operand(), out_dtype=dtype)
@@ -300,10 +310,15 @@ class _LinearFunction(torch.autograd.Function):
 
 
 def _weight_gradient(
-    weight: QuantizedParam, path: GemmPath, saved: ScaledTensor, dy_OT: ScaledTensor
+    weight: QuantizedParam,
+    path: GemmPath,
+    saved: ScaledTensor,
+    dy_OT: ScaledTensor,
+    divisors: Tensor | None,
 ) -> Callable[[], None]:
     """A function that computes and adds the weight's gradient; starts gathering the `saved` inputs.
 
+    `divisors` multiply its columns, if the input was smoothed.
     A deferred wgrad gathers its input when it runs: until then a rank holds only its part.
     """
     kernels, comm = path.kernels, path.input_comm
@@ -317,6 +332,8 @@ def _weight_gradient(
             arriving = gathering or comm.gather(saved)
             x_IT = path.input.transposed_operand(arriving.wait())
         dw_OI = kernels.gemm(dy_OT, x_IT, out_dtype=path.precision.output)
+        if divisors is not None:
+            dw_OI.mul_(divisors)
         weight.main_grad.add(dw_OI)
 
     return compute

@@ -234,6 +234,18 @@ class QuantizedParam(Param):
             cache.operand, cache.transposed = both
         return cache.operand
 
+    def operand_of_columns(self, factors: Tensor) -> ScaledTensor:
+        """The weight, its columns times `factors` [I], as forward's GEMM reads it; never kept."""
+        values, of_weight = self._values(), self.quantizer
+        quantizer = Quantizer(  # with a scale of its own, whatever that of the weight is
+            of_weight.format,
+            self.kernels,
+            granularity=of_weight.granularity,
+            share_amax=of_weight.share_amax,
+            sharded_dim=of_weight.sharded_dim,
+        )
+        return quantizer(values * factors.to(values.dtype))
+
     def transposed_operand(self) -> ScaledTensor:
         """The weight as dgrad's GEMM reads it."""
         cache = self.cache or OperandCache()

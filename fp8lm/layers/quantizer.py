@@ -28,7 +28,12 @@ class Observer(Protocol):
 
 
 class KnownScale(Protocol):
-    """A scale that is known before the cast, and not taken from the amax of the tensor."""
+    """A scale that is known before the cast, and not taken from the amax of the tensor.
+
+    It is of the tensor times `unit`, a power of two: see `AmaxHistories.recording`.
+    """
+
+    unit: float
 
     def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
         """The scale (0-d fp32) of `x`, NaN if its `amax` (0-d fp32) is not finite."""

@@ -13,6 +13,7 @@ from fp8lm.layers.amax_history import DelayedScale
 from fp8lm.layers.quantizer import KnownScale, Quantizer
 from fp8lm.layers.shard_spec import ShardSpec
 from fp8lm.layers.tp_context import NO_TP, TPContext
+from fp8lm.layers.unit_scale import UnitScale
 from fp8lm.numerics import (
     BF16,
     E4M3,
@@ -52,7 +53,13 @@ class OperandScaling:
 
     def known_scale(self) -> KnownScale | None:
         """What gives a quantizer the scale of one tensor, unless that comes from its amax."""
+        if self.method == "static":
+            return UnitScale()
         return DelayedScale() if self.method == "delayed" else None
+
+    def known_weight_scale(self, in_features: int) -> KnownScale | None:
+        """The same for a weight [O, in_features]."""
+        return UnitScale.of_weight(in_features) if self.method == "static" else self.known_scale()
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Recipe:
     `high_precision` is the format of embeddings, norms and biases, and of activations between
     GEMMs; their gradients are fp32. `tp` is the tensor-parallel group of a layer.
     `cache_weight_operands`: see `cached_weight_operands`. `trainable` False: matrices without
-    gradient buffers.
+    gradient buffers. `smooth_swiglu`: see `fp8lm.layers.smoothing`.
     """
 
     gemm: GemmPrecision
@@ -103,6 +110,7 @@ class Recipe:
     tp: TPContext = NO_TP
     cache_weight_operands: bool = False
     trainable: bool = True
+    smooth_swiglu: bool = False
 
     @classmethod
     def from_config(
@@ -123,6 +131,7 @@ class Recipe:
             device=device,
             tp=tp,
             cache_weight_operands=precision.cache_weight_operands,
+            smooth_swiglu=precision.smooth_swiglu,
         )
 
     def for_inference(self) -> Recipe:
@@ -134,20 +143,21 @@ class Recipe:
         scaling = self.gemm.scaling
         of_token = scaling.input if scaling.input.rows == 1 else PER_ROW
         gemm = replace(self.gemm, scaling=replace(scaling, input=of_token))
-        return replace(self, gemm=gemm, trainable=False, cache_weight_operands=True)
+        recipe = replace(self, gemm=gemm, trainable=False, cache_weight_operands=True)
+        return replace(recipe, smooth_swiglu=False)  # whose scales are of all tokens
 
     @property
     def head_gemm(self) -> GemmPrecision:
         """Formats of the output layer's GEMMs, never FP8."""
         return FP32_GEMM if self.high_precision == FP32 else BF16_GEMM
 
-    def weight_quantizer(self, shard_spec: ShardSpec) -> Quantizer:
+    def weight_quantizer(self, shape: tuple[int, ...], shard_spec: ShardSpec) -> Quantizer:
         """The quantizer of a linear layer's weight, whose shards are on the ranks of `tp`."""
         return Quantizer(
             self.gemm.weight,
             self.kernels,
             granularity=self.gemm.scaling.weight,
-            known_scale=self.gemm.scaling.known_scale(),
+            known_scale=self.gemm.scaling.known_weight_scale(shape[1]),
             share_amax=self.tp.max if self.tp.size > 1 else None,
             sharded_dim=shard_spec.dim,
         )

@@ -34,7 +34,14 @@ class MLP(nn.Module):
             bias=bias,
             num_sections=num_sections,
         )
-        self.linear_fc2 = row_linear(hidden, ffn, output_init(std, layers), recipe, bias=bias)
+        self.linear_fc2 = row_linear(
+            hidden,
+            ffn,
+            output_init(std, layers),
+            recipe,
+            bias=bias,
+            smooth=recipe.smooth_swiglu,
+        )
 
     def forward(self, x_SBH: Tensor, norm: Prologue | None = None) -> Tensor:
         """[S,B,H] -> [S,B,H]; `norm` is applied to the input."""

@@ -38,9 +38,18 @@ def column_linear(
 
 
 def row_linear(
-    out_features: int, in_features: int, init: Initializer, recipe: Recipe, *, bias: bool
+    out_features: int,
+    in_features: int,
+    init: Initializer,
+    recipe: Recipe,
+    *,
+    bias: bool,
+    smooth: bool = False,
 ) -> Linear:
-    """[S,B,I/t] -> [S/t,B,O] or [S,B,O]; the bias is added once, after the sum over ranks."""
+    """[S,B,I/t] -> [S/t,B,O] or [S,B,O]; the bias is added once, after the sum over ranks.
+
+    `smooth`: see `fp8lm.layers.smoothing`.
+    """
     tp = recipe.tp
     sequence_parallel = tp.sequence_parallel
     return Linear(
@@ -53,4 +62,5 @@ def row_linear(
         else None,
         input_comm=tp.sharded_side(),
         output_comm=tp.replicated_side(),
+        smooth=smooth,
     )

@@ -68,7 +68,8 @@ def train_step(
     share = objective.counted_share(microbatches)
     if any(isinstance(w, QuantizedParam) and w.needs_cast for w in weights.values()):
         data_parallel.finish_param_sync()
-    recording = nullcontext() if histories is None else histories.recording(len(microbatches))
+    num_tokens = sum(batch.tokens.numel() for batch in microbatches)
+    recording = nullcontext() if histories is None else histories.recording(num_tokens)
     with recording, cached_weight_operands(named_params(model).values(), tp):
         loss = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
     gradients = data_parallel.reduce()

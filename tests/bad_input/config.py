@@ -211,6 +211,13 @@ PRECISION = [
         "precision.scaling.input=row",
         says="delayed has one scale per tensor, but precision.scaling.input = row",
     ),
+    train("precision.smooth_swiglu=true", says="precision.smooth_swiglu = true needs model.swiglu"),
+    train(
+        "precision.preset=bf16",
+        "precision.smooth_swiglu=true",
+        "model.swiglu=true",
+        says="smooth_swiglu = true is for FP8: precision.gemm = bf16",
+    ),
     train("precision.fp8_amax_history_len=0", says="fp8_amax_history_len"),
     train("precision.scaling.weights=row", says="unknown key precision.scaling.weights: did you"),
     train("precision.scaling.weight=row", says="stores it with one scale: use tensor, or params_"),

@@ -45,7 +45,7 @@ def test_preset_fills_every_key(preset):
     dumped = PrecisionConfig(preset=preset).model_dump()
     assert {key: dumped.pop(key) for key in PRESETS[preset]} == PRESETS[preset]
     of_delayed_scaling = {"fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin"}
-    others = {"preset", "grad_reduce", "cache_weight_operands", "kernels", "guard"}
+    others = {"preset", "smooth_swiglu", "grad_reduce", "cache_weight_operands", "kernels", "guard"}
     assert dumped.keys() == others | of_delayed_scaling
 
 

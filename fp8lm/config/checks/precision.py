@@ -78,6 +78,8 @@ def scaling(config: Config) -> Iterator[str]:
     """A weight stored in FP8 has one scale; tensor parallelism cuts no block."""
     precision = config.precision
     if precision.gemm != "fp8":
+        if precision.smooth_swiglu:
+            yield f"precision.smooth_swiglu = true is for FP8: precision.gemm = {precision.gemm}"
         return
     weight = precision.scaling.weight
     if precision.params_dtype == "fp8_e4m3" and weight != "tensor":
@@ -86,6 +88,8 @@ def scaling(config: Config) -> Iterator[str]:
             "precision.params_dtype = fp8_e4m3 stores it with one scale: use tensor, or "
             "params_dtype = bf16"
         )
+    if precision.smooth_swiglu and not config.model.swiglu:
+        yield "precision.smooth_swiglu = true needs model.swiglu = true, whose output it scales"
     granularities = precision.scaling.by_kind()
     if precision.scaling_method != "current" and set(granularities.values()) != {"tensor"}:
         kind = next(kind for kind, name in granularities.items() if name != "tensor")
