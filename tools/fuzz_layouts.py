@@ -77,19 +77,8 @@ NEUTRAL = {
 }
 # These decide where row blocks are cut, and with that which rank owns a row.
 OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
-PRECISIONS = (
-    "fp32",
-    "bf16",
-    "te",
-    "o1",
-    "o2",
-    "o3",
-    "o3_long",
-    "o4",
-    "te_delayed",
-    "deepseek",
-    "mxfp8",
-)
+PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4")
+PRECISIONS += ("te_delayed", "coat", "unit", "deepseek", "mxfp8")
 # Larger models for those with scales per block, which tensor-parallel ranks do not cut, and the
 # most of these ranks.
 BLOCKS = {
@@ -199,7 +188,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     precision = rng.choice(PRECISIONS)
     overrides = FIXED | {key: rng.choice(values) for key, values in MODELS.items()}
     sizes, most_tensor = BLOCKS.get(precision, ({}, max_processes))
-    overrides |= sizes | _precision(rng, precision) | {"train.seed": rng.randrange(1000)}
+    overrides |= sizes | _precision(rng, precision, overrides["model.swiglu"])
+    overrides["train.seed"] = rng.randrange(1000)
     batch = rng.choice((4, 8))
     iterations = rng.randint(3, 6)
     overrides |= _length(rng, batch, iterations)
@@ -225,7 +215,7 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     return Case(number, precision, overrides, phases, (first, second))
 
 
-def _precision(rng: random.Random, name: str) -> Overrides:
+def _precision(rng: random.Random, name: str, swiglu: str) -> Overrides:
     if name == "fp32":
         return {f"precision.{key}": value for key, value in FP32.items()}
     keys: Overrides = {"preset": name}
@@ -233,10 +223,11 @@ def _precision(rng: random.Random, name: str) -> Overrides:
         keys["first_last_layers_bf16"] = rng.choice(("false", "false", "true"))
         for wire in ("gather", "reduce", "pipeline"):
             keys[f"wire.{wire}"] = rng.choice(("null", "fp8", "bf16"))
+        keys["smooth_swiglu"] = rng.choice(("false", swiglu))
         if name in BLOCKS:
             keys["wire.gather"] = "bf16"  # parts of so short a sequence have no whole blocks
         else:
-            kinds = ("input", "grad_output") if name != "te_delayed" else ()
+            kinds = () if name in ("te_delayed", "unit") else ("input", "grad_output")
             for kind in kinds:
                 keys[f"scaling.{kind}"] = rng.choice(("tensor", "tensor", "row"))
             keys["grad_output_format"] = rng.choice(("fp8_e5m2", "fp8_e4m3"))

@@ -90,6 +90,7 @@ _DROPOUT = {
     "train.recompute_granularity": "full",
 }
 _O3, _SUM = _preset("o3"), _preset("o3", grad_reduce="fp8_sum")
+_RECIPES = ("te_delayed", "coat", "unit", "deepseek", "mxfp8")
 _ROWS = _preset("o3", **{"scaling.input": "row", "scaling.grad_output": "row"})
 _INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 
@@ -98,7 +99,10 @@ RUNS = {
     **{name: GoldenRun(1, _preset(name)) for name in ("bf16", "te", "o1", "o2", "o3")},
     "o3_long": GoldenRun(1, _preset("o3_long")),
     "o4": GoldenRun(1, _preset("o4")),
-    **{name: GoldenRun(1, _preset(name)) for name in ("te_delayed", "deepseek", "mxfp8")},
+    **{name: GoldenRun(1, _preset(name)) for name in _RECIPES},
+    "o3 smooth swiglu tp2": GoldenRun(
+        2, _preset("o3", smooth_swiglu="true") | _LLAMA | _parallel(2)
+    ),
     "te_delayed tp2 pp2": GoldenRun(4, _preset("te_delayed") | _parallel(2, 2, **_SP)),
     "o3 rows tp2 sp": GoldenRun(2, _ROWS | _parallel(2, **_SP)),
     "o3 llama": GoldenRun(1, _O3 | _LLAMA),
