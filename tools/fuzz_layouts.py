@@ -77,8 +77,9 @@ NEUTRAL = {
 }
 # These decide where row blocks are cut, and with that which rank owns a row.
 OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
-PRECISIONS = ("fp32", "bf16", "te", "o1", "o2", "o3", "o3_long", "o4")
-PRECISIONS += ("te_delayed", "coat", "unit", "deepseek", "mxfp8")
+FP8_LM = ("te", "o1", "o2", "o3", "o3_long", "o4")
+OTHERS = ("te_delayed", "coat", "unit", "deepseek", "mxfp8")
+PRECISIONS = ("fp32", "bf16", *FP8_LM, *OTHERS)
 # Larger models for those with scales per block, which tensor-parallel ranks do not cut, and the
 # most of these ranks.
 BLOCKS = {
@@ -188,7 +189,7 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     precision = rng.choice(PRECISIONS)
     overrides = FIXED | {key: rng.choice(values) for key, values in MODELS.items()}
     sizes, most_tensor = BLOCKS.get(precision, ({}, max_processes))
-    overrides |= sizes | _precision(rng, precision, overrides["model.swiglu"])
+    overrides |= sizes | _precision(rng, precision, str(overrides["model.swiglu"]))
     overrides["train.seed"] = rng.randrange(1000)
     batch = rng.choice((4, 8))
     iterations = rng.randint(3, 6)
