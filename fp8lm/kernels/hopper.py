@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.attention import FusedAttention
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.kernels.reference import ReferenceKernels, attention_at_positions, causal_attention
+from fp8lm.kernels.reference import ReferenceKernels, attention_at_positions
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -23,7 +24,8 @@ from fp8lm.scaled_tensor import ScaledTensor
 class HopperKernels:
     """`Kernels` in eager PyTorch with the GEMM of cuBLASLt; see the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: FusedAttention | None = None) -> None:
+        self._attention = attention or FusedAttention()
         # A GPU takes a tensor of any size in one launch. The blocks of an optimizer step are few
         # launches already, and an fp32 copy of one takes 32 MiB.
         self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
@@ -34,7 +36,7 @@ class HopperKernels:
         return MappingProxyType(
             {
                 GEMM: cublaslt.DESCRIPTION,
-                ATTENTION: "scaled_dot_product_attention in BF16",
+                ATTENTION: self._attention.description,
                 ELEMENTWISE: "eager PyTorch",
             }
         )
@@ -66,8 +68,8 @@ class HopperKernels:
         return ScaledTensor(payload, view.scale, x.format, view.granularity, view.inverse)
 
     def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
-        """See `Kernels` (flash attention in bf16)."""
-        return causal_attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+        """See `Kernels`."""
+        return self._attention(q_BNSD, k_BGSD, v_BGSD, dropout)
 
     def attention_at(
         self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor

@@ -27,6 +27,7 @@ from torch.nn import functional
 from fp8lm.kernels import cross_entropy, rope
 from fp8lm.kernels.adam import adam_step
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.attention import causal_attention
 from fp8lm.kernels.encoding import encode
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.numerics import (
@@ -345,12 +346,6 @@ class ReferenceKernels:
     def _blocks(self, numel: int) -> Iterator[slice]:
         for start in range(0, numel, self.block_elements):
             yield slice(start, start + self.block_elements)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    return functional.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
 
 
 def attention_at_positions(q: Tensor, k: Tensor, v: Tensor, positions_BS: Tensor) -> Tensor:

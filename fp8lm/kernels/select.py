@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fp8lm.config.precision import KernelsName, PrecisionConfig
+from fp8lm.kernels.attention import fused_attention
 from fp8lm.kernels.cublaslt import why_unsupported
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.kernels.interface import ELEMENTWISE, Kernels
+from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, Kernels
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import BLOCK_1X128, MX_1X32, PER_ROW, PER_TENSOR, granularity_by_name
 from fp8lm.runtime.errors import InputError
@@ -70,10 +71,10 @@ def describe_kernels(device: torch.device, wanted: KernelsName = "auto") -> str:
     if device.type == "cpu":
         return "PyTorch with FP8 emulated exactly, as on every CPU"
     major, minor = torch.cuda.get_device_capability(device)
-    elementwise = select_kernels(device, wanted).backends[ELEMENTWISE]
+    by = select_kernels(device, wanted).backends
     return (
-        f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor}), {elementwise} "
-        f"(precision.kernels={wanted})"
+        f"cuBLASLt with FP8 tensor cores (compute capability {major}.{minor}), {by[ELEMENTWISE]} "
+        f"(precision.kernels={wanted}); attention: {by[ATTENTION]}"
     )
 
 
@@ -98,15 +99,16 @@ def kernels_for_gpu(
             f"{needed} or newer: use another GPU or train.device=cpu"
         )
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    attention = fused_attention(capability)
     if wanted == "eager":
-        return HopperKernels()
+        return HopperKernels(attention)
     try:
         from fp8lm.kernels.triton.backend import TritonKernels  # optional
     except Exception as error:  # what a broken installation comes up with
         if wanted == "auto":
-            return HopperKernels()
+            return HopperKernels(attention)
         raise InputError(
             f"precision.kernels=triton, but Triton cannot be imported ({error}): "
             'pip install "triton>=3.6,<4", or use precision.kernels=eager'
         ) from None
-    return TritonKernels()
+    return TritonKernels(attention)

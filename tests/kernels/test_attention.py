@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.attention import FusedAttention, causal_attention, fused_attention
+from fp8lm.runtime.errors import InputError
 from fp8lm.kernels.reference import attention_at_positions
 
 KERNELS = ReferenceKernels()
+FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 HEADS = [(4, 4), (4, 2), (6, 2), (4, 1)]
 
 
@@ -84,3 +90,66 @@ def test_dropout_draws_from_the_random_state_and_keeps_the_mean():
     means = torch.stack([KERNELS.attention(q, k, ones, 0.25).mean() for _ in range(100)])
     # Of one row with a single key: sd sqrt(p / (1 - p)) = 0.58; 72 rows, 100 draws.
     assert abs(means.mean() - 1.0) < 4 * 0.58 / math.sqrt(72 * 100)
+
+
+def gradients_of(attention, operands, dy):
+    return run(lambda *tensors: attention(*tensors, 0.0), operands, dy)
+
+
+def flash_attention_3(result):
+    """A stand-in of flash-attention 3: [B,S,N,D], and what it was called with."""
+    calls = []
+
+    def flash_attn_func(q, k, v, causal=False):
+        calls.append((tuple(q.shape), tuple(k.shape), causal))
+        return result(causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), 0.0))
+
+    return flash_attn_func, calls
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_flash_attention_3_has_its_layout(heads, groups, with_sums):
+    def result(context):
+        context = context.transpose(1, 2)
+        return (context, torch.zeros(1)) if with_sums else context
+
+    function, calls = flash_attention_3(result)
+    operands, dy = inputs(heads, groups, torch.bfloat16)
+    actual = gradients_of(FusedAttention(function), operands, dy)
+    assert all(map(torch.equal, actual, gradients_of(causal_attention, operands, dy)))
+    assert calls == [((2, 9, heads, 8), (2, 9, groups, 8), True)]
+
+
+def test_flash_attention_3_has_no_dropout():
+    function, calls = flash_attention_3(lambda context: context)
+    (q, k, v), _ = inputs(4, 2, torch.bfloat16)
+    attention = FusedAttention(function, [FLASH, SDPBackend.MATH])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert not torch.equal(attention(q, k, v, 0.5), causal_attention(q, k, v, 0.0))
+    assert not calls
+
+
+def test_scores_are_never_formed_silently():
+    """There is no cuDNN on a CPU."""
+    (q, k, v), _ = inputs(4, 2, torch.bfloat16)
+    with pytest.raises(InputError, match="4 query and 2 key heads of 8 features"):
+        FusedAttention(backends=[CUDNN])(q, k, v, 0.0)
+
+
+def test_fp32_is_left_to_pytorch():
+    operands, dy = inputs(4, 2, torch.float32)
+    pinned = gradients_of(FusedAttention(backends=[CUDNN]), operands, dy)
+    assert all(map(torch.equal, pinned, gradients_of(causal_attention, operands, dy)))
+
+
+def test_the_best_that_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # fails to import
+    plain = fused_attention((9, 0)).description
+    assert plain.startswith("cuDNN or flash")
+    function, _ = flash_attention_3(lambda context: context)
+    module = SimpleNamespace(flash_attn_func=function)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    assert fused_attention((9, 0)).description == f"flash-attention 3; with dropout {plain}"
+    assert fused_attention((8, 9)).description == fused_attention((10, 0)).description == plain
