@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -20,10 +21,16 @@ from fp8lm.training.builders import resolve_device
 from fp8lm.training.restore import restore_model
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a tool that say which model it loads, and where it computes."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options of a tool that say which model, or `several`, it loads, and where it computes."""
     add = parser.add_argument_group("model").add_argument
-    add("--load", type=path_text, required=True, help="folder of checkpoints, or one of them")
+    add(
+        "--load",
+        type=path_text,
+        required=True,
+        action="append" if several else "store",
+        help="folder of checkpoints, or one of them" + several * "; repeatable, to compare",
+    )
     add("--tokenizer-model", type=path_text, help="not the checkpoint's own: a file or folder")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, help="its kind, if another")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -44,12 +51,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def model_of_options(options: argparse.Namespace) -> Iterator[InferenceModel]:
-    """The model that options of `add_model_arguments` name, within its process groups.
+@dataclass(frozen=True)
+class Job:
+    """The process groups that options of `add_model_arguments` ask for; opens models there."""
 
-    Rank 0 reports how it differs from training.
-    """
+    groups: ProcessGroups
+    device: torch.device
+    tokenizer: tuple[str | None, str | None]
+
+    @contextmanager
+    def model(self, folder: str) -> Iterator[InferenceModel]:
+        """The model in `folder`; rank 0 reports how it differs from training."""
+        model = load_model(folder, self.groups, self.device, *self.tokenizer)
+        for warning in model.warnings if self.groups.is_main else ():
+            complain(f"warning: {warning}")
+        with model.ready():
+            yield model
+
+
+@contextmanager
+def job_of_options(options: argparse.Namespace) -> Iterator[Job]:
+    """Join the job that the launcher describes, in the layout of `options`."""
     adopt_launcher(os.environ)
     device = rank_device(resolve_device(options.device))
     parallel = ParallelConfig(
@@ -57,13 +79,14 @@ def model_of_options(options: argparse.Namespace) -> Iterator[InferenceModel]:
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
     with process_groups(device, parallel) as groups:
-        model = load_model(
-            options.load, groups, device, options.tokenizer_model, options.tokenizer_type
-        )
-        for warning in model.warnings if groups.is_main else ():
-            complain(f"warning: {warning}")
-        with model.ready():
-            yield model
+        yield Job(groups, device, (options.tokenizer_model, options.tokenizer_type))
+
+
+@contextmanager
+def model_of_options(options: argparse.Namespace) -> Iterator[InferenceModel]:
+    """The model that options of `add_model_arguments` name, within its process groups."""
+    with job_of_options(options) as job, job.model(options.load) as model:
+        yield model
 
 
 def load_model(

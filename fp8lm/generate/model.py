@@ -109,29 +109,28 @@ class InferenceModel:
             found |= {packed.pieces[i].sequence: row for i, row in zip(final, logits, strict=True)}
         return torch.stack([found[sequence] for sequence in sorted(found)])
 
-    def score(self, sequences: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Of all tokens of a sequence but the first: their loss in nats, and if they are likeliest.
+    def score(
+        self, sequences: Sequence[list[int]], counts: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of the last `counts[i]` tokens of each sequence: losses in nats (fp32), and whether each
+        token is the likeliest.
 
-        A pair for each sequence, of length len(sequence) - 1, on the CPU.
+        On the CPU. A sequence has at least one token more, and at most one more than the context.
         """
         inputs = [sequence[:-1] for sequence in sequences]
         cache = self.new_cache(len(inputs), max(map(len, inputs)))
-        losses = [torch.zeros(len(tokens)) for tokens in inputs]
-        likeliest = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in inputs]
+        losses = [torch.zeros(count) for count in counts]
+        likeliest = [torch.zeros(count, dtype=torch.bool) for count in counts]
         for packed, h_T1H in self._read(cache, [0] * len(inputs), inputs):
-            targets = [
-                target
-                for piece in packed.pieces
-                for target in sequences[piece.sequence][piece.first + 1 : piece.last + 1]
-            ]
+            wanted = list(_wanted(packed, sequences, counts))
+            if not wanted:
+                continue
+            rows, targets, places = zip(*wanted, strict=True)
             scores = self._on_all_stages(
-                partial(self._scores, h_T1H, targets), (2, len(targets))
+                partial(self._scores, h_T1H, rows, targets), (2, len(targets))
             ).cpu()
-            begin = 0
-            for piece, end in zip(packed.pieces, packed.ends, strict=True):
-                losses[piece.sequence][piece.first : piece.last] = scores[0, begin:end]
-                likeliest[piece.sequence][piece.first : piece.last] = scores[1, begin:end] > 0
-                begin = end
+            for (sequence, place), (loss, is_likeliest) in zip(places, scores.t(), strict=True):
+                losses[sequence][place], likeliest[sequence][place] = loss, is_likeliest > 0
         return list(zip(losses, likeliest, strict=True))
 
     def _read(
@@ -166,14 +165,13 @@ class InferenceModel:
         logits = self._logits(h_T1H, rows)[: len(rows)].float().contiguous()
         return self.part.tp.gather(logits).transpose(0, 1).flatten(1)[:, : self.num_ids]
 
-    def _scores(self, h_T1H: Tensor | None, targets: list[int]) -> Tensor:
-        """Loss of the first tokens' `targets`, and 1 for those that are likeliest: fp32 [2,n]."""
+    def _scores(self, h_T1H: Tensor | None, rows: Sequence[int], targets: Sequence[int]) -> Tensor:
+        """Loss of `targets`, read after tokens `rows`, and 1 for the likeliest: fp32 [2,n]."""
         labels = torch.tensor(targets, device=self.device)
         found = []
         for first in range(0, len(targets), MOST_LOGITS):
             part = labels[first : first + MOST_LOGITS]
-            rows = list(range(first, first + len(part)))
-            logits = self._logits(h_T1H, rows)[: len(part)]
+            logits = self._logits(h_T1H, rows[first : first + len(part)])[: len(part)]
             best = self._likeliest(logits)
             losses = cross_entropy(logits, part, self.num_ids, self.part.tp, self.kernels)
             found.append(torch.stack((losses, (best == part).float())))
@@ -187,10 +185,10 @@ class InferenceModel:
         value_t, token_t = tp.gather(torch.stack((value, (column + first).float()))).unbind(1)
         return token_t.gather(0, value_t.argmax(dim=0)[None])[0].long()
 
-    def _logits(self, h_T1H: Tensor | None, rows: list[int]) -> Tensor:
+    def _logits(self, h_T1H: Tensor | None, rows: Sequence[int]) -> Tensor:
         """This rank's logits [n,V/t] of tokens `rows`, padded as GEMMs are in `packing`."""
         assert h_T1H is not None  # the last stage has the head
-        padded = rows + rows[-1:] * (-len(rows) % TOKENS_PER_TILE)
+        padded = [*rows, *rows[-1:] * (-len(rows) % TOKENS_PER_TILE)]
         return self.part.logits(h_T1H[torch.tensor(padded, device=self.device)])[:, 0]
 
     def _on_all_stages(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -214,3 +212,19 @@ class InferenceModel:
     @property
     def _is_last_stage(self) -> bool:
         return self.groups.pipeline_parallel.rank() == self.groups.pipeline_parallel.size() - 1
+
+
+def _wanted(
+    packed: PackedTokens, sequences: Sequence[list[int]], counts: Sequence[int]
+) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Tokens of `packed` after which a token is scored, that token, and where its score belongs."""
+    begin = 0
+    for piece, end in zip(packed.pieces, packed.ends, strict=True):
+        sequence = sequences[piece.sequence]
+        first = len(sequence) - counts[piece.sequence]  # the first token that is scored
+        for row, number in zip(
+            range(begin, end), range(piece.first + 1, piece.last + 1), strict=True
+        ):
+            if number >= first:
+                yield row, sequence[number], (piece.sequence, number - first)
+        begin = end

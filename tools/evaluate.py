@@ -1,0 +1,201 @@
+"""Perplexity and zero-shot tasks of trained models, side by side.
+
+python tools/evaluate.py --load runs/x/checkpoints --data data/valid_text_document --json x.json
+python tools/evaluate.py --load runs/fp8/checkpoints --load runs/bf16/checkpoints \\
+    --data held_out.txt --tasks hellaswag,piqa,arc_easy
+torchrun --nproc-per-node 4 tools/evaluate.py --tensor-model-parallel-size 2 --load ... --data ...
+
+Every token is scaled by itself, as in generation: a score does not depend on what is computed with
+it. Tasks are lm-eval's (`pip install "fp8lm[eval]"`); without a network their data come from files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8lm.arguments import as_path, number_type, path_text
+from fp8lm.checkpoint.collectives import all_or_error
+from fp8lm.data.files import write_aside
+from fp8lm.evaluation.perplexity import Perplexity, check_windows, perplexity, read_corpus
+from fp8lm.generate.loading import Job, add_model_arguments, job_of_options
+from fp8lm.generate.model import InferenceModel
+from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser, InputError
+from fp8lm.runtime.output import show
+
+STDERR = "_stderr"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found of the model in folder `name`."""
+
+    name: str
+    precision: str
+    perplexity: Perplexity | None
+    tasks: dict[str, dict[str, Any]]
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON; numbers that are not finite are null."""
+        found = {"load": self.name, "precision": self.precision}
+        of_corpus = {} if self.perplexity is None else {"perplexity": self.perplexity.facts()}
+        return finite_only({**found, **of_corpus, "tasks": self.tasks})
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate every model, print the table, write the file."""
+    options = parse_options(argv)
+    with job_of_options(options) as job:
+        reports = [evaluate(job, folder, options) for folder in options.load]
+        if not job.groups.is_main:
+            return
+    show(table(reports))
+    if options.json is not None:
+        write_aside(options.json, json.dumps(facts(reports), indent=1) + "\n")
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser, several=True)
+    add = parser.add_argument_group("perplexity").add_argument
+    add(
+        "--data", type=path_text, help="prefix of .bin and .idx files, or a text or JSON lines file"
+    )
+    add("--window", type=number_type(1), help="most tokens before a token (default: seq_length)")
+    add("--stride", type=number_type(1), help="tokens that a window scores (default: all of it)")
+    add("--max-tokens", type=number_type(1), help="of the corpus, whole documents")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--tasks", type=names, default=[], help="of lm-eval: hellaswag,piqa,...")
+    add("--num-fewshot", type=number_type(0), help="examples before each question (default: 0)")
+    add("--limit", type=number_type(1), help="items of a task, the first")
+    add("--task-folder", type=as_path, help="YAML files of tasks of your own")
+    add("--task-data", type=as_path, help="local data: FOLDER/TASK/SPLIT.jsonl")
+    add = parser.add_argument_group("output").add_argument
+    add("--batch-size", type=number_type(1), default=16, help="texts at once (default: 16)")
+    add("--json", type=as_path, help="write all numbers to this file")
+    options = parser.parse_args(argv)
+    if options.data is None and not options.tasks:
+        parser.error("nothing to evaluate: give --data or --tasks")
+    return options
+
+
+def names(text: str) -> list[str]:
+    """Names between commas, each once."""
+    found = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names, such as piqa,boolq")
+    return found
+
+
+def evaluate(job: Job, folder: str, options: argparse.Namespace) -> Report:
+    """All that is asked for, of one model."""
+    with job.model(folder) as model:
+        precision = model.config.precision.preset
+        corpus = None if options.data is None else of_corpus(model, options)
+        tasks = of_tasks(model, options) if options.tasks else {}
+    return Report(folder, precision, corpus, tasks)
+
+
+def of_corpus(model: InferenceModel, options: argparse.Namespace) -> Perplexity:
+    """The perplexity of `--data`."""
+    window = options.window or min(model.config.model.seq_length, model.context_length)
+    stride = options.stride or window
+    check_windows(window, stride, model.context_length)
+    corpus = all_or_error(
+        model.groups.world,
+        lambda: read_corpus(options.data, model.tokenizer, options.max_tokens),
+    )
+    return perplexity(model, corpus, window, stride, options.batch_size)
+
+
+def of_tasks(model: InferenceModel, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The results of `--tasks`."""
+    try:
+        from fp8lm.evaluation.harness import evaluate_tasks  # lm-eval takes seconds to import
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'--tasks needs lm-eval ({error.name} is missing): pip install "fp8lm[eval]"'
+        ) from None
+    return evaluate_tasks(
+        model,
+        options.tasks,
+        batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        task_folder=options.task_folder,
+        task_data=options.task_data,
+    )
+
+
+def facts(reports: list[Report]) -> dict[str, Any]:
+    """All reports, and differences of loss to the first."""
+    found: dict[str, Any] = {"models": [report.facts() for report in reports]}
+    first, *others = (report.perplexity for report in reports)
+    differences = [other.difference(first) for other in others if other and first]
+    if differences:
+        found["loss_minus_first"] = [
+            finite_only({"value": mean.value, "stderr": mean.error}) if mean else None
+            for mean in differences
+        ]
+    return found
+
+
+def finite_only(value: Any) -> Any:
+    """`value` with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite_only(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(reports: list[Report]) -> str:
+    """A row for each metric, a column for each model; a second number is a standard error."""
+    columns = [cells_of(report) for report in reports]
+    rows = list(dict.fromkeys(row for column in columns for row in column))
+    first = reports[0].perplexity
+    short = len({Path(report.name).name for report in reports}) == len(reports)
+    heads = [
+        f"{Path(report.name).name if short else report.name} ({report.precision})"
+        for report in reports
+    ]
+    lines = [["", *heads]]
+    lines += [[row, *(column.get(row, "") for column in columns)] for row in rows]
+    if first is not None and len(reports) > 1:
+        means = [r.perplexity.difference(first) if r.perplexity else None for r in reports[1:]]
+        cells = [number(mean.value, mean.error) if mean else "" for mean in means]
+        lines.append(["loss minus the first's", "", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def cells_of(report: Report) -> dict[str, str]:
+    """The cells of a column by row."""
+    cells = {}
+    if report.perplexity is not None:
+        found = report.perplexity.facts()
+        for key in ("loss", "perplexity", "bits_per_byte", "word_perplexity"):
+            cells[key.replace("_", " ")] = number(found[key], found[key + STDERR])
+    for task, metrics in report.tasks.items():
+        for key, value in metrics.items():
+            if STDERR not in key and key != "samples":
+                name, _, filtered = key.partition(",")
+                error = metrics.get(",".join(filter(None, (name + STDERR, filtered))), math.nan)
+                cells[f"{task} {key}"] = number(value, error)
+    return cells
+
+
+def number(value: float, error: float) -> str:
+    """A value and its standard error, if that is known."""
+    return f"{value:.4f}" + (f" +- {error:.4f}" if math.isfinite(error) else "")
+
+
+if __name__ == "__main__":
+    exit_with(main)
