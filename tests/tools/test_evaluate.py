@@ -1,0 +1,90 @@
+"""tools/evaluate.py: two checkpoints side by side, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from fp8lm.evaluation.perplexity import Perplexity
+from tests.generate.models import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints of two precisions, and a text of ids."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for precision in ("bf16", "o3"):
+        save_model(root / precision, "llama", precision)
+    (root / "text.txt").write_text(" ".join(str(7 * i % 99) for i in range(300)))
+    (root / "words.txt").write_text("words")
+    return root
+
+
+def test_two_checkpoints_side_by_side(run_tool, folder, tmp_path, capfd):
+    found = tmp_path / "found.json"
+    loads = "--load", folder / "bf16", "--load", folder / "o3"
+    code = run_tool(
+        "evaluate", *loads, "--data", folder / "text.txt", "--stride", 8, "--json", found
+    )
+    table, errors = capfd.readouterr()
+    assert code == 0, errors
+    facts = json.loads(found.read_text())
+    first, second = (model["perplexity"] for model in facts["models"])
+    assert [model["precision"] for model in facts["models"]] == ["bf16", "o3"]
+    assert first["tokens"] == second["tokens"] == 300 and first["window"] == 16
+    (difference,) = facts["loss_minus_first"]
+    assert difference["value"] == pytest.approx(second["loss"] - first["loss"])
+    # The same windows vary together.
+    assert difference["stderr"] < second["loss_stderr"]
+    rows = {line[:24].strip(): line for line in table.splitlines()}
+    assert "bf16 (bf16)" in rows[""] and "o3 (o3)" in rows[""]
+    assert f"{first['perplexity']:.4f} +- {first['perplexity_stderr']:.4f}" in rows["perplexity"]
+    assert f"{difference['value']:.4f}" in rows["loss minus the first's"]
+
+
+def test_the_table_of_tasks(tool):
+    evaluate = tool("evaluate")
+    tasks = {"piqa": {"acc": 0.5, "acc_stderr": 0.01, "f1,strict": 0.25, "samples": 100}}
+    corpus = Perplexity(1, 10, 4, 8, 8, [3.0], [4])
+    reports = [
+        evaluate.Report("runs/a", "o3", None, tasks),
+        evaluate.Report("runs/b", "bf16", corpus, {}),
+    ]
+    lines = evaluate.table(reports).splitlines()
+    assert lines[0].split() == ["a", "(o3)", "b", "(bf16)"]
+    assert ["piqa", "acc", "0.5000", "+-", "0.0100"] in [line.split() for line in lines]
+    assert ["piqa", "f1,strict", "0.2500"] in [line.split() for line in lines]
+    assert ["loss", "0.7500"] in [line.split() for line in lines]  # of one window: no error
+    facts = evaluate.facts(reports)
+    assert facts["models"][1]["perplexity"]["loss_stderr"] is None  # JSON has no NaN
+    assert "loss_minus_first" not in facts
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ((), "--data or --tasks"),
+        (("--data", "none"), "none"),
+        (("--data", "$/words.txt"), "integers"),
+        (("--data", "$/text.txt", "--window", 65), "--window 65"),
+        (("--data", "$/text.txt", "--window", 4, "--stride", 5), "--stride 5"),
+        (("--tasks", "a,,b"), "--tasks"),
+        (("--data", "$/text.txt", "--tensor-model-parallel-size", 3), "tensor_model_parallel_size"),
+    ],
+)
+def test_bad_input(run_tool, folder, capfd, options, complaint):
+    given = [str(option).replace("$", str(folder)) for option in options]
+    code = run_tool("evaluate", "--load", folder / "o3", *given)
+    out, errors = capfd.readouterr()
+    assert (code, out) == (2, "") and complaint in errors
+    assert errors.splitlines()[-1].startswith("error: ")
+
+
+def test_tasks_without_lm_eval(run_tool, folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "fp8lm.evaluation.harness", raising=False)
+    code = run_tool("evaluate", "--load", folder / "o3", "--tasks", "piqa")
+    errors = capfd.readouterr().err
+    assert code == 2 and "fp8lm[eval]" in errors and errors.count("\n") == 1
