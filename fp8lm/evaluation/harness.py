@@ -69,6 +69,11 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         passages = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise InputError(
+                    f"an answer has {len(continuation)} tokens, and the model's context "
+                    f"{self.max_length} (model.max_position_embeddings): leave the task out"
+                )
             # Of what is too long the beginning is left out, as in lm-eval's own models.
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             passages.append(Passage(tokens, min(len(continuation), len(tokens) - 1)))

@@ -51,7 +51,9 @@ def read_corpus(data: str, tokenizer: Tokenizer, most_tokens: int | None = None)
     """
     indexed = Path(f"{data}.idx").exists() or not Path(data).exists()
     read = _indexed(data, tokenizer) if indexed else _texts(data, tokenizer)
-    documents, texts, total = [], [], 0
+    documents: list[list[int]] = []
+    texts: list[str] = []
+    total = 0
     for ids, text in read:
         if not ids or (documents and most_tokens is not None and total + len(ids) > most_tokens):
             continue

@@ -188,7 +188,7 @@ class InferenceModel:
     def _logits(self, h_T1H: Tensor | None, rows: Sequence[int]) -> Tensor:
         """This rank's logits [n,V/t] of tokens `rows`, padded as GEMMs are in `packing`."""
         assert h_T1H is not None  # the last stage has the head
-        padded = [*rows, *rows[-1:] * (-len(rows) % TOKENS_PER_TILE)]
+        padded = [*rows, *[rows[-1]] * (-len(rows) % TOKENS_PER_TILE)]
         return self.part.logits(h_T1H[torch.tensor(padded, device=self.device)])[:, 0]
 
     def _on_all_stages(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -33,20 +33,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def reference(folder):
-    """lm-eval's own model of `transformers`, with the weights of the FP32 model."""
-    transformers = pytest.importorskip("transformers")
+def reference(folder, tmp_path):
+    """The FP32 model, and lm-eval's own model of `transformers` that reads its export."""
+    pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    from tests.evaluation.hugging_face import as_transformers
+    from tests.evaluation.hugging_face import exported, tokenizer_of
 
-    hub = folder / "fp32" / "hub"
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(hub / "tokenizer.json"), eos_token="<stop>", pad_token="<stop>"
-    )
+    other = exported(folder / "fp32" / "ck", tmp_path / "hf")
+    tokenizer = tokenizer_of(tmp_path / "hf")
     with loaded(folder / "fp32" / "ck") as model:
-        other = as_transformers(model)
         ours = HarnessModel(model, batch_size=8)
         yield ours, HFLM(pretrained=other, tokenizer=tokenizer, max_length=48, batch_size=1)
 
@@ -64,10 +61,19 @@ def test_log_likelihoods_of_200_items_agree(folder, reference):
     pairs = [
         (item["question"] + " ", choice) for item in items(folder) for choice in item["choices"]
     ]
-    pairs += [("", "def return"), ("x" * 100, " yield"), ("a", "y" * 60)]  # longer than the context
+    pairs += [
+        ("", "def return"),
+        ("x" * 100, " yield"),
+        ("a" * 30, "y" * 40),
+    ]  # longer than the context
     ours, theirs = (m.loglikelihood(requests("loglikelihood", pairs)) for m in reference)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], rel=1e-4)
+
+
+def test_an_answer_longer_than_the_context(folder):
+    with loaded(folder / "o3" / "ck") as model, pytest.raises(InputError, match="49 tokens"):
+        HarnessModel(model, 1).loglikelihood(requests("loglikelihood", [("a", "y" * 49)]))
 
 
 def test_rolling_log_likelihoods_agree(folder, reference):
@@ -116,26 +122,6 @@ def local_definitions(folder):
         local = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}}
         (made / f"{task}.yaml").write_text(json.dumps(definition | local))
     return made
-
-
-def of_task(folder, tp, pp):
-    """Metrics of the FP8 model on ranks, the same on each."""
-    with loaded(folder / "o3" / "ck", tp, pp) as model:
-        return evaluate_tasks(
-            model,
-            ["choices", "writing"],
-            batch_size=4,
-            limit=6,
-            task_folder=folder / "few" / "tasks",
-            task_data=folder / "few" / "data",
-        )
-
-
-def test_replicas_and_stages_share_the_items(run_distributed, folder):
-    alone = of_task(folder, 1, 1)
-    assert alone["choices"]["samples"] == 6
-    for tp, pp in ((1, 1), (1, 2)):
-        assert run_distributed(of_task, 2, folder, tp, pp) == [alone, alone]
 
 
 @pytest.mark.parametrize(

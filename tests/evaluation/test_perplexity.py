@@ -93,10 +93,11 @@ def test_under_layouts(run_distributed, checkpoint, ranks, tp, pp, precision, bo
 
 def test_equals_transformers(checkpoint, tmp_path):
     pytest.importorskip("transformers")
-    from tests.evaluation.hugging_face import as_transformers
+    from tests.evaluation.hugging_face import exported
 
-    with loaded(checkpoint("llama", "fp32")) as model:
-        other = as_transformers(model)
+    folder = checkpoint("llama", "fp32")
+    other = exported(folder, tmp_path / "hf")
+    with loaded(folder) as model:
         found = perplexity(model, CORPUS, 64, 64, 4)
         nats = []
         for ids in DOCUMENTS:
