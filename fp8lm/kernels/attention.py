@@ -33,6 +33,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     )
 
 
+def attention_at_positions(q: Tensor, k: Tensor, v: Tensor, positions_BS: Tensor) -> Tensor:
+    """`Kernels.attention_at` by PyTorch's fused kernels, in the dtype of `q`."""
+    keys = torch.arange(k.shape[2], device=positions_BS.device)
+    seen = keys <= positions_BS[:, None, :, None]
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
 class FusedAttention:
     """`Kernels.attention` by `flash_3` (of flash-attention 3) where it can, else by `backends`.
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
-from fp8lm.kernels.attention import FusedAttention
+from fp8lm.kernels.attention import FusedAttention, attention_at_positions
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-from fp8lm.kernels.reference import ReferenceKernels, attention_at_positions
+from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 

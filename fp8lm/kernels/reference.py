@@ -348,15 +348,6 @@ class ReferenceKernels:
             yield slice(start, start + self.block_elements)
 
 
-def attention_at_positions(q: Tensor, k: Tensor, v: Tensor, positions_BS: Tensor) -> Tensor:
-    """`Kernels.attention_at` by PyTorch's fused kernels, in the dtype of `q`."""
-    keys = torch.arange(k.shape[2], device=positions_BS.device)
-    seen = keys <= positions_BS[:, None, :, None]
-    return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
 def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:
     """Raise ValueError where Hopper's FP8 GEMM would refuse the operands.
 

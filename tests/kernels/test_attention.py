@@ -11,9 +11,13 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.kernels.attention import FusedAttention, causal_attention, fused_attention
+from fp8lm.kernels.attention import (
+    FusedAttention,
+    attention_at_positions,
+    causal_attention,
+    fused_attention,
+)
 from fp8lm.runtime.errors import InputError
-from fp8lm.kernels.reference import attention_at_positions
 
 KERNELS = ReferenceKernels()
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
