@@ -25,6 +25,7 @@ from fp8lm.telemetry.table import Row, Statistics
 
 _STATES = ("main_grad", "exp_avg")
 _GUARD = "precision.guard.action=bf16"
+_OUTLIERS = f"{_GUARD} precision.guard.max_kurtosis=100"
 _FEWEST_PEERS = 3
 
 
@@ -120,7 +121,7 @@ _RULES = (
         5.0,
         "its kurtosis is {value:.0f} (3: a normal distribution), {ratio:.0f} times that of the "
         "other layers: a few values are far larger than the rest",
-        _GUARD,
+        _OUTLIERS,
         to_peers=True,
         least=30.0,
     ),
@@ -130,7 +131,7 @@ _RULES = (
         1000.0,
         "its kurtosis is {value:.0f} (3: a normal distribution): a few values are far larger than "
         "the rest",
-        _GUARD,
+        _OUTLIERS,
     ),
     _Rule(
         "lost",

@@ -28,6 +28,8 @@ def corpus(max_mb):
     return run("build_corpus", "--output", "out", "--max-mb", max_mb, says=says)
 
 
+REPORTED = writes(**{"r/metrics__jsonl": "x\n"})
+
 CASES = [
     compare("--plot", "x.xyz", says="--plot x.xyz: "),
     compare("--summary", "x", says="metrics.jsonl, line 2: no report", metrics=TRAIN + "7\n"),
@@ -50,6 +52,10 @@ CASES = [
     generate("--tensor-model-parallel-size", "2", says="tensor_model_parallel_size=2"),
     run("generate", "--load", "ck", says=("--prompt", "--chat")),
     run("generate", "--load", "ck", "--prompts-file", "none", says="--prompts-file none"),
+    run("report", "runs/none", says=("runs/none", "logging.dir=")),
+    run("report", "a=r", "a=r", says="two runs are named a: write NAME=FOLDER"),
+    run("report", "--serve", "--output", "x.html", "r", says="--serve writes no --output"),
+    run("report", "r", says="line 1: no report", prepare=REPORTED),
     corpus("nan"),
     run("build_corpus", "--output", "$NO/out", says="--output: $NO/out"),
     run(

@@ -1,0 +1,1 @@
+"""Parts of tools/report.py: reading runs, pictures, the page."""
