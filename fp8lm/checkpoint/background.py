@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fp8lm.checkpoint.collectives import Group, from_all
 from fp8lm.checkpoint.files import Retention
+from fp8lm.checkpoint.host_arena import HostArena, lock_pages, unlock_pages
 from fp8lm.checkpoint.resharding import ShardKey, Shards, ShardSavePlanner
 from fp8lm.checkpoint.saving import RetentionError, SaveError, save_checkpoint
 from fp8lm.checkpoint.shard import Shard
@@ -77,7 +78,7 @@ class CheckpointSaver:
         self.root = Path(root)
         self._group, self._retention, self._files = group, retention, files
         self._locks = RunLocks() if locks is None else locks
-        self._copies = HostCopies() if asynchronous else None
+        self._copies = HostCopies(arena_for_gpu()) if asynchronous else None
         self._training_group = training_group
         self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         beside = asynchronous or not self._alone
@@ -153,24 +154,34 @@ class HostCopies:
     """Copies the blocks that this rank writes, and only those.
 
     Replicas hold the same blocks, and each block is written once. Who writes which block depends on
-    the shapes alone, so the plan of the first checkpoint holds for all later ones.
+    the shapes alone, so the plan of the first checkpoint holds for all later ones. These use
+    `arena`, if there is one; the first, which copies all blocks, takes memory of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: HostArena | None = None) -> None:
         self._written: Collection[ShardKey] | None = None
+        self._arena = arena
 
     def copy(self, shards: Shards) -> CopiedPlanner:
         """A planner over copies of `shards` in host memory; wait for it before reading them.
 
-        On a GPU the copies are ordered before whatever the current stream does next, and the host
-        does not wait for them.
+        On a GPU the copies are ordered before whatever the current stream does next, and from the
+        second save on the host does not wait for them. Copies of an earlier call are overwritten.
         """
+        written = {
+            (name, tuple(block.offset)): block.tensor.detach()
+            for name, blocks in shards.items()
+            for block in blocks
+            if self._written is None or (name, tuple(block.offset)) in self._written
+        }
+        copied = dict(zip(written, self._copied(list(written.values())), strict=True))
         copies: dict[str, list[Shard]] = {}
         for name, blocks in shards.items():
-            copies[name] = [
-                replace(block, tensor=self._copy((name, tuple(block.offset)), block.tensor))
-                for block in blocks
-            ]
+            copies[name] = []
+            for block in blocks:
+                copy = copied.get((name, tuple(block.offset)))
+                absent = torch.empty_like(block.tensor, device="meta") if copy is None else copy
+                copies[name].append(replace(block, tensor=absent))
         event = None
         if torch.cuda.is_available():
             event = torch.cuda.Event()
@@ -181,14 +192,13 @@ class HostCopies:
         """Remember what this rank wrote."""
         self._written = planner.written
 
-    def _copy(self, place: ShardKey, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if self._written is not None and place not in self._written:
-            return torch.empty_like(tensor, device="meta")
-        if tensor.device.type != "cuda":
-            return tensor.clone()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+    def _copied(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self._arena is None or self._written is None:
+            return [tensor.to("cpu", copy=True) for tensor in tensors]
+        hosts = self._arena.take(tensors)
+        for host, tensor in zip(hosts, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        return hosts
 
 
 class CopiedPlanner(ShardSavePlanner):
@@ -202,6 +212,11 @@ class CopiedPlanner(ShardSavePlanner):
         """Return when all copies are there."""
         if self._event is not None:
             self._event.synchronize()
+
+
+def arena_for_gpu() -> HostArena | None:
+    """Where a GPU's tensors are copied to; None where training is on the CPU."""
+    return HostArena(lock_pages, unlock_pages) if torch.cuda.is_initialized() else None
 
 
 def _writer_thread() -> ThreadPoolExecutor:

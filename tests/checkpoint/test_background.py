@@ -20,6 +20,7 @@ from fp8lm.checkpoint import (
 )
 from fp8lm.checkpoint import background as background_module
 from fp8lm.checkpoint.files import saved_iterations
+from fp8lm.checkpoint.host_arena import HostArena
 from fp8lm.checkpoint.saving import save_checkpoint
 from tests.checkpoint.disks import small_disk
 from tests.checkpoint.tensors import (
@@ -72,6 +73,27 @@ def test_what_is_saved_is_what_it_was(tmp_path, held):
         loaded = blank(tensors)
         load(tmp_path, loaded, iteration)
         assert_same_bytes(loaded, expected)
+
+
+def test_later_saves_share_one_buffer(tmp_path, monkeypatch):
+    """As they do on a GPU; the first copies all blocks, before it is known who writes which."""
+    locked = []
+    arena = HostArena(locked.append, locked.remove)
+    monkeypatch.setattr(background_module, "arena_for_gpu", lambda: arena)
+    tensors, kept = make_tensors(), []
+    saver = CheckpointSaver(tmp_path, None, asynchronous=True)
+    for iteration in (1, 2, 3):
+        saver.save(iteration, shards_of(tensors), META)
+        kept.append(clones(tensors))
+        change(tensors)
+    saver.close()
+    assert [outcome.error for outcome in saver.collect()] == [None] * 3
+    for iteration, expected in enumerate(kept, start=1):
+        loaded = blank(tensors)
+        load(tmp_path, loaded, iteration)
+        assert_same_bytes(loaded, expected)
+    (buffer,) = locked
+    assert buffer.nbytes <= sum(x.nbytes + 64 for x in tensors.values())
 
 
 def test_the_next_save_waits(tmp_path, held):
