@@ -48,7 +48,11 @@ def main(argv: Sequence[str]) -> int:
     problems = preflight.folder_problems(config, options.log_dir, options.node_rank in (None, 0))
     if options.dry_run:  # which may be of a cluster whose folders are not here
         remarks += [f"on this machine: {problem}" for problem in problems]
-        show(describe(plan, options.all_ranks, _command(options, processes, argv), remarks))
+        lines = plan.table(options.all_ranks)
+        if options.gpu is not None:
+            with progress_line(" tracing a step"):
+                lines += ["", *plan.predictions(options.gpu)]
+        show(describe(plan, lines, _command(options, processes, argv), remarks))
         return 0
     for problem in problems:
         raise InputError(problem)
@@ -95,9 +99,11 @@ def on_the_cpu(options: Options, config: Config) -> tuple[Options, Config]:
     return options, config
 
 
-def describe(plan: Plan, all_ranks: bool, command: Sequence[str], remarks: Sequence[str]) -> str:
+def describe(
+    plan: Plan, table: Sequence[str], command: Sequence[str], remarks: Sequence[str]
+) -> str:
     """What `--dry-run` prints."""
-    lines = [*plan.summary(), "", *plan.table(all_ranks), "", *command]
+    lines = [*plan.summary(), "", *table, "", *command]
     return "\n".join([*lines, *(f"note: {remark}" for remark in remarks)])
 
 

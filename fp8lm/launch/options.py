@@ -48,6 +48,7 @@ class Options:
     log_dir: str | None
     dry_run: bool
     all_ranks: bool
+    gpu: str | None
     simulate: bool
 
 
@@ -62,6 +63,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         raise InputError(f"no config: {USAGE}, for one of those in configs/")
     if given.all_ranks and not given.dry_run:
         raise InputError("--all-ranks is for --dry-run, which shows the layout: add --dry-run")
+    if given.gpu and not given.dry_run:
+        raise InputError("--gpu is for --dry-run, which predicts the run on it: add --dry-run")
     nnodes = given.simulate or given.nnodes or 1
     _check_nodes(given, nnodes)
     rendezvous = given.rdzv_endpoint
@@ -79,6 +82,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         log_dir=given.log_dir,
         dry_run=given.dry_run,
         all_ranks=given.all_ranks,
+        gpu=given.gpu,
         simulate=given.simulate is not None,
     )
 
@@ -175,6 +179,12 @@ def _add_behaviour(add: Callable[..., Any]) -> None:
     )
     add("--dry-run", action="store_true", help="check, print command and layout, start nothing")
     add("--all-ranks", action="store_true", help="with --dry-run: a line per rank")
+    add(
+        "--gpu",
+        type=path_text,
+        metavar="NAME",
+        help="with --dry-run: memory and time on such GPUs: h100, h200, b200 or FILE.yaml",
+    )
 
 
 def node_count(text: str) -> int:

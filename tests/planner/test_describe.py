@@ -10,6 +10,7 @@ import pytest
 
 from fp8lm.launch.main import main
 from fp8lm.planner.describe import aligned, count, ranges, short, size
+from fp8lm.runtime.errors import InputError
 from tests.launch.conftest import ROOT
 
 
@@ -93,3 +94,28 @@ def test_all_ranks(capsys):
     assert ranks["rank"].startswith(head)
     assert ranks["37"].startswith("37 4 5 5 0 1 24-47 5.44 GB 5.61 GB")
     assert ranks["101"].startswith("101 12 5 5 0 3 72-95 final norm, tied head 5.59 GB")
+
+
+@pytest.mark.slow
+def test_predictions(capsys):
+    argv = [
+        "--dry-run",
+        "--gpu",
+        "h200",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "configs/gpt_tiny.yaml"),
+    ]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("2 x NVIDIA H200")]
+    assert lines[at + 1].split() == ["o3", "bf16"]
+    assert any(line.startswith("ms of a step") for line in lines[at:])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["--gpu", "h100"], "--dry-run"), (["--dry-run", "--gpu", "x1"], "x1")]
+)
+def test_predictions_that_cannot_be(options, words):
+    with pytest.raises(InputError, match=words):
+        main([*options, "--nproc-per-node", "1", str(ROOT / "configs/gpt_tiny.yaml")])

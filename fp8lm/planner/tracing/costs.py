@@ -29,6 +29,11 @@ class Cost:
         """`factor` such costs."""
         return Cost(*(factor * value for value in self.values()))
 
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """All but the seconds, exact where they are whole numbers."""
+        return self.launches, self.moved, self.flops, self.collectives, self.sent
+
     def values(self) -> Iterator[float]:
         """The fields in their order."""
         return (getattr(self, field.name) for field in fields(self))
@@ -47,8 +52,8 @@ class StepCost:
     def __add__(self, other: StepCost) -> StepCost:
         keys = {*self.costs, *other.costs}
         found = [(key, self.costs.get(key, Cost()) + other.costs.get(key, Cost())) for key in keys]
-        # Where the counts cancel, the seconds do but for their rounding.
-        return StepCost({k: c for k, c in found if c.launches or c.collectives or c.sent})
+        # Where all counts cancel, the seconds do but for their rounding.
+        return StepCost({key: cost for key, cost in found if any(cost.counts)})
 
     def times(self, factor: float) -> StepCost:
         """`factor` such steps."""
