@@ -17,9 +17,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ from fp8lm.training.builders import model_vocab_size
 
 TOOL = Path(__file__).with_name("convert_checkpoint.py")
 RANDOM_BYTES = 2**26
+INTERVAL = 0.25  # seconds between two looks at a process's memory
 COPIED = 2**32  # bytes of the plain copy at most
 _FINITE = 0xB7  # clears a bit of the exponent in every byte: neither NaN nor Inf in any format
 
@@ -118,13 +121,17 @@ def convert(source: str, target: str, folder: Path, output: Path) -> dict[str, f
     argv = [sys.executable, str(TOOL), "--from", source, "--to", target]
     argv += ["--input", str(folder), "--output", str(output)]
     start = time.perf_counter()
-    pid = os.posix_spawn(argv[0], argv, dict(os.environ))
-    _, status, usage = os.wait4(pid, 0)
+    # What the kernel reports of a child at its end begins with the memory of its parent.
+    process, resident = psutil.Popen(argv), 0
+    while (code := process.poll()) is None:
+        with suppress(psutil.Error):
+            resident = max(resident, process.memory_info().rss)
+        time.sleep(INTERVAL)
     seconds = time.perf_counter() - start
-    if code := os.waitstatus_to_exitcode(status):
+    if code:
         raise RunFailed(f"{' '.join(argv[1:])} ended with {code}")
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return numbers_of(seconds, written) | {"most resident bytes": usage.ru_maxrss * 1024}
+    return numbers_of(seconds, written) | {"most resident bytes": resident}
 
 
 def measure_copy(folder: Path) -> dict[str, float]:

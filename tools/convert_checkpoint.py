@@ -34,6 +34,7 @@ from fp8lm.convert.output import check_output
 from fp8lm.convert.release import import_model
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import TOKENIZER_TYPES
+from fp8lm.runtime.allocator import return_large_blocks
 from fp8lm.runtime.errors import CommandParser, run_command
 
 GIGA = 10**9
@@ -44,6 +45,7 @@ PAIRS = {*(("fp8lm", name) for name in EXPORTS), *((name, "fp8lm") for name in I
 def main(argv: list[str]) -> None:
     """Convert, and say what was made of what."""
     options = parse(argv)
+    return_large_blocks()
     check_output(options.output)
     if options.source == "fp8lm":
         export(options)

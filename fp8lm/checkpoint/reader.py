@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.planner import WriteItem
 
 from fp8lm.checkpoint.files import anybody_may
 from fp8lm.checkpoint.loading import Checkpoint, load_checkpoint
-from fp8lm.checkpoint.resharding import ShardSavePlanner
 from fp8lm.checkpoint.saving import save_checkpoint
 from fp8lm.checkpoint.shard import Shard
 from fp8lm.checkpoint.state_key import StateKey
+from fp8lm.checkpoint.streaming import StreamingSavePlanner
 
 WORD_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Facts about the writer, not about the content.
@@ -132,7 +131,7 @@ def copy_checkpoint(
     )
 
 
-class _CopyPlanner(ShardSavePlanner):
+class _CopyPlanner(StreamingSavePlanner):
     """Reads every tensor when it is about to be written."""
 
     def __init__(self, source: Checkpoint, wanted: dict[str, StoredTensor]) -> None:
@@ -143,8 +142,9 @@ class _CopyPlanner(ShardSavePlanner):
         }
         super().__init__({name: [Shard.whole(shape)] for name, shape in shapes.items()})
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return read_tensor(self._source, self._wanted[write_item.index.fqn])
+    def make_block(self, name: str, block: Shard) -> Tensor:
+        """See `StreamingSavePlanner`."""
+        return read_tensor(self._source, self._wanted[name])
 
 
 def _first_difference(one: Tensor, two: Tensor) -> str | None:

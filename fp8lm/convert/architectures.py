@@ -209,7 +209,10 @@ class _ConfigReader:
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
-        value = self.get(key, default)
+        return self.positive(key, self.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        """`value` of `key` as a positive number."""
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise InputError(f"{self.source}: {key} = {value!r}: expected a positive number")
         return float(value)
@@ -224,9 +227,15 @@ class _ConfigReader:
     def refuse(self, key: str, value: Any, what: str) -> None:
         raise InputError(f"{self.source}: {key} = {value!r} cannot be expressed here: {what}")
 
+    def _object(self, key: str) -> Json:
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise InputError(f"{self.source}: {key} = {value!r}: expected an object")
+        return value
+
     def rope(self) -> Json:
         """RoPE's parameters, of version 5's one dict or of version 4's single keys."""
-        found = dict(self.get("rope_parameters", {}))
+        found = dict(self._object("rope_parameters"))
         for key, old in (
             ("rope_theta", "rotary_emb_base"),
             ("partial_rotary_factor", "rotary_pct"),
@@ -234,7 +243,7 @@ class _ConfigReader:
             for name in (key, old):
                 if self.config.get(name) is not None:
                     found.setdefault(key, self.config[name])
-        for key, value in self.get("rope_scaling", {}).items():
+        for key, value in self._object("rope_scaling").items():
             found["rope_type" if key == "type" else key] = value
         found.setdefault("rope_type", "default")
         return found
@@ -242,16 +251,20 @@ class _ConfigReader:
 
 def _rope_keys(reader: _ConfigReader, base: float, percent: float) -> Json:
     found = reader.rope()
+    share = reader.positive("partial_rotary_factor", found.get("partial_rotary_factor", percent))
+    if share > 1:
+        reader.refuse("partial_rotary_factor", share, "it is a share of a head's channels")
     keys: Json = {
         "position_embedding_type": "rope",
-        "rotary_base": float(found.get("rope_theta", base)),
-        "rotary_percent": float(found.get("partial_rotary_factor", percent)),
+        "rotary_base": reader.positive("rope_theta", found.get("rope_theta", base)),
+        "rotary_percent": share,
     }
     if (kind := found["rope_type"]) == "llama3":
         for key, value in _ROPE_SCALING.items():
             if found.get(key) != value:
                 reader.refuse(f"rope_scaling.{key}", found.get(key), f"only {value} is")
-        return {**keys, "use_rope_scaling": True, "rope_scaling_factor": float(found["factor"])}
+        factor = reader.positive("rope_scaling.factor", found.get("factor"))
+        return {**keys, "use_rope_scaling": True, "rope_scaling_factor": factor}
     if kind != "default":
         reader.refuse("rope_scaling.rope_type", kind, "only llama3 is")
     return keys
@@ -259,6 +272,9 @@ def _rope_keys(reader: _ConfigReader, base: float, percent: float) -> Json:
 
 def _from_llama_like(reader: _ConfigReader, kind: str) -> Json:
     heads, hidden = reader.count("num_attention_heads"), reader.count("hidden_size")
+    groups = reader.count("num_key_value_heads", heads)
+    if heads % groups:
+        reader.refuse("num_key_value_heads", groups, f"it does not divide {heads} heads")
     reader.expect("hidden_act", "silu")
     sliding = reader.config.get("sliding_window", 4096 if kind == "mistral" else None)
     slides = sliding is not None and reader.get("use_sliding_window", kind == "mistral")
@@ -270,7 +286,7 @@ def _from_llama_like(reader: _ConfigReader, kind: str) -> Json:
         "num_layers": reader.count("num_hidden_layers"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_query_groups": reader.count("num_key_value_heads", heads),
+        "num_query_groups": groups,
         "kv_channels": reader.count("head_dim", 128 if kind == "qwen3" else hidden // heads),
         "ffn_hidden_size": reader.count("intermediate_size"),
         "max_position_embeddings": reader.count("max_position_embeddings"),

@@ -67,8 +67,10 @@ def from_weight_scale(weight_scale: Tensor) -> Tensor | None:
 def check_readable(config: Mapping[str, Any], source: str) -> bool:
     """Whether a config.json describes quantized weights; `InputError` for any but FP8 ones."""
     found = config.get("quantization_config")
-    if found is None:
+    if not found:
         return False
+    if not isinstance(found, dict):
+        raise InputError(f"{source}: quantization_config = {found!r}: expected an object")
     method, layout = found.get("quant_method"), found.get("format")
     if method != "compressed-tensors" or layout not in ("float-quantized", "naive-quantized"):
         raise InputError(

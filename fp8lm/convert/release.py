@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.planner import WriteItem
 
 from fp8lm.checkpoint import Shard, StateKey, save_checkpoint
-from fp8lm.checkpoint.resharding import ShardSavePlanner
+from fp8lm.checkpoint.streaming import StreamingSavePlanner
 from fp8lm.config import Config, build_config
 from fp8lm.config.yaml_format import to_yaml
 from fp8lm.convert.output import finish_output, start_output
@@ -149,7 +148,7 @@ def write_release(
     write_whole(root / MODEL_CONFIG, head + to_yaml(sections))
 
 
-class LazyPlanner(ShardSavePlanner):
+class LazyPlanner(StreamingSavePlanner):
     """Reads every block of `tensors` when it is about to be written; `small` ones are there."""
 
     def __init__(
@@ -159,12 +158,8 @@ class LazyPlanner(ShardSavePlanner):
         offered = {name: list(tensor.shards()) for name, tensor in tensors.items()}
         super().__init__(offered | {name: [Shard.whole(own)] for name, own in small.items()})
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """See `ShardSavePlanner`."""
-        tensor = self._tensors.get(write_item.index.fqn)
-        if tensor is None or write_item.tensor_data is None:
-            return super().resolve_data(write_item)
-        size = tuple(write_item.tensor_data.chunk.sizes)
-        block = tensor.block(tuple(write_item.index.offset or ()), size)
-        self._progress(block.nbytes)
-        return block
+    def make_block(self, name: str, block: Shard) -> Tensor:
+        """See `StreamingSavePlanner`."""
+        made = self._tensors[name].block(block.offset, tuple(block.tensor.shape))
+        self._progress(made.nbytes)
+        return made
