@@ -21,6 +21,7 @@ from typing import Any
 from fp8lm.arguments import as_path, number_type, path_text
 from fp8lm.checkpoint.collectives import all_or_error
 from fp8lm.data.files import write_aside
+from fp8lm.evaluation.needle import NeedleReport, find_needles, heat_map
 from fp8lm.evaluation.perplexity import Perplexity, check_windows, perplexity, read_corpus
 from fp8lm.generate.loading import Job, add_model_arguments, job_of_options
 from fp8lm.generate.model import InferenceModel
@@ -29,6 +30,7 @@ from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
 
 STDERR = "_stderr"
+MOST_ANSWER = 16  # tokens, also where each byte is one
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Report:
     precision: str
     perplexity: Perplexity | None
     tasks: dict[str, dict[str, Any]]
+    needles: NeedleReport | None = None
 
     def facts(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite are null."""
         found = {"load": self.name, "precision": self.precision}
         of_corpus = {} if self.perplexity is None else {"perplexity": self.perplexity.facts()}
-        return finite_only({**found, **of_corpus, "tasks": self.tasks})
+        needles = {} if self.needles is None else {"needles": self.needles.facts()}
+        return finite_only({**found, **of_corpus, "tasks": self.tasks, **needles})
 
 
 def main(argv: list[str]) -> None:
@@ -55,6 +59,8 @@ def main(argv: list[str]) -> None:
         if not job.groups.is_main:
             return
     show(table(reports))
+    if options.heat_map is not None:
+        draw(reports, options.heat_map)
     if options.json is not None:
         write_aside(options.json, json.dumps(facts(reports), indent=1) + "\n")
 
@@ -76,12 +82,20 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--limit", type=number_type(1), help="items of a task, the first")
     add("--task-folder", type=as_path, help="YAML files of tasks of your own")
     add("--task-data", type=as_path, help="local data: FOLDER/TASK/SPLIT.jsonl")
+    add = parser.add_argument_group("needle in a haystack").add_argument
+    add("--needle", type=as_path, metavar="TEXT", help="a text file to hide a sentence in")
+    add("--needle-lengths", type=lengths, help="tokens of context (default: 1/8 .. 1 of the most)")
+    add("--needle-depths", type=depths, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="in per cent")
+    add("--needle-trials", type=number_type(1), default=8, help="sentences (default: 8)")
+    add("--heat-map", type=as_path, metavar="PNG", help="draw recall over length and depth")
     add = parser.add_argument_group("output").add_argument
     add("--batch-size", type=number_type(1), default=16, help="texts at once (default: 16)")
     add("--json", type=as_path, help="write all numbers to this file")
     options = parser.parse_args(argv)
-    if options.data is None and not options.tasks:
-        parser.error("nothing to evaluate: give --data or --tasks")
+    if options.data is None and not options.tasks and options.needle is None:
+        parser.error("nothing to evaluate: give --data, --tasks or --needle")
+    if options.heat_map is not None and options.needle is None:
+        parser.error("--heat-map shows what --needle finds: give a text")
     return options
 
 
@@ -93,13 +107,24 @@ def names(text: str) -> list[str]:
     return found
 
 
+def lengths(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [number_type(1)(part.strip()) for part in text.split(",")]
+
+
+def depths(text: str) -> list[float]:
+    """Shares, from numbers of per cent between commas."""
+    return [number_type(0, 100)(part.strip()) / 100 for part in text.split(",")]
+
+
 def evaluate(job: Job, folder: str, options: argparse.Namespace) -> Report:
     """All that is asked for, of one model."""
     with job.model(folder) as model:
         precision = model.config.precision.preset
         corpus = None if options.data is None else of_corpus(model, options)
         tasks = of_tasks(model, options) if options.tasks else {}
-    return Report(folder, precision, corpus, tasks)
+        needles = None if options.needle is None else of_needles(model, options)
+    return Report(folder, precision, corpus, tasks, needles)
 
 
 def of_corpus(model: InferenceModel, options: argparse.Namespace) -> Perplexity:
@@ -112,6 +137,33 @@ def of_corpus(model: InferenceModel, options: argparse.Namespace) -> Perplexity:
         lambda: read_corpus(options.data, model.tokenizer, options.max_tokens),
     )
     return perplexity(model, corpus, window, stride, options.batch_size)
+
+
+def of_needles(model: InferenceModel, options: argparse.Namespace) -> NeedleReport:
+    """Recall of a sentence in `--needle`; by default up to the context without the answer."""
+    most = model.context_length - MOST_ANSWER
+    wanted = options.needle_lengths or [most * part // 8 for part in (1, 2, 4, 8)]
+    return find_needles(
+        model,
+        options.needle,
+        wanted,
+        options.needle_depths,
+        options.needle_trials,
+        options.batch_size,
+    )
+
+
+def draw(reports: list[Report], path: Path) -> None:
+    """The heat maps of all models; `InputError` for a name that matplotlib cannot write."""
+    heads = column_heads(reports)
+    shown = {
+        head: report.needles for head, report in zip(heads, reports, strict=True) if report.needles
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        heat_map(shown, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--heat-map {path}: {error}") from error
 
 
 def of_tasks(model: InferenceModel, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -158,12 +210,7 @@ def table(reports: list[Report]) -> str:
     columns = [cells_of(report) for report in reports]
     rows = list(dict.fromkeys(row for column in columns for row in column))
     first = reports[0].perplexity
-    short = len({Path(report.name).name for report in reports}) == len(reports)
-    heads = [
-        f"{Path(report.name).name if short else report.name} ({report.precision})"
-        for report in reports
-    ]
-    lines = [["", *heads]]
+    lines = [["", *column_heads(reports)]]
     lines += [[row, *(column.get(row, "") for column in columns)] for row in rows]
     if first is not None and len(reports) > 1:
         means = [r.perplexity.difference(first) if r.perplexity else None for r in reports[1:]]
@@ -176,6 +223,15 @@ def table(reports: list[Report]) -> str:
     )
 
 
+def column_heads(reports: list[Report]) -> list[str]:
+    """Folder and preset of every model, the folder's last part where that tells them apart."""
+    short = len({Path(report.name).name for report in reports}) == len(reports)
+    return [
+        f"{Path(report.name).name if short else report.name} ({report.precision})"
+        for report in reports
+    ]
+
+
 def cells_of(report: Report) -> dict[str, str]:
     """The cells of a column by row."""
     cells = {}
@@ -183,6 +239,10 @@ def cells_of(report: Report) -> dict[str, str]:
         found = report.perplexity.facts()
         for key in ("loss", "perplexity", "bits_per_byte", "word_perplexity"):
             cells[key.replace("_", " ")] = number(found[key], found[key + STDERR])
+    if report.needles is not None:
+        for depth, recall in zip(report.needles.depths, report.needles.recall, strict=True):
+            for length, value in zip(report.needles.lengths, recall, strict=True):
+                cells[f"needle at {depth:.0%} of {length}"] = f"{value:.2f}"
     for task, metrics in report.tasks.items():
         for key, value in metrics.items():
             if STDERR not in key and key != "samples":

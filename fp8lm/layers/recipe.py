@@ -142,7 +142,9 @@ class Recipe:
         """
         scaling = self.gemm.scaling
         of_token = scaling.input if scaling.input.rows == 1 else PER_ROW
-        gemm = replace(self.gemm, scaling=replace(scaling, input=of_token))
+        # A history of amaxes is of all tokens, and none that the checkpoint has.
+        method: ScalingMethod = "static" if scaling.method == "static" else "current"
+        gemm = replace(self.gemm, scaling=replace(scaling, input=of_token, method=method))
         recipe = replace(self, gemm=gemm, trainable=False, cache_weight_operands=True)
         return replace(recipe, smooth_swiglu=False)  # whose scales are of all tokens
 

@@ -34,6 +34,9 @@ PRECISIONS = {
     "bf16": {"preset": "bf16"},
     "te": {"preset": "te"},
     "o3": {"preset": "o3"},
+    "te_delayed": {"preset": "te_delayed"},
+    "unit": {"preset": "unit"},
+    "deepseek": {"preset": "deepseek"},
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4], [3, 3]]
 

@@ -20,7 +20,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "precision", "cache_dtype"), CASES)
+OTHER_SCALES = [("llama", preset, "auto") for preset in ("te_delayed", "unit", "deepseek")]
+
+
+@pytest.mark.parametrize(("shape", "precision", "cache_dtype"), [*CASES, *OTHER_SCALES])
 def test_cache_and_batch_change_no_token(checkpoint, shape, precision, cache_dtype):
     folder = checkpoint(shape, precision)
     cached = greedy_tokens(folder, 1, 1, True, cache_dtype)

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from fp8lm.evaluation.needle import NeedleReport
 from fp8lm.evaluation.perplexity import Perplexity
+from fp8lm.runtime.errors import InputError
 from tests.generate.models import save_model
 
 
@@ -44,6 +46,24 @@ def test_two_checkpoints_side_by_side(run_tool, folder, tmp_path, capfd):
     assert f"{difference['value']:.4f}" in rows["loss minus the first's"]
 
 
+def test_needles_as_a_picture(run_tool, tool, folder, tmp_path, capfd):
+    """A model whose tokenizer has numbers alone cannot read the sentence."""
+    options = "--needle", folder / "text.txt", "--heat-map", tmp_path / "map.png"
+    code = run_tool("evaluate", "--load", folder / "o3", *options)
+    assert code == 2 and "integers" in capfd.readouterr().err
+    report = NeedleReport([8], [0.0, 1.0], 4, [[0.25], [1.0]], [[0.0], [2.0]])
+    evaluate = tool("evaluate")
+    found = evaluate.Report("runs/a", "o3", None, {}, report)
+    evaluate.draw([found], tmp_path / "made" / "map.png")
+    assert (tmp_path / "made" / "map.png").stat().st_size > 1000
+    assert ["needle", "at", "100%", "of", "8", "1.00"] in [
+        line.split() for line in evaluate.table([found]).splitlines()
+    ]
+    with pytest.raises(InputError, match="--heat-map"):
+        evaluate.draw([found], tmp_path / "map.xyz")
+    assert evaluate.facts([found])["models"][0]["needles"]["recall"] == [[0.25], [1.0]]
+
+
 def test_the_table_of_tasks(tool):
     evaluate = tool("evaluate")
     tasks = {"piqa": {"acc": 0.5, "acc_stderr": 0.01, "f1,strict": 0.25, "samples": 100}}
@@ -65,12 +85,15 @@ def test_the_table_of_tasks(tool):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ((), "--data or --tasks"),
+        ((), "--data, --tasks or --needle"),
         (("--data", "none"), "none"),
         (("--data", "$/words.txt"), "integers"),
         (("--data", "$/text.txt", "--window", 65), "--window 65"),
         (("--data", "$/text.txt", "--window", 4, "--stride", 5), "--stride 5"),
         (("--tasks", "a,,b"), "--tasks"),
+        (("--heat-map", "a.png", "--tasks", "a"), "--heat-map"),
+        (("--needle", "none"), "--needle none"),
+        (("--needle", "a", "--needle-depths", "101"), "--needle-depths"),
         (("--data", "$/text.txt", "--tensor-model-parallel-size", 3), "tensor_model_parallel_size"),
     ],
 )

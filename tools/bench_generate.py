@@ -1,0 +1,153 @@
+"""Tokens per second of generation with and without cache, and the memory that is held.
+
+python tools/bench_generate.py --load runs/x/checkpoints [--batch-sizes 1,8] [--output bench.json]
+torchrun --nproc-per-node 2 tools/bench_generate.py --tensor-model-parallel-size 2 --load ...
+
+Prompts are random tokens, continued greedily past every end of document. Each way of computing runs
+once for warm-up; its time is the least of the repetitions. Memory: bytes of the weights, of the
+cache, and of all tensors that are alive once the model is loaded, on this rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from typing import Any
+
+import torch
+
+from fp8lm.arguments import as_path, number_type
+from fp8lm.data.files import write_aside
+from fp8lm.generate.decoding import Decoding, complete
+from fp8lm.generate.loading import add_model_arguments, model_of_options
+from fp8lm.generate.model import InferenceModel
+from fp8lm.generate.sampling import Sampling
+from fp8lm.runtime.ending import exit_with
+from fp8lm.runtime.errors import CommandParser, InputError
+from fp8lm.runtime.output import show
+
+WAYS: dict[str, dict[str, Any]] = {
+    "cache": {"use_cache": True},
+    "fp8 cache": {"use_cache": True, "cache_dtype": "fp8"},
+    "no cache": {"use_cache": False},
+}
+MEGA = 1e6
+
+
+def main(argv: list[str]) -> None:
+    """Measure every way and batch size, print a line for each, write the file."""
+    options = parse_options(argv)
+    with model_of_options(options) as model:
+        if options.prompt_tokens + options.max_new_tokens > model.context_length:
+            raise InputError(
+                f"--prompt-tokens {options.prompt_tokens} and --max-new-tokens "
+                f"{options.max_new_tokens} exceed the model's context of {model.context_length}"
+            )
+        held = tensor_bytes()
+        say = show if model.groups.is_main else (lambda text: None)
+        say(f"{'way':10} {'batch':>5} {'prompt tok/s':>13} {'new tok/s':>10} {'cache MB':>9}")
+        rows = []
+        for batch in options.batch_sizes:
+            for way in WAYS:
+                rows.append(measure(model, way, batch, options))
+                say(line(rows[-1]))
+        facts = {
+            "model": model.config.model.model_dump(mode="json"),
+            "precision": model.config.precision.preset,
+            "layout": {"tp": model.groups.dims.tp, "pp": model.groups.dims.pp},
+            "device": device_name(model.device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "prompt_tokens": options.prompt_tokens,
+            "new_tokens": options.max_new_tokens,
+            "weight_bytes": model.weight_bytes,
+            "tensor_bytes": held,
+            "results": rows,
+        }
+        say(f"weights {model.weight_bytes / MEGA:.1f} MB, all tensors {held / MEGA:.1f} MB")
+        if options.output is not None and model.groups.is_main:
+            write_aside(options.output, json.dumps(facts, indent=1) + "\n")
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--batch-sizes", type=sizes, default=[1, 8], help="prompts at once (default: 1,8)")
+    add("--prompt-tokens", type=number_type(1), default=128)
+    add("--max-new-tokens", type=number_type(2), default=32)
+    add("--repeats", type=number_type(1), default=2)
+    add("--output", type=as_path, help="write the numbers to this JSON file")
+    return parser.parse_args(argv)
+
+
+def sizes(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [number_type(1)(part) for part in text.split(",")]
+
+
+def measure(
+    model: InferenceModel, way: str, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of the first new token, and of each further one, for `batch` prompts."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, options.prompt_tokens)
+    prompts = torch.randint(model.num_ids, shape, generator=generator).tolist()
+    first = seconds(model, prompts, way, 1, options.repeats)
+    all_of_them = seconds(model, prompts, way, options.max_new_tokens, options.repeats)
+    each = (all_of_them - first) / (options.max_new_tokens - 1)
+    capacity = options.prompt_tokens + options.max_new_tokens
+    cache = model.new_cache(batch, capacity, WAYS[way].get("cache_dtype", "auto"))
+    return {
+        "way": way,
+        "batch": batch,
+        "first_token_s": first,
+        "token_s": each,
+        "prompt_tokens_per_s": batch * options.prompt_tokens / first,
+        "new_tokens_per_s": batch / each,
+        "cache_bytes": cache.nbytes if WAYS[way]["use_cache"] else 0,
+    }
+
+
+def seconds(
+    model: InferenceModel, prompts: list[list[int]], way: str, count: int, repeats: int
+) -> float:
+    """The least time of `repeats` generations of `count` tokens."""
+    decoding = Decoding(Sampling(temperature=0.0), count, ignore_eod=True, **WAYS[way])
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        complete(model, prompts, decoding)  # ends with a copy to the host: nothing is under way
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def tensor_bytes() -> int:
+    """Bytes of the memory of all tensors that Python holds, each counted once."""
+    gc.collect()
+    storages = {
+        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+        for thing in gc.get_objects()
+        if issubclass(type(thing), torch.Tensor)  # isinstance asks proxies, which warn
+    }
+    return sum(storages.values())
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    return (
+        f"{row['way']:10} {row['batch']:5} {row['prompt_tokens_per_s']:13.1f} "
+        f"{row['new_tokens_per_s']:10.1f} {row['cache_bytes'] / MEGA:9.2f}"
+    )
+
+
+if __name__ == "__main__":
+    exit_with(main)
