@@ -8,6 +8,9 @@ A recipe is a preset, or NAME=key=value[,key=value ...] of section `precision`. 
 initial weights and the rounding's noise; the order of the data is the same in all runs. Gaps are
 against the first recipe, in pairs of seeds, with the 95 % interval of their mean.
 
+With logging.fp8_stats_interval=N among the overrides the SNR in dB of every operand's cast is
+reported as well: the median over layers, of the last report, mean over seeds.
+
 --jobs runs are trained at a time, on one thread each. A run that is interrupted goes on from its
 last checkpoint when the same command is given again, and what is done is not trained again. Left in
 --output: a folder per run, summary.json, loss.png, gaps.png.
@@ -20,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -38,6 +42,7 @@ from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_comma
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_TIME = "iteration-time"
+OPERANDS = ("input", "weight", "grad_output")
 OWN_KEYS = (
     "train.seed",
     "data.shuffle_seed",
@@ -175,10 +180,44 @@ def report(folders: dict[str, list[Path]], output: Path) -> None:
             for line in read_reports(folder / "metrics.jsonl")
             if STEP_TIME in line
         )
+    for name, own in folders.items():
+        summary[name]["SNR dB"] = operand_snr([folder / "metrics.jsonl" for folder in own])
     print_table(summary)
+    print_snr(summary)
     write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_aside(output / "loss.png", plot(curves, "png"))
     write_aside(output / "gaps.png", plot_gaps(summary))
+
+
+def operand_snr(files: list[Path]) -> dict[str, float]:
+    """SNR in dB by kind of operand: the median over layers of the last report, mean over `files`.
+
+    Empty where no statistics were reported; activations in BF16 have none.
+    """
+    of_files: dict[str, list[float]] = {kind: [] for kind in OPERANDS}
+    for file in files:
+        reported = (line for line in read_reports(file) if any(map(_is_snr, line)))
+        last = dict(*deque(reported, maxlen=1))
+        for kind, found in of_files.items():
+            layers = [last[key] for key in last if _is_snr(key) and key.split("/")[2] == kind]
+            found += [statistics.median(layers)] if layers else []
+    return {kind: statistics.fmean(found) for kind, found in of_files.items() if found}
+
+
+def _is_snr(key: str) -> bool:
+    return key.startswith("fp8_stats/") and key.endswith("/snr")
+
+
+def print_snr(summary: dict[str, dict[str, Any]]) -> None:
+    """A table of what `operand_snr` found, if anything."""
+    if not any(row["SNR dB"] for row in summary.values()):
+        return
+    width = max(len(name) for name in summary) + 2
+    print(f"\n{'SNR, dB':{width}}" + "".join(f"{kind:>16}" for kind in OPERANDS))
+    for name, row in summary.items():
+        cells = (row["SNR dB"].get(kind) for kind in OPERANDS)
+        texts = ("" if value is None else f"{value:.1f}" for value in cells)
+        print(f"{name:{width}}" + "".join(f"{text:>16}" for text in texts))
 
 
 def plot_gaps(summary: dict[str, dict[str, Any]]) -> bytes:

@@ -18,6 +18,7 @@ TINY = (
     "train.eval_iters=1",
     "scheduler.lr_warmup_iters=0",
     "logging.log_interval=1",
+    "logging.fp8_stats_interval=2",
 )
 
 
@@ -31,6 +32,10 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     losses = {name: row["validation losses"] for name, row in summary.items()}
     assert len(losses["bf16"]) == 1 and losses["bf16"] != losses["wide"]
     assert [summary[name]["state bytes per linear parameter"] // 1 for name in losses] == [18, 10]
+    assert summary["bf16"]["SNR dB"].keys() == {"weight"}  # cast from the step's fp32
+    assert all(20 < snr < 45 for snr in summary["wide"]["SNR dB"].values())
+    assert summary["wide"]["SNR dB"].keys() == {"input", "weight", "grad_output"}
+    assert "SNR, dB" in capsys.readouterr().out
     for name in losses:
         config = json.loads((output / f"{name}-1/recipe.json").read_text())
         assert config["done"] and "data.shuffle_seed=1" in config["arguments"]
