@@ -197,7 +197,7 @@ def operand_snr(files: list[Path]) -> dict[str, float]:
     of_files: dict[str, list[float]] = {kind: [] for kind in OPERANDS}
     for file in files:
         reported = (line for line in read_reports(file) if any(map(_is_snr, line)))
-        last = dict(*deque(reported, maxlen=1))
+        last: dict[str, float] = dict(*deque(reported, maxlen=1))
         for kind, found in of_files.items():
             layers = [last[key] for key in last if _is_snr(key) and key.split("/")[2] == kind]
             found += [statistics.median(layers)] if layers else []
