@@ -60,7 +60,7 @@ def plan_import(
     reader = _Reader(files, model, config["model_type"], _scales(files, config, source))
     tokenizer = find_tokenizer(folder, reader.vocab_size, tokenizer_model, tokenizer_type)
     as_it_is = dtype is None and reader.is_exact
-    kept = dtype or _dtype_of(config, reader)
+    kept = dtype or reader.dtype
     params = dict(reader.params(None if as_it_is else DTYPES[kept]))
     what = "FP8 codes and scales as they are" if as_it_is else kept
     lines = [f"architecture: {config['model_type']}", f"weights: {what}"]
@@ -94,12 +94,6 @@ def _scales(files: SafetensorsFolder, config: Mapping[str, Any], source: str) ->
     if compressed_tensors.check_readable(config, source):
         return compressed_tensors.read_scales(files)
     return {}
-
-
-def _dtype_of(config: Mapping[str, Any], reader: _Reader) -> str:
-    """bf16 where all is BF16 or FP8, else fp32, which holds every other dtype."""
-    dtypes = {tensor.dtype for tensor in reader.used()}
-    return "bf16" if dtypes <= {torch.bfloat16, torch.float8_e4m3fn} else "fp32"
 
 
 class _Reader:
@@ -152,9 +146,11 @@ class _Reader:
         for named in self._named.values():
             yield from named
 
-    def used(self) -> Iterator[Any]:
-        """The tensors of the model."""
-        return (self._files.tensors[self._actual(rows.name)] for rows in self._all())
+    @property
+    def dtype(self) -> str:
+        """bf16 where all is BF16 or FP8, else fp32, which holds every other dtype."""
+        dtypes = {self._files.tensors[self._actual(rows.name)].dtype for rows in self._all()}
+        return "bf16" if dtypes <= {torch.bfloat16, torch.float8_e4m3fn} else "fp32"
 
     @property
     def unquantized(self) -> set[int]:
@@ -170,7 +166,7 @@ class _Reader:
     @property
     def is_exact(self) -> bool:
         """Whether codes and scales are such as are trained here, so that they can stay."""
-        if not self.scales:
+        if not self.scales or self.dtype != "bf16":
             return False
         outer = {0, self._model.num_layers - 1}
         if self.unquantized not in (set(), outer):

@@ -21,6 +21,8 @@ from fp8lm.data.tokenizer import (
 )
 from fp8lm.runtime.errors import InputError
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The tokenizer's files, with settings that transformers reads its class from."""
@@ -115,12 +117,26 @@ def _load(folder: Path, rows: int, model: str | None, kind: str | None) -> Token
     if model is not None:
         return load_tokenizer(kind or _kind_of(Path(model)), model)
     if (folder / MODEL).is_file():
-        return load_tokenizer("HuggingFaceTokenizer", str(folder))
+        return _with_chat_template(load_tokenizer("HuggingFaceTokenizer", str(folder)), folder)
     if (found := folder / SentencePieceTokenizer.MODEL).is_file():
         return load_tokenizer("SentencePieceTokenizer", str(found))
     if all((folder / name).is_file() for name in GPT2BPETokenizer.NAMES):
         return load_tokenizer("GPT2BPETokenizer", str(folder))
     return NullTokenizer(rows - 1)
+
+
+def _with_chat_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The template that newer folders keep as a file, where older ones have it: in the settings."""
+    try:
+        settings = json.loads(tokenizer.files.get(CONFIG, b"{}"))
+        if "chat_template" not in settings:
+            settings["chat_template"] = (folder / CHAT_TEMPLATE).read_text()
+            tokenizer.files[CONFIG] = json.dumps(settings, indent=2).encode()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from error
+    return tokenizer
 
 
 def _kind_of(path: Path) -> str:

@@ -64,13 +64,13 @@ THERE = {
 }
 
 
-def save_there(folder, kind, max_shard_size="60KB"):
+def save_there(folder, kind, max_shard_size="60KB", **keys):
     """A model of transformers with random weights, in several files."""
     import transformers
 
     name, given = THERE[kind]
     torch.manual_seed(3)
-    config = getattr(transformers, name)(**given)
+    config = getattr(transformers, name)(**given | keys)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data.copy_(0.1 * torch.randn(parameter.shape) + (parameter.mean() == 1))

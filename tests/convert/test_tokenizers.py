@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.data.tokenizer import load_tokenizer
 from fp8lm.training.provenance import tokenizer_of
 from tests.convert.models import LLAMA, config_of, save_model
+from tests.convert.test_hugging_face import save_there
 from tests.data.tokenizers_of_all_types import write_model
 
 pytestmark = pytest.mark.slow
@@ -37,3 +40,14 @@ def test_transformers_reads_it_as_it_is_here(tokenizer, convert, tmp_path):
     convert("hf", "fp8lm", tmp_path / "hf", tmp_path / "back")
     back = tokenizer_of(open_checkpoint(tmp_path / "back"))
     assert back.identity == tokenizer.identity
+
+
+def test_a_chat_template_in_a_file_comes_along(convert, tmp_path):
+    folder = save_there(tmp_path / "hf", "llama", vocab_size=300)
+    write_model("HuggingFaceTokenizer", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    convert("hf", "fp8lm", folder, tmp_path / "ck")
+    tokenizer = tokenizer_of(open_checkpoint(tmp_path / "ck"))
+    settings = json.loads(tokenizer.files["tokenizer_config.json"])
+    assert settings["chat_template"] == "{{ messages }}"
+    assert settings["eos_token"] == "<stop>"
