@@ -176,6 +176,33 @@ class HopperKernels:
         """See `Kernels`."""
         return self._eager.cross_entropy_backward(saved, dy_T, used)
 
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        return self._eager.norm(x, weight, bias, eps)
+
+    def norm_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: tuple[Tensor, ...],
+        dy: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        return self._eager.norm_backward(x, weight, bias, statistics, dy, eps, residual)
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.gelu(x, approximate)
+
+    def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.gelu_backward(x, dy, approximate)
+
     def swiglu(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
         return self._eager.swiglu(x)

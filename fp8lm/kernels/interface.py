@@ -172,6 +172,35 @@ class Kernels(Protocol):
     def cross_entropy_backward(self, saved: tuple[Tensor, ...], dy_T: Tensor, used: int) -> Tensor:
         """Gradient of the logits, in their dtype and possibly in their memory: call it once."""
 
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """LayerNorm of `x` over its last dimension, RMSNorm without `bias`, in the dtype of `x`.
+
+        Second: the tensors that `norm_backward` wants, statistics of every row.
+        """
+
+    def norm_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: tuple[Tensor, ...],
+        dy: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of `x`, `weight` and, if there is one, `bias`.
+
+        `residual` (as `dy`) is the gradient of `x` from elsewhere, and is added to it.
+        """
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """GELU of bf16 or fp32; `approximate` is "tanh" or "none", as in PyTorch."""
+
+    def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+        """Gradient of `x`; `dy` is that of `gelu(x, approximate)`."""
+
     def swiglu(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of x = [gate | up] (bf16 or fp32), [.., 2F] -> [.., F]."""
 

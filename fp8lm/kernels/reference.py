@@ -321,6 +321,42 @@ class ReferenceKernels:
         """See `Kernels`."""
         return cross_entropy.cross_entropy_backward(saved, dy_T, used)
 
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        if bias is None:
+            return functional.rms_norm(x, x.shape[-1:], weight, eps), ()
+        y, *statistics = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return y, tuple(statistics)
+
+    def norm_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: tuple[Tensor, ...],
+        dy: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        if bias is None:
+            dx, *others = _rms_norm_backward(x, weight, dy, eps)
+        else:
+            dx, *others = torch.ops.aten.native_layer_norm_backward(
+                dy, x, x.shape[-1:], *statistics, weight, bias, [True, True, True]
+            )
+        return (dx if residual is None else dx + residual, *others)
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        return functional.gelu(x, approximate=approximate)
+
+    def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        return torch.ops.aten.gelu_backward(dy, x, approximate=approximate)
+
     def swiglu(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
         gate, up = x.chunk(2, dim=-1)
@@ -346,6 +382,14 @@ class ReferenceKernels:
     def _blocks(self, numel: int) -> Iterator[slice]:
         for start in range(0, numel, self.block_elements):
             yield slice(start, start + self.block_elements)
+
+
+def _rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, ...]:
+    # PyTorch has a kernel for this on GPUs only: the norm is computed again for its graph.
+    x, weight = (tensor.detach().requires_grad_() for tensor in (x, weight))
+    with torch.enable_grad():
+        y = functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.autograd.grad(y, (x, weight), dy)
 
 
 def check_gemm_operands(a: ScaledTensor, b: ScaledTensor) -> None:

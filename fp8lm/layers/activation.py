@@ -7,9 +7,7 @@ SwiGLU    y = silu(gate) * up,  x = [gate | up]                     [.., 2F] -> 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fp8lm.kernels.interface import Kernels
 
@@ -19,16 +17,18 @@ class Gelu:
 
     differentiated: tuple[Tensor, ...] = ()
 
-    def __init__(self, approximate: str = "tanh") -> None:
+    def __init__(self, kernels: Kernels, approximate: str = "tanh") -> None:
+        self.kernels = kernels
         self.approximate = approximate
 
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        return functional.gelu(x, approximate=self.approximate), (x,)
+        return self.kernels.gelu(x, self.approximate), (x,)
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        return (torch.ops.aten.gelu_backward(dy, *saved, approximate=self.approximate),)
+        (x,) = saved
+        return (self.kernels.gelu_backward(x, dy, self.approximate),)
 
 
 class SwiGlu:

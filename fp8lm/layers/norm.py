@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside torch's kernels.
+"""LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside the kernels.
 
 Each is a module of its own, and the `Prologue` of the linear layer that reads it.
 """
@@ -32,6 +32,7 @@ class LayerNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels
         weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
         self.weight = VectorParam(weight, kernels, device)
         bias = vector_spec(size, 0.0, fmt, sequence_parallel=sequence_parallel)
@@ -48,17 +49,14 @@ class LayerNorm(nn.Module):
 
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        weight, bias = self.weight.param, self.bias.param
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        return y, (x, mean, rstd)
+        y, statistics = self.kernels.norm(x, self.weight.param, self.bias.param, self.eps)
+        return y, (x, *statistics)
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        x, mean, rstd = saved
-        weight, bias = self.weight.param, self.bias.param
-        return torch.ops.aten.native_layer_norm_backward(
-            dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
-        )
+        x, *statistics = saved
+        parameters = self.weight.param, self.bias.param
+        return self.kernels.norm_backward(x, *parameters, tuple(statistics), dy, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -79,6 +77,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels
         weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
         self.weight = VectorParam(weight, kernels, device)
 
@@ -93,15 +92,14 @@ class RMSNorm(nn.Module):
 
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        return self(x), (x,)
+        y, statistics = self.kernels.norm(x, self.weight.param, None, self.eps)
+        return y, (x, *statistics)
 
     def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        # PyTorch has a kernel for this on GPUs only: the norm is computed again for its graph.
-        x, weight = (tensor.detach().requires_grad_() for tensor in (*saved, self.weight.param))
-        with torch.enable_grad():
-            y = functional.rms_norm(x, x.shape[-1:], weight, self.eps)
-        return torch.autograd.grad(y, (x, weight), dy)
+        x, *statistics = saved
+        weight = self.weight.param
+        return self.kernels.norm_backward(x, weight, None, tuple(statistics), dy, self.eps)
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

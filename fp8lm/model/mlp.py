@@ -20,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         super().__init__()
-        self.activation: Prologue = Gelu(config.gelu_approximate)
+        self.activation: Prologue = Gelu(recipe.kernels, config.gelu_approximate)
         if config.swiglu:
             self.activation = SwiGlu(recipe.kernels)
         hidden, ffn = config.hidden_size, config.ffn_hidden_size

@@ -34,7 +34,7 @@ def swiglu(x):
 PROLOGUES = {
     "LayerNorm": lambda precision: (norm("LayerNorm", precision),) * 2,
     "RMSNorm": lambda precision: (norm("RMSNorm", precision),) * 2,
-    "GELU": lambda precision: (Gelu(), lambda x: functional.gelu(x, approximate="tanh")),
+    "GELU": lambda precision: (Gelu(KERNELS), lambda x: functional.gelu(x, approximate="tanh")),
     "SwiGLU": lambda precision: (SwiGlu(KERNELS), swiglu),
 }
 

@@ -21,7 +21,9 @@ from fp8lm.kernels.triton import (
     accumulate,
     cast,
     cross_entropy,
+    gelu,
     messages,
+    norm,
     rope,
     rows,
     sums,
@@ -29,7 +31,7 @@ from fp8lm.kernels.triton import (
     transpose,
 )
 from fp8lm.kernels.triton.adam import MultiTensorAdam
-from fp8lm.kernels.triton.amax import partial_amaxes
+from fp8lm.kernels.triton.amax import KnownAmaxes
 from fp8lm.kernels.triton.reductions import MultiTensorNorm
 from fp8lm.numerics import (
     BF16,
@@ -54,8 +56,8 @@ class TritonKernels:
 
     Exceptions: GEMMs and attention (cuBLASLt's and PyTorch's), the order of fp64 sums, the sign of
     an FP8 NaN, values below 2^-133, which the reference decodes to zero, Adam's root, which PyTorch
-    does not always round correctly on a CPU, and exponentials with their sums: those of
-    cross-entropy and SwiGLU.
+    does not always round correctly on a CPU, exponentials with their sums (cross-entropy, SwiGLU,
+    GELU), and the sums of norms. Kernels that make a tensor that is cast next find its amax.
     """
 
     def __init__(self, attention: FusedAttention | None = None) -> None:
@@ -65,6 +67,7 @@ class TritonKernels:
         self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
         self._adam = MultiTensorAdam()
         self._norm = MultiTensorNorm()
+        self._known = KnownAmaxes()
 
     @property
     def backends(self) -> Mapping[str, str]:
@@ -79,7 +82,7 @@ class TritonKernels:
 
     def amax(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
-        return partial_amaxes(x).amax().view(torch.float32)
+        return self._known.amaxes_of(x).amax().view(torch.float32)
 
     def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
         """See `Kernels`; always saturates."""
@@ -97,7 +100,7 @@ class TritonKernels:
     ) -> ScaledTensor:
         """See `Kernels`."""
         if fmt in _SCALED and granularity.is_per_tensor:
-            return cast.quantize(x, fmt, amax)
+            return cast.quantize(x, fmt, self._amaxes(x, amax))
         if fmt in _SCALED and (length := rows.row_length(x.shape, granularity)):
             return rows.quantize_rows(x, fmt, amax, granularity, length)
         return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
@@ -107,7 +110,7 @@ class TritonKernels:
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """See `Kernels`."""
         if fmt in _SCALED and self.copies_transposed(fmt):
-            return cast.quantize_with_transpose(x, fmt, amax)
+            return cast.quantize_with_transpose(x, fmt, self._amaxes(x, amax))
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
 
@@ -241,7 +244,8 @@ class TritonKernels:
         heads_per_group: int,
     ) -> Tensor:
         """See `Kernels`."""
-        return rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
+        joined = rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
+        return self._known.remember(*joined)
 
     def cross_entropy(
         self,
@@ -259,11 +263,53 @@ class TritonKernels:
 
     def swiglu(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
-        return swiglu.swiglu(x)
+        return self._known.remember(*swiglu.swiglu(x))
 
     def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
         """See `Kernels`."""
-        return swiglu.swiglu_backward(x, dy)
+        return self._known.remember(*swiglu.swiglu_backward(x, dy))
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        if approximate != "tanh":
+            return self._eager.gelu(x, approximate)
+        return self._known.remember(*gelu.gelu(x))
+
+    def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+        """See `Kernels`."""
+        if approximate != "tanh":
+            return self._eager.gelu_backward(x, dy, approximate)
+        return self._known.remember(*gelu.gelu_backward(x, dy))
+
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Kernels`."""
+        if x.shape[-1] > norm.MAX_COLUMNS:
+            return self._eager.norm(x, weight, bias, eps)
+        y, statistics, amaxes = norm.norm(x, weight, bias, eps)
+        return self._known.remember(y, amaxes), statistics
+
+    def norm_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: tuple[Tensor, ...],
+        dy: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        if x.shape[-1] > norm.MAX_COLUMNS:
+            return self._eager.norm_backward(x, weight, bias, statistics, dy, eps, residual)
+        gradients, amaxes = norm.norm_backward(x, weight, bias, statistics, dy, residual)
+        self._known.remember(gradients[0], amaxes)
+        return gradients
+
+    def _amaxes(self, x: Tensor, amax: Tensor | None) -> Tensor:
+        """Bits of the amax that is given, or maxima of parts of `x`."""
+        return self._known.amaxes_of(x) if amax is None else amax.view(torch.int32).view(1)
 
 
 def _is_known(fmt: Format) -> bool:

@@ -1,8 +1,8 @@
 """Casts of a tensor with one scale: to a format, in both orientations of a matrix, and back.
 
 A cast finds the scale itself, from the partial maxima that `fp8lm.kernels.triton.amax` leaves or
-from the amax that it is given, and writes it and its inverse, which the GEMM wants, beside the
-payload. So `quantize` is two launches, and one where the amax is known.
+from the amax that is known (their bits, int32 [parts]). It writes the scale and its inverse, which
+the GEMM wants, beside the payload. So `quantize` is two launches, and one where the amax is known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8lm.kernels.triton.amax import MAX_PARTS, largest_of, partial_amaxes
+from fp8lm.kernels.triton.amax import MAX_PARTS, largest_of
 from fp8lm.kernels.triton.launch import launch
 from fp8lm.kernels.triton.numbers import decode, encode, inverse_of, scale_of
 from fp8lm.numerics import Format
@@ -22,10 +22,9 @@ BLOCK = 4096  # of consecutive elements
 TILE = 128  # rows and columns of a tile that is transposed
 
 
-def quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> ScaledTensor:
-    """`x` (any shape) in the scaled `fmt` with the scale of `amax` (0-d fp32; default: its own)."""
+def quantize(x: Tensor, fmt: Format, amaxes: Tensor) -> ScaledTensor:
+    """`x` (any shape) in the scaled `fmt` with the scale of the largest of `amaxes`."""
     x = x.contiguous()
-    amaxes = _amax_bits(x, amax)
     payload = torch.empty(x.shape, dtype=fmt.storage, device=x.device)
     scale, inverse = (torch.empty((), device=x.device) for _ in range(2))
     launch(
@@ -48,11 +47,10 @@ def quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> ScaledTensor:
 
 
 def quantize_with_transpose(
-    x: Tensor, fmt: Format, amax: Tensor | None
+    x: Tensor, fmt: Format, amaxes: Tensor
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """`x` [R,C] as `quantize` gives it, and its transposed [C,R], from one reading of `x`."""
     x = x.contiguous()
-    amaxes = _amax_bits(x, amax)
     rows, columns = x.shape
     payload = torch.empty(rows, columns, dtype=fmt.storage, device=x.device)
     transposed = torch.empty(columns, rows, dtype=fmt.storage, device=x.device)
@@ -122,10 +120,6 @@ def dequantize(x: ScaledTensor, dtype: torch.dtype) -> Tensor:
 def tiles(rows: int, columns: int) -> tuple[int, int]:
     """The grid of kernels that transpose; neighbours share rows."""
     return max(1, triton.cdiv(columns, TILE)), max(1, triton.cdiv(rows, TILE))
-
-
-def _amax_bits(x: Tensor, amax: Tensor | None) -> Tensor:
-    return partial_amaxes(x) if amax is None else amax.view(torch.int32).view(1)
 
 
 def _padded(amaxes: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Rotary position embedding of a fused projection: one launch each way, without copies beside it.
 
 Forward reads queries and keys where the projection has them. Backward joins the three gradients,
-which attention leaves in layouts of its own, to that of the projection. Products and sums are
+which attention leaves in layouts of its own, to that of the projection, and finds the amax of the
+result, which is the next GEMM's output gradient. Products and sums are
 rounded as eager PyTorch rounds them, so that the results have the reference's bits.
 
 Shapes: see `fp8lm.kernels.rope`.
@@ -14,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8lm.kernels.triton.amax import MAX_PARTS
 from fp8lm.kernels.triton.launch import launch
+from fp8lm.kernels.triton.numbers import magnitude
 
 _ELEMENTS = 2048  # of the first half of the rotated features, in a program
+_JOINED = 1024  # the same in backward, where a number comes from one of three tensors
 
 
 def split_and_rotate(
@@ -29,7 +33,7 @@ def split_and_rotate(
     q_SBND, k_SBGD = (qkv_SBGHD.new_empty(S, B, heads, D) for heads in (G * count, G))
     read = [qkv_SBGHD[..., queries, :], qkv_SBGHD[..., -2, :]]
     tables = _half(cos), _half(sin)
-    sizes, constants = _shape_of_launch(qkv_SBGHD.shape, cos)
+    sizes, constants = _shape_of_launch(qkv_SBGHD.shape, cos, _ELEMENTS)
     launch(
         rotate_heads,
         (S * B, triton.cdiv(G * H, constants["ROWS"])),
@@ -53,33 +57,38 @@ def rotate_back_and_join(
     sin: Tensor,
     queries: slice,
     heads_per_group: int,
-) -> Tensor:
-    """See `Kernels.rope_backward`."""
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels.rope_backward`; and the maxima of parts of the result (see `amax`)."""
     dq_SBND, dk_SBGD, dv_SBGD = (_with_dense_rows(gradient) for gradient in gradients)
     S, B, G, D = dk_SBGD.shape
     dqkv_SBGHD = dk_SBGD.new_empty(S, B, G, heads_per_group, D)
     tables = _half(cos), _half(sin)
-    sizes, constants = _shape_of_launch(dqkv_SBGHD.shape, cos)
+    sizes, constants = _shape_of_launch(dqkv_SBGHD.shape, cos, _JOINED)
+    blocks = max(1, triton.cdiv(G * heads_per_group, constants["ROWS"]))
+    over_tokens = max(1, min(S * B, MAX_PARTS // blocks))
+    amaxes = torch.empty(over_tokens * blocks, dtype=torch.int32, device=dqkv_SBGHD.device)
     launch(
         join_heads,
-        (S * B, triton.cdiv(G * heads_per_group, constants["ROWS"])),
+        (over_tokens, blocks),
         dq_SBND,
         dk_SBGD,
         dv_SBGD,
         *tables,
         dqkv_SBGHD,
+        amaxes,
         *dq_SBND.stride()[:3],
         *dk_SBGD.stride()[:3],
         *dv_SBGD.stride()[:3],
+        S * B,
         B,
         queries.start,
         queries.stop - queries.start,
         *sizes,
         reads=[dq_SBND, dk_SBGD, dv_SBGD, *tables],
-        writes=[dqkv_SBGHD],
+        writes=[dqkv_SBGHD, amaxes],
         **constants,
     )
-    return dqkv_SBGHD
+    return dqkv_SBGHD, amaxes
 
 
 def _half(table: Tensor) -> Tensor:
@@ -91,14 +100,16 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _shape_of_launch(shape: torch.Size, cos: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+def _shape_of_launch(
+    shape: torch.Size, cos: Tensor, elements: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """Sizes that both kernels get last, and their compile-time constants."""
     _, B, G, H, D = shape
     rotated = cos.shape[-1]
     tokens_of_a_position = 1 if cos.shape[1] == B else B
     half = triton.next_power_of_2(max(1, rotated // 2))
     rest = triton.next_power_of_2(D - rotated) if rotated < D else 0
-    constants = {"ROWS": max(1, _ELEMENTS // half), "HALF": half, "REST": rest}
+    constants = {"ROWS": max(1, elements // half), "HALF": half, "REST": rest}
     return (tokens_of_a_position, G, H, D, rotated), constants
 
 
@@ -159,6 +170,7 @@ def join_heads(
     cos_ptr,
     sin_ptr,
     dqkv_ptr,
+    amax_ptr,
     dq_stride_s,
     dq_stride_b,
     dq_stride_n,
@@ -168,6 +180,7 @@ def join_heads(
     dv_stride_s,
     dv_stride_b,
     dv_stride_g,
+    num_tokens,
     B,
     first_query,
     num_queries,
@@ -180,9 +193,7 @@ def join_heads(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Heads of one token: gradients rotated back; zeros for queries that other ranks take."""
-    token = tl.program_id(0).to(tl.int64)
-    s, b = token // B, token % B
+    """Heads of some tokens: gradients rotated back; zeros for queries that other ranks take."""
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     group, head = rows // H, rows % H
     exists = rows < G * H
@@ -190,28 +201,38 @@ def join_heads(
     is_key, is_value = exists & (head == H - 2), exists & (head == H - 1)
     query = (group * num_queries + head - first_query).to(tl.int64)[:, None]
     group = group.to(tl.int64)[:, None]
-    of_query = dq_ptr + s * dq_stride_s + b * dq_stride_b + query * dq_stride_n
-    of_key = dk_ptr + s * dk_stride_s + b * dk_stride_b + group * dk_stride_g
-    of_value = dv_ptr + s * dv_stride_s + b * dv_stride_b + group * dv_stride_g
-    target = dqkv_ptr + (token * G * H + rows)[:, None] * D
-
     half, i = rotated // 2, tl.arange(0, HALF)
     inside = (i < half)[None, :]
-    cos, sin = _angles(cos_ptr, sin_ptr, token // tokens_of_a_position, rotated, HALF)
+    is_turned, written = (is_query | is_key)[:, None], exists[:, None] & inside
     masks = (is_query[:, None] & inside, is_key[:, None] & inside, is_value[:, None] & inside)
-    low = _one_of(of_query, of_key, of_value, i, masks)
-    high = _one_of(of_query, of_key, of_value, half + i, masks)
-    new_low, new_high = _turned(low, high, cos, -sin)
-    is_turned = (is_query | is_key)[:, None]
-    new_low, new_high = tl.where(is_turned, new_low, low), tl.where(is_turned, new_high, high)
-    tl.store(target + i[None, :], new_low, mask=exists[:, None] & inside)
-    tl.store(target + half + i[None, :], new_high, mask=exists[:, None] & inside)
-    if REST:
-        i = rotated + tl.arange(0, REST)
-        inside = (i < D)[None, :]
-        masks = (is_query[:, None] & inside, is_key[:, None] & inside, is_value[:, None] & inside)
-        rest = _one_of(of_query, of_key, of_value, i, masks)
-        tl.store(target + i[None, :], rest, mask=exists[:, None] & inside)
+    largest = tl.zeros((ROWS, HALF), tl.int32)
+
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    for token in range(first, num_tokens, step):
+        s, b = token // B, token % B
+        of_query = dq_ptr + s * dq_stride_s + b * dq_stride_b + query * dq_stride_n
+        of_key = dk_ptr + s * dk_stride_s + b * dk_stride_b + group * dk_stride_g
+        of_value = dv_ptr + s * dv_stride_s + b * dv_stride_b + group * dv_stride_g
+        target = dqkv_ptr + (token * G * H + rows)[:, None] * D
+        cos, sin = _angles(cos_ptr, sin_ptr, token // tokens_of_a_position, rotated, HALF)
+        low = _one_of(of_query, of_key, of_value, i, masks)
+        high = _one_of(of_query, of_key, of_value, half + i, masks)
+        new_low, new_high = _turned(low, high, cos, -sin)
+        new_low, new_high = tl.where(is_turned, new_low, low), tl.where(is_turned, new_high, high)
+        tl.store(target + i[None, :], new_low, mask=written)
+        tl.store(target + half + i[None, :], new_high, mask=written)
+        largest = tl.maximum(largest, magnitude(new_low.to(tl.float32)))
+        largest = tl.maximum(largest, magnitude(new_high.to(tl.float32)))
+        if REST:
+            other = rotated + tl.arange(0, REST)
+            exist = (other < D)[None, :]
+            parts = (is_query[:, None] & exist, is_key[:, None] & exist, is_value[:, None] & exist)
+            rest = _one_of(of_query, of_key, of_value, other, parts)
+            tl.store(target + other[None, :], rest, mask=exists[:, None] & exist)
+            amax_of_rest = tl.max(magnitude(rest.to(tl.float32)), axis=1)
+            largest = tl.maximum(largest, amax_of_rest[:, None])
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(amax_ptr + program, tl.max(tl.max(largest, axis=1), axis=0))
 
 
 @triton.jit

@@ -235,3 +235,30 @@ def swiglu():
 def swiglu_backward():
     x, dy = (activations(shape=(4096, width)) for width in (2 * 11008, 11008))
     KERNELS.swiglu_backward(x, dy)
+
+
+def gelu():
+    KERNELS.gelu(activations(shape=(4096, 16384)), "tanh")
+
+
+def gelu_backward():
+    x = activations(shape=(4096, 16384))
+    KERNELS.gelu_backward(x, x, "tanh")
+
+
+def layer_norm():
+    KERNELS.norm(activations(), *(activations(shape=(4096,)),) * 2, 1e-5)
+
+
+def layer_norm_backward():
+    x, weight, rows = activations(), activations(shape=(4096,)), torch.empty(4096)
+    KERNELS.norm_backward(x, weight, weight, (rows, rows), x, 1e-5, x)
+
+
+def rms_norm():
+    KERNELS.norm(activations(), activations(shape=(4096,)), None, 1e-5)
+
+
+def rms_norm_backward_of_long_rows():
+    x, weight, rows = activations(shape=(4096, 8192)), activations(shape=(8192,)), torch.empty(4096)
+    KERNELS.norm_backward(x, weight, None, (rows,), x, 1e-5, x)

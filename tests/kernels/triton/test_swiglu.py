@@ -48,8 +48,8 @@ def test_declared_traffic():
         KERNELS.swiglu(x)
         KERNELS.swiglu_backward(x, dy)
     assert traffic.measured == traffic.declared
-    half = 2 * 5 * 32
+    half, parts = 2 * 5 * 32, 4 * 5
     assert traffic.declared == [
-        ("gated", 2 * half, half),
-        ("gated_gradients", 3 * half, 2 * half),
+        ("gated", 2 * half, half + parts),
+        ("gated_gradients", 3 * half, 2 * half + parts),
     ]
