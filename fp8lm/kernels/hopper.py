@@ -99,11 +99,15 @@ class HopperKernels:
         return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
 
     def quantize_with_transpose(
-        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None, sums: bool = False
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """See `Kernels`."""
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return self._eager.column_sums(x)
 
     def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
         """See `Kernels`."""

@@ -56,9 +56,15 @@ class Kernels(Protocol):
         """
 
     def quantize_with_transpose(
-        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None, sums: bool = False
     ) -> tuple[ScaledTensor, ScaledTensor]:
-        """`x` [R,C] as `quantize` gives it, per tensor, and as `transpose` gives that."""
+        """`x` [R,C] as `quantize` gives it, per tensor, and as `transpose` gives that.
+
+        `sums`: `column_sums` of `x` are wanted next, and may be found on the way.
+        """
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        """Sum over the rows of `x` [R,C] (bf16 or fp32), [C] in its dtype."""
 
     def quantize_into(self, sources: Sequence[Tensor], targets: Sequence[ScaledTensor]) -> None:
         """Each of `sources` (bf16 or fp32) as `quantize` gives it, written into its target.

@@ -25,10 +25,13 @@ class Gelu:
         """See `Prologue`."""
         return self.kernels.gelu(x, self.approximate), (x,)
 
-    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    def backward_from(
+        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """See `Prologue`."""
         (x,) = saved
-        return (self.kernels.gelu_backward(x, dy, self.approximate),)
+        dx = self.kernels.gelu_backward(x, dy, self.approximate)
+        return (dx if residual is None else dx + residual,)
 
 
 class SwiGlu:
@@ -43,7 +46,10 @@ class SwiGlu:
         """See `Prologue`."""
         return self.kernels.swiglu(x), (x,)
 
-    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    def backward_from(
+        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """See `Prologue`."""
         (x,) = saved
-        return (self.kernels.swiglu_backward(x, dy),)
+        dx = self.kernels.swiglu_backward(x, dy)
+        return (dx if residual is None else dx + residual,)

@@ -101,8 +101,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         """[..., I] -> [..., O], this rank's tokens and features; `prologue` is applied first."""
+        return self.with_residual(x, prologue)[0]
+
+    def with_residual(self, x: Tensor, prologue: Prologue | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, and `x` for the path around the layer.
+
+        The gradient that comes back on that path is added where the prologue's is computed.
+        """
         bias = None if self.bias is None else self.bias.param
-        return linear(x, self.weight, self.path, bias, prologue)
+        return linear_with_residual(x, self.weight, self.path, bias, prologue)
 
 
 class OperandPath:
@@ -125,13 +132,16 @@ class OperandPath:
         """The quantizer of the GEMMs' operand: before communication (wire) or after it."""
         return self.sent if self.sent.format == self.quantizer.format else self.quantizer
 
-    def cast(self, x: Tensor, *, wgrad: bool) -> tuple[ScaledTensor, ScaledTensor]:
+    def cast(
+        self, x: Tensor, *, wgrad: bool, sums: bool = False
+    ) -> tuple[ScaledTensor, ScaledTensor]:
         """`x` [T,F] as it is sent to other ranks for the first GEMM, and with `wgrad` for that.
 
-        The second is wgrad's operand where nothing is gathered, else what to gather for it.
+        The second is wgrad's operand where nothing is gathered, else what to gather for it. `sums`:
+        the sums of the columns of `x` are wanted next (`Kernels.column_sums`).
         """
         if wgrad and not self.comm.gathers:
-            return self.sent.with_transpose(x)
+            return self.sent.with_transpose(x, sums=sums)
         sent = self.sent(x)
         if wgrad and not self.sent.granularity.is_symmetric:
             return sent, self.sent.along_columns(x)
@@ -149,9 +159,14 @@ class OperandPath:
             return self.kernels.transpose(gathered)
         return self.quantizer.transposed(self._values(gathered))
 
-    def both(self, x: Tensor, *, wgrad: bool) -> tuple[ScaledTensor, ScaledTensor | None]:
-        """`x` [T,F] of this rank as the first GEMM reads it and, if asked for, as wgrad does."""
-        sent, second = self.cast(x, wgrad=wgrad)
+    def both(
+        self, x: Tensor, *, wgrad: bool, sums: bool = False
+    ) -> tuple[ScaledTensor, ScaledTensor | None]:
+        """`x` [T,F] of this rank as the first GEMM reads it and, if asked for, as wgrad does.
+
+        `sums`: see `cast`.
+        """
+        sent, second = self.cast(x, wgrad=wgrad, sums=sums)
         if not self.comm.gathers:
             return self.operand(sent), second
         gathered = self.comm.gather(sent).wait()
@@ -228,6 +243,17 @@ def linear(
 
     `path` gathers and scatters the first dimension of `x`. With `prologue` f it is `f(x) W^T + b`.
     """
+    return linear_with_residual(x, weight, path, bias, prologue)[0]
+
+
+def linear_with_residual(
+    x: Tensor,
+    weight: QuantizedParam,
+    path: GemmPath,
+    bias: Tensor | None = None,
+    prologue: Prologue | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and `x` for the path around the layer; see `Linear.with_residual`."""
     parameters = () if prologue is None else prologue.differentiated
     proxy = weight.autograd_proxy
     return _LinearFunction.apply(x, proxy, bias, weight, path, prologue, *parameters)
@@ -247,7 +273,8 @@ class _LinearFunction(torch.autograd.Function):
         path: GemmPath,
         prologue: Prologue | None,
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         kernels, reduces = path.kernels, path.output_comm.reduces
         y, of_prologue = (x, ()) if prologue is None else prologue.forward_saving(x)
         trainable = weight.spec.trainable
@@ -276,16 +303,16 @@ class _LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved, *of_prologue)
         ctx.weight, ctx.path, ctx.prologue, ctx.input_shape = weight, path, prologue, y.shape
         # Of the leading dimensions only the first can have changed.
-        return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1])
+        return y_TO.view(-1, *x.shape[1:-1], y_TO.shape[-1]), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, residual: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, path, kernels = ctx.weight, ctx.path, ctx.path.kernels
         input_comm, dtype = path.input_comm, path.precision.output
-        dy = dy.reshape(-1, dy.shape[-1])
-        db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dy_TO, dy_OT = path.grad_output.both(dy, wgrad=weight.spec.trainable)
+        dy, has_bias = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[2]
+        dy_TO, dy_OT = path.grad_output.both(dy, wgrad=weight.spec.trainable, sums=has_bias)
+        db = kernels.column_sums(dy) if has_bias else None
         # The inputs are gathered while dgrad runs, its result is reduced while wgrad runs.
         wgrad, of_prologue = None, ctx.saved_tensors  # once: with recomputation it recomputes
         if dy_OT is not None and weight.spec.trainable:
@@ -301,11 +328,11 @@ class _LinearFunction(torch.autograd.Function):
             weight.wgrad_store.add(wgrad)
         dx = None if reducing is None else reducing.wait().view(ctx.input_shape)
         # Gradients of the input and of the prologue's parameters, which may all be frozen.
-        gradients: tuple[Tensor | None, ...] = (dx,)
-        if ctx.prologue is not None:
-            gradients = (None,) * (1 + len(ctx.needs_input_grad) - _NUM_INPUTS)
-            if dx is not None:
-                gradients = ctx.prologue.backward_from(tuple(of_prologue), dx)
+        gradients = (None,) * (1 + len(ctx.needs_input_grad) - _NUM_INPUTS)
+        if dx is not None and ctx.prologue is not None:
+            gradients = ctx.prologue.backward_from(tuple(of_prologue), dx, residual)
+        elif dx is not None:
+            gradients = (dx if residual is None else dx + residual,)
         return gradients[0], None, db, None, None, None, *gradients[1:]
 
 

@@ -52,11 +52,13 @@ class LayerNorm(nn.Module):
         y, statistics = self.kernels.norm(x, self.weight.param, self.bias.param, self.eps)
         return y, (x, *statistics)
 
-    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    def backward_from(
+        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        x, *statistics = saved
+        x, *of_rows = saved
         parameters = self.weight.param, self.bias.param
-        return self.kernels.norm_backward(x, *parameters, tuple(statistics), dy, self.eps)
+        return self.kernels.norm_backward(x, *parameters, tuple(of_rows), dy, self.eps, residual)
 
 
 class RMSNorm(nn.Module):
@@ -95,11 +97,13 @@ class RMSNorm(nn.Module):
         y, statistics = self.kernels.norm(x, self.weight.param, None, self.eps)
         return y, (x, *statistics)
 
-    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    def backward_from(
+        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """See `Prologue`."""
-        x, *statistics = saved
-        weight = self.weight.param
-        return self.kernels.norm_backward(x, weight, None, tuple(statistics), dy, self.eps)
+        x, *of_rows = saved
+        parameters = self.weight.param, None
+        return self.kernels.norm_backward(x, *parameters, tuple(of_rows), dy, self.eps, residual)
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

@@ -26,5 +26,10 @@ class Prologue(Protocol):
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`f(x)`, and the tensors to save for `backward_from`."""
 
-    def backward_from(self, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of `x` and of every tensor in `differentiated`."""
+    def backward_from(
+        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Gradients of `x` and of every tensor in `differentiated`.
+
+        `residual` is the gradient of `x` from the path around the layer, and is added to the first.
+        """

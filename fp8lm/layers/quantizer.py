@@ -85,9 +85,12 @@ class Quantizer:
         return self.kernels.transpose(self.along_columns(x, amax=amax))
 
     def with_transpose(
-        self, x: Tensor, *, amax: Tensor | None = None
+        self, x: Tensor, *, amax: Tensor | None = None, sums: bool = False
     ) -> tuple[ScaledTensor, ScaledTensor]:
-        """`x` [R,C] in `format`, and its transposed as GEMMs read it."""
+        """`x` [R,C] in `format`, and its transposed as GEMMs read it.
+
+        `sums`: `Kernels.column_sums` of `x` are wanted next.
+        """
         if not self.granularity.is_symmetric:
             transposed = self._cast(x, self.granularity.transposed(), amax)
             return self(x, amax=amax), self.kernels.transpose(transposed)
@@ -95,7 +98,9 @@ class Quantizer:
             quantized = self(x, amax=amax)
             return quantized, self.kernels.transpose(quantized)
         amax = self._shared_amax(x, self.granularity, amax)
-        quantized, transposed = self.kernels.quantize_with_transpose(x, self.format, amax=amax)
+        quantized, transposed = self.kernels.quantize_with_transpose(
+            x, self.format, amax=amax, sums=sums
+        )
         return self._observed(x, quantized), transposed
 
     def local_amax(self, x: Tensor) -> Tensor | None:

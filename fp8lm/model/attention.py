@@ -63,12 +63,14 @@ class SelfAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         norm: Prologue | None = None,
         core: CoreAttention | None = None,
-    ) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `norm` is applied to the input.
+    ) -> tuple[Tensor, Tensor]:
+        """[S,B,H] -> [S,B,H], and the input for the residual path (see `Linear.with_residual`).
 
-        `core` takes the place of causal attention within the sequence.
+        `rope` is (cos, sin) or None, `norm` is applied to the input. `core` takes the place of
+        causal attention within the sequence.
         """
-        q_SBND, k_SBGD, v_SBGD = self._heads(self._project(x_SBH, norm), rope)
+        qkv, x_SBH = self.linear_qkv.with_residual(x_SBH, norm)
+        q_SBND, k_SBGD, v_SBGD = self._heads(self._projected(qkv), rope)
         if core is not None:
             context = core(q_SBND, k_SBGD, v_SBGD)
         elif self.recompute_core and torch.is_grad_enabled():
@@ -79,11 +81,10 @@ class SelfAttention(nn.Module):
             )
         else:
             context = self._core(q_SBND, k_SBGD, v_SBGD)
-        return self.linear_proj(context)
+        return self.linear_proj(context), x_SBH
 
-    def _project(self, x_SBH: Tensor, norm: Prologue | None) -> Tensor:
+    def _projected(self, qkv: Tensor) -> Tensor:
         """Per group its query heads, its key and its value: [S,B,G,N/G+2,D]."""
-        qkv = self.linear_qkv(x_SBH, norm)
         if self.ranks_per_group > 1:
             qkv = self.tp.gather_query_group(qkv)
         qkv = qkv.unflatten(2, (self.num_groups, self.heads_per_group + 2, self.head_size))

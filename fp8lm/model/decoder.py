@@ -47,10 +47,14 @@ class TransformerLayer(nn.Module):
         `core`: see `SelfAttention`.
         """
         first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
-        attended = self.self_attention(x_SBH, rope, self.input_layernorm, core)
-        h = x_SBH + dropout(attended, self.dropout, first)
-        read = x_SBH if self.parallel_residual else h
-        return h + dropout(self.mlp(read, self.pre_mlp_layernorm), self.dropout, second)
+        attended, x_SBH = self.self_attention(x_SBH, rope, self.input_layernorm, core)
+        if self.parallel_residual:
+            read, x_SBH = self.mlp(x_SBH, self.pre_mlp_layernorm)
+            h = x_SBH + dropout(attended, self.dropout, first)
+        else:
+            h = x_SBH + dropout(attended, self.dropout, first)
+            read, h = self.mlp(h, self.pre_mlp_layernorm)
+        return h + dropout(read, self.dropout, second)
 
 
 @dataclass(frozen=True)

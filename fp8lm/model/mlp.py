@@ -43,6 +43,10 @@ class MLP(nn.Module):
             smooth=recipe.smooth_swiglu,
         )
 
-    def forward(self, x_SBH: Tensor, norm: Prologue | None = None) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `norm` is applied to the input."""
-        return self.linear_fc2(self.linear_fc1(x_SBH, norm), self.activation)
+    def forward(self, x_SBH: Tensor, norm: Prologue | None = None) -> tuple[Tensor, Tensor]:
+        """[S,B,H] -> [S,B,H], and the input for the residual path (see `Linear.with_residual`).
+
+        `norm` is applied to the input.
+        """
+        hidden, x_SBH = self.linear_fc1.with_residual(x_SBH, norm)
+        return self.linear_fc2(hidden, self.activation), x_SBH

@@ -3,19 +3,15 @@
 Every program leaves the maximum of its part, and whoever wants that of the tensor takes the largest
 of these few: no memory has to be cleared before, and there is no atomic operation.
 
-A kernel that makes a tensor can leave these maxima beside it. The cast that reads the tensor next
-is another layer's, and autograd lies between: `KnownAmaxes` has the maxima of the last of them.
+Kernels that make a tensor leave its maxima beside it, and `Memo` has them for the cast.
 """
 
 from __future__ import annotations
-
-from collections import deque
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fp8lm.kernels.triton.launch import launch
 from fp8lm.kernels.triton.numbers import magnitude
@@ -41,35 +37,6 @@ def partial_amaxes(x: Tensor, max_parts: int = MAX_PARTS) -> Tensor:
         num_warps=8,
     )
     return amaxes
-
-
-class KnownAmaxes:
-    """The maxima of tensors that kernels have made, of the last few.
-
-    They are those of the memory: a view of all of it has them too, and they are forgotten when it
-    is written to, or freed. Nothing is kept alive.
-    """
-
-    def __init__(self, length: int = 4) -> None:
-        self._known: deque[tuple[StorageWeakRef, int, Tensor]] = deque(maxlen=length)
-
-    def remember(self, x: Tensor, amaxes: Tensor) -> Tensor:
-        """Note the maxima of parts of `x`, a kernel's whole result; returns `x`."""
-        self._known.appendleft((_memory(x), x._version, amaxes))  # noqa: SLF001 (no public one)
-        return x
-
-    def amaxes_of(self, x: Tensor) -> Tensor:
-        """Those of `x`: remembered, or found by reading it."""
-        if x.numel() * x.element_size() == x.untyped_storage().nbytes():
-            memory = _memory(x)
-            for known, version, amaxes in self._known:
-                if known == memory and version == x._version:  # noqa: SLF001
-                    return amaxes
-        return partial_amaxes(x)
-
-
-def _memory(x: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(x.untyped_storage())
 
 
 def num_parts(numel: int, block: int, max_parts: int = MAX_PARTS) -> int:

@@ -31,7 +31,9 @@ from fp8lm.kernels.triton import (
     transpose,
 )
 from fp8lm.kernels.triton.adam import MultiTensorAdam
-from fp8lm.kernels.triton.amax import KnownAmaxes
+from fp8lm.kernels.triton.amax import partial_amaxes
+from fp8lm.kernels.triton.column_sums import add_over_programs
+from fp8lm.kernels.triton.memo import Memo
 from fp8lm.kernels.triton.reductions import MultiTensorNorm
 from fp8lm.numerics import (
     BF16,
@@ -67,7 +69,8 @@ class TritonKernels:
         self._eager = ReferenceKernels(block_elements=1 << 62, step_elements=1 << 23)
         self._adam = MultiTensorAdam()
         self._norm = MultiTensorNorm()
-        self._known = KnownAmaxes()
+        self._known_amaxes = Memo(length=4)
+        self._known_sums = Memo(length=1)
 
     @property
     def backends(self) -> Mapping[str, str]:
@@ -82,7 +85,7 @@ class TritonKernels:
 
     def amax(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
-        return self._known.amaxes_of(x).amax().view(torch.float32)
+        return self._amaxes(x, None).amax().view(torch.float32)
 
     def cast(self, x: Tensor, scale: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
         """See `Kernels`; always saturates."""
@@ -106,11 +109,17 @@ class TritonKernels:
         return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
 
     def quantize_with_transpose(
-        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None
+        self, x: Tensor, fmt: Format, *, amax: Tensor | None = None, sums: bool = False
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """See `Kernels`."""
         if fmt in _SCALED and self.copies_transposed(fmt):
-            return cast.quantize_with_transpose(x, fmt, self._amaxes(x, amax))
+            amaxes = self._amaxes(x, amax)
+            quantized, transposed, partial_sums = cast.quantize_with_transpose(
+                x, fmt, amaxes, sums=sums
+            )
+            if partial_sums is not None:
+                self._known_sums.remember(x, partial_sums)
+            return quantized, transposed
         quantized = self.quantize(x, fmt, amax=amax)
         return quantized, self.transpose(quantized)
 
@@ -127,6 +136,13 @@ class TritonKernels:
                 rows.quantize_rows_into(x, target, None, length)
             else:
                 self._eager.quantize_into([x], [target])
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        """See `Kernels`."""
+        sums = self._known_sums.recall(x)
+        if sums is None:
+            return self._eager.column_sums(x)
+        return add_over_programs(sums[None], x.dtype)[0]
 
     def dequantize(self, x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `Kernels`."""
@@ -245,7 +261,7 @@ class TritonKernels:
     ) -> Tensor:
         """See `Kernels`."""
         joined = rope.rotate_back_and_join(gradients, cos, sin, queries, heads_per_group)
-        return self._known.remember(*joined)
+        return self._known_amaxes.remember(*joined)
 
     def cross_entropy(
         self,
@@ -263,23 +279,23 @@ class TritonKernels:
 
     def swiglu(self, x: Tensor) -> Tensor:
         """See `Kernels`."""
-        return self._known.remember(*swiglu.swiglu(x))
+        return self._known_amaxes.remember(*swiglu.swiglu(x))
 
     def swiglu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
         """See `Kernels`."""
-        return self._known.remember(*swiglu.swiglu_backward(x, dy))
+        return self._known_amaxes.remember(*swiglu.swiglu_backward(x, dy))
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """See `Kernels`."""
         if approximate != "tanh":
             return self._eager.gelu(x, approximate)
-        return self._known.remember(*gelu.gelu(x))
+        return self._known_amaxes.remember(*gelu.gelu(x))
 
     def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
         """See `Kernels`."""
         if approximate != "tanh":
             return self._eager.gelu_backward(x, dy, approximate)
-        return self._known.remember(*gelu.gelu_backward(x, dy))
+        return self._known_amaxes.remember(*gelu.gelu_backward(x, dy))
 
     def norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
@@ -288,7 +304,7 @@ class TritonKernels:
         if x.shape[-1] > norm.MAX_COLUMNS:
             return self._eager.norm(x, weight, bias, eps)
         y, statistics, amaxes = norm.norm(x, weight, bias, eps)
-        return self._known.remember(y, amaxes), statistics
+        return self._known_amaxes.remember(y, amaxes), statistics
 
     def norm_backward(
         self,
@@ -304,12 +320,15 @@ class TritonKernels:
         if x.shape[-1] > norm.MAX_COLUMNS:
             return self._eager.norm_backward(x, weight, bias, statistics, dy, eps, residual)
         gradients, amaxes = norm.norm_backward(x, weight, bias, statistics, dy, residual)
-        self._known.remember(gradients[0], amaxes)
+        self._known_amaxes.remember(gradients[0], amaxes)
         return gradients
 
     def _amaxes(self, x: Tensor, amax: Tensor | None) -> Tensor:
         """Bits of the amax that is given, or maxima of parts of `x`."""
-        return self._known.amaxes_of(x) if amax is None else amax.view(torch.int32).view(1)
+        if amax is not None:
+            return amax.view(torch.int32).view(1)
+        known = self._known_amaxes.recall(x)
+        return partial_amaxes(x) if known is None else known
 
 
 def _is_known(fmt: Format) -> bool:

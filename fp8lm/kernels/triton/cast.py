@@ -47,36 +47,44 @@ def quantize(x: Tensor, fmt: Format, amaxes: Tensor) -> ScaledTensor:
 
 
 def quantize_with_transpose(
-    x: Tensor, fmt: Format, amaxes: Tensor
-) -> tuple[ScaledTensor, ScaledTensor]:
-    """`x` [R,C] as `quantize` gives it, and its transposed [C,R], from one reading of `x`."""
+    x: Tensor, fmt: Format, amaxes: Tensor, *, sums: bool = False
+) -> tuple[ScaledTensor, ScaledTensor, Tensor | None]:
+    """`x` [R,C] as `quantize` gives it, and its transposed [C,R], from one reading of `x`.
+
+    With `sums` those of the columns of every tile, fp32 [tiles, C], in an order that is fixed.
+    """
     x = x.contiguous()
     rows, columns = x.shape
     payload = torch.empty(rows, columns, dtype=fmt.storage, device=x.device)
     transposed = torch.empty(columns, rows, dtype=fmt.storage, device=x.device)
     scale, inverse = (torch.empty((), device=x.device) for _ in range(2))
+    grid = tiles(rows, columns)
+    of_tiles = torch.empty(grid[1], columns, device=x.device) if sums else None
     launch(
         cast_with_transpose,
-        tiles(rows, columns),
+        grid,
         x,
         amaxes,
         payload,
         transposed,
         scale,
         inverse,
+        scale if of_tiles is None else of_tiles,
         rows,
         columns,
         amaxes.numel(),
         reads=[x, amaxes],
-        writes=[payload, transposed, scale, inverse],
+        writes=[payload, transposed, scale, inverse, *([] if of_tiles is None else [of_tiles])],
         FORMAT=fmt.name,
+        SUMS=sums,
         PARTS=_padded(amaxes),
         TILE=TILE,
-        num_warps=8,
+        num_warps=16 if sums else 8,  # the numbers stay in registers until they are added
     )
     return (
         ScaledTensor(payload, scale, fmt, inverse=inverse),
         ScaledTensor(transposed, scale, fmt, inverse=inverse),
+        of_tiles,
     )
 
 
@@ -158,10 +166,12 @@ def cast_with_transpose(
     transposed_ptr,
     scale_ptr,
     inverse_ptr,
+    sums_ptr,
     num_rows,
     num_columns,
     parts,
     FORMAT: tl.constexpr,
+    SUMS: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -174,7 +184,10 @@ def cast_with_transpose(
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     place = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    x = tl.load(x_ptr + place, mask=inside).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SUMS:
+        of_tile = sums_ptr + tl.program_id(1).to(tl.int64) * num_columns
+        tl.store(of_tile + columns, tl.sum(x, axis=0), mask=columns < num_columns)
     codes = encode(x * scale, FORMAT)
     tl.store(payload_ptr + place, codes, mask=inside)
     place = columns.to(tl.int64)[:, None] * num_rows + rows[None, :]

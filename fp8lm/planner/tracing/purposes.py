@@ -52,6 +52,7 @@ METHODS = {
     "cast": CAST,
     "quantize": CAST,
     "quantize_with_transpose": CAST,
+    "column_sums": BIAS,
     "dequantize": DECODE,
     "transpose": TRANSPOSE,
     "gemm": GEMM,
@@ -84,7 +85,7 @@ PLACES = {
     "layers.weight_operands": SCALE,
     "training.step": OPTIMIZER,  # the step's scalars
 }
-_OF_BIAS = ("sum", "add_")  # operations of `layers.linear` itself
+_OF_BIAS = ("sum", "add_", "add_rows")  # operations of `layers.linear`, and sums for it
 _SCALAR_PARTS = (AMAX, CAST, DECODE, GEMM, OTHER)  # single numbers there are scales and amaxes
 
 

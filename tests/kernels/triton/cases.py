@@ -50,6 +50,12 @@ def both_orientations_e5m2():
     KERNELS.quantize_with_transpose(activations(), E5M2)
 
 
+def both_orientations_and_sums():
+    x = activations()
+    KERNELS.quantize_with_transpose(x, E5M2, sums=True)
+    KERNELS.column_sums(x)
+
+
 def both_orientations_of_an_odd_shape():
     KERNELS.quantize_with_transpose(activations(shape=(1001, 1003)), E4M3)
 

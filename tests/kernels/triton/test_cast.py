@@ -1,9 +1,12 @@
 """Casts and decodes in Triton give the reference's bytes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.cost import recording
 from fp8lm.kernels.triton.backend import TritonKernels
 from fp8lm.numerics import E2M5, E4M3, E5M2, FP16, PER_ROW, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
@@ -14,6 +17,19 @@ from tests.numerics.tables import all_codes, finite_codes
 KERNELS, REFERENCE = TritonKernels(), ReferenceKernels()
 FP8 = [E4M3, E5M2]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+
+
+@contextmanager
+def counting_launches():
+    """The names of the kernels that are launched."""
+    names = []
+
+    class Names:
+        def record(self, name, reads, writes):
+            names.append(name)
+
+    with recording(Names()):
+        yield names
 
 
 @pytest.mark.parametrize("fmt", [*FP8, E2M5, FP16], ids=repr)
@@ -44,6 +60,42 @@ def test_tiles_at_the_edge(shape, device):
     transposed = KERNELS.transpose(KERNELS.quantize(x.to(device), E4M3))
     assert torch.equal(transposed.payload.cpu(), expected.payload.t())
     assert transposed.payload.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(128, 128), (129, 300), (1, 131), (257, 2)])
+def test_column_sums_of_what_is_cast(shape, dtype, device):
+    """fp32 sums of R terms, in the same order every time, and one rounding."""
+    x = normal(*shape, dtype=dtype)
+    found = []
+    for _ in range(2):
+        there = x.to(device)
+        quantized, _ = KERNELS.quantize_with_transpose(there, E5M2, sums=True)
+        assert_same(quantized, REFERENCE.quantize(x, E5M2))
+        with counting_launches() as launched:
+            found.append(KERNELS.column_sums(there).cpu())
+        assert launched == ["add_rows"]
+    exact, magnitude = x.double().sum(0), x.double().abs().sum(0)
+    bound = exact.abs() * torch.finfo(dtype).eps / 2 + magnitude * shape[0] * 2.0**-24
+    assert ((found[0].double() - exact).abs() <= bound).all()
+    assert found[0].dtype == dtype and torch.equal(*found)
+
+
+def test_column_sums_of_what_was_not_cast(device):
+    x = normal(20, 30).to(device)
+    KERNELS.quantize_with_transpose(x + 1.0, E5M2, sums=True)
+    KERNELS.quantize_with_transpose(x, E5M2)
+    assert torch.equal(KERNELS.column_sums(x), x.sum(0))
+
+
+@pytest.mark.parametrize("event", [torch.nan, torch.inf])
+def test_events_in_a_column(event, device):
+    x = normal(140, 30)
+    x[133, 7] = event
+    there = x.to(device)
+    KERNELS.quantize_with_transpose(there, E5M2, sums=True)
+    finite = KERNELS.column_sums(there).isfinite().cpu()
+    assert torch.equal(~finite, torch.arange(30) == 7)
 
 
 @pytest.mark.parametrize("fmt", [*FP8, E2M5, FP16], ids=repr)
@@ -132,8 +184,10 @@ def test_declared_traffic():
         KERNELS.dequantize(quantized, torch.bfloat16)
         KERNELS.cast(x, quantized.scale, E4M3)
         KERNELS.transpose(quantized)
+        KERNELS.quantize_with_transpose(x, E4M3, amax=torch.tensor(1.0), sums=True)
+        KERNELS.column_sums(x)
     assert traffic.measured == traffic.declared
-    numel, parts = 130 * 260, 5
+    numel, parts, sums = 130 * 260, 5, 2 * 4 * 260
     assert traffic.declared == [
         ("partial_amax", 2 * numel, 4 * parts),
         ("cast_with_transpose", 2 * numel + 4 * parts, 2 * numel + 8),
@@ -143,4 +197,6 @@ def test_declared_traffic():
         ("decode_with_scale", numel + 4, 2 * numel),
         ("cast_with_scale", 2 * numel + 4, numel),
         ("transpose_tile", numel, numel),
+        ("cast_with_transpose", 2 * numel + 4, 2 * numel + 8 + sums),
+        ("add_rows", sums, 2 * 260),
     ]
