@@ -109,5 +109,5 @@ def test_declared_traffic():
     head, halves = 2 * S * B * 20, 2 * 2 * S * 5
     assert traffic.declared == [
         ("rotate_heads", 3 * head + halves, 3 * head),
-        ("join_heads", 4 * head + halves, 6 * head),
+        ("join_heads", 4 * head + halves, 6 * head + 4 * S * B),
     ]

@@ -15,7 +15,7 @@ from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.training.state import optimizer_tensors
 from fp8lm.training.step import train_step
 from tests.kernels.triton.traffic import counting
-from tests.model.tiny import batch, build
+from tests.model.tiny import batch, build, loss_and_gradients
 from tests.optim.bench import initial
 
 pytestmark = pytest.mark.slow
@@ -78,14 +78,24 @@ def test_steps_are_those_of_the_reference(preset, kept):
     assert {"partial_amax", "cast_with_transpose"} <= {name for name, _, _ in traffic.declared}
 
 
+def gradients(kernels):
+    """The loss of a micro-batch in `o3`, and the gradients of all weights."""
+    gpt = build({}, dict(preset="o3"), kernels=kernels)
+    weights = named_params(gpt)
+    for name, value in initial(weights).items():
+        weights[name].set_value(value)
+    return loss_and_gradients(gpt, batch(seed=1))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GEMMs of a GPU sum in another order")
 @pytest.mark.usefixtures("pytorchs_root")
-@pytest.mark.parametrize("preset", ["bf16", "o3"])
-def test_losses_are_close_to_those_of_the_reference(preset):
+def test_gradients_are_close_to_those_of_the_reference():
     with counting() as traffic:
-        losses, _ = trained(preset, WithGemmsOfTheCpu())
-    expected, _ = trained(preset, REFERENCE)
-    for loss, reference in zip(losses, expected, strict=True):
-        torch.testing.assert_close(loss, reference, rtol=2e-3, atol=0)
+        loss, actual = gradients(WithGemmsOfTheCpu())
+    expected_loss, expected = gradients(REFERENCE)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=0)
+    for name, gradient in expected.items():
+        values, exact = (REFERENCE.dequantize(g) for g in (actual[name], gradient))
+        assert (values - exact).norm() <= 0.05 * exact.norm(), name
     assert traffic.measured == traffic.declared
     assert {"normalize", "norm_gradients", "gelu_values"} <= {n for n, _, _ in traffic.declared}
