@@ -68,6 +68,13 @@ def gemm(
     )
 
 
+def bf16_gemm(a: ScaledTensor, b: ScaledTensor, bias: Tensor) -> Tensor:
+    """`Kernels.gemm` of BF16 operands, whose bias is added to the fp32 sum: one rounding."""
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"contraction differs: {tuple(a.shape)}, {tuple(b.shape)}")
+    return torch.addmm(bias, a.payload, b.payload.t())
+
+
 def missing_gemm(a: Granularity, b: Granularity) -> str | None:
     """That no GEMM multiplies operands with these scales, if so."""
     rows = {a, b} <= {PER_TENSOR, PER_ROW}

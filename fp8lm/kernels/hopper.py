@@ -17,7 +17,7 @@ from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.attention import FusedAttention, attention_at_positions
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import ReferenceKernels
-from fp8lm.numerics import PER_TENSOR, Format, Granularity
+from fp8lm.numerics import BF16, PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
 
@@ -51,6 +51,8 @@ class HopperKernels:
         fast_accumulation: bool = False,
     ) -> Tensor:
         """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
+        if bias is not None and a.format == b.format == BF16 and out_dtype == torch.bfloat16:
+            return cublaslt.bf16_gemm(a, b, bias)
         if not (a.format.storage == b.format.storage == torch.uint8):
             return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
         return cublaslt.gemm(a, b, bias, out_dtype, fast_accumulation)

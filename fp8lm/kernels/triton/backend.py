@@ -71,6 +71,7 @@ class TritonKernels:
         self._norm = MultiTensorNorm()
         self._known_amaxes = Memo(length=4)
         self._known_sums = Memo(length=1)
+        self._ones: dict[torch.device, Tensor] = {}
 
     @property
     def backends(self) -> Mapping[str, str]:
@@ -106,6 +107,8 @@ class TritonKernels:
             return cast.quantize(x, fmt, self._amaxes(x, amax))
         if fmt in _SCALED and (length := rows.row_length(x.shape, granularity)):
             return rows.quantize_rows(x, fmt, amax, granularity, length)
+        if not fmt.scaled:
+            return ScaledTensor(x.to(fmt.dtype), self._one(x.device), fmt)
         return self._eager.quantize(x, fmt, amax=amax, granularity=granularity)
 
     def quantize_with_transpose(
@@ -190,6 +193,8 @@ class TritonKernels:
         """See `Kernels`; formats other than FP8 take the ordinary matrix product."""
         if a.format.storage == b.format.storage == torch.uint8:
             return cublaslt.gemm(a, b, bias, out_dtype, fast_accumulation)
+        if bias is not None and a.format == b.format == BF16 and out_dtype == torch.bfloat16:
+            return cublaslt.bf16_gemm(a, b, bias)
         return self._eager.gemm(a, b, bias=bias, out_dtype=out_dtype)
 
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
@@ -322,6 +327,12 @@ class TritonKernels:
         gradients, amaxes = norm.norm_backward(x, weight, bias, statistics, dy, residual)
         self._known_amaxes.remember(gradients[0], amaxes)
         return gradients
+
+    def _one(self, device: torch.device) -> Tensor:
+        """The scale of formats without one, made once."""
+        if device not in self._ones:
+            self._ones[device] = torch.ones((), device=device)
+        return self._ones[device]
 
     def _amaxes(self, x: Tensor, amax: Tensor | None) -> Tensor:
         """Bits of the amax that is given, or maxima of parts of `x`."""
