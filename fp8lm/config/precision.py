@@ -136,10 +136,9 @@ class PrecisionConfig(Section):
     )
     cache_weight_operands: Bool = Field(
         False,
-        description="Keep what GEMMs read of the weights while a step lasts, instead of making it "
-        "anew in every micro-batch: the copy in the GEMM's format of a weight stored in another, "
-        "and on a GPU the transposed copy of an FP8 weight that dgrad reads. In FP8 one byte per "
-        "parameter each.",
+        description="Keep what dgrad reads of the weights while a step lasts, instead of making it "
+        "anew in every micro-batch: on a GPU the transposed copy of an FP8 weight, one byte per "
+        "parameter. The FP8 copy of a weight that is stored in another format is kept in any case.",
     )
     kernels: KernelsName = Field(
         "auto",

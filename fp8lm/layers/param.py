@@ -135,8 +135,9 @@ class Param(nn.Module):
 
 @dataclass
 class OperandCache:
-    """Amax and operands of a weight within one step; `keep`: keep the cast operands too.
+    """Amax and operands of a weight within one step; `keep`: keep what dgrad reads, too.
 
+    A weight is cast to a scaled format once, and its operand kept.
     `amax` is `Quantizer.local_amax`, shared. `inverse` is that of the scale of a weight that GEMMs
     read as it is stored.
     """
@@ -153,8 +154,8 @@ class QuantizedParam(Param):
 
     The payload of an FP8 weight is uint8, so `module.float()` or `.to(torch.bfloat16)` cannot turn
     it into unscaled numbers; the scale is kept in fp32 through any such call. `quantizer` casts
-    it for the GEMMs if their format is not the stored one (the default); `cache_operands` keeps the
-    cast operands for a step.
+    it for the GEMMs if their format is not the stored one (the default), once per step;
+    `cache_operands` keeps what dgrad reads, too.
     """
 
     payload: Tensor
@@ -213,8 +214,10 @@ class QuantizedParam(Param):
     def operand_bytes(self) -> int:
         """Bytes that operands take for the length of a step, beyond the weight itself."""
         fmt, numel = self.quantizer.format, self.payload.numel()
-        copies = (fmt != self.spec.format) + self.kernels.copies_transposed(fmt)
-        return copies * numel * fmt.bytes if self.cache_operands else 0
+        copies = int(self.needs_cast)
+        if self.cache_operands:
+            copies = (fmt != self.spec.format) + self.kernels.copies_transposed(fmt)
+        return copies * numel * fmt.bytes
 
     def local_amax(self) -> Tensor | None:
         """What this rank's shard tells the others for the cast; see `Quantizer.local_amax`."""
@@ -225,14 +228,16 @@ class QuantizedParam(Param):
         cache = self.cache or OperandCache()
         if self.quantizer.format == self.spec.format:
             return ScaledTensor(self.payload, self.scale, self.spec.format, inverse=cache.inverse)
-        if not cache.keep:
-            return self.quantizer(self._values(), amax=cache.amax)
-        if cache.operand is None and not self.spec.trainable:  # nothing reads it transposed
-            cache.operand = self.quantizer(self._values(), amax=cache.amax)
-        elif cache.operand is None:
+        if cache.operand is not None:
+            return cache.operand
+        if cache.keep and self.spec.trainable:  # else nothing reads it transposed
             both = self.quantizer.with_transpose(self._values(), amax=cache.amax)
             cache.operand, cache.transposed = both
-        return cache.operand
+            return cache.operand
+        operand = self.quantizer(self._values(), amax=cache.amax)
+        if cache.keep or self.needs_cast:
+            cache.operand = operand
+        return operand
 
     def operand_of_columns(self, factors: Tensor) -> ScaledTensor:
         """The weight, its columns times `factors` [I], as forward's GEMM reads it; never kept."""

@@ -2,8 +2,8 @@
 
 A weight stored in another format than its GEMM's (presets te, o1 and o2) is cast to FP8 with one
 scale over the ranks that hold its parts: the amaxes of all such weights travel in one exchange.
-With `precision.cache_weight_operands` the cast payload and the transposed one stay for the step as
-well, in FP8 one byte per parameter each, and every further micro-batch reads them.
+The cast payload stays for the step, one byte per parameter, and every further micro-batch reads it;
+with `precision.cache_weight_operands` the transposed one as well, on a GPU another byte.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class Layout:
 
     @property
     def caches_operands(self) -> bool:
-        """Whether weight operands are cached."""
-        return self.config.precision.cache_weight_operands
+        """Whether weight operands are kept for a step."""
+        return any(kinds["operands"] for stage in self.stages for kinds in stage.state)
 
     def state(self, place: RankPlacement) -> Mapping[str, int]:
         """Bytes that the rank at `place` holds, by kind."""

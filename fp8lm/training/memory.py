@@ -32,10 +32,10 @@ def state_bytes(
 ) -> dict[str, int]:
     """Bytes this process holds for `weights`, by kind; `states` are the optimizer's, by weight.
 
-    Counted from the buffers themselves, scales included, but for `operands`: what
-    `precision.cache_weight_operands` adds while a step lasts. `padding`: bytes of
-    parameter buffers beyond the weights (see `NoDataParallel.padding`). A frozen weight has neither
-    gradient nor optimizer states.
+    Counted from the buffers themselves, scales included, but for `operands`: copies of weights for
+    their GEMMs, which are there while a step lasts. `padding`: bytes of parameter buffers beyond
+    the weights (see `NoDataParallel.padding`). A frozen weight has neither gradient nor optimizer
+    states.
     """
     held = [states[name] for name in weights if name in states]
     gradients = [weight.main_grad.value for weight in trainable(weights).values()]
