@@ -13,7 +13,7 @@ ALIGNED = {
     "accumulate_e4m3": (72, 8),
     "add_in_format": (64, 3),
     "amax": (64, 4),
-    "both_orientations_and_sums": (72, 20),
+    "both_orientations_and_sums": (72, 16),
     "both_orientations_e4m3": (72, 16),
     "both_orientations_e5m2": (72, 20),
     "cross_entropy": (64, 2),
