@@ -3,9 +3,10 @@
 python tools/bench_generate.py --load runs/x/checkpoints [--batch-sizes 1,8] [--output bench.json]
 torchrun --nproc-per-node 2 tools/bench_generate.py --tensor-model-parallel-size 2 --load ...
 
-Prompts are random tokens, continued greedily past every end of document. Each way of computing runs
-once for warm-up; its time is the least of the repetitions. Memory: bytes of the weights, of the
-cache, and of all tensors that are alive once the model is loaded, on this rank.
+Prompts are random tokens, continued greedily past every end of document. After one run for warm-up,
+the time of the first token is the least of the repetitions, that of a further one the median.
+Memory: bytes of the weights, of the cache, and of all tensors that are alive once the model is
+loaded, on this rank.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import argparse
 import gc
 import json
 import time
+from statistics import median
 from typing import Any
 
 import torch
 
 from fp8lm.arguments import as_path, number_type
 from fp8lm.data.files import write_aside
-from fp8lm.generate.decoding import Decoding, complete
+from fp8lm.generate.context import CachedContext, Context, RecomputedContext
 from fp8lm.generate.loading import add_model_arguments, model_of_options
 from fp8lm.generate.model import InferenceModel
-from fp8lm.generate.sampling import Sampling
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
 
-WAYS: dict[str, dict[str, Any]] = {
-    "cache": {"use_cache": True},
-    "fp8 cache": {"use_cache": True, "cache_dtype": "fp8"},
-    "no cache": {"use_cache": False},
+Kind = type[CachedContext] | type[RecomputedContext]
+WAYS: dict[str, tuple[Kind, str]] = {
+    "cache": (CachedContext, "auto"),
+    "fp8 cache": (CachedContext, "fp8"),
+    "no cache": (RecomputedContext, "auto"),
 }
 MEGA = 1e6
 
@@ -92,15 +94,14 @@ def sizes(text: str) -> list[int]:
 def measure(
     model: InferenceModel, way: str, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of the first new token, and of each further one, for `batch` prompts."""
+    """Seconds of the first new token, and of a further one, for `batch` prompts."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, options.prompt_tokens)
     prompts = torch.randint(model.num_ids, shape, generator=generator).tolist()
-    first = seconds(model, prompts, way, 1, options.repeats)
-    all_of_them = seconds(model, prompts, way, options.max_new_tokens, options.repeats)
-    each = (all_of_them - first) / (options.max_new_tokens - 1)
-    capacity = options.prompt_tokens + options.max_new_tokens
-    cache = model.new_cache(batch, capacity, WAYS[way].get("cache_dtype", "auto"))
+    runs = [times(model, prompts, way, options.max_new_tokens) for _ in range(options.repeats + 1)]
+    first = min(run[0] for run in runs[1:])
+    each = median(time for run in runs[1:] for time in run[1:])
+    context = new_context(model, way, batch, sum((options.prompt_tokens, options.max_new_tokens)))
     return {
         "way": way,
         "batch": batch,
@@ -108,21 +109,26 @@ def measure(
         "token_s": each,
         "prompt_tokens_per_s": batch * options.prompt_tokens / first,
         "new_tokens_per_s": batch / each,
-        "cache_bytes": cache.nbytes if WAYS[way]["use_cache"] else 0,
+        "cache_bytes": context.cache.nbytes if isinstance(context, CachedContext) else 0,
     }
 
 
-def seconds(
-    model: InferenceModel, prompts: list[list[int]], way: str, count: int, repeats: int
-) -> float:
-    """The least time of `repeats` generations of `count` tokens."""
-    decoding = Decoding(Sampling(temperature=0.0), count, ignore_eod=True, **WAYS[way])
-    times = []
-    for _ in range(repeats + 1):
+def times(model: InferenceModel, prompts: list[list[int]], way: str, count: int) -> list[float]:
+    """Seconds of each of `count` tokens that follow `prompts`, greedily."""
+    context = new_context(model, way, len(prompts), len(prompts[0]) + count)
+    found, new = [], prompts
+    for _ in range(count):
         began = time.perf_counter()
-        complete(model, prompts, decoding)  # ends with a copy to the host: nothing is under way
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        logits = context.extend(new)  # on the host: nothing is under way any more
+        new = [[token] for token in logits.argmax(dim=1).tolist()]
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def new_context(model: InferenceModel, way: str, sequences: int, capacity: int) -> Context:
+    """An empty one that computes in this `way`."""
+    kind, cache_dtype = WAYS[way]
+    return kind(model, sequences, capacity, cache_dtype)
 
 
 def tensor_bytes() -> int:
