@@ -28,8 +28,7 @@ deepseek  DeepSeek-V3 (arXiv 2412.19437, 3.3): E4M3 throughout, scales per 1 x 1
           E5M6; nothing is sent in FP8 (there, the experts' dispatch is).
 mxfp8     MXFP8 pretraining (Mishra et al., arXiv 2506.08027): E4M3 throughout, E8M0 scales per
           1 x 32, rounded so that no amax overflows, both orientations cast from the BF16
-          tensor. Different: weights are blocks of 1 x 32 in the dense layers alone (there, in
-          attention's products neither); a scale is held in four bytes, though it is E8M0.
+          tensor. Different: a scale is held in four bytes, though it is a number of E8M0.
 """
 
 from __future__ import annotations

@@ -155,11 +155,13 @@ class Recipe:
 
     def weight_quantizer(self, shape: tuple[int, ...], shard_spec: ShardSpec) -> Quantizer:
         """The quantizer of a linear layer's weight, whose shards are on the ranks of `tp`."""
+        scaling = self.gemm.scaling
+        is_cast = self.weight != self.gemm.weight
         return Quantizer(
             self.gemm.weight,
             self.kernels,
-            granularity=self.gemm.scaling.weight,
-            known_scale=self.gemm.scaling.known_weight_scale(shape[1]),
+            granularity=scaling.weight,
+            known_scale=scaling.known_weight_scale(shape[1]) if is_cast else None,
             share_amax=self.tp.max if self.tp.size > 1 else None,
             sharded_dim=shard_spec.dim,
         )

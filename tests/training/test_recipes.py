@@ -110,6 +110,16 @@ def test_histories_are_one_for_every_tensor_under_every_layout(
     assert not list(differences(tp, again))
 
 
+def test_a_weight_stored_in_fp8_has_no_history(train_run, tiny_config):
+    changes = {
+        "train": {"eval_iters": 0, "train_iters": 1},
+        "precision": {"preset": "o3", "scaling_method": "delayed"},
+        "scheduler": {"lr_warmup_iters": 0},
+    }
+    held = train_run(tiny_config(changes)).run.histories
+    assert {kind for _, kind in held.by_key} == {"input", "grad_output"}
+
+
 def test_a_history_of_another_length_starts_anew(tiny_config, run_distributed, tmp_path):
     folder = str(tmp_path / "run")
 
