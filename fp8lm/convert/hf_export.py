@@ -170,7 +170,10 @@ def _codes(
 
 
 def _fp8_scale(weights: Weights, param: str) -> Tensor:
-    """The stored scale, or the one with which the GEMMs cast a weight of another format."""
+    """The stored scale; of a weight in another format that of its amax, as current scaling has it.
+
+    `InputError` where the GEMMs had one for every row or block.
+    """
     if weights.format(param) == E4M3:
         return weights.scale(param)
     granularity = weights.precision.scaling.by_kind()["weight"]

@@ -97,6 +97,9 @@ def test_what_was_not_trained_in_fp8_is_refused(run, tmp_path):
     plain = save_model(tmp_path / "plain", LLAMA, FP32)
     code, said = run("fp8lm", "hf-fp8", plain, tmp_path / "out")
     assert code == 2 and "precision.gemm = fp32" in said
+    blocks = save_model(tmp_path / "blocks", LLAMA, {"preset": "te", "scaling": {"weight": "row"}})
+    code, said = run("fp8lm", "hf-fp8", blocks, tmp_path / "out")
+    assert code == 2 and "scales per row" in said
     gpt2 = save_model(tmp_path / "gpt2", SHAPES["gpt2"], {"preset": "o3"})
     code, said = run("fp8lm", "hf-fp8", gpt2, tmp_path / "out")
     assert code == 2 and "Conv1D" in said

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
+from fp8lm.config import build_config
 from fp8lm.convert.safetensors_files import SafetensorsFolder
 from fp8lm.layers.param import named_params
+from fp8lm.numerics import format_by_name
 from tests.convert.models import (
     FP32,
     IDS,
+    KERNELS,
     LLAMA,
     SHAPES,
     as_bytes,
@@ -19,7 +23,8 @@ from tests.convert.models import (
     restored,
     save_model,
 )
-from tests.training.contents import contents, values
+from tests.training.contents import contents, expect, values
+from tests.training.runs import save_again
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +159,32 @@ def test_weights_of_other_formats_are_cast_as_their_gemms_cast_them(preset, conv
     name = "model.layers.1.self_attn.o_proj"
     assert torch.equal(as_bytes(found.read(f"{name}.weight")), operand.payload.view(-1))
     assert found.read(f"{name}.weight_scale").item() == 1 / operand.scale.item()
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("llama", "o3"), ("gpt_neox", "bf16")])
+def test_a_run_starts_from_it(kind, preset, convert, run_distributed, tmp_path):
+    """Under TP2 with SP: the master weights are those of the folder, in the preset's format."""
+    folder = save_there(tmp_path / "hf", kind)
+    convert("hf", "fp8lm", folder, tmp_path / "ck")
+    sections = yaml.safe_load((tmp_path / "ck" / "model.yaml").read_text())
+    sections["model"]["seq_length"] = 16
+    config = build_config(
+        {
+            **sections,
+            "precision": {"preset": preset},
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "train": {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1},
+            "optimizer": {"lr": 1e-3},
+            "data": {"mock_data": True},
+            "checkpoint": {"pretrained": str(tmp_path / "ck")},
+        }
+    )
+    run_distributed(save_again, 2, config, str(tmp_path / "started"))
+    weights, started = contents(tmp_path / "ck"), contents(tmp_path / "started")
+    fmt = format_by_name(config.precision.main_params_dtype)
+    names = [name.removeprefix("optimizer.master.") for name in started if "master" in name]
+    names = [name.removesuffix(".payload") for name in names if name.endswith(".payload")]
+    assert len(names) > 10
+    for name in names:
+        master = KERNELS.quantize(values(weights, f"model.{name}"), fmt)
+        expect(started, f"optimizer.master.{name}", master)
