@@ -23,14 +23,15 @@ from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import FP32, Format, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
-# The exact sum (fp32), what is stored of it, and the values stored before (None: nothing).
-SumObserver = Callable[[Tensor, ScaledTensor, Tensor | None], None]
+# Of the sum, what is to be added, and whether the sum is empty; what it returns is called after.
+SumObserver = Callable[[ScaledTensor, Tensor, bool], Callable[[], None]]
 
 
 class MainGrad:
     """Accumulates weight gradients of `shape` into `value` (`ScaledTensor` in `fmt`).
 
-    `observer` is called after every `add`, and must not wait for the device.
+    `observer` is called before every `add`, what it returns after it; neither may change anything
+    or wait for the device.
     """
 
     def __init__(
@@ -56,10 +57,9 @@ class MainGrad:
         if self.observer is None:
             self._add(dw)
             return
-        before = None if self._is_zero else self._kernels.dequantize(self._elements).clone()
-        exact = dw.float() if before is None else before + dw
+        finish = self.observer(self._elements, dw, self._is_zero)
         self._add(dw)
-        self.observer(exact, self._elements, before)
+        finish()
 
     def _add(self, dw: Tensor) -> None:
         total = self._elements

@@ -1,7 +1,8 @@
 """Statistics of the optimizer's casts, by computing the step's result before the step does.
 
-The kernel keeps no value that it has rounded. So a step that is observed is done twice: here block
-by block with nothing written, through the same arithmetic, scales and noise, and then as ever.
+The kernel keeps no value that it has rounded. So a step that is observed is done twice: here on a
+sample with nothing written, through the same arithmetic, scales and noise, and then as ever. Of a
+large weight the sample is a few evenly spaced runs of its elements.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from fp8lm.kernels.adam import adam_, state_payloads
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import FP32
+from fp8lm.numerics.granularity import BLOCK
 from fp8lm.scaled_tensor import ScaledTensor
+from fp8lm.telemetry.statistics import SAMPLE_ELEMENTS
 
+RUNS = 4
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 # A kind, its exact values (fp32), what is stored of them, and what was stored before.
 StateCast = tuple[str, Tensor, ScaledTensor, Tensor | None]
@@ -26,15 +30,23 @@ def step_casts(
     param: AdamParam,
     table: AdamTable,
     coefficients: AdamCoefficients,
-    block_elements: int,
 ) -> Iterator[StateCast]:
-    """The casts of one step over `param`, in blocks; `weight` is the model parameter."""
-    for start in range(0, param.gradient.payload.numel(), block_elements):
-        block = slice(start, start + block_elements)
+    """The casts of one step over a sample of `param`; `weight` is the model parameter."""
+    for block in sampled_runs(param.gradient.payload.numel()):
         old, m, v = (_values(kernels, state, block) for state in param.states)
         w, g = old.clone(), _values(kernels, param.gradient, block)
         adam_(w, g, m, v, param.weight_decay, coefficients)
-        yield from _casts(kernels, param, table, (w, m, v), old, start)
+        yield from _casts(kernels, param, table, (w, m, v), old, block.start)
+
+
+def sampled_runs(numel: int) -> list[slice]:
+    """Runs of elements that are measured: all, or `RUNS` from the first to the last."""
+    if numel <= SAMPLE_ELEMENTS:
+        return [slice(0, numel)]
+    length = SAMPLE_ELEMENTS // RUNS
+    starts = [(numel - length) * run // (RUNS - 1) for run in range(RUNS)]
+    # Blocks of gradients with a scale each are cut nowhere.
+    return [slice(start - start % BLOCK, start - start % BLOCK + length) for start in starts]
 
 
 def _casts(

@@ -16,7 +16,7 @@ if it had not: its operands are cast by the recipe as well, which tells when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from fp8lm.layers.quantizer import TENSOR_KINDS, Quantizer
 from fp8lm.optim import AdamW
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.telemetry.adam import STATE_KINDS, step_casts
-from fp8lm.telemetry.statistics import BLOCK_ELEMENTS, measure
+from fp8lm.telemetry.statistics import measure, measure_all, sample
 from fp8lm.telemetry.table import Row, StatisticsTable
 
 REDUCED = ("reduce_output", "reduce_grad_input")
@@ -160,13 +160,21 @@ class _CastObserver:
 
 
 class _SumObserver:
-    """Measures what additions to a sum of gradients lose."""
+    """Measures what additions to a sum of gradients lose, on a sample of its elements."""
 
     def __init__(self, table: StatisticsTable, row: Row, kernels: Kernels) -> None:
         self._table, self._row, self._kernels = table, row, kernels
 
-    def __call__(self, exact: Tensor, total: ScaledTensor, before: Tensor | None) -> None:
-        self._table.add(self._row, measure(exact, total, self._kernels, before=before))
+    def __call__(self, total: ScaledTensor, dw: Tensor, is_empty: bool) -> Callable[[], None]:
+        part, dw = sample(total, dw)  # a view, which sees what is added
+        before = None if is_empty else self._kernels.dequantize(part).clone()
+        exact = dw.float() if before is None else before + dw
+
+        def finish() -> None:
+            measured = measure_all(exact, part, self._kernels, before=before)
+            self._table.add(self._row, measured)
+
+        return finish
 
 
 class _BucketObserver:
@@ -203,10 +211,9 @@ class _StepObserver:
         coefficients: AdamCoefficients,
         rows: Mapping[str, Row],
     ) -> None:
-        casts = step_casts(self._kernels, param, table, coefficients, BLOCK_ELEMENTS)
-        for kind, exact, stored, before in casts:
+        for kind, exact, stored, before in step_casts(self._kernels, param, table, coefficients):
             if kind in rows:
-                measured = measure(exact, stored, self._kernels, before=before)
+                measured = measure_all(exact, stored, self._kernels, before=before)
                 self._table.add(rows[kind], measured)
 
 

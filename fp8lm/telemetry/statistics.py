@@ -11,14 +11,14 @@ With x the tensor and q what is stored of it:
                   as they were; of a master weight and of a sum of gradients
     amax, scale   the largest |x|, and the smallest scale that any block of it was cast with
 
-Nothing here waits for the device. x may be of any size: it is read in blocks, and what is held in
-fp32 is one block.
+Of a tensor with more than `SAMPLE_ELEMENTS` a regular sample of that size is measured, in which all
+rows and columns are; amax is that of the whole. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,41 +50,59 @@ SUMS = (
     "lost",
 )
 MAXIMA = ("amax", "inverse_scale")
-BLOCK_ELEMENTS = 1 << 22
+SAMPLE_ELEMENTS = 1 << 20
 _ROUNDED = 1.0 + 2.0**-20
 
 
-def measure(
-    x: Tensor, quantized: ScaledTensor, kernels: Kernels, *, before: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`SUMS` (float64) and `MAXIMA` (fp32) of casting `x` (bf16 or fp32) to `quantized`.
+def measure(x: Tensor, quantized: ScaledTensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """`SUMS` (float64) and `MAXIMA` (fp32) of casting `x` (bf16 or fp32) to `quantized`."""
+    x = x.detach()
+    quantized, part = sample(quantized, x)
+    return measure_all(part, quantized, kernels, amax=kernels.amax(x))
 
-    `before` (fp32, shape of `x`) is what was stored until now, for `lost`.
+
+def sample(quantized: ScaledTensor, x: Tensor) -> tuple[ScaledTensor, Tensor]:
+    """Corresponding elements of both as views, at most about `SAMPLE_ELEMENTS`.
+
+    Whole where scales are of blocks that are not within a row or a column.
     """
-    measured = [_measure_block(*block, kernels) for block in _blocks(x.detach(), quantized, before)]
-    sums, maxima = zip(*measured, strict=True)
-    return torch.stack(sums).sum(dim=0), torch.stack(maxima).amax(dim=0)
+    granularity, payload, scale = quantized.granularity, quantized.payload, quantized.scale
+    if granularity.is_per_tensor:
+        step = _step(payload.numel(), payload.shape[-1] if payload.ndim else 1)
+        payload, x = payload.reshape(-1)[::step], x.reshape(-1)[::step]
+        return ScaledTensor(payload, scale, quantized.format), x
+    if 1 not in (granularity.rows, granularity.columns):
+        return quantized, x
+    step = _step(payload.numel(), 1)
+    taken = slice(None, None, step)
+    at: tuple[slice, ...] = (taken,) if granularity.rows == 1 else (slice(None), taken)
+    return ScaledTensor(payload[at], scale[at], quantized.format, granularity), x[at]
 
 
-def _blocks(
-    x: Tensor, quantized: ScaledTensor, before: Tensor | None
-) -> Iterator[tuple[Tensor, ScaledTensor, Tensor | None]]:
-    if not quantized.granularity.is_per_tensor:  # of any shape of blocks: the whole at once
-        yield x, quantized, before
-        return
-    x = x.reshape(-1)
-    for start in range(0, x.numel(), BLOCK_ELEMENTS):
-        block = slice(start, start + BLOCK_ELEMENTS)
-        old = None if before is None else before.reshape(-1)[block]
-        yield x[block], quantized.elements(block.start, block.stop), old
+def _step(numel: int, columns: int) -> int:
+    """The distance of sampled elements, which meets every one of the columns in turn."""
+    step = max(1, -(-numel // SAMPLE_ELEMENTS))
+    while math.gcd(step, columns) > 1:
+        step += 1
+    return step
 
 
-def _measure_block(
-    x: Tensor, quantized: ScaledTensor, before: Tensor | None, kernels: Kernels
+def measure_all(
+    x: Tensor,
+    quantized: ScaledTensor,
+    kernels: Kernels,
+    *,
+    before: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """As `measure`, of every element.
+
+    `before` (fp32, shape of `x`) is what was stored until now, for `lost`; `amax` is that of a
+    tensor of which `x` is a part.
+    """
     stored, fmt = kernels.dequantize(quantized), quantized.format
     x = x.float()
-    amax = kernels.amax(x)
+    amax = kernels.amax(x) if amax is None else amax
     limit = quantized.granularity.expand(largest_value(quantized.scale, fmt), x.shape)
     limit = limit * _ROUNDED  # an amax times the quotient that is its scale
     zero = x == 0

@@ -8,8 +8,7 @@ import pytest
 
 from fp8lm.config.checks.telemetry import observed_layers
 from fp8lm.scaled_tensor import ScaledTensor
-from fp8lm.telemetry import observing, table
-from fp8lm.telemetry.statistics import measure
+from fp8lm.telemetry import observing, statistics, table
 from tests.telemetry.direct import differences, direct
 from tests.training.runs import read, trainer_of
 
@@ -48,15 +47,20 @@ class Recorder(table.StatisticsTable):
 
 
 class Measured(tuple):
-    """What `measure` returns, with the tensors that it has seen."""
+    """What measuring returns, with the tensors that it has seen."""
 
 
-def measure_and_keep(x, quantized, kernels, **options):
-    result = Measured(measure(x, quantized, kernels, **options))
-    payload, scale = quantized.payload.clone(), quantized.scale.clone()
-    kept = ScaledTensor(payload, scale, quantized.format, quantized.granularity)
-    result.tensors = x.detach().float().clone(), kept
-    return result
+def keeping(function):
+    """`function`, whose results know the tensors that were measured."""
+
+    def measure_and_keep(x, quantized, kernels, **options):
+        result = Measured(function(x, quantized, kernels, **options))
+        payload, scale = quantized.payload.clone(), quantized.scale.clone()
+        kept = ScaledTensor(payload, scale, quantized.format, quantized.granularity)
+        result.tensors = x.detach().float().clone(), kept
+        return result
+
+    return measure_and_keep
 
 
 def train_and_keep(config):
@@ -67,16 +71,17 @@ def train_and_keep(config):
         made.append(Recorder(*arguments))
         return made[-1]
 
-    patches = (
-        mock.patch.object(observing, "measure", measure_and_keep),
+    with (
+        mock.patch.object(observing, "measure", keeping(statistics.measure)),
+        mock.patch.object(observing, "measure_all", keeping(statistics.measure_all)),
         mock.patch("fp8lm.training.hooks.telemetry.StatisticsTable", recorder),
-    )
-    with patches[0], patches[1], trainer_of(config) as trainer:
+        trainer_of(config) as trainer,
+    ):
         trainer.train()
     return made[0].casts
 
 
-def statistics(folder):
+def statistics_of(folder):
     """Those in metrics.jsonl, by row."""
     return next(found for line in read(folder) if (found := table.statistics_in(line)))
 
@@ -94,7 +99,7 @@ def observed(run_distributed, tmp_path_factory):
             schedule = {"scheduler": {"lr_warmup_iters": 0}}
             changed = config({"parallel": parallel, "logging": logging, "train": batch}, schedule)
             kept = run_distributed(train_and_keep, ranks, changed)
-            made[layout] = statistics(folder), kept
+            made[layout] = statistics_of(folder), kept
         return made[layout]
 
     return run

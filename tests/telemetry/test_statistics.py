@@ -14,15 +14,17 @@ from fp8lm.numerics import (
     FP16,
     FP32,
     PER_ROW,
+    PER_TENSOR,
     ROOT_E4M4,
     granularity_of,
 )
-from fp8lm.telemetry.statistics import BLOCK_ELEMENTS, measure, statistics_of
+from fp8lm.telemetry.adam import sampled_runs
+from fp8lm.telemetry.statistics import SAMPLE_ELEMENTS, measure, measure_all, sample, statistics_of
 from tests.telemetry.direct import KERNELS, differences, direct
 
 
 def statistics(x, quantized, before=None):
-    sums, maxima = measure(x, quantized, KERNELS, before=before)
+    sums, maxima = measure_all(x, quantized, KERNELS, before=before)
     return statistics_of(sums.tolist(), maxima.tolist())
 
 
@@ -81,13 +83,43 @@ def test_updates_that_are_lost():
 
 
 def test_parts_add_up():
-    """Of more than a block, and of several ranks or micro-batches with scales of their own."""
-    x = torch.randn(BLOCK_ELEMENTS // 64 + 8, 64)
+    """Of several ranks or micro-batches, with scales of their own."""
+    x = torch.randn(200, 64)
     halves = [(part, KERNELS.quantize(part, E4M3)) for part in (x, 100 * x[:50])]
     measured = [measure(*half, KERNELS) for half in halves]
     sums = sum(sums for sums, _ in measured)
     maxima = torch.stack([maxima for _, maxima in measured]).amax(dim=0)
-    assert not differences(statistics_of(sums.tolist(), maxima.tolist()), direct(halves), 1e-3)
+    assert not differences(statistics_of(sums.tolist(), maxima.tolist()), direct(halves))
+
+
+@pytest.mark.parametrize("granularity", [PER_TENSOR, PER_ROW, PER_ROW.transposed()], ids=str)
+def test_a_sample_of_a_large_tensor(granularity):
+    """Shares are those of all elements but for a few percent, and no column is left out."""
+    x = torch.randn(4 * SAMPLE_ELEMENTS // 768, 768)
+    x[:, 7] *= 100.0
+    x[torch.rand(x.shape) < 0.1] = 0.0
+    x[-1, -2] = 700.0
+    quantized = KERNELS.quantize(x, E4M3, granularity=granularity)
+    sums, maxima = measure(x, quantized, KERNELS)
+    found = statistics_of(sums.tolist(), maxima.tolist())
+    assert sums[0] <= SAMPLE_ELEMENTS < x.numel()
+    expected = direct([(x, quantized)])
+    assert found["amax"] == 700.0
+    close = {name: expected[name] for name in ("sparsity", "saturation", "underflow", "snr")}
+    assert not differences(found, close, 0.05)
+    if granularity == PER_TENSOR:
+        assert found["kurtosis"] == pytest.approx(expected["kurtosis"], rel=0.2)
+        numbers = torch.arange(x.numel()).view_as(x)
+        assert len((sample(quantized, numbers)[1] % 768).unique()) == 768
+
+
+def test_runs_of_a_large_weight():
+    assert sampled_runs(1000) == [slice(0, 1000)]
+    numel = 5 * SAMPLE_ELEMENTS + 32
+    runs = sampled_runs(numel)
+    assert runs[0].start == 0 and numel - 128 < runs[-1].stop <= numel
+    assert sum(run.stop - run.start for run in runs) == SAMPLE_ELEMENTS
+    assert all(run.start % 128 == 0 for run in runs)
 
 
 def test_zeros_and_what_is_no_number():

@@ -42,13 +42,18 @@ class TracedModel:
 
 
 def trace_model(
-    config: Config, num_ids: int, hardware: Hardware, kernels: str | None = None
+    config: Config,
+    num_ids: int,
+    hardware: Hardware,
+    kernels: str | None = None,
+    *,
+    observed: bool = False,
 ) -> TracedModel:
-    """Trace `config`, whatever its pipeline and its replicas."""
+    """Trace `config`, whatever its pipeline and its replicas; `observed`: see `trace_step`."""
     ranks = config.parallel.tensor_model_parallel_size
     least = 3 if config.precision.first_last_layers_bf16 else 1
     small, larger = (
-        trace_step(one_stage(config, layers), num_ids, hardware, ranks, kernels)
+        trace_step(one_stage(config, layers), num_ids, hardware, ranks, kernels, observed=observed)
         for layers in (least, least + 1)
     )
     layer = larger - small

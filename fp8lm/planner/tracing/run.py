@@ -9,7 +9,7 @@ step never waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ from fp8lm.planner.tracing.launches import Launch, Operation
 from fp8lm.planner.tracing.memory import LiveMemory, StepMemory
 from fp8lm.planner.tracing.purposes import CallSites
 from fp8lm.planner.tracing.roofline import Hardware
+from fp8lm.telemetry.observing import ModelObserver, linears_of
+from fp8lm.telemetry.table import StatisticsTable
 from fp8lm.training.builders import build_model, build_objective, model_vocab_size
 from fp8lm.training.step import train_step
 
@@ -89,10 +91,13 @@ def trace_step(
     hardware: Hardware,
     world_size: int,
     kernels_name: str | None = None,
+    *,
+    observed: bool = False,
 ) -> TracedStep:
     """A step of two micro-batches, all of `config` but its numbers of those and data.
 
-    `num_ids` is the size of the tokenizer's vocabulary. Rank 0 of `world_size`; no pipeline.
+    `num_ids` is the size of the tokenizer's vocabulary. Rank 0 of `world_size`; no pipeline. An
+    `observed` step computes the statistics of `logging.fp8_stats_interval`.
     """
     check_scaling_on_gpu(HOPPER, CUDA, config.precision)
     kernels, counter = kernels_of(kernels_name), WireCounter()
@@ -120,7 +125,14 @@ def trace_step(
         recorder = StepRecorder(hardware, counter, memory)
         model.register_forward_pre_hook(lambda *_: recorder.next_microbatch())
         ranks = parallel.data_parallel, parallel.pipeline
-        with FusedOperations(recorder.begin_backward), recording(recorder), recorder:
+        with ExitStack() as stack:
+            stack.enter_context(FusedOperations(recorder.begin_backward))
+            stack.enter_context(recording(recorder))
+            stack.enter_context(recorder)
+            if observed:
+                observer = ModelObserver(linears_of([model]), optimizer, kernels)
+                table = StatisticsTable(observer.rows, META)
+                stack.enter_context(observer.observing(table))
             train_step(model, optimizer, objective, batches, 1e-3, *ranks, parallel.histories)
     return TracedStep(recorder.cost, recorder.wires, memory.of_step)
 
