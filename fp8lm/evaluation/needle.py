@@ -138,11 +138,12 @@ def heat_map(reports: dict[str, NeedleReport], path: Path) -> None:
     size = (9.0, 0.8 + 2.6 * len(reports))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(reports), 2, squeeze=False)
-    largest = max(abs(value) for r in reports.values() for row in r.gain for value in row) or 1.0
+    gains = [abs(value) for r in reports.values() for row in r.gain for value in row]
+    largest = max(1.0, *gains)  # colors tell nothing of less than a nat
     for (name, report), pair in zip(reports.items(), axes, strict=True):
         maps = (
             ("recall", report.recall, "viridis", (0.0, 1.0), "{:.0%}"),
-            ("gain, nats", report.gain, "RdBu", (-largest, largest), "{:.1f}"),
+            ("gain, nats", report.gain, "RdBu", (-largest, largest), "{:.2f}"),
         )
         for axis, (label, values, colors, limits, form) in zip(pair, maps, strict=True):
             image = axis.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")

@@ -15,15 +15,16 @@ CASES = [
     ("llama", "fp32", "fp8"),
     ("llama", "bf16", "auto"),
     ("llama", "o3", "auto"),
-    ("llama", "o3", "fp8"),
     ("gpt", "te", "auto"),
+    ("llama", "o3", "fp8"),
 ]
 
 
 OTHER_SCALES = [("llama", preset, "auto") for preset in ("te_delayed", "unit", "deepseek")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in [*CASES[:-1], *OTHER_SCALES]]
 
 
-@pytest.mark.parametrize(("shape", "precision", "cache_dtype"), [*CASES, *OTHER_SCALES])
+@pytest.mark.parametrize(("shape", "precision", "cache_dtype"), [CASES[-1], *SLOW])
 def test_cache_and_batch_change_no_token(checkpoint, shape, precision, cache_dtype):
     folder = checkpoint(shape, precision)
     cached = greedy_tokens(folder, 1, 1, True, cache_dtype)
