@@ -105,7 +105,9 @@ def _fp8_tensors(weights: Weights, kind: str) -> tuple[list[OutputTensor], list[
             "compressed-tensors quantizes Linear modules, and transformers' gpt2 has Conv1D ones: "
             "export this model with --to hf"
         )
-    found, ignore, scales = [], [head_of(kind)], cache(lambda param: _fp8_scale(weights, param))
+    # GPT-NeoX's head is embed_out in files and in vLLM, and lm_head in transformers.
+    found, ignore = [], sorted({head_of(kind), "lm_head"})
+    scales = cache(lambda param: _fp8_scale(weights, param))
     for rows in hugging_face_names(weights.model, kind, weights.shapes):
         is_matrix = ".linear_" in rows.param and rows.param.endswith(".weight")
         if not is_matrix or _in_bf16(weights, rows.param):

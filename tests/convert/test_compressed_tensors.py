@@ -76,6 +76,18 @@ def test_dequantized_logits_are_those_of_the_values_here(shape, exported, conver
     assert error(logits_there(there, **keys), logits_here(tmp_path / "values")) < 1e-5
 
 
+def test_its_own_loader_leaves_the_head_of_neox_alone(exported):
+    from transformers import AutoModelForCausalLM
+
+    folder, there = exported(SHAPES["neox"])
+    model = AutoModelForCausalLM.from_pretrained(there, dtype=torch.float32)
+    assert not hasattr(model.lm_head, "weight_scale")
+    head = values(contents(folder), "model.output_layer.weight")[: len(model.lm_head.weight)]
+    assert torch.equal(model.lm_head.weight, head)
+    with torch.no_grad():
+        assert error(model(tokens()).logits, logits_here(folder)) < 10 ** (-15 / 20)
+
+
 def test_scales_of_others_are_multiplied_in(exported, convert, tmp_path):
     """Scales that are no powers of two, of each channel, or not shared: values, not codes."""
     _, there = exported()
