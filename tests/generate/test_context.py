@@ -53,6 +53,15 @@ def test_under_layouts(run_distributed, checkpoint, tp, pp, shape, precision, ca
         assert cached == greedy_tokens(folder, 1, 1, True, cache_dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama", "gpt"])
+def test_a_vocabulary_that_ranks_do_not_divide(run_distributed, checkpoint, shape):
+    """Its 101 stored rows are padded to 102."""
+    folder = checkpoint(shape, "fp32", make_vocab_size_divisible_by=101)
+    results = run_distributed(layouts, 2, folder, 2, 1, "auto")
+    assert results == [[greedy_tokens(folder, 1, 1, True)] * 2] * 2
+
+
 @pytest.mark.parametrize("kind", [CachedContext, RecomputedContext])
 def test_a_context_is_cut_and_read_on(checkpoint, kind):
     with loaded(checkpoint("llama", "o3")) as model:
