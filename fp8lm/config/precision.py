@@ -164,7 +164,7 @@ class PrecisionConfig(Section):
         "max", description="Which amax of its history delayed scaling takes."
     )
     fp8_margin: Size = Field(
-        0, description="Powers of two that delayed scaling leaves free above the amax."
+        0, le=16, description="Powers of two that delayed scaling leaves free above the amax."
     )
     scaling: ScalingConfig = Field(
         default_factory=ScalingConfig,

@@ -45,8 +45,8 @@ class DelayedScale:
         self.recorded: Tensor | None = None
         self.unit = 1.0
 
-    def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
-        """The scale (0-d fp32) for `x`, whose `amax` is given."""
+    def __call__(self, amax: Tensor) -> Tensor:
+        """See `KnownScale`."""
         if self.recorded is not None:
             self.recorded.copy_(torch.maximum(self.recorded, amax * self.unit))
         value = torch.ones_like(amax) if self.value is None else self.value

@@ -35,8 +35,8 @@ class KnownScale(Protocol):
 
     unit: float
 
-    def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
-        """The scale (0-d fp32) of `x`, NaN if its `amax` (0-d fp32) is not finite."""
+    def __call__(self, amax: Tensor) -> Tensor:
+        """The scale (0-d fp32) of a tensor with this `amax` (0-d fp32), NaN if it is not finite."""
 
 
 class Quantizer:
@@ -115,7 +115,7 @@ class Quantizer:
 
     def _cast(self, x: Tensor, granularity: Granularity, amax: Tensor | None) -> ScaledTensor:
         if self.known_scale is not None:
-            scale = self.known_scale(x, self.kernels.amax(x) if amax is None else amax)
+            scale = self.known_scale(self.kernels.amax(x) if amax is None else amax)
             return ScaledTensor(self.kernels.cast(x, scale, self.format), scale, self.format)
         amax = self._shared_amax(x, granularity, amax)
         return self.kernels.quantize(x, self.format, amax=amax, granularity=granularity)

@@ -31,6 +31,6 @@ class UnitScale:
         """That of a weight [O, in_features]."""
         return cls(2.0 ** math.floor(math.log2(in_features) / 2))
 
-    def __call__(self, x: Tensor, amax: Tensor) -> Tensor:
+    def __call__(self, amax: Tensor) -> Tensor:
         """See `KnownScale`."""
         return torch.where(amax.isfinite(), self.value * self.unit, math.nan)

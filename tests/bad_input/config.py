@@ -218,6 +218,7 @@ PRECISION = [
         "model.swiglu=true",
         says="smooth_swiglu = true is for FP8: precision.gemm = bf16",
     ),
+    train("precision.fp8_margin=200", says="precision.fp8_margin = 200: expected integer"),
     train("precision.fp8_amax_history_len=0", says="fp8_amax_history_len"),
     train("precision.scaling.weights=row", says="unknown key precision.scaling.weights: did you"),
     train("precision.scaling.weight=row", says="stores it with one scale: use tensor, or params_"),
