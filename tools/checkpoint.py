@@ -136,8 +136,8 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def release(options: argparse.Namespace) -> None:
-    """Keep the model, with the histories of its scales, without optimizer states."""
-    rewrite(options, is_of_the_model, {"released": True})
+    """Keep the model, without optimizer states."""
+    rewrite(options, is_weight, {"released": True})
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -229,10 +229,10 @@ def latest(root: Path) -> int | None:
         return None
 
 
-def is_of_the_model(name: str) -> bool:
-    """Whether a tensor is a model parameter's payload or scale, or a history of amaxes."""
+def is_weight(name: str) -> bool:
+    """Whether a tensor is a model parameter's payload or scale."""
     key = StateKey.parse(name)
-    return key is not None and key.kind in ("weight", "amax_history")
+    return key is not None and key.kind == "weight"
 
 
 def is_of(kind: str, stored: StoredTensor) -> bool:

@@ -142,7 +142,7 @@ class Recipe:
         """
         scaling = self.gemm.scaling
         of_token = scaling.input if scaling.input.rows == 1 else PER_ROW
-        # A history of amaxes is of all tokens, and none that the checkpoint has.
+        # A history of amaxes is of all tokens.
         method: ScalingMethod = "static" if scaling.method == "static" else "current"
         gemm = replace(self.gemm, scaling=replace(scaling, input=of_token, method=method))
         recipe = replace(self, gemm=gemm, trainable=False, cache_weight_operands=True)

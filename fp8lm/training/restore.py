@@ -22,16 +22,14 @@ from fp8lm.data.identity import differences
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from fp8lm.kernels import Kernels, ReferenceKernels, select_kernels
 from fp8lm.kernels.select import check_scaling
-from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import freeze, named_params
-from fp8lm.layers.quantizer import quantizers_of
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
 from fp8lm.parallel.parallelize import build_tp_context, stage_specs
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.provenance import tokenizer_of
 from fp8lm.training.resizing import RowPlan
-from fp8lm.training.state import by_name, model_shards, stored_histories
+from fp8lm.training.state import by_name, model_shards
 
 FP32_BYTES = 4
 LARGEST_TABLES = 2**28  # bytes of rotary tables that any model may have, however few its weights
@@ -114,10 +112,7 @@ def _restore(
     shards = model_shards(named_params(model))
     if rows != stored:
         shards = {key: _without_padding(key, own, checkpoint) for key, own in shards.items()}
-    histories = AmaxHistories(quantizers_of(model), config.precision, device, share=torch.clone)
-    shards |= stored_histories(histories, checkpoint)
     load_checkpoint(checkpoint, by_name(shards), groups.world, ignore_prefix="")
-    histories.refresh()
     return Restored(model.eval(), kernels, tokenizer, config, _warnings(checkpoint, tokenizer))
 
 

@@ -7,9 +7,6 @@ import torch
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences, read_tensor, stored_tensors
-from fp8lm.comm.groups import process_groups
-from fp8lm.layers.quantizer import quantizers_of
-from fp8lm.training.restore import restore_model
 from tests.training.runs import curve, save_again, train
 
 pytestmark = pytest.mark.slow
@@ -135,22 +132,3 @@ def test_a_history_of_another_length_starts_anew(tiny_config, run_distributed, t
     run(3, 2)
     for history in run(5, 3).values():
         assert history.shape == (5,) and (history > 0).tolist() == [True] + 4 * [False]
-
-
-def test_a_restored_model_casts_with_the_scales_of_its_training(train_run, tiny_config, tmp_path):
-    changes = {
-        "train": {"eval_iters": 0, "train_iters": 3},
-        "precision": DELAYED,
-        "checkpoint": {"save": str(tmp_path)},
-    }
-    trained = train_run(tiny_config(changes)).run.model.eval()
-    device = torch.device("cpu")
-    with process_groups(device) as groups:
-        restored = restore_model(str(tmp_path), groups, device).model
-    tokens = torch.arange(32).view(2, 16) % 63
-    with torch.no_grad():
-        logits = trained(tokens)
-        assert torch.equal(logits, restored(tokens))
-        for quantizer in quantizers_of(restored).values():
-            quantizer.known_scale.value.fill_(1.0)
-        assert not torch.equal(logits, restored(tokens))
