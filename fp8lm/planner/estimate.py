@@ -136,7 +136,7 @@ def estimate(layout: Layout, num_ids: int, hardware: Hardware) -> Estimate:
 def trace_for(config: Config, num_ids: int, hardware: Hardware) -> TracedModel:
     """The model of `config` with the kernels that it asks for.
 
-    Cached operands of weights belong to the state: with them memory is traced apart, without.
+    Transposed copies that are cached belong to the state: memory is traced apart, without them.
     """
     kernels = KERNELS[config.precision.kernels]
     traced = trace_model(config, num_ids, hardware, kernels)

@@ -18,6 +18,7 @@ from fp8lm.model.decoder import StageSpec
 from fp8lm.planner.batches import Batches
 from fp8lm.planner.comm import (
     TP_WIRES,
+    gathered_gradient_bytes,
     gradient_bytes,
     parameter_bytes,
     pipeline_message,
@@ -124,7 +125,9 @@ def _data_parallel_seconds(
     # Rings over several nodes leave each through the ports of all its ranks.
     per_node = max(1, min(dims.dp, layout.node_size // dims.stride("dp")))
     rate = min(nvlink, per_node * network) if network else nvlink
-    gathered = max(parameter_bytes(config, stage.weights, stage.rows, stage.shards)) / rate
+    stepped = parameter_bytes(config, stage.weights, stage.rows, stage.shards)
+    means = gathered_gradient_bytes(config, stage.weights, stage.rows)  # where there is no ZeRO
+    gathered = (max(stepped) + max(means)) / rate
     if config.parallel.overlap_grad_reduce:
         seconds = max(0.0, seconds - BACKWARD_SHARE * microbatch)
     if config.parallel.overlap_param_gather:

@@ -30,15 +30,15 @@ from fp8lm.kernels import Kernels
 from fp8lm.kernels.cost import declare_launch, recording
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.select import check_scaling_on_gpu, kernels_for_gpu
-from fp8lm.layers.param import Param, trainable
+from fp8lm.layers.param import Param, QuantizedParam, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.parallel.parallelize import build_tp_context, parallelize
 from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from fp8lm.planner.tracing.launches import Launch, Operation
-from fp8lm.planner.tracing.memory import LiveMemory, StepMemory
-from fp8lm.planner.tracing.purposes import CallSites
+from fp8lm.planner.tracing.memory import Kind, LiveMemory, StepMemory
+from fp8lm.planner.tracing.purposes import CAST, CallSites
 from fp8lm.planner.tracing.roofline import Hardware
 from fp8lm.telemetry.observing import ModelObserver, linears_of
 from fp8lm.telemetry.table import StatisticsTable
@@ -134,7 +134,13 @@ def trace_step(
                 table = StatisticsTable(observer.rows, META)
                 stack.enter_context(observer.observing(table))
             train_step(model, optimizer, objective, batches, 1e-3, *ranks, parallel.histories)
-    return TracedStep(recorder.cost, recorder.wires, memory.of_step)
+    return TracedStep(recorder.cost, recorder.wires, memory.of_step - _operands(parallel.weights))
+
+
+def _operands(weights: Mapping[str, Param]) -> StepMemory:
+    """FP8 copies of weights, which are held for the step and so no micro-batch's."""
+    held = sum(w.operand_bytes for w in weights.values() if isinstance(w, QuantizedParam))
+    return StepMemory({Kind(CAST, "uint8"): held}, held, held)
 
 
 def state_tensors(weights: Mapping[str, Param], optimizer: AdamW) -> Iterator[Tensor]:
