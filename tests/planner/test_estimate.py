@@ -17,6 +17,8 @@ from tests.launch.conftest import ROOT
 from tests.planner.tiny import INTERLEAVED, NUM_IDS, PP2, TP2, tiny
 from tests.training.runs import LLAMA, trainer_of
 
+pytestmark = pytest.mark.slow
+
 NODE = 2  # processes on a machine
 
 
@@ -53,7 +55,6 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "preset", "parallel", "others"), RUNS)
 def test_bytes_of_a_step_are_those_that_ranks_count(
     run_distributed, estimated, world_size, preset, parallel, others
