@@ -99,17 +99,24 @@ class Linear(nn.Module):
             self.path, self.weight.quantizer = self._set_aside
             self._set_aside = None
 
-    def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        """[..., I] -> [..., O], this rank's tokens and features; `prologue` is applied first."""
-        return self.with_residual(x, prologue)[0]
+    def forward(
+        self, x: Tensor, prologue: Prologue | None = None, *, with_residual: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., I] -> [..., O], this rank's tokens and features; `prologue` is applied first.
+
+        `with_residual`: see there.
+        """
+        bias = None if self.bias is None else self.bias.param
+        y, residual = linear_with_residual(x, self.weight, self.path, bias, prologue)
+        return (y, residual) if with_residual else y
 
     def with_residual(self, x: Tensor, prologue: Prologue | None = None) -> tuple[Tensor, Tensor]:
         """`forward`, and `x` for the path around the layer.
 
         The gradient that comes back on that path is added where the prologue's is computed.
         """
-        bias = None if self.bias is None else self.bias.param
-        return linear_with_residual(x, self.weight, self.path, bias, prologue)
+        # A call of the module: its hooks wait for weights that still travel.
+        return self(x, prologue, with_residual=True)
 
 
 class OperandPath:
