@@ -12,9 +12,10 @@ in a step for N one-byte parameters on d ranks, without padding:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -124,25 +125,27 @@ class ZeroDataParallel(BucketedDataParallel):
         self.overlaps = True
         here = named_params(model)
         part_of = {name: part for part in self._buffers for name in part.names if name in here}
+        parts_of: dict[nn.Module, list[ParamBuffer]] = {}
+
+        def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # A norm that a layer applies to its input, its prologue, is not called itself.
+            for called in (module, *args, *kwargs.values()):
+                if isinstance(called, nn.Module):
+                    _wait_for(parts_of.get(called, ()))
+
         waited_for = set()
         for path, module in model.named_modules():
             if isinstance(module, Linear | LayerNorm | RMSNorm):
                 names = [f"{path}.{name}" for name in named_params(module)]
                 # Frozen weights are in no part.
-                parts = [part_of[name] for name in names if name in part_of]
-                module.register_forward_pre_hook(_waiting(parts))
+                parts_of[module] = [part_of[name] for name in names if name in part_of]
+                module.register_forward_pre_hook(wait, with_kwargs=True)
                 waited_for.update(names)
         # Embedding tables are modules that are never called.
-        model.register_forward_pre_hook(
-            _waiting(part for name, part in part_of.items() if name not in waited_for)
-        )
+        others = [part for name, part in part_of.items() if name not in waited_for]
+        model.register_forward_pre_hook(lambda *_: _wait_for(others))
 
 
-def _waiting(parts: Iterable[ParamBuffer]) -> Callable[..., None]:
-    parts = list(dict.fromkeys(parts))
-
-    def wait(*_: object) -> None:
-        for part in parts:
-            part.wait()
-
-    return wait
+def _wait_for(parts: Iterable[ParamBuffer]) -> None:
+    for part in dict.fromkeys(parts):
+        part.wait()

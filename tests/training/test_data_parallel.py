@@ -430,8 +430,10 @@ def arrivals(config):
     return events, next(parts)
 
 
-def test_layers_start_before_later_weights_have_arrived(config, run_distributed):
-    parallel = {"overlap_param_gather": True, "ddp_bucket_size": 4000}
+@pytest.mark.parametrize("size", [4000, 1], ids=["several in a part", "a weight in a part"])
+def test_layers_start_before_later_weights_have_arrived(size, config, run_distributed):
+    """All that a forward reads is waited for, norms that a linear layer applies too."""
+    parallel = {"overlap_param_gather": True, "ddp_bucket_size": size}
     for events, parts in run_distributed(arrivals, 2, config(parallel, {"model": MODEL})):
         assert parts > 4
         found = {event for event in events if event.startswith("part")}
