@@ -161,35 +161,44 @@ def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Sta
     chunks = [build_model(config, rows, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owners, shards = owners_of(config, dims, weights)
-    owned, padding = owners, sum(shards) - _payload_bytes(weights)
-    if dims.dp == 1 or not parallel.use_distributed_optimizer:
-        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
-        owned, padding = [everything] * dims.dp, 0
+    owners, shards, _ = owners_of(config, dims, weights)
+    owned, padding = local_shards_of(config, dims, weights)
     held = _held_bytes(weights, padding)
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
     return Stage(tuple(specs), weights, state, tuple(owners), tuple(shards))
 
 
+def local_shards_of(
+    config: Config, dims: ParallelDims, weights: dict[str, Param]
+) -> tuple[list[dict[str, Rows]], int]:
+    """The rows of each weight whose states each replica holds; bytes that pad the weights."""
+    if dims.dp == 1 or not config.parallel.use_distributed_optimizer:
+        everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
+        return [everything] * dims.dp, 0
+    rows, _, padding = owners_of(config, dims, weights)
+    return rows, padding
+
+
 def owners_of(
     config: Config, dims: ParallelDims, weights: dict[str, Param]
-) -> tuple[list[dict[str, Rows]], list[int]]:
-    """The rows whose gradients each replica gets, and the bytes of these rows' weights, padded."""
+) -> tuple[list[dict[str, Rows]], list[int], int]:
+    """The rows whose gradients each replica gets, the bytes of their weights, and of all padding.
+
+    Replicas of experts share those of one owner, so that the bytes of all may count some twice.
+    """
     rows: list[dict[str, Rows]] = [{} for _ in range(dims.dp)]
     shards = [0] * dims.dp
+    padding = -sum(weight.model_param.payload.nbytes for weight in weights.values())
     for group, params in by_group(weights).items():
         axis = REPLICA_AXIS[group]
         sharded = shard_params(config.parallel, params, dims.size(axis))
+        padding += sharded.nbytes
         sizes = [sum(each) for each in zip(*(p.shard_bytes for p in sharded.layouts), strict=True)]
         for replica, own in enumerate(rows):
             owner = dims.coordinate(dims.rank(dp=replica), axis)
             own |= sharded.rows[owner]
             shards[replica] += sizes[owner]
-    return rows, shards
-
-
-def _payload_bytes(weights: Mapping[str, Param]) -> int:
-    return sum(weight.model_param.payload.nbytes for weight in weights.values())
+    return rows, shards, padding
 
 
 def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:

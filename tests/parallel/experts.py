@@ -18,7 +18,7 @@ from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import parallelize
 from fp8lm.parallel.pipeline import NoPipeline
-from fp8lm.planner.layout import owners_of
+from fp8lm.planner.layout import local_shards_of
 from fp8lm.training.build import build_optimizer
 from fp8lm.training.step import zero_gradients
 from tests.parallel.ranks import CPU, KERNELS, random, recipe
@@ -139,8 +139,7 @@ def on_ranks(config, ep, num_steps, poisoned=None):
         if poisoned is not None and poisoned[0] == rank:
             batches[poisoned[1]][0]["x"][0, 0] = float("nan")
         run = made.weights, made.data_parallel, made.pipeline, made.sharding
-        planned, shards = owners_of(config, dims, made.weights)
-        payloads = sum(weight.model_param.payload.nbytes for weight in made.weights.values())
+        planned, padding = local_shards_of(config, dims, made.weights)
         assert planned[dims.coordinate(rank, "dp")] == made.data_parallel.local_shards
-        assert sum(shards) - payloads == made.data_parallel.padding
+        assert padding == made.data_parallel.padding
         return made.data_parallel.local_shards, *train(config, run, batches)
