@@ -14,16 +14,16 @@ _LINEAR = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_MOST_LAYERS = 10_000
 
 
 def statistics_layers(config: Config) -> Iterator[str]:
     """Every pattern names a layer."""
-    names = observed_layers(config.model)
     for pattern in config.logging.fp8_stats_layers:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in observed_layers(config.model)):
             yield (
                 f"logging.fp8_stats_layers = {pattern} matches no layer: names are "
-                f"{names[1]} and the like, and * stands for anything"
+                f"decoder.layers.0.{_LINEAR[0]} and the like, and * stands for anything"
             )
 
 
@@ -38,12 +38,15 @@ def guard(config: Config) -> Iterator[str]:
         yield f"{action} watches over FP8 GEMMs, and precision.gemm = {config.precision.gemm}"
 
 
-def observed_layers(model: ModelConfig) -> list[str]:
-    """Names of all layers that have statistics: those with a matrix."""
-    names = ["embedding.word_embeddings"]
-    names += [f"decoder.layers.{i}.{part}" for i in range(model.num_layers) for part in _LINEAR]
+def observed_layers(model: ModelConfig) -> Iterator[str]:
+    """Names of all layers that have statistics: those with a matrix; one after the other.
+
+    Of more layers than any model has, which a damaged config can say, only the first.
+    """
+    yield "embedding.word_embeddings"
     if model.position_embedding_type == "learned_absolute":
-        names.append("embedding.position_embeddings")
+        yield "embedding.position_embeddings"
     if model.untie_embeddings_and_output_weights:
-        names.append("output_layer")
-    return names
+        yield "output_layer"
+    for layer in range(min(model.num_layers, _MOST_LAYERS)):
+        yield from (f"decoder.layers.{layer}.{part}" for part in _LINEAR)
