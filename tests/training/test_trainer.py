@@ -103,11 +103,12 @@ def test_metrics_have_every_promised_key(tiny_config, train_run, read_metrics, t
     assert load_config(tmp_path / "config.yaml", []) == config
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("o3", 7), ("o2", 6), ("bf16", 18)])
+@pytest.mark.parametrize(("preset", "expected"), [("o3", 7), ("o2", 7), ("bf16", 18)])
 def test_state_bytes_per_parameter_of_linear_layers(
     preset, expected, tiny_config, train_run, read_metrics, tmp_path
 ):
-    # o2: weight 2 (the master itself), gradient 1, m 1, v 2; bf16: 2 + 4 + 4 + 4 + 4.
+    # o2: weight 2 (the master itself), its FP8 copy for a step 1, gradient 1, m 1, v 2;
+    # bf16: 2 + 4 + 4 + 4 + 4.
     sizes = {"hidden_size": 64, "num_attention_heads": 2}
     logging = {"dir": str(tmp_path), "log_interval": 1}
     config = tiny_config(
