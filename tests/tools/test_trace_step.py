@@ -184,11 +184,11 @@ def test_first_and_last_layers_are_not_counted_as_others(tracing, traced, hardwa
     predicted = tracing.predict(str(GPT_7B), overrides, "te", hardware, 1)
     plain, further = traced("te", 2) - traced("te", 1), tracing.costs.FURTHER
     assert predicted.layer.total(further).launches == plain.total(further).launches
-    dense = (traced("bf16", 2) - traced("bf16", 1)).total(further)
-    ends = (traced("te", 1) - plain).total(further)
-    apart = plain.total(further).launches - dense.launches
-    # But for a launch at the border between the two kinds of layers.
-    assert abs(predicted.ends.total(further).launches - (ends.launches - 2 * apart)) <= 1
+    dense = traced("bf16", 2) - traced("bf16", 1)
+    # Around layers in BF16: nobody asks for the amax of the gradient that the final norm returns.
+    ends = (traced("bf16", 1) - dense).total(further)
+    apart = plain.total(further).launches - dense.total(further).launches
+    assert predicted.ends.total(further).launches == ends.launches - 2 * apart
 
 
 @pytest.mark.parametrize("preset", ["bf16", "te", "o3", "o3_long"])
