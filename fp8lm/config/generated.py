@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
-from fp8lm.config.keys import Key, list_keys
+from fp8lm.config.keys import Key, flatten, list_keys
 from fp8lm.config.precision import PRESETS
 from fp8lm.config.root import Config
 from fp8lm.config.section import EXPONENT
@@ -90,18 +89,8 @@ def _row(key: Key) -> str:
 
 def _preset_rows() -> list[tuple[str, ...]]:
     """A key that presets fill, and what each says."""
-    presets = [_flat(preset) for preset in PRESETS.values()]
+    presets = [flatten(preset) for preset in PRESETS.values()]
     return [(name, *(str(preset[name]).lower() for preset in presets)) for name in presets[0]]
-
-
-def _flat(preset: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in preset.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _escape(text: str) -> str:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import random
 
-from fp8lm.comm.groups import process_groups
-from fp8lm.config import build_config
-from fp8lm.training.build import build
-from fp8lm.training.hooks import build_trainer
 from tests.data.tokenizers_of_all_types import write_model
-from tests.generate.models import CPU, PRECISIONS, SHAPES
+from tests.generate.models import SHAPES, save_checkpoint
 
 WORDS = ["def", "return", "lambda", "yield", "for", "while", "class", "import", "pass", "else"]
 KIND = "HuggingFaceTokenizer"
@@ -44,37 +38,9 @@ def save_model(folder, precision):
     """A checkpoint in `folder`/ck whose tokenizer is in `folder`/hub."""
     (folder / "hub").mkdir()
     write_model(KIND, folder / "hub")
-    config = build_config(
-        {
-            "model": {
-                "num_layers": 2,
-                "hidden_size": 64,
-                "num_attention_heads": 4,
-                "seq_length": 32,
-                "max_position_embeddings": 48,
-                "init_method_std": 0.15,
-                **SHAPES["llama"],
-            },
-            "precision": PRECISIONS[precision],
-            "train": {
-                "micro_batch_size": 1,
-                "global_batch_size": 1,
-                "train_iters": 1,
-                "eval_iters": 0,
-                "num_threads": 1,
-            },
-            "optimizer": {"lr": 1e-3},
-            "data": {"mock_data": True},
-            "tokenizer": {"tokenizer_type": KIND, "tokenizer_model": str(folder / "hub")},
-            "logging": {"tensorboard": False},
-            "checkpoint": {"save": str(folder / "ck")},
-        }
-    )
-    with contextlib.redirect_stdout(io.StringIO()), process_groups(CPU) as groups:
-        trainer = build_trainer(build(config, groups, CPU))
-        trainer.load()
-        trainer.train()
-    return folder / "ck"
+    sizes = {"seq_length": 32, "max_position_embeddings": 48, "init_method_std": 0.15}
+    tokenizer = {"tokenizer_type": KIND, "tokenizer_model": str(folder / "hub")}
+    return save_checkpoint(folder / "ck", sizes | SHAPES["llama"], precision, tokenizer)
 
 
 def write_tasks(folder, items=10):

@@ -43,17 +43,17 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2
 
 def save_model(folder, shape, precision, **model):
     """A checkpoint of a model of 64 positions after one step, in `folder`."""
-    sizes = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "seq_length": 16,
-        "max_position_embeddings": 64,
-        "init_method_std": 0.3,
-    }
+    sizes = {"seq_length": 16, "max_position_embeddings": 64, "init_method_std": 0.3}
+    tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
+    return save_checkpoint(folder, {**sizes, **SHAPES[shape], **model}, precision, tokenizer)
+
+
+def save_checkpoint(folder, model, precision, tokenizer):
+    """A checkpoint of a small model with these keys after one step, in `folder`."""
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     config = build_config(
         {
-            "model": {**sizes, **SHAPES[shape], **model},
+            "model": {**sizes, **model},
             "precision": PRECISIONS[precision],
             "train": {
                 "micro_batch_size": 1,
@@ -64,7 +64,7 @@ def save_model(folder, shape, precision, **model):
             },
             "optimizer": {"lr": 1e-3},
             "data": {"mock_data": True},
-            "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 99},
+            "tokenizer": tokenizer,
             "logging": {"tensorboard": False},
             "checkpoint": {"save": str(folder)},
         }

@@ -15,6 +15,7 @@ from fp8lm.model.objectives import LanguageModeling
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.training.step import train_step
+from tests.model.tiny import SHAPES as TINY
 from tests.parallel.ranks import FP32_KEYS, KERNELS, error, recipe, tensor_parallel
 
 pytestmark = pytest.mark.slow
@@ -33,23 +34,8 @@ SHAPES = {
         disable_bias_linear=True,
         untie_embeddings_and_output_weights=True,
     ),
-    "qwen": dict(
-        normalization="RMSNorm",
-        swiglu=True,
-        ffn_hidden_size=64,
-        num_attention_heads=8,
-        num_query_groups=4,
-        kv_channels=16,
-        disable_bias_linear=True,
-        add_qkv_bias=True,
-        qk_layernorm=True,
-    ),
-    "neox": dict(
-        rotary_percent=0.25,
-        gelu_approximate="none",
-        use_parallel_residual=True,
-        untie_embeddings_and_output_weights=True,
-    ),
+    "qwen": TINY["qwen"] | dict(ffn_hidden_size=64, num_attention_heads=8, num_query_groups=4),
+    "neox": TINY["neox"],
 }
 # Fewer query groups than ranks, which share them: all ranks one, or two pairs of four.
 SHARED = {

@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fp8lm.config.keys import flatten
 from fp8lm.telemetry.findings import Finding, find
 from reporting import figures
-from reporting.runs import LOSS, VALIDATION, HeatMap, Points, Run, flatten
+from reporting.runs import LOSS, VALIDATION, HeatMap, Points, Run
 
 Settings = Mapping[str, Sequence[Run]]
 MOST_FINDINGS = 20

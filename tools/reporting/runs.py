@@ -178,14 +178,3 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     return read_mapping(path) if path.is_file() else {}
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
