@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -268,6 +270,14 @@ def processes_left(group):
     return alive
 
 
+def feed(pipe, documents):
+    """Write `documents`, the last of them for ever, into `pipe` until its reader is gone."""
+    *first, last = documents
+    with suppress(BrokenPipeError), pipe.open("w") as file:
+        for document in itertools.chain(first, itertools.repeat(last)):
+            file.write(json.dumps(document) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
@@ -278,9 +288,11 @@ def processes_left(group):
     ],
 )
 def test_stopped_it_leaves_no_data_and_no_process(tmp_path, model, sent):
-    # When the first document is written one worker is at the long one, the other has nothing.
-    long = [{"text": TEXTS[6] * count} for count in (5000, 200000)]
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", *long)
+    # When the first document is written one worker is at a long one. The end never comes.
+    corpus = tmp_path / "corpus.jsonl"
+    os.mkfifo(corpus)
+    texts = [{"text": TEXTS[6] * count} for count in (1000, 20000, 1)]
+    threading.Thread(target=feed, args=(corpus, texts), daemon=True).start()
     command = [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "P"]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
     process = subprocess.Popen(
