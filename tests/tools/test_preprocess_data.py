@@ -291,7 +291,7 @@ def test_stopped_it_leaves_no_data_and_no_process(tmp_path, model, sent):
     # When the first document is written one worker is at a long one. The end never comes.
     corpus = tmp_path / "corpus.jsonl"
     os.mkfifo(corpus)
-    texts = [{"text": TEXTS[6] * count} for count in (1000, 20000, 1)]
+    texts = [{"text": TEXTS[6] * count} for count in (5000, 50000, 1)]
     threading.Thread(target=feed, args=(corpus, texts), daemon=True).start()
     command = [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "P"]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
