@@ -23,7 +23,11 @@ import fp8lm
 names = [module.name for module in pkgutil.walk_packages(fp8lm.__path__, "fp8lm.")]
 for name in names:
     if not name.endswith("__main__"):
-        __import__(name)
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:  # of what the extra `eval` alone installs
+            if error.name != "lm_eval":
+                raise
 print(fp8lm.__file__, len(names))
 """
 

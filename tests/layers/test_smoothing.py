@@ -59,7 +59,7 @@ class ExactCasts(ReferenceKernels):
     def quantize(self, x, fmt, *, amax=None, granularity=None):
         return super().quantize(x, FP32)
 
-    def quantize_with_transpose(self, x, fmt, *, amax=None):
+    def quantize_with_transpose(self, x, fmt, *, amax=None, sums=False):
         quantized = self.quantize(x, fmt)
         return quantized, quantized.t()
 
