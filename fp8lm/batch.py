@@ -1,6 +1,6 @@
 """A micro-batch: the inputs of the model and of its loss.
 
-Shapes: B samples of S tokens.
+Shapes: B samples of S tokens, D documents in all of them together.
 """
 
 from __future__ import annotations
@@ -12,25 +12,77 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Documents:
+    """Where documents begin in a micro-batch whose tokens attend within their document only.
+
+    `starts` [B, S] int64 is of every token the place in its sample of its document's first one:
+    token t sees tokens starts[t] .. t. For kernels of variable length the samples lie one after the
+    other: `cu_seqlens` [D + 1] int32 are the documents' bounds in B S tokens, `max_seqlen` is the
+    length of the longest. A document never spans samples.
+    """
+
+    starts: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def from_starts(cls, starts_BS: Tensor) -> Documents:
+        """Derive the bounds, on the host: `starts_BS` is on the CPU."""
+        places = torch.arange(starts_BS.shape[1])
+        first_tokens = (starts_BS == places).flatten().nonzero().squeeze(1)
+        end = first_tokens.new_full((1,), starts_BS.numel())
+        bounds = torch.cat((first_tokens, end))
+        return cls(starts_BS, bounds.int(), int(bounds.diff().max()))
+
+    @property
+    def is_one_per_sample(self) -> bool:
+        """Whether nothing is apart: plain causal attention computes the same."""
+        return len(self.cu_seqlens) == len(self.starts) + 1
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on `device`; copies from pinned memory do not wait."""
+        starts, cu_seqlens = (
+            x.to(device, non_blocking=True) for x in (self.starts, self.cu_seqlens)
+        )
+        return Documents(starts, cu_seqlens, self.max_seqlen)
+
+
+def starts_from_position_ids(position_ids: Tensor) -> Tensor:
+    """`Documents.starts` of positions [..., S] int64 that count from 0 in every document.
+
+    ValueError where they begin with another number, or skip one.
+    """
+    restarts = position_ids == 0
+    follows = position_ids[..., 1:] == position_ids[..., :-1] + 1
+    if not (restarts[..., 0].all() and (restarts[..., 1:] | follows).all()):
+        raise ValueError("positions of documents count from 0 by one")
+    return torch.arange(position_ids.shape[-1]) - position_ids
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """`tokens`, `labels` [B, S] int64; `loss_mask` [B, S] fp32, the weight of every label's loss.
 
-    `positions` [B, S] int64 are the tokens' positions for embeddings, below the model's
+    `position_ids` [B, S] int64 are the tokens' positions for embeddings, below the model's
     `max_position_embeddings` (default: 0 .. S - 1 in every sample). `sample_ids` [B] int64 are the
-    samples' numbers in the run, from which hidden dropout draws.
+    samples' numbers in the run, from which hidden dropout draws. `documents` keeps those of a
+    sample apart in attention (default: every sample is one). Every rank of a replica reads the
+    whole micro-batch from its own data, on every pipeline stage: nothing of it is communicated.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
-    positions: Tensor | None = None
+    position_ids: Tensor | None = None
     sample_ids: Tensor | None = None
+    documents: Documents | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; copies from pinned memory do not wait."""
+        documents = None if self.documents is None else self.documents.to(device)
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return Batch(**moved)
+        return Batch(**moved, documents=documents)

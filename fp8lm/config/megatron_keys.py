@@ -454,10 +454,6 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "decoder_seq_length",
     ),
     "fill-in-the-middle data": ("fim_*",),
-    "documents of one sample that do not see each other": (
-        "reset_attention_mask",
-        "reset_position_ids",
-    ),
     "another learning rate for some weights, or a weight decay that changes": (
         "decoupled_lr",
         "decoupled_min_lr",

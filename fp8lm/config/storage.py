@@ -52,6 +52,16 @@ class DataConfig(Section):
         description="Take no loss where the input is an end-of-document token, that is on the "
         "first token of the next document; the end-of-document token itself is still predicted.",
     )
+    reset_position_ids: Bool = Field(
+        False,
+        description="Positions restart after every end-of-document token: each document of a "
+        "sample counts from 0.",
+    )
+    reset_attention_mask: Bool = Field(
+        False,
+        description="Tokens attend within their own document only, which ends with the "
+        "end-of-document token.",
+    )
 
 
 class TokenizerConfig(Section):

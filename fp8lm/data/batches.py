@@ -20,12 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from fp8lm.batch import Batch
+from fp8lm.batch import Batch, Documents
 from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.runtime.faults import describe_full_shared_memory, describe_unusable_shared_memory
 from fp8lm.runtime.parent_death import end_with_parent
 
-FIELDS = ("tokens", "labels", "loss_mask", "positions")  # of an item; positions may be missing
+# Of an item; the last two may be missing, and of a batch make `position_ids` and `documents`.
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "document_starts")
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
 # What says that shared memory is full (0: libc tells no number then), or cannot be used at all.
 _FULL = (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -70,7 +71,7 @@ class MicroBatchSampler:
 
 
 class BatchIterator:
-    """Hands out micro-batches of the items of `dataset`, dicts of the `FIELDS` of `Batch`.
+    """Hands out micro-batches of the items of `dataset`, dicts of `FIELDS` (see `Batch`).
 
     `num_workers` > 0 prefetches in that many processes, with the same result; where these send
     nothing for `worker_timeout` seconds (0: no limit), `next` raises `RunFailed`, and where one of
@@ -160,7 +161,8 @@ class BatchIterator:
                 fields = next(self._iterator)
         except InputError as error:  # of a worker, with its traceback as text
             raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2]) from None
-        batch = Batch(**fields, sample_ids=self._samples)
+        documents = _documents(fields.pop("document_starts", None))
+        batch = Batch(**fields, sample_ids=self._samples, documents=documents)
         self._samples = self._samples + self.stride
         return batch
 
@@ -220,6 +222,14 @@ def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     # which would move the batch there, loses the error with the batch.
     fields = [field for field in FIELDS if field in items[0]]
     return default_collate([{field: item[field] for field in fields} for item in items])
+
+
+def _documents(starts_BS: torch.Tensor | None) -> Documents | None:
+    """None where every sample is one document: causal attention then needs no mask."""
+    if starts_BS is None:
+        return None
+    documents = Documents.from_starts(starts_BS)
+    return None if documents.is_one_per_sample else documents
 
 
 def _begin_worker(_worker: int) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class CheckedDataset(SizedDataset):
     """A dataset of megatron-core whose samples hold ids from 0 to `vocab_size` - 1 only.
 
-    Any other id raises `InputError`, which names it, its sample and its document.
+    Any other id raises `InputError`, which names it, its sample and its document. Megatron's
+    `position_ids`, which always count from 0 to the end, are left out.
     """
 
     def __init__(self, dataset: GPTDataset | BlendedDataset, vocab_size: int) -> None:
@@ -31,7 +32,8 @@ class CheckedDataset(SizedDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.dataset[index]
+        item = self.dataset[index]
+        sample = {field: item[field] for field in ("tokens", "labels", "loss_mask")}
         for field in ("tokens", "labels"):
             low, high = sample[field].aminmax()
             if low < 0 or high >= self.vocab_size:

@@ -17,10 +17,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from fp8lm.data.batches import SizedDataset
+from fp8lm.data.boundaries import SeparatedDocuments
 from fp8lm.data.checked_dataset import CheckedDataset
 from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
-from fp8lm.data.token_checks import check_tokenizer
+from fp8lm.data.token_checks import check_document_ends, check_tokenizer
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.quiet import quiet_megatron
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     from fp8lm.config import Config
+    from fp8lm.config.storage import DataConfig
 
 SPLITS = ("train", "valid", "test")
 Sizes = tuple[int, int, int]
@@ -40,15 +42,18 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
 
     A blend without weights has each file once: of validation samples there may be fewer.
 
-    Items are dicts of `tokens`, `labels`, `position_ids` [seq_length] int64 and `loss_mask`
-    [seq_length] fp32. Call it on every rank. A blend with `data.data_cache_path` needs an
-    initialised process group, even of one process. Raises `InputError` for missing or damaged
-    files, a tokenizer that did not make them, and a split without the documents it needs; so does
-    an item with an id outside the vocabulary, which the checks of large files may miss.
+    Items are dicts of `tokens`, `labels` [seq_length] int64 and `loss_mask` [seq_length] fp32, and
+    of what `data.reset_position_ids` and `data.reset_attention_mask` add (`SeparatedDocuments`).
+    Call it on every rank. A blend with `data.data_cache_path` needs an initialised process group,
+    even of one process. Raises `InputError` for missing or damaged files, a tokenizer that did not
+    make them, and a split without the documents it needs; so does an item with an id outside the
+    vocabulary, which the checks of large files may miss.
     """
     if config.data.mock_data:
         train, valid, test = (
-            _mock(config, tokenizer, split, size) if size else None
+            _separated(_mock(config, tokenizer, split, size), config.data, tokenizer.eod)
+            if size
+            else None
             for split, size in enumerate(sizes)
         )
         return train, valid, test
@@ -64,26 +69,28 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
             split=_plain_split(config.data.split),
             path_to_cache=config.data.data_cache_path,
             tokenizer=_tokenizer_for(tokenizer, files),
-            reset_position_ids=False,
+            reset_position_ids=False,  # see `SeparatedDocuments`
             reset_attention_mask=False,
             eod_mask_loss=config.data.eod_mask_loss,
             create_attention_mask=False,
         )
     shares = zip(gpt_config.split_matrix, sizes, strict=True)
     gpt_config.split_matrix = [share if size else None for share, size in shares]
-    checked = (
-        None if dataset is None else CheckedDataset(dataset, tokenizer.vocab_size)
+    training, validation, testing = (
+        None
+        if dataset is None
+        else _separated(CheckedDataset(dataset, tokenizer.vocab_size), config.data, tokenizer.eod)
         for dataset in _build(gpt_config, sizes)
     )
-    training, validation, testing = checked
     return training, validation, testing
 
 
 def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[IndexedFile]:
     """The token files that `data.data_path` names, none for mock data.
 
-    Raises `InputError` for missing or damaged ones, for a tokenizer that did not make them, and
-    where `data.split` leaves no documents for one of `sizes` (train, valid, test) samples.
+    Raises `InputError` for missing or damaged ones, for a tokenizer that did not make them, for
+    documents without an end that are to be kept apart, and where `data.split` leaves no documents
+    for one of `sizes` (train, valid, test) samples.
     """
     if config.data.mock_data:
         return []
@@ -92,6 +99,8 @@ def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[Inde
     tokens = sum(file.num_tokens for file in files)
     for file in files:
         check_tokenizer(file, tokenizer, tokens - file.num_tokens)
+        if config.data.reset_position_ids or config.data.reset_attention_mask:
+            check_document_ends(file, tokenizer.eod)
     split = _plain_split(config.data.split)
     _check_split(split, files, sizes)
     if weights is None and len(files) > 1:
@@ -220,6 +229,17 @@ def _build(config: GPTDatasetConfig, sizes: Sizes) -> list[Dataset | None]:
             f"cannot keep the sample indices in {where}: {cause}: set data.data_cache_path to a "
             "folder that can be written to"
         ) from err
+
+
+def _separated(dataset: SizedDataset, data: DataConfig, eod: int) -> SizedDataset:
+    if not (data.reset_position_ids or data.reset_attention_mask):
+        return dataset
+    return SeparatedDocuments(
+        dataset,
+        eod,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
 
 
 def _mock(config: Config, tokenizer: Tokenizer, split: int, size: int) -> MockDataset:

@@ -18,8 +18,9 @@ RESTART = 0.05
 
 
 class MockDataset(SizedDataset):
-    """Items like GPTDataset's; item i is a pure function of (vocabulary, seed, split, i).
+    """Items like GPTDataset's, but for positions, which are not in them.
 
+    Item i is a pure function of (vocabulary, seed, split, i).
     All splits follow the same chain, so what is learnt on one holds on another.
     """
 
@@ -56,7 +57,6 @@ class MockDataset(SizedDataset):
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask,
-            "position_ids": torch.arange(self.seq_length),
         }
 
     def _walk(self, index: int) -> list[int]:

@@ -37,6 +37,24 @@ def check_tokenizer(data: IndexedFile, tokenizer: Tokenizer, other_tokens: int =
         _refuse_first_outside(data, tokenizer.vocab_size)
 
 
+def check_document_ends(data: IndexedFile, eod: int) -> None:
+    """Raise `InputError` where no document ends with `eod`: then nothing tells where one ends.
+
+    What `P.json` records counts; of files without it some documents are read.
+    """
+    if data.sidecar is not None and data.sidecar.append_eod is not None:
+        marked = data.sidecar.append_eod
+    else:
+        last = (int(data.ends[number]) - 1 for number in data.sampled_sequences())
+        marked = any(int(data.read(place, 1)[0]) == eod for place in last)
+    if not marked:
+        raise InputError(
+            f"{data.prefix} has no end-of-document tokens (id {eod}), by which "
+            "data.reset_position_ids and data.reset_attention_mask tell documents apart: "
+            "preprocess again with --append-eod, or drop these keys"
+        )
+
+
 def _evidence(data: IndexedFile) -> Iterable[np.ndarray]:
     """Of a large file the smallest and largest id if they are recorded, else a sample."""
     made = data.sidecar

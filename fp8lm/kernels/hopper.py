@@ -12,9 +12,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from fp8lm.batch import Documents
 from fp8lm.kernels import cublaslt
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
-from fp8lm.kernels.attention import FusedAttention, attention_at_positions
+from fp8lm.kernels.attention import DocumentMask, FusedAttention, attention_at_positions
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.numerics import BF16, PER_TENSOR, Format, Granularity
@@ -69,9 +70,20 @@ class HopperKernels:
         payload = view.payload.contiguous()
         return ScaledTensor(payload, view.scale, x.format, view.granularity, view.inverse)
 
-    def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
+    def document_mask(self, documents: Documents, dtype: torch.dtype) -> DocumentMask:
         """See `Kernels`."""
-        return self._attention(q_BNSD, k_BGSD, v_BGSD, dropout)
+        return self._attention.document_mask(documents, dtype)
+
+    def attention(
+        self,
+        q_BNSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        dropout: float,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
+        """See `Kernels`."""
+        return self._attention(q_BNSD, k_BGSD, v_BGSD, dropout, mask)
 
     def attention_at(
         self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor

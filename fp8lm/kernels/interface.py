@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fp8lm.batch import Documents
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
+from fp8lm.kernels.attention import DocumentMask
 from fp8lm.numerics import PER_TENSOR, Format, Granularity
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -126,8 +128,22 @@ class Kernels(Protocol):
         of them has a scale). Scales stay what they are: the caller replaces them by the table's.
         """
 
-    def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
-        """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`."""
+    def document_mask(self, documents: Documents, dtype: torch.dtype) -> DocumentMask:
+        """What `attention` in `dtype` reads of `documents`; made once per micro-batch."""
+
+    def attention(
+        self,
+        q_BNSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        dropout: float,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
+        """Causal `scaled_dot_product_attention`, [B,N,S,D] in the dtype of `q_BNSD`.
+
+        With `mask`, of `document_mask`, within each document alone; `dropout` is 0 then where the
+        kernel has none (see `fp8lm.kernels.attention`).
+        """
 
     def attention_at(
         self, q_BNSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, positions_BS: Tensor

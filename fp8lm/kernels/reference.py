@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fp8lm.batch import Documents
 from fp8lm.kernels import cross_entropy, rope
 from fp8lm.kernels.adam import adam_step
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
-from fp8lm.kernels.attention import causal_attention
+from fp8lm.kernels.attention import DocumentMask, causal_attention, masked_attention
 from fp8lm.kernels.encoding import encode
 from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
 from fp8lm.numerics import (
@@ -73,7 +74,7 @@ class ReferenceKernels:
         return MappingProxyType(
             {
                 GEMM: "decoded operands in a BF16 GEMM: FP8's arithmetic, not its speed",
-                ATTENTION: "scaled_dot_product_attention in fp32",
+                ATTENTION: "scaled_dot_product_attention in fp32; documents apart: a mask",
                 ELEMENTWISE: "eager PyTorch, in blocks that stay in cache",
             }
         )
@@ -268,10 +269,25 @@ class ReferenceKernels:
         ]
         return torch.stack(amaxes) if amaxes else torch.zeros(0, 3, device=table.scales.device)
 
-    def attention(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float) -> Tensor:
+    def document_mask(self, documents: Documents, dtype: torch.dtype) -> DocumentMask:
+        """See `Kernels`."""
+        return DocumentMask.additive(documents)
+
+    def attention(
+        self,
+        q_BNSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        dropout: float,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
         """See `Kernels`."""
         # In fp32: torch's bf16 flash attention on CPU takes twice the time in backward.
-        context = causal_attention(q_BNSD.float(), k_BGSD.float(), v_BGSD.float(), dropout)
+        q, k, v = q_BNSD.float(), k_BGSD.float(), v_BGSD.float()
+        if mask is None:
+            context = causal_attention(q, k, v, dropout)
+        else:
+            context = masked_attention(q, k, v, dropout, mask)
         return context.to(q_BNSD.dtype)
 
     def attention_at(

@@ -2,6 +2,8 @@
 
     softmax(q k^T / sqrt(D), causal) v
 
+With documents apart also block-diagonal: a token sees those of its own document up to itself.
+
 With `qk_layernorm` q and k are each normalized over D first, before RoPE.
 
 Shapes: S sequence, B micro-batch, H hidden, G query groups, N heads (N/G per group), D head size.
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8lm.config import ModelConfig
+from fp8lm.kernels.attention import DocumentMask
 from fp8lm.layers.prologue import Prologue
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.init import normal_init, output_init
@@ -63,11 +66,12 @@ class SelfAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         norm: Prologue | None = None,
         core: CoreAttention | None = None,
+        mask: DocumentMask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[S,B,H] -> [S,B,H], and the input for the residual path (see `Linear.with_residual`).
 
         `rope` is (cos, sin) or None, `norm` is applied to the input. `core` takes the place of
-        causal attention within the sequence.
+        causal attention within the sequence; `mask` keeps the latter within documents.
         """
         qkv, x_SBH = self.linear_qkv.with_residual(x_SBH, norm)
         q_SBND, k_SBGD, v_SBGD = self._heads(self._projected(qkv), rope)
@@ -77,10 +81,16 @@ class SelfAttention(nn.Module):
             # A random state is saved and restored, which takes time on the host.
             draws = self.dropout > 0.0
             context = checkpoint(
-                self._core, q_SBND, k_SBGD, v_SBGD, use_reentrant=False, preserve_rng_state=draws
+                self._core,
+                q_SBND,
+                k_SBGD,
+                v_SBGD,
+                mask,
+                use_reentrant=False,
+                preserve_rng_state=draws,
             )
         else:
-            context = self._core(q_SBND, k_SBGD, v_SBGD)
+            context = self._core(q_SBND, k_SBGD, v_SBGD, mask)
         return self.linear_proj(context), x_SBH
 
     def _projected(self, qkv: Tensor) -> Tensor:
@@ -105,7 +115,9 @@ class SelfAttention(nn.Module):
         q, k, v = qkv_SBGHD.split((self.heads_per_group, 1, 1), dim=3)
         return q[..., queries, :].flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
-    def _core(self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:
+    def _core(
+        self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, mask: DocumentMask | None
+    ) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q_SBND, k_SBGD, v_SBGD))
         dropout = self.dropout if self.training else 0.0
-        return self.kernels.attention(q, k, v, dropout).permute(2, 0, 1, 3).flatten(2)
+        return self.kernels.attention(q, k, v, dropout, mask).permute(2, 0, 1, 3).flatten(2)

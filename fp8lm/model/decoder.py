@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8lm.config import ModelConfig
+from fp8lm.kernels.attention import DocumentMask
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.attention import CoreAttention, SelfAttention
@@ -41,13 +42,14 @@ class TransformerLayer(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         noise: DropoutNoise | None = None,
         core: CoreAttention | None = None,
+        mask: DocumentMask | None = None,
     ) -> Tensor:
         """[S,B,H] -> [S,B,H]; `rope` is (cos, sin) or None, `noise` None means no dropout.
 
-        `core`: see `SelfAttention`.
+        `core`, `mask`: see `SelfAttention`.
         """
         first, second = (None, None) if noise is None else (noise.at(0), noise.at(1))
-        attended, x_SBH = self.self_attention(x_SBH, rope, self.input_layernorm, core)
+        attended, x_SBH = self.self_attention(x_SBH, rope, self.input_layernorm, core, mask)
         if self.parallel_residual:
             read, x_SBH = self.mlp(x_SBH, self.pre_mlp_layernorm)
             h = x_SBH + dropout(attended, self.dropout, first)
@@ -93,8 +95,12 @@ class Decoder(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         noise: DropoutNoise | None = None,
         core_of: Callable[[int], CoreAttention] | None = None,
+        mask: DocumentMask | None = None,
     ) -> Tensor:
-        """[S,B,H] -> [S,B,H]; `core_of` gives the core attention of a layer by its number."""
+        """[S,B,H] -> [S,B,H]; `core_of` gives the core attention of a layer by its number.
+
+        `mask` is of the micro-batch, the same for all layers, also where they are recomputed.
+        """
         for index, layer in self.layers.items():
             core = None if core_of is None else core_of(int(index))
             of_layer = None if noise is None else noise.at(int(index))
@@ -104,9 +110,11 @@ class Decoder(nn.Module):
                     h_SBH,
                     rope,
                     of_layer,
+                    None,
+                    mask,
                     use_reentrant=False,
                     preserve_rng_state=self.draws,
                 )
             else:
-                h_SBH = layer(h_SBH, rope, of_layer, core)
+                h_SBH = layer(h_SBH, rope, of_layer, core, mask)
         return h_SBH if self.final_layernorm is None else self.final_layernorm(h_SBH)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fp8lm.batch import Batch
+from fp8lm.batch import Batch, Documents
 from fp8lm.config import ModelConfig
 from fp8lm.layers.dropout import DropoutNoise, dropout
 from fp8lm.layers.embedding import embed
@@ -124,6 +124,7 @@ class GPTModel(nn.Module):
         self.output_layer = None
         if part.has_head and not tied:
             self.output_layer = EmbeddingMatrix.of_vocabulary(vocab_size, config, recipe)
+        self.kernels = recipe.kernels
         self.dtype = recipe.high_precision.dtype  # of the hidden states
         self.rope = None
         if config.position_embedding_type == "rope":
@@ -143,13 +144,18 @@ class GPTModel(nn.Module):
         *,
         positions_BS: Tensor | None = None,
         sample_ids_B: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """[B,S] int64 -> logits [S,B,V/t] in the dtype of activations.
 
         A part without head returns hidden states. See `hidden_states` for what is given.
         """
         h_SBH = self.hidden_states(
-            tokens_BS, h_SBH, positions_BS=positions_BS, sample_ids_B=sample_ids_B
+            tokens_BS,
+            h_SBH,
+            positions_BS=positions_BS,
+            sample_ids_B=sample_ids_B,
+            documents=documents,
         )
         return self.logits(h_SBH) if self.part.has_head else h_SBH
 
@@ -160,18 +166,21 @@ class GPTModel(nn.Module):
         *,
         positions_BS: Tensor | None = None,
         sample_ids_B: Tensor | None = None,
+        documents: Documents | None = None,
         core_of: Callable[[int], CoreAttention] | None = None,
     ) -> Tensor:
         """[B,S] int64 -> [S,B,H] after this part's layers, and after the final norm of the last.
 
         A part without embedding starts from the hidden states `h_SBH`. Hidden dropout needs
-        `sample_ids_B`; for these and `positions_BS` see `Batch`, for `core_of` `Decoder`.
+        `sample_ids_B`; for these, `positions_BS` and `documents` see `Batch`, for `core_of`
+        `Decoder`.
         """
         noise = self._noise(sample_ids_B, tokens_BS.shape[1])
         if isinstance(self.embedding, Embedding):
             h_SBH = self.embedding(tokens_BS, noise and noise.at(0), positions_BS)
         rope = self._rope(tokens_BS.shape[1], positions_BS)
-        return self.decoder(h_SBH, rope, noise and noise.at(1), core_of)
+        mask = None if documents is None else self.kernels.document_mask(documents, self.dtype)
+        return self.decoder(h_SBH, rope, noise and noise.at(1), core_of, mask)
 
     def logits(self, h_SBH: Tensor) -> Tensor:
         """Logits [S,B,V/t] of the last part's hidden states."""
@@ -184,7 +193,11 @@ class GPTModel(nn.Module):
     def forward_step(self, h_SBH: Tensor | None, batch: Batch) -> Tensor:
         """Logits of a micro-batch, or hidden states where this part lacks the head."""
         return self(
-            batch.tokens, h_SBH, positions_BS=batch.positions, sample_ids_B=batch.sample_ids
+            batch.tokens,
+            h_SBH,
+            positions_BS=batch.position_ids,
+            sample_ids_B=batch.sample_ids,
+            documents=batch.documents,
         )
 
     def _noise(self, sample_ids_B: Tensor | None, seq_length: int) -> DropoutNoise | None:

@@ -21,7 +21,15 @@ _KEYS = {
         "train_samples",
         "calculate_per_token_loss",
     ),
-    "data": ("data_path", "split", "shuffle_seed", "mock_data", "eod_mask_loss"),
+    "data": (
+        "data_path",
+        "split",
+        "shuffle_seed",
+        "mock_data",
+        "eod_mask_loss",
+        "reset_position_ids",
+        "reset_attention_mask",
+    ),
 }
 _HOW = ("cache_weight_operands", "kernels")  # something is computed, and not what
 # Tensors of the same names and shapes would be read as something else.

@@ -7,7 +7,9 @@ with SwiGLU else 2, padded vocabulary V:
     6 T [L (h (q + 2k) + q h + f h ffn) + h V] + 6 L q sum(L_i^2)
 
 Six is two (multiply, add) times three GEMMs (forward, dgrad, wgrad). Recomputation is not counted:
-these are the model's FLOPs, not the hardware's.
+these are the model's FLOPs, not the hardware's. Documents that a sample keeps apart
+(`data.reset_attention_mask`) are not counted one by one: L_i is the sample's length, of which
+attention then needs less.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_each_is_told_in_any_section_and_spelling(section, spelling):
         ("parallel.tp", "here it is parallel.tensor_model_parallel_size"),
         ("parallel.cp", "not here (context parallelism)"),
         ("parallel.data_replication", "--help lists its keys"),
-        ("data.reset_attention_mask", "not here (documents of one sample"),
+        ("train.reset_attention_mask", "did you mean data.reset_attention_mask?"),
         ("optimizer.decoupled_lr", "not here (another learning rate"),
         ("data.num_dataset_builder_threads", "not needed here (the order of samples"),
     ],

@@ -14,6 +14,7 @@ import torch
 from torch.utils import data
 from torch.utils.data import Dataset
 
+from fp8lm.batch import starts_from_position_ids
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.runtime.errors import EXIT_FAILED, InputError, run_command
@@ -89,14 +90,58 @@ class Positioned(Numbered):
     """Items that have positions of their own."""
 
     def __getitem__(self, i):
-        return super().__getitem__(i) | {"positions": torch.arange(4) % 3}
+        return super().__getitem__(i) | {"position_ids": torch.arange(4) % 3}
 
 
 def test_positions_are_those_of_the_items():
     (batch,) = iterate(dataset=Positioned(48)).next(1)
-    assert batch.positions.tolist() == [[0, 1, 2, 0]] * 2
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0]] * 2
+    assert batch.documents is None
     moved = batch.to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values()} == {"meta"}
+    tensors = [value for value in vars(moved).values() if value is not None]
+    assert len(tensors) == 5 and {value.device.type for value in tensors} == {"meta"}
+
+
+class OfDocuments(Numbered):
+    """Items of one document each, and of three."""
+
+    def __getitem__(self, i):
+        starts = [0, 0, 2, 3] if i % 2 else [0, 0, 0, 0]
+        return super().__getitem__(i) | {"document_starts": torch.tensor(starts)}
+
+
+def test_documents_of_a_micro_batch():
+    (batch,) = iterate(dataset=OfDocuments(48)).next(1)
+    documents = batch.documents.to(torch.device("cpu"))
+    assert documents.starts.tolist() == [[0, 0, 0, 0], [0, 0, 2, 3]]
+    assert documents.cu_seqlens.tolist() == [0, 4, 6, 7, 8] and documents.max_seqlen == 4
+    assert documents.cu_seqlens.dtype == torch.int32
+    moved = batch.to(torch.device("meta")).documents
+    assert moved.starts.device.type == moved.cu_seqlens.device.type == "meta"
+    assert moved.max_seqlen == 4
+
+
+def test_samples_of_one_document_need_no_mask():
+    (batch,) = iterate(dataset=OfDocuments(48), micro=1).next(1)
+    assert batch.documents is None
+
+
+@pytest.mark.parametrize(
+    "positions, starts",
+    [
+        ([0, 1, 2, 3], [0, 0, 0, 0]),
+        ([0, 0, 1, 0], [0, 1, 1, 3]),
+        ([0, 0, 0, 0], [0, 1, 2, 3]),
+    ],
+)
+def test_starts_follow_from_positions(positions, starts):
+    assert starts_from_position_ids(torch.tensor([positions])).tolist() == [starts]
+
+
+@pytest.mark.parametrize("positions", [[1, 2, 3], [0, 2, 3], [0, 1, 1]])
+def test_positions_that_do_not_count(positions):
+    with pytest.raises(ValueError, match="count from 0 by one"):
+        starts_from_position_ids(torch.tensor(positions))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -30,7 +30,6 @@ def test_items_look_like_gpt_datasets():
         "tokens": (torch.int64, (128,)),
         "labels": (torch.int64, (128,)),
         "loss_mask": (torch.float32, (128,)),
-        "position_ids": (torch.int64, (128,)),
     }
     assert set(item["tokens"].tolist()) <= set(range(VOCAB))
     with pytest.raises(IndexError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from fp8lm.batch import Documents
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.kernels.attention import (
     FusedAttention,
@@ -152,8 +154,112 @@ def test_the_best_that_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # fails to import
     plain = fused_attention((9, 0)).description
     assert plain.startswith("cuDNN or flash")
+    assert plain.endswith("; documents apart: flash attention (varlen_attn)")
     function, _ = flash_attention_3(lambda context: context)
-    module = SimpleNamespace(flash_attn_func=function)
+    module = SimpleNamespace(flash_attn_func=function, flash_attn_varlen_func=function)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    assert fused_attention((9, 0)).description == f"flash-attention 3; with dropout {plain}"
+    pinned = plain.partition(";")[0]
+    assert fused_attention((9, 0)).description == (
+        f"flash-attention 3; with dropout {pinned}; documents apart: flash-attention 3"
+    )
     assert fused_attention((8, 9)).description == fused_attention((10, 0)).description == plain
+
+
+# Bounds at the first and at the last token, documents of one token, several of them in a row, and
+# a sample of one document.
+STARTS = torch.tensor([[0, 1, 1, 1, 4, 5, 5, 5, 8], [0] * 9])
+DOCUMENTS = Documents.from_starts(STARTS)
+BOUNDS = [[(0, 1), (1, 4), (4, 5), (5, 8), (8, 9)], [(0, 9)]]
+
+
+def one_by_one(q, k, v):
+    """Causal attention of one document after the other."""
+    samples = []
+    for b, bounds in enumerate(BOUNDS):
+        parts = [[x[b : b + 1, :, i:j] for x in (q, k, v)] for i, j in bounds]
+        samples.append(torch.cat([naive(*part) for part in parts], dim=2))
+    return torch.cat(samples)
+
+
+def varlen(q_TND, k_TGD, v_TGD, cu_seqlens, max_seqlen):
+    """A stand-in of a kernel of variable length."""
+    bounds = cu_seqlens.tolist()
+    assert max_seqlen == max(j - i for i, j in pairwise(bounds))
+    parts = [
+        causal_attention(*(x[None, i:j].transpose(1, 2) for x in (q_TND, k_TGD, v_TGD)), 0.0)
+        for i, j in pairwise(bounds)
+    ]
+    return torch.cat([part.transpose(1, 2)[0] for part in parts])
+
+
+def flash_3_varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+    return varlen(q, k, v, cu_seqlens_q, max_seqlen_q), torch.zeros(1)
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [KERNELS, FusedAttention(varlen=varlen)], ids=["cpu", "gpu"])
+def test_documents_are_as_one_by_one(heads, groups, dtype, kernels):
+    operands, dy = inputs(heads, groups, dtype)
+    mask = kernels.document_mask(DOCUMENTS, dtype)
+    attend = kernels if isinstance(kernels, FusedAttention) else kernels.attention
+    results = run(lambda q, k, v: attend(q, k, v, 0.0, mask), operands, dy)
+    doubles = [x.detach().double().requires_grad_() for x in operands]
+    expected = run(one_by_one, doubles, dy.double())
+    in_half = attend is not KERNELS.attention and dtype == torch.bfloat16  # within attention, too
+    tolerance = dict(rtol=torch.finfo(dtype).eps, atol=0.03 if in_half else 3e-6)
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), reference, **tolerance)
+
+
+def test_no_document_sees_another():
+    """Bit for bit: what is masked has no weight at all. Longer than the blocks of the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 1300, 8, generator=generator) for _ in range(3))
+    starts = torch.zeros(1, 1300, dtype=torch.int64)
+    starts[:, 700:] = 700
+    mask = KERNELS.document_mask(Documents.from_starts(starts), q.dtype)
+    before = KERNELS.attention(q, k, v, 0.0, mask)
+    expected = KERNELS.attention(q[:, :, 700:], k[:, :, 700:], v[:, :, 700:], 0.0)
+    torch.testing.assert_close(before[:, :, 700:], expected)
+    k[:, :, :700] += 1.0
+    v[:, :, :700] = 1e30
+    after = KERNELS.attention(q, k, v, 0.0, mask)
+    assert torch.equal(before[:, :, 700:], after[:, :, 700:])
+
+
+def test_flash_attention_3_computes_documents(monkeypatch):
+    function, calls = flash_attention_3(lambda context: context)
+    module = SimpleNamespace(flash_attn_func=function, flash_attn_varlen_func=flash_3_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    attention, (operands, dy) = fused_attention((9, 0)), inputs(4, 2, torch.bfloat16)
+    mask = attention.document_mask(DOCUMENTS, torch.bfloat16)
+    assert mask.scores is None
+    actual = run(lambda q, k, v: attention(q, k, v, 0.0, mask), operands, dy)
+    plain = FusedAttention(varlen=varlen)
+    expected = run(lambda q, k, v: plain(q, k, v, 0.0, mask), operands, dy)
+    assert all(map(torch.equal, actual, expected)) and not calls
+
+
+def test_pytorchs_kernel_takes_what_it_is_given():
+    """On the meta device, where it computes nothing: it is a GPU's."""
+    q, k, v = (torch.empty(2, n, 9, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
+    documents = DOCUMENTS.to(torch.device("meta"))
+    attention = FusedAttention()
+    operands = [x.requires_grad_() for x in (q, k, v)]
+    y = attention(*operands, 0.0, attention.document_mask(documents, q.dtype))
+    assert y.shape == q.shape and y.dtype == q.dtype
+    gradients = torch.autograd.grad(y, operands, y)
+    assert [gradient.shape for gradient in gradients] == [x.shape for x in operands]
+
+
+@pytest.mark.parametrize(
+    "size, dropout, named", [(8, 0.5, "attention_dropout = 0.5"), (12, 0.0, "kv_channels = 12")]
+)
+def test_documents_that_no_kernel_takes(size, dropout, named):
+    q = torch.zeros(2, 4, 9, size, dtype=torch.bfloat16)
+    attention = FusedAttention()
+    with pytest.raises(InputError, match=named):
+        attention(q, q, q, dropout, attention.document_mask(DOCUMENTS, q.dtype))

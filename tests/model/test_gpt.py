@@ -88,7 +88,7 @@ POSITIONED = ["gpt", "partial rope", "learned"]
 @pytest.mark.parametrize("shape", POSITIONED)
 def test_positions_in_order_are_the_default(shape):
     gpt, data = build(SHAPES[shape], dict(preset="o3")), batch()
-    given = replace(data, positions=torch.arange(SEQUENCE).expand(BATCH, -1))
+    given = replace(data, position_ids=torch.arange(SEQUENCE).expand(BATCH, -1))
     (loss, gradients), (same, others) = (loss_and_gradients(gpt, d) for d in (data, given))
     assert torch.equal(same, loss)
     for name, gradient in gradients.items():
@@ -102,7 +102,7 @@ def test_positions_that_restart_or_leave_gaps(shape):
     keys = SHAPES[shape] | {"max_position_embeddings": 2 * SEQUENCE}
     gpt, config = build(keys), model_config(**keys)
     positions = torch.stack((torch.arange(SEQUENCE) % 10, 2 * torch.arange(SEQUENCE)))
-    data = replace(batch(), positions=positions)
+    data = replace(batch(), position_ids=positions)
     weights = double_weights(gpt)
     samples = zip(data.tokens, positions, strict=True)
     expected = [plain.logits(tokens[None], weights, config, own) for tokens, own in samples]

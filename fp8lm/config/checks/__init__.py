@@ -27,6 +27,7 @@ _CHECKS = (
     schedule.schedule,
     schedule.wsd,
     storage.data,
+    storage.documents,
     storage.tokenizer,
     storage.checkpoint,
     precision.formats,

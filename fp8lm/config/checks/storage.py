@@ -24,6 +24,22 @@ def data(config: Config) -> Iterator[str]:
         )
 
 
+def documents(config: Config) -> Iterator[str]:
+    """Where documents are kept apart there are positions to restart, and a kernel for attention."""
+    model, data = config.model, config.data
+    if data.reset_position_ids and model.position_embedding_type == "none":
+        yield (
+            "data.reset_position_ids = true restarts positions, and "
+            "model.position_embedding_type = none has none: drop it"
+        )
+    if data.reset_attention_mask and model.attention_dropout and config.train.device != "cpu":
+        yield (
+            f"data.reset_attention_mask = true with model.attention_dropout = "
+            f"{model.attention_dropout:g}: the kernels that keep documents apart on a GPU have no "
+            "dropout; set model.attention_dropout=0, or train.device=cpu"
+        )
+
+
 def _blend(data_path: tuple[float | str, ...]) -> Iterator[str]:
     given = f"data.data_path = {list(data_path)}"
     texts = [item for item in data_path if isinstance(item, str)]

@@ -57,6 +57,7 @@ METHODS = {
     "transpose": TRANSPOSE,
     "gemm": GEMM,
     "attention": ATTENTION,
+    "document_mask": ATTENTION,
     "rope": ROPE,
     "rope_backward": ROPE,
     "norm": NORM,
