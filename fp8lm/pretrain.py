@@ -20,12 +20,14 @@ def main(argv: list[str]) -> int:
     # Imported once the config is known to be good: `--help` and mistakes answer at once.
     from fp8lm.comm.env import DistEnv
     from fp8lm.comm.groups import process_groups, rank_device
+    from fp8lm.evaluation.hook import check_installed, task_hooks
     from fp8lm.training.build import build
     from fp8lm.training.builders import resolve_device
     from fp8lm.training.hooks import build_trainer
     from fp8lm.training.run_folders import locked_folders
     from fp8lm.training.stopping import is_over
 
+    check_installed(config.train)
     adopt_launcher(os.environ)
     resumes = config.checkpoint.resumes
     if resumes and is_over(config.train, DistEnv.from_environment(os.environ)):
@@ -35,8 +37,9 @@ def main(argv: list[str]) -> int:
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     with process_groups(device, parallel, timeout=timeout) as groups:
         run = build(config, groups, device)
+        hooks = task_hooks(config.train, groups)
         with locked_folders(config, groups) as locks:
-            trainer = build_trainer(run, locks)
+            trainer = build_trainer(run, locks, hooks)
             trainer.load()
             return trainer.train()
 

@@ -169,20 +169,14 @@ def draw(reports: list[Report], path: Path) -> None:
 def of_tasks(model: InferenceModel, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The results of `--tasks`."""
     try:
-        from fp8lm.evaluation.harness import evaluate_tasks  # lm-eval takes seconds to import
+        from fp8lm.evaluation.harness import Tasks, TaskSource  # lm-eval takes seconds to import
     except ModuleNotFoundError as error:
         raise InputError(
             f'--tasks needs lm-eval ({error.name} is missing): pip install "fp8lm[eval]"'
         ) from None
-    return evaluate_tasks(
-        model,
-        options.tasks,
-        batch_size=options.batch_size,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        task_folder=options.task_folder,
-        task_data=options.task_data,
-    )
+    source = TaskSource(options.tasks, options.task_folder, options.task_data, options.num_fewshot)
+    tasks = all_or_error(model.groups.world, lambda: Tasks.load(source))
+    return tasks.evaluate(model, batch_size=options.batch_size, limit=options.limit)
 
 
 def facts(reports: list[Report]) -> dict[str, Any]:

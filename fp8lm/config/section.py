@@ -28,8 +28,16 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def as_list(value: Any) -> Any:
+    """One text in place of a list of texts."""
+    return (value,) if isinstance(value, str) else value
+
+
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(as_list, json_schema_input_type=list[Text] | Text)
+]
 Count = Annotated[int, Strict(), Field(ge=1), BeforeValidator(_integer)]
 Size = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_integer)]
 Positive = Annotated[float, Strict(), Field(gt=0), BeforeValidator(_number)]

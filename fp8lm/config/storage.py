@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from fp8lm.config.paths import PathText
-from fp8lm.config.section import Bool, Count, NonNegative, Section, Size, Text
+from fp8lm.config.section import (
+    Bool,
+    Count,
+    NonNegative,
+    Section,
+    Size,
+    Text,
+    Texts,
+    as_list,
+)
 
-
-def _as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Texts = Annotated[
-    tuple[Text, ...], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
-]
 DataPath = Annotated[
     tuple[NonNegative | PathText, ...],
-    BeforeValidator(_as_list, json_schema_input_type=list[NonNegative | Text] | Text),
+    BeforeValidator(as_list, json_schema_input_type=list[NonNegative | Text] | Text),
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fp8lm.config.paths import PathText
 from fp8lm.config.section import (
     Bool,
     Count,
@@ -14,6 +15,7 @@ from fp8lm.config.section import (
     Section,
     Share,
     Size,
+    Texts,
     derived,
 )
 
@@ -71,6 +73,27 @@ class TrainConfig(Section):
         False,
         description="Evaluate each time on the validation samples after those of the time before, "
         "as Megatron-LM does, instead of on the same.",
+    )
+    eval_tasks: Texts = Field(
+        (),
+        description="Tasks or groups of lm-eval to evaluate the model on while it trains; needs "
+        "the extra `eval`.",
+    )
+    eval_tasks_interval: Count = derived(
+        lambda train: train["eval_interval"], "eval_interval", "Iterations between these."
+    )
+    eval_tasks_limit: Count | None = Field(
+        None, description="Items of a task, the first; null: all."
+    )
+    eval_tasks_num_fewshot: Size | None = Field(
+        None, description="Examples before each question; null: what the task says."
+    )
+    eval_tasks_batch_size: Count = Field(16, description="Texts read at once.")
+    eval_tasks_folder: PathText | None = Field(
+        None, description="YAML files of tasks of your own, in lm-eval's format."
+    )
+    eval_tasks_data: PathText | None = Field(
+        None, description="Local data of tasks: FOLDER/TASK/SPLIT.jsonl."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; auto takes CUDA where there is one."

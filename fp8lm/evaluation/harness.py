@@ -10,19 +10,27 @@ library `datasets` writes. Tasks of one's own are YAML files in lm-eval's format
 
 from __future__ import annotations
 
+import copy
 import difflib
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from fp8lm.checkpoint.collectives import on_main
 from fp8lm.evaluation.scoring import Passage, score_all, shared_out, windows
 from fp8lm.generate.decoding import Decoding, complete
 from fp8lm.generate.model import InferenceModel
@@ -30,7 +38,10 @@ from fp8lm.generate.sampling import Sampling
 from fp8lm.runtime.errors import InputError
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-MOST_NEW_TOKENS = 256  # lm-eval's own default
+# lm-eval's own defaults.
+MOST_NEW_TOKENS = 256
+SEED = 1234
+BOOTSTRAP_ITERS = 1000  # a hundredth of the default: errors of metrics that are no means
 
 
 class HarnessModel(TemplateLM):
@@ -121,40 +132,80 @@ class HarnessModel(TemplateLM):
         return done.text
 
 
-def evaluate_tasks(
-    model: InferenceModel,
-    tasks: Sequence[str],
-    *,
-    batch_size: int,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    task_folder: Path | None = None,
-    task_data: Path | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Metrics by task (or group): `{"acc": .., "acc_stderr": .., "samples": ..}`.
+@dataclass(frozen=True)
+class TaskSource:
+    """Names of tasks and groups, and where they are beside lm-eval's own.
 
-    `task_folder` has task definitions of one's own, `task_data` local data (see the module).
-    `limit` is in items per task. Raises `InputError` for a task that is unknown or whose data
-    cannot be loaded.
+    `folder` has task definitions of one's own, `data` local data (see the module). `num_fewshot`
+    replaces what a task says, unless that is 0. `said` are the names under which a user gave
+    `names`, `folder` and `data`.
     """
-    with _loaded(tasks, task_folder, task_data) as found:
-        results = simple_evaluate(
-            HarnessModel(model, batch_size),
-            tasks=found,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
-    assert results is not None  # it is None on other ranks than 0, as which all of ours pose
-    samples = results.get("n-samples", {})
-    return {
-        name: {
-            **_metrics(found),
-            **({"samples": samples[name]["effective"]} if name in samples else {}),
+
+    names: Sequence[str]
+    folder: Path | None = None
+    data: Path | None = None
+    num_fewshot: int | None = None
+    said: tuple[str, str, str] = ("--tasks", "--task-folder", "--task-data")
+
+
+class Tasks:
+    """Tasks with their data, loaded once and evaluated as often as is wanted."""
+
+    def __init__(self, loaded: Sequence[Task | Group], num_fewshot: int | None) -> None:
+        found = TaskManager(include_defaults=False).load(list(loaded))
+        self._tasks, self._groups = found["tasks"], found["groups"]
+        for task in self._tasks.values():
+            own = task.get_config("num_fewshot")
+            if own is None or (num_fewshot is not None and own != 0):
+                task.set_config("num_fewshot", num_fewshot or 0)
+
+    @classmethod
+    def load(cls, source: TaskSource) -> Tasks:
+        """`InputError` for a task that is unknown or whose data cannot be loaded."""
+        return cls(_load_all(source), source.num_fewshot)
+
+    def evaluate(
+        self, model: InferenceModel, *, batch_size: int, limit: int | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Metrics by task (or group): `{"acc": .., "acc_stderr": .., "samples": ..}`.
+
+        `limit` is in items per task. A collective of all ranks; all get the metrics of the first.
+        """
+        # Copies, which the requests are gone with.
+        tasks = {name: copy.copy(task) for name, task in self._tasks.items()}
+        with seeded(SEED, model.device):
+            for task in tasks.values():
+                task.set_fewshot_seed(SEED)
+            found = evaluate(
+                HarnessModel(model, batch_size),
+                {"tasks": tasks, "groups": self._groups},
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+                log_samples=False,
+            )
+        assert found is not None  # it is None on other ranks than 0, as which all of ours pose
+        samples = found["n-samples"]
+        counts = {name: {"samples": float(of["effective"])} for name, of in samples.items()}
+        metrics = {
+            name: {**_metrics(of_task), **counts.get(name, {})}
+            for name, of_task in found["results"].items()
         }
-        for name, found in results["results"].items()
-    }
+        return on_main(model.groups.world, lambda: metrics)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators, whose states come back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:
@@ -167,59 +218,55 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in numbers.items()}
 
 
-@contextmanager
-def _loaded(
-    tasks: Sequence[str], task_folder: Path | None, task_data: Path | None
-) -> Iterator[list[Any]]:
+def _load_all(source: TaskSource) -> list[Any]:
     """Tasks and groups of lm-eval's that names stand for."""
-    managers = _managers(tasks, task_folder)
-    if task_data is None:
-        yield [item for task in tasks for item in _load(managers[task], task)]
-        return
-    _folder("--task-data", task_data)
+    managers = _managers(source)
     with tempfile.TemporaryDirectory(prefix="fp8lm-tasks-") as made:
-        local = [task for task in tasks if (task_data / task).is_dir()]
-        for task in local:
-            definition = _with_local_data(managers[task], task, task_data / task)
-            (Path(made) / f"{task}.yaml").write_text(yaml.safe_dump(definition))
-        of_files = TaskManager(include_path=made, include_defaults=False)
-        managers |= dict.fromkeys(local, of_files)
-        yield [item for task in tasks for item in _load(managers[task], task)]
+        if source.data is not None:
+            data = _folder(source.said[2], source.data)
+            local = [task for task in source.names if (data / task).is_dir()]
+            for task in local:
+                definition = _with_local_data(managers[task], task, source)
+                (Path(made) / f"{task}.yaml").write_text(yaml.safe_dump(definition))
+            managers |= dict.fromkeys(local, TaskManager(include_path=made, include_defaults=False))
+        return [item for task in source.names for item in _load(managers[task], task, source)]
 
 
-def _managers(tasks: Sequence[str], task_folder: Path | None) -> dict[str, TaskManager]:
-    """What knows each of `tasks`: the folder, else lm-eval's thousands, which take seconds to read.
+def _managers(source: TaskSource) -> dict[str, TaskManager]:
+    """What knows each task: the folder, else lm-eval's thousands, which take seconds to read.
 
     `InputError` for a task that neither knows.
     """
     found: dict[str, TaskManager] = {}
-    if task_folder is not None:
-        _folder("--task-folder", task_folder)
-        own = TaskManager(include_path=task_folder, include_defaults=False)
-        found = {task: own for task in tasks if task in own.all_tasks}
-    if left := [task for task in tasks if task not in found]:
-        everything = TaskManager(include_path=task_folder)
+    if source.folder is not None:
+        _folder(source.said[1], source.folder)
+        own = TaskManager(include_path=source.folder, include_defaults=False)
+        found = {task: own for task in source.names if task in own.all_tasks}
+    if left := [task for task in source.names if task not in found]:
+        everything = TaskManager(include_path=source.folder)
         for task in left:
-            _check_known(task, everything.all_tasks)
+            _check_known(task, everything.all_tasks, source)
         found |= dict.fromkeys(left, everything)
     return found
 
 
-def _check_known(task: str, known: list[str]) -> None:
+def _check_known(task: str, known: list[str], source: TaskSource) -> None:
     if task not in known:
         near = difflib.get_close_matches(task, known, n=1)
         hint = f": did you mean {near[0]}?" if near else ": lm-eval's list is `lm_eval ls tasks`"
-        raise InputError(f"--tasks {task} is unknown{hint} (your own: --task-folder)")
+        names, folder, _ = source.said
+        raise InputError(f"{names} {task} is unknown{hint} (your own: {folder})")
 
 
-def _load(manager: TaskManager, task: str) -> list[Any]:
+def _load(manager: TaskManager, task: str, source: TaskSource) -> list[Any]:
     try:
         found = manager.load([task])
     except Exception as error:  # of datasets, its hub and task code: any kind
         first = str(error).strip().splitlines() or [type(error).__name__]
+        names, _, data = source.said
         raise InputError(
-            f"--tasks {task}: its data cannot be loaded ({first[0][:200]}); without a network give "
-            f"them as files with --task-data FOLDER, in FOLDER/{task}/SPLIT.jsonl"
+            f"{names} {task}: its data cannot be loaded ({first[0][:200]}); without a network give "
+            f"them as files with {data} FOLDER, in FOLDER/{task}/SPLIT.jsonl"
         ) from error
     return [*found["groups"].values()] or [*found["tasks"].values()]
 
@@ -230,15 +277,16 @@ def _folder(option: str, path: Path) -> Path:
     return path
 
 
-def _with_local_data(manager: TaskManager, task: str, folder: Path) -> dict[str, Any]:
-    """The definition of `task` that reads the files in `folder`."""
+def _with_local_data(manager: TaskManager, task: str, source: TaskSource) -> dict[str, Any]:
+    """The definition of `task` that reads the files in its folder of `source.data`."""
+    option, folder = source.said[2], Path(source.data or "", task)
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
     kinds = {SUFFIXES[path.suffix] for path in files.values()}
     if len(kinds) != 1:
-        raise InputError(f"--task-data: {folder} needs files of one kind: {', '.join(SUFFIXES)}")
+        raise InputError(f"{option}: {folder} needs files of one kind: {', '.join(SUFFIXES)}")
     definition = manager.task_index[task].yaml_path
     if definition is None:
-        raise InputError(f"--task-data: {task} is no task of a YAML file, whose data can be named")
+        raise InputError(f"{option}: {task} is no task of a YAML file, whose data can be named")
     paths = {split: str(path.resolve()) for split, path in files.items()}
     return {
         "include": str(definition),

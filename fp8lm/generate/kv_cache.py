@@ -13,7 +13,7 @@ Shapes: T tokens, G query groups of this rank, D head size, C capacity, b sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,12 @@ class KVCache:
     """The cache of `layers`, by their number in the model, in `fmt`."""
 
     def __init__(
-        self, layers: range, shape: CacheShape, fmt: Format, kernels: Kernels, device: torch.device
+        self,
+        layers: Iterable[int],
+        shape: CacheShape,
+        fmt: Format,
+        kernels: Kernels,
+        device: torch.device,
     ) -> None:
         self.shape, self.kernels = shape, kernels
         self._layers = {

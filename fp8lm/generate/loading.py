@@ -99,7 +99,7 @@ def load_model(
     """This rank's part of the model in `folder`; see `restore_model`."""
     found = restore_model(folder, groups, device, tokenizer_model, tokenizer_type)
     return InferenceModel(
-        found.model,
+        [found.model],
         found.tokenizer,
         found.config,
         groups,

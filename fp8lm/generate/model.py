@@ -26,7 +26,8 @@ from fp8lm.generate.kv_cache import CacheShape, KVCache
 from fp8lm.generate.packing import TOKENS_PER_TILE, PackedTokens, divide, pack
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.cross_entropy import cross_entropy
-from fp8lm.layers.param import QuantizedParam, named_params
+from fp8lm.layers.param import Param, QuantizedParam, named_params
+from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
 from fp8lm.model import GPTModel
 from fp8lm.numerics import BF16, E4M3, FP32, Format
@@ -41,10 +42,11 @@ KV_CACHE_DTYPES = ("auto", "fp8")
 class InferenceModel:
     """This rank's part of a model, frozen, with its tokenizer and the config it was trained with.
 
-    `warnings` name differences from training.
+    `chunks` are this pipeline stage's, of which an interleaved schedule has several: what leaves
+    the last stage enters the next chunk of the first. `warnings` name differences from training.
     """
 
-    part: GPTModel
+    chunks: Sequence[GPTModel]
     tokenizer: Tokenizer
     config: Config
     groups: ProcessGroups
@@ -66,7 +68,7 @@ class InferenceModel:
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank holds, with copies in the GEMMs' format."""
         held = 0
-        for weight in named_params(self.part).values():
+        for weight in self._weights:
             held += weight.model_param.nbytes
             if isinstance(weight, QuantizedParam) and weight.cache and weight.cache.operand:
                 held += weight.cache.operand.nbytes
@@ -75,18 +77,17 @@ class InferenceModel:
     def new_cache(self, sequences: int, capacity: int, dtype: str = "auto") -> KVCache:
         """An empty cache; `dtype` is one of `KV_CACHE_DTYPES`."""
         model = self.config.model
-        groups = max(1, model.num_query_groups // self.part.tp.size)
+        groups = max(1, model.num_query_groups // self._tp.size)
         shape = CacheShape(sequences, capacity, groups, model.kv_channels)
-        return KVCache(
-            self.part.part.layers, shape, self._cache_format(dtype), self.kernels, self.device
-        )
+        layers = [index for chunk in self.chunks for index in chunk.part.layers]
+        return KVCache(layers, shape, self._cache_format(dtype), self.kernels, self.device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Cast weights to the format of their GEMMs once for all that is computed inside."""
         with (
             torch.no_grad(),
-            cached_weight_operands(named_params(self.part).values(), self.part.tp),
+            cached_weight_operands(self._weights, self._tp),
         ):
             yield
 
@@ -145,25 +146,27 @@ class InferenceModel:
         pipeline = self.groups.pipeline_parallel
         shape = (packed.tokens_1T.shape[1], 1, self.config.model.hidden_size)
         wire = Wire("pipeline", "bf16", WireCounter())
-        p2p = PipelineP2P(shape, self.part.dtype, wire, self.kernels)
-        received = None
-        if not self._is_first_stage:
-            received = p2p.receive(pipeline.rank() - 1, pipeline, self.device).wait()
-        h_T1H = self.part.hidden_states(
-            packed.tokens_1T,
-            received,
-            positions_BS=packed.positions_1T,
-            core_of=cache.core_of(packed),
-        )
-        if self._is_last_stage:
-            return h_T1H
-        p2p.send(h_T1H, pipeline.rank() + 1, pipeline).wait()
+        p2p = PipelineP2P(shape, self._dtype, wire, self.kernels)
+        stage, stages = pipeline.rank(), pipeline.size()
+        for chunk in self.chunks:
+            received = None
+            if not chunk.part.has_embedding:
+                received = p2p.receive((stage - 1) % stages, pipeline, self.device).wait()
+            h_T1H = chunk.hidden_states(
+                packed.tokens_1T,
+                received,
+                positions_BS=packed.positions_1T,
+                core_of=cache.core_of(packed),
+            )
+            if chunk.part.has_head:
+                return h_T1H
+            p2p.send(h_T1H, (stage + 1) % stages, pipeline).wait()
         return None
 
     def _all_logits(self, h_T1H: Tensor | None, rows: list[int]) -> Tensor:
         """Logits fp32 [n,V] of tokens `rows`, of all ranks that hold a part of the vocabulary."""
         logits = self._logits(h_T1H, rows)[: len(rows)].float().contiguous()
-        return self.part.tp.gather(logits).transpose(0, 1).flatten(1)[:, : self.num_ids]
+        return self._tp.gather(logits).transpose(0, 1).flatten(1)[:, : self.num_ids]
 
     def _scores(self, h_T1H: Tensor | None, rows: Sequence[int], targets: Sequence[int]) -> Tensor:
         """Loss of `targets`, read after tokens `rows`, and 1 for the likeliest: fp32 [2,n]."""
@@ -173,13 +176,13 @@ class InferenceModel:
             part = labels[first : first + MOST_LOGITS]
             logits = self._logits(h_T1H, rows[first : first + len(part)])[: len(part)]
             best = self._likeliest(logits)
-            losses = cross_entropy(logits, part, self.num_ids, self.part.tp, self.kernels)
+            losses = cross_entropy(logits, part, self.num_ids, self._tp, self.kernels)
             found.append(torch.stack((losses, (best == part).float())))
         return torch.cat(found, dim=1)
 
     def _likeliest(self, logits_nV: Tensor) -> Tensor:
         """The first of the likeliest tokens of every row of this rank's logits, int64 [n]."""
-        tp, first = self.part.tp, self.part.tp.rank * logits_nV.shape[1]
+        tp, first = self._tp, self._tp.rank * logits_nV.shape[1]
         padding = torch.arange(logits_nV.shape[1], device=self.device) >= self.num_ids - first
         value, column = logits_nV.float().masked_fill(padding, -torch.inf).max(dim=1)
         value_t, token_t = tp.gather(torch.stack((value, (column + first).float()))).unbind(1)
@@ -189,7 +192,7 @@ class InferenceModel:
         """This rank's logits [n,V/t] of tokens `rows`, padded as GEMMs are in `packing`."""
         assert h_T1H is not None  # the last stage has the head
         padded = [*rows, *[rows[-1]] * (-len(rows) % TOKENS_PER_TILE)]
-        return self.part.logits(h_T1H[torch.tensor(padded, device=self.device)])[:, 0]
+        return self.chunks[-1].logits(h_T1H[torch.tensor(padded, device=self.device)])[:, 0]
 
     def _on_all_stages(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """The fp32 result of `compute` on the last stage, where it is called."""
@@ -203,11 +206,20 @@ class InferenceModel:
     def _cache_format(self, dtype: str) -> Format:
         if dtype == "fp8":
             return E4M3
-        return FP32 if self.part.dtype == torch.float32 else BF16
+        return FP32 if self._dtype == torch.float32 else BF16
 
     @property
-    def _is_first_stage(self) -> bool:
-        return self.groups.pipeline_parallel.rank() == 0
+    def _weights(self) -> list[Param]:
+        return [weight for chunk in self.chunks for weight in named_params(chunk).values()]
+
+    @property
+    def _tp(self) -> TPContext:
+        return self.chunks[0].tp
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.chunks[0].dtype
 
     @property
     def _is_last_stage(self) -> bool:

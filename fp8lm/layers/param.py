@@ -115,6 +115,13 @@ class Param(nn.Module):
     def bind_scale(self, scale: Tensor) -> None:
         """Keep the scale in other memory (0-d fp32), if the format has one."""
 
+    def alias(self, source: Param) -> None:
+        """Become a frozen view of `source`, of the same spec: its payload and scale are read.
+
+        For a second model of the same weights: neither copies nor allocates.
+        """
+        raise NotImplementedError
+
     def when_gradient_complete(self, method: Callable[..., None], *arguments: Any) -> None:
         """Call `method(*arguments)` in every backward, after the last use of the weight.
 
@@ -195,6 +202,14 @@ class QuantizedParam(Param):
     def bind_scale(self, scale: Tensor) -> None:
         """See `Param`."""
         self.scale = scale.copy_(self.scale)
+
+    def alias(self, source: Param) -> None:
+        """See `Param`."""
+        held = source.model_param
+        self.freeze()
+        self.payload, self.scale = held.payload, held.scale
+        proxy = torch.empty(0, device=held.payload.device)
+        self.autograd_proxy = nn.Parameter(proxy, requires_grad=False)
 
     def use_wgrad_store(self, wgrad_store: WeightGradStore) -> None:
         """Run the wgrad GEMM when `wgrad_store` says so."""
@@ -298,6 +313,12 @@ class VectorParam(Param):
     def bind_storage(self, payload: Tensor) -> None:
         """See `Param`."""
         self.param.data = payload
+
+    def alias(self, source: Param) -> None:
+        """See `Param`."""
+        held = source.model_param
+        self.freeze()
+        self.param, self._one = nn.Parameter(held.payload, requires_grad=False), held.scale
 
     @property
     def _differentiated(self) -> nn.Parameter:

@@ -82,9 +82,13 @@ def _config(checkpoint: Checkpoint, dims: ParallelDims) -> Config:
     precision = content.get("precision")
     stored = precision.get("wire") if isinstance(precision, dict) else None
     if isinstance(precision, dict) and isinstance(stored, dict):  # else validation says what it is
-        wires = dict.fromkeys(("gather", "reduce", "pipeline"), "bf16")
-        content["precision"] = {**precision, "wire": {**stored, **wires}}
+        content["precision"] = {**precision, "wire": {**stored, **wires_in_bf16()}}
     return build_config(content)
+
+
+def wires_in_bf16() -> dict[str, str]:
+    """Keys of `precision.wire` under which no value depends on which others travel with it."""
+    return dict.fromkeys(("gather", "reduce", "pipeline"), "bf16")
 
 
 def _restore(

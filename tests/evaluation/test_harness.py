@@ -12,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from fp8lm.evaluation.harness import HarnessModel, evaluate_tasks
+from fp8lm.evaluation.harness import HarnessModel, Tasks, TaskSource
 from fp8lm.runtime.errors import InputError
 from tests.evaluation.tasks import TASKS, save_model, write_tasks
 from tests.generate.models import loaded
@@ -97,13 +97,11 @@ def test_texts_agree(folder, reference):
 
 
 def test_tasks_of_local_files_agree(folder, reference):
-    found = evaluate_tasks(
-        reference[0]._model,  # noqa: SLF001
-        list(TASKS),
-        batch_size=8,
-        task_folder=folder / "few" / "tasks",
-        task_data=folder / "few" / "data",
-    )
+    tasks = Tasks.load(TaskSource([*TASKS], folder / "few" / "tasks", folder / "few" / "data"))
+    model = reference[0]._model  # noqa: SLF001
+    found = tasks.evaluate(model, batch_size=8)
+    again = tasks.evaluate(model, batch_size=3)
+    assert all(again[task] == pytest.approx(found[task], rel=1e-5) for task in TASKS)
     assert set(found) == set(TASKS) and all(f["samples"] == 30 for f in found.values())
     assert found["choices"]["acc_stderr"] > 0
     manager = TaskManager(include_path=local_definitions(folder), include_defaults=False)
@@ -131,11 +129,11 @@ def local_definitions(folder):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"tasks": ["choice"]}, "did you mean choices"),
-        ({"task_data": None}, "no network.*--task-data"),
-        ({"task_data": "nothing"}, "nothing is no folder"),
-        ({"task_folder": "nothing"}, "nothing is no folder"),
-        ({"task_data": "empty"}, "files of one kind"),
+        ({"names": ["choice"]}, "did you mean choices"),
+        ({"data": None}, "no network.*--task-data"),
+        ({"data": "nothing"}, "nothing is no folder"),
+        ({"folder": "nothing"}, "nothing is no folder"),
+        ({"data": "empty"}, "files of one kind"),
     ],
 )
 def test_tasks_that_cannot_run(folder, keys, complaint, tmp_path, monkeypatch):
@@ -143,16 +141,16 @@ def test_tasks_that_cannot_run(folder, keys, complaint, tmp_path, monkeypatch):
     monkeypatch.setattr("fp8lm.evaluation.harness.TaskManager", of_folders_only)
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", no_network)
     asked = {
-        "tasks": ["choices"],
-        "task_folder": folder / "few" / "tasks",
-        "task_data": folder / "few" / "data",
+        "names": ["choices"],
+        "folder": folder / "few" / "tasks",
+        "data": folder / "few" / "data",
         **{
             key: tmp_path / value if isinstance(value, str) else value
             for key, value in keys.items()
         },
     }
-    with loaded(folder / "o3" / "ck") as model, pytest.raises(InputError, match=complaint):
-        evaluate_tasks(model, batch_size=4, **asked)
+    with pytest.raises(InputError, match=complaint):
+        Tasks.load(TaskSource(**asked))
 
 
 def no_network(*_, **__):

