@@ -298,12 +298,16 @@ def test_stopped_it_leaves_no_data_and_no_process(tmp_path, model, sent):
     process = subprocess.Popen(
         [*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not any(file.stat().st_size for file in (tmp_path / "out").glob(".P*/part.bin")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    # Ctrl-C reaches the whole group, other signals the one process.
-    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-    error = process.communicate()[1]
+    try:
+        while not any(file.stat().st_size for file in (tmp_path / "out").glob(".P*/part.bin")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        # Ctrl-C reaches the whole group, other signals the one process.
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        error = process.communicate(timeout=60)[1]
+    except BaseException:  # it would write for ever
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode != 0
     assert error.count("Traceback") == 0
     if sent == signal.SIGINT:
