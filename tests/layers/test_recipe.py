@@ -7,9 +7,12 @@ import torch
 
 from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.linear import Linear
+from fp8lm.layers.param import ParamSpec
 from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, Recipe
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32
 
+RNG = torch.Generator().manual_seed(1)
 FP32_KEYS = dict(gemm="fp32", params_dtype="fp32")
 
 
@@ -58,3 +61,15 @@ def test_all_layers_alike_by_default():
 def test_first_and_last_layer_of_an_fp32_model_stay_fp32():
     r = recipe(preset="bf16", **FP32_KEYS, first_last_layers_bf16=True)
     assert formats(r.for_layer(0, 4)) == (FP32_GEMM, FP32, FP32, FP32)
+
+
+@pytest.mark.parametrize("preset", ["te", "te_delayed", "o3", "deepseek", "mxfp8", "unit"])
+def test_for_inference_a_token_is_scaled_without_its_neighbours(preset):
+    r = recipe(preset=preset).for_inference()
+    linear = Linear(ParamSpec((32, 128), None, r.weight, FP32), r)
+    w = torch.randn(32, 128, generator=RNG) * 0.02
+    linear.weight.model_param.copy_(r.kernels.quantize(w, r.weight))
+    x = torch.randn(48, 128, generator=RNG).bfloat16() * torch.logspace(-4, 4, 128).bfloat16()
+    y = linear(x)
+    x[1:] *= 1e3
+    assert torch.equal(linear(x)[0], y[0]) and not torch.equal(linear(x)[1:], y[1:])
