@@ -65,6 +65,14 @@ MODELS = {
     "model.num_query_groups": (4, 4, 2),
     "model.hidden_dropout": (0.0, 0.0, 0.1),
 }
+# Documents apart; of this vocabulary and seed nearly every sample of mock data has an end of one.
+DOCUMENTS = {
+    "data.reset_position_ids": ("true", "false"),
+    "data.reset_attention_mask": ("true", "true", "false"),
+    "data.eod_mask_loss": ("true", "false"),
+    "data.shuffle_seed": (1,),
+    "tokenizer.vocab_size": (31,),
+}
 # Values of these change when work is done, and where, and no result.
 NEUTRAL = {
     "train.recompute_granularity": ("null", "full", "selective"),
@@ -147,7 +155,10 @@ class Case:
     def __str__(self) -> str:
         kills = sum(phase.kill_after is not None for phase in self.phases)
         phases = ", then ".join(f"{p.layout} to {p.until}" for p in self.phases)
-        return f"case {self.number}: {self.precision}, {phases}" + f", {kills} kills" * bool(kills)
+        keys = [key for key, values in DOCUMENTS.items() if "true" in values]
+        drawn = [key.partition(".")[2] for key in keys if self.overrides.get(key) == "true"]
+        named = ", ".join([self.precision, *drawn, phases])
+        return f"case {self.number}: {named}" + f", {kills} kills" * bool(kills)
 
 
 def main(argv: list[str]) -> int:
@@ -211,6 +222,8 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
         for start, end in zip([0, *ends], ends, strict=False)
     ]
     first, second = ({key: rng.choice(v) for key, v in NEUTRAL.items()} for _ in range(2))
+    if rng.random() < 0.4:
+        overrides |= {key: rng.choice(values) for key, values in DOCUMENTS.items()}
     if sums_depend_on_owners(overrides, phases):
         second |= {key: first[key] for key in OWNERS}
     return Case(number, precision, overrides, phases, (first, second))

@@ -89,6 +89,15 @@ _DROPOUT = {
     "model.attention_dropout": 0.1,
     "train.recompute_granularity": "full",
 }
+# Of this vocabulary and seed nearly every sample of mock data has an end of a document.
+_DOCUMENTS = {
+    "data.reset_position_ids": "true",
+    "data.reset_attention_mask": "true",
+    "data.eod_mask_loss": "true",
+    "data.shuffle_seed": 1,
+    "tokenizer.vocab_size": 31,
+    "train.recompute_granularity": "selective",
+}
 _O3, _SUM = _preset("o3"), _preset("o3", grad_reduce="fp8_sum")
 _RECIPES = ("te_delayed", "coat", "unit", "deepseek", "mxfp8")
 _ROWS = _preset("o3", **{"scaling.input": "row", "scaling.grad_output": "row"})
@@ -120,6 +129,7 @@ RUNS = {
     "o3 dp2 even fp8_sum": GoldenRun(2, _SUM | _parallel(partition="even")),
     "o3 dp4 two nodes": GoldenRun(4, _O3 | _parallel(node_size=2)),
     "o3 tp2 pp2 dp2": GoldenRun(8, _O3 | _parallel(2, 2, **_SP) | _DROPOUT),
+    "o3 documents tp2 pp2": GoldenRun(4, _O3 | _DOCUMENTS | _parallel(2, 2, **_SP)),
     "bf16 tp2 pp2 dp2": GoldenRun(
         8, _preset("bf16") | _parallel(2, 2, **_SP, **_INTERLEAVED, partition="even") | _LLAMA
     ),

@@ -161,8 +161,11 @@ class BatchIterator:
                 fields = next(self._iterator)
         except InputError as error:  # of a worker, with its traceback as text
             raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2]) from None
+        positions = _positions(fields.pop("position_ids", None))
         documents = _documents(fields.pop("document_starts", None))
-        batch = Batch(**fields, sample_ids=self._samples, documents=documents)
+        batch = Batch(
+            **fields, position_ids=positions, sample_ids=self._samples, documents=documents
+        )
         self._samples = self._samples + self.stride
         return batch
 
@@ -222,6 +225,14 @@ def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     # which would move the batch there, loses the error with the batch.
     fields = [field for field in FIELDS if field in items[0]]
     return default_collate([{field: item[field] for field in fields} for item in items])
+
+
+def _positions(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """None where all samples count from 0 to their end, as the model does by itself."""
+    if position_ids_BS is None:
+        return None
+    in_order = torch.arange(position_ids_BS.shape[1])
+    return None if (position_ids_BS == in_order).all() else position_ids_BS
 
 
 def _documents(starts_BS: torch.Tensor | None) -> Documents | None:

@@ -55,6 +55,14 @@ IMPOSSIBLE = [
         [WSD, "scheduler.lr_wsd_decay_iters=9", "scheduler.lr_warmup_iters=2"],
         "scheduler.lr_wsd_decay_iters = 9 and the warm-up are longer",
     ),
+    (
+        ["data.reset_position_ids=true", "model.position_embedding_type=none"],
+        "data.reset_position_ids = true restarts positions",
+    ),
+    (
+        ["data.reset_attention_mask=true", "model.attention_dropout=0.1"],
+        "data.reset_attention_mask = true with model.attention_dropout = 0.1",
+    ),
     (["data.data_path=[a]"], "data.mock_data = true reads no files"),
     (["data.mock_data=false"], "no data: set data.data_path"),
     (["data.mock_data=false", "data.data_path=[]"], "no data: set data.data_path"),
@@ -88,6 +96,8 @@ POSSIBLE = [
     ["model.hidden_size=72", "model.num_attention_heads=6", "precision.preset=bf16"],
     ["model.num_attention_heads=3", "model.kv_channels=32"],
     ["model.kv_channels=5", "model.position_embedding_type=none", "precision.preset=bf16"],
+    ["data.reset_attention_mask=true", "model.position_embedding_type=none"],
+    ["data.reset_attention_mask=true", "model.attention_dropout=0.1", "train.device=cpu"],
     [*SAMPLES, "train.rampup_batch_size=[2,2,8]", "scheduler.lr_warmup_samples=16"],
     [WSD, "scheduler.lr_wsd_decay_iters=8", "scheduler.lr_warmup_iters=2"],
     ["scheduler.lr_warmup_iters=10", "scheduler.lr_decay_iters=11"],

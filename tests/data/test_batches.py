@@ -102,6 +102,16 @@ def test_positions_are_those_of_the_items():
     assert len(tensors) == 5 and {value.device.type for value in tensors} == {"meta"}
 
 
+class InOrder(Numbered):
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"position_ids": torch.arange(4)}
+
+
+def test_positions_in_order_are_the_models_own():
+    (batch,) = iterate(dataset=InOrder(48)).next(1)
+    assert batch.position_ids is None
+
+
 class OfDocuments(Numbered):
     """Items of one document each, and of three."""
 

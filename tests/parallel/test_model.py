@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8lm.batch import Batch
+from fp8lm.batch import Batch, Documents
 from fp8lm.config import ModelConfig, OptimizerConfig, PrecisionConfig
 from fp8lm.layers.param import named_params
 from fp8lm.layers.tp_context import NO_TP
@@ -69,25 +69,32 @@ def parallel(shape, **keys):
     return tensor_parallel(query_groups=groups, **keys)
 
 
-def batch(seed):
+def batch(seed, starts=None):
     generator = torch.Generator().manual_seed(seed)
     shape = (BATCH, SEQUENCE)
+    documents = {}
+    if starts is not None:
+        documents = {
+            "position_ids": torch.arange(SEQUENCE) - starts,
+            "documents": Documents.from_starts(starts),
+        }
     return Batch(
         tokens=torch.randint(0, NUM_IDS, shape, generator=generator),
         labels=torch.randint(0, NUM_IDS, shape, generator=generator),
         loss_mask=(torch.rand(shape, generator=generator) < 0.8).float(),
         sample_ids=torch.arange(BATCH) + BATCH * seed,
+        **documents,
     )
 
 
-def compare(shape, sequence_parallel, precision, wire, recompute=None):
+def compare(shape, sequence_parallel, precision, wire, recompute=None, starts=None):
     """(loss, its relative error, that of the norm, the largest of a gradient's) of one step."""
     tp = parallel(shape, sequence_parallel=sequence_parallel, gather=wire, reduce=wire)
     results = []
     for context in (NO_TP, tp):
         gpt, adam = build(shape, precision, context, recompute)
         objective = LanguageModeling(NUM_IDS, context)
-        step = train_step(gpt, adam, objective, [batch(1), batch(2)], 0.0)
+        step = train_step(gpt, adam, objective, [batch(1, starts), batch(2)], 0.0)
         results.append((step.loss, step.grad_norm, adam.weights))
     (loss, norm, whole), (own_loss, own_norm, part) = results
     gradients = [
@@ -126,6 +133,21 @@ def test_loss_and_every_gradient(run_distributed, size, sequence_parallel, shape
 def test_recomputation(run_distributed, recompute, shape):
     for _, *errors in run_distributed(compare, 2, shape, True, FP32_KEYS, "bf16", recompute):
         assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["gpt", "llama"])
+def test_documents_apart(run_distributed, shape):
+    """Their bounds lie inside of a rank's part of the sequence, and between two."""
+    starts = torch.tensor([[0] * 5 + [5] * 3 + [8] * 8, [0] * 15 + [15]])
+    for precision, wire, loss_bound, bound in (
+        (FP32_KEYS, "bf16", 1e-6, 1e-5),
+        (dict(preset="o3"), "fp8", 4e-3, 0.3),
+    ):
+        arguments = shape, True, precision, wire, "selective", starts
+        results = run_distributed(compare, 2, *arguments)
+        for loss, *errors in results:
+            assert torch.equal(loss, results[0][0])
+            assert errors[0] < loss_bound and max(errors[1:]) < bound, (precision, errors)
 
 
 def losses_of_steps(shape, sequence_parallel, precision, wire, steps):

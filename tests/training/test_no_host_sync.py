@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fp8lm.batch import Batch
+from fp8lm.batch import Batch, Documents
 from fp8lm.comm import Handle, Wire, WireCounter, all_gather_scalars, max_over_group
 from fp8lm.comm.dims import DENSE
 from fp8lm.config import OptimizerConfig, PrecisionConfig
@@ -47,16 +47,19 @@ from tests.model.tiny import BATCH, SEQUENCE, SHAPES, VOCABULARY, model_config
 pytestmark = pytest.mark.slow
 
 META = torch.device("meta")
+STARTS = torch.tensor([[0] * 5 + [5] * 11, [0] * 16])
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def batch():
+def batch(*, apart=False):
     shape = (BATCH, SEQUENCE)
     return Batch(
         tokens=torch.zeros(shape, dtype=torch.int64, device=META),
         labels=torch.zeros(shape, dtype=torch.int64, device=META),
         loss_mask=torch.ones(shape, device=META),
         sample_ids=torch.zeros(BATCH, dtype=torch.int64, device=META),
+        position_ids=torch.zeros(shape, dtype=torch.int64, device=META) if apart else None,
+        documents=Documents.from_starts(STARTS).to(META) if apart else None,
     )
 
 
@@ -103,6 +106,17 @@ def test_steps_and_an_evaluation(preset, shape, kernels):
     check_two_steps(gpt, adam, kernels=kernels)
     objective = LanguageModeling(VOCABULARY - 3, kernels=kernels)
     loss = NoPipeline(gpt.forward_step).evaluate([batch()], objective)
+    assert loss.device == META
+
+
+@pytest.mark.parametrize("kernels", BACKENDS, ids=lambda kernels: type(kernels).__name__)
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_documents_apart(recompute, kernels):
+    recipe = Recipe.from_config(PrecisionConfig(preset="o3"), kernels, META)
+    gpt = GPTModel(model_config(**SHAPES["llama"]), VOCABULARY, recipe, recompute)
+    objective = LanguageModeling(VOCABULARY - 3, kernels=kernels)
+    data = batch(apart=True)
+    loss = NoPipeline(gpt.forward_step).train([data, data], objective, lambda: None)
     assert loss.device == META
 
 

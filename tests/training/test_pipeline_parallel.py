@@ -13,6 +13,7 @@ import torch
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import (
+    DOCUMENTS,
     LLAMA,
     curve,
     read,
@@ -124,6 +125,29 @@ def test_curve_of_other_shapes(shape, config, run_distributed, tmp_path):
     one, several = curves
     assert one[4] < 0.9 * one[0]
     assert ((several - one).abs() / one).max() < PRECISIONS["fp32"][1]
+
+
+@pytest.mark.parametrize(
+    "layouts", [["pp2 interleaved", "pp2 tp2 zb-h1"], ["pp2 dp2"]], ids=["learned", "rope"]
+)
+def test_curve_of_documents_apart(layouts, config, run_distributed, tmp_path):
+    """Validation as well; every stage reads the bounds of documents from its own data."""
+    learned = {"position_embedding_type": "learned_absolute"}
+    model = learned if len(layouts) > 1 else LLAMA
+
+    def losses_of(name, ranks, parallel, *data):
+        logging = {"logging": {"dir": str(tmp_path / name), "log_interval": 1}}
+        changed = config(parallel, logging, CURVE, *data, model=model, precision=FP32)
+        run_distributed(train, ranks, changed)
+        return losses(tmp_path / name)
+
+    one = losses_of("one", 1, {}, *DOCUMENTS)
+    assert one[4] < 0.9 * one[0]
+    together = losses_of("together", 1, {}, *DOCUMENTS[:1])
+    assert ((one - together).abs() / one).max() > 1e-3
+    for layout in layouts:
+        several = losses_of(layout, *LAYOUTS[layout], *DOCUMENTS)
+        assert ((several - one).abs() / one).max() < PRECISIONS["fp32"][1], layout
 
 
 @pytest.mark.parametrize("layout", ["pp4", "pp2 interleaved", "pp4 zb-h1"])

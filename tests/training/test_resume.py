@@ -34,6 +34,16 @@ VARIANTS = {
         "train": {"train_samples": 28, "rampup_batch_size": [2, 2, 12], "train_iters": None},
         "scheduler": {"lr_warmup_iters": 0, "lr_warmup_samples": 4},
     },
+    "documents": {
+        "data": {
+            "reset_position_ids": True,
+            "reset_attention_mask": True,
+            "eod_mask_loss": True,
+            "shuffle_seed": 1,
+        },
+        "tokenizer": {"vocab_size": 31},
+        "train": {"recompute_granularity": "selective"},
+    },
     "llama": {
         "model": {
             "normalization": "RMSNorm",

@@ -99,14 +99,16 @@ def test_no_tokens(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-def test_declared_traffic():
+@pytest.mark.parametrize("of_samples", [False, True])
+def test_declared_traffic(of_samples):
     groups, of_group, queries = HEADS["a part of the only group"]
-    qkv, rope = normal(S, B, groups, of_group, 20), tables(20, 0.5, torch.bfloat16)
+    qkv = normal(S, B, groups, of_group, 20)
+    rope = tables(20, 0.5, torch.bfloat16, of_samples=of_samples)
     with counting() as traffic:
         q, k, v = KERNELS.rope(qkv, *rope, queries)
         KERNELS.rope_backward((q, k, v.contiguous()), *rope, queries, of_group)
     assert traffic.measured == traffic.declared
-    head, halves = 2 * S * B * 20, 2 * 2 * S * 5
+    head, halves = 2 * S * B * 20, 2 * 2 * S * 5 * (B if of_samples else 1)
     assert traffic.declared == [
         ("rotate_heads", 3 * head + halves, 3 * head),
         ("join_heads", 4 * head + halves, 6 * head + 4 * S * B),
