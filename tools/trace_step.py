@@ -7,7 +7,8 @@ Each preset (default: the config's), and bf16 to compare with, runs a whole opti
 micro-batches on the meta device, where tensors have shapes and no memory. Every operation counts as
 one or more launches, and a launch takes as long as its bytes or its flops need on the hardware.
 What is not in the prediction: gaps between launches, the time of collectives (their bytes are
-counted), and the idle time of a pipeline, of which one stage with both ends is traced.
+counted), and the idle time of a pipeline, of which one stage with both ends is traced. Attention is
+causal over whole samples, also where data.reset_attention_mask keeps their documents apart.
 
 Two models are traced that differ by one layer: its cost is the difference, and the model's the sum.
 With --replicas the reduction of gradients and the optimizer's shards are traced on all layers.
@@ -208,6 +209,7 @@ def table(
         f"micro-batches of {config.train.micro_batch_size}, "
         f"TP {parallel.tensor_model_parallel_size}{' with SP' * parallel.sequence_parallel}; "
         f"predicted for {hardware.name}"
+        f"{'; attention over whole samples' * config.data.reset_attention_mask}"
     )
     rows = [("", list(facts))]
 

@@ -78,6 +78,11 @@ def describe_kernels(device: torch.device, wanted: KernelsName = "auto") -> str:
     )
 
 
+def describe_attention(device: torch.device, wanted: KernelsName = "auto") -> str:
+    """What computes attention on `device`, of documents apart as well."""
+    return select_kernels(device, wanted).backends[ATTENTION]
+
+
 def kernels_for_cpu() -> Kernels:
     """Eager PyTorch."""
     return ReferenceKernels()

@@ -64,10 +64,11 @@ def heading(estimate: Estimate) -> str:
     dims, hardware = layout.dims, estimate.hardware
     parallel = layout.config.parallel
     sequence = " with SP" * parallel.sequence_parallel
+    whole = "; attention over whole samples" * layout.config.data.reset_attention_mask
     return (
         f"{dims.world_size} x {hardware.name} ({hardware.memory_gb:.0f} GB), TP {dims.tp}"
         f"{sequence}, PP {dims.pp}, DP {dims.dp}; {batches.num_microbatches} micro-batches of "
-        f"{batches.micro_batch_size} a step; predicted, not measured"
+        f"{batches.micro_batch_size} a step; predicted, not measured{whole}"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 import fp8lm
 from fp8lm.config import Config
-from fp8lm.kernels.select import describe_kernels
+from fp8lm.kernels.select import describe_attention, describe_kernels
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
@@ -74,6 +74,7 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         f" device: {groups.world.size()} x {_describe_device(run.device)} ({layout}); kernels: "
         f"{describe_kernels(run.device, config.precision.kernels)}",
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
+        *_describe_documents(config, run.device),
         f" folders: {_describe_folders(config)}",
         describe_state(linear_weights(run.weights), run.optimizer.states),
         *(f" warning: {risk}" for risk in accumulation_risks(config, dims.dp)),
@@ -86,6 +87,19 @@ def _describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU process of {threads} thread{'s' * (threads > 1)}"
+
+
+def _describe_documents(config: Config, device: torch.device) -> list[str]:
+    """A line where documents in a sample are kept apart."""
+    keys = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+    given = [f"data.{key}" for key in keys if getattr(config.data, key)]
+    if not config.data.reset_attention_mask:
+        return [f" documents: {', '.join(given)}"] if given else []
+    return [
+        f" documents: {', '.join(given)}; attention: "
+        f"{describe_attention(device, config.precision.kernels)}; FLOPs are counted as if each "
+        "sample were one document"
+    ]
 
 
 def _describe_folders(config: Config) -> str:

@@ -28,11 +28,14 @@ LLAMA = {
     "untie_embeddings_and_output_weights": True,
 }
 
-# Mock data with an end of document in nearly every sample, and the keys that keep documents apart.
-DOCUMENTS = (
-    {"data": {"shuffle_seed": 1, "eod_mask_loss": True}, "tokenizer": {"vocab_size": 31}},
-    {"data": {"reset_position_ids": True, "reset_attention_mask": True}},
-)
+# Mock data with an end of document in nearly every sample, and documents kept apart.
+TOGETHER = {
+    "data": {"shuffle_seed": 1, "eod_mask_loss": True},
+    "tokenizer": {"vocab_size": 31},
+}
+APART = TOGETHER | {
+    "data": TOGETHER["data"] | {"reset_position_ids": True, "reset_attention_mask": True}
+}
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ import torch
 from fp8lm.gradient.hierarchical import HierarchicalReduceScatter
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.training.runs import (
-    DOCUMENTS,
+    APART,
     LLAMA,
+    TOGETHER,
     curve,
     read,
     train,
@@ -135,18 +136,18 @@ def test_curve_of_documents_apart(layouts, config, run_distributed, tmp_path):
     learned = {"position_embedding_type": "learned_absolute"}
     model = learned if len(layouts) > 1 else LLAMA
 
-    def losses_of(name, ranks, parallel, *data):
+    def losses_of(name, ranks, parallel, data=APART):
         logging = {"logging": {"dir": str(tmp_path / name), "log_interval": 1}}
-        changed = config(parallel, logging, CURVE, *data, model=model, precision=FP32)
+        changed = config(parallel, logging, CURVE, data, model=model, precision=FP32)
         run_distributed(train, ranks, changed)
         return losses(tmp_path / name)
 
-    one = losses_of("one", 1, {}, *DOCUMENTS)
+    one = losses_of("one", 1, {})
     assert one[4] < 0.9 * one[0]
-    together = losses_of("together", 1, {}, *DOCUMENTS[:1])
+    together = losses_of("together", 1, {}, TOGETHER)
     assert ((one - together).abs() / one).max() > 1e-3
     for layout in layouts:
-        several = losses_of(layout, *LAYOUTS[layout], *DOCUMENTS)
+        several = losses_of(layout, *LAYOUTS[layout])
         assert ((several - one).abs() / one).max() < PRECISIONS["fp32"][1], layout
 
 

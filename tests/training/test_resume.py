@@ -15,7 +15,7 @@ from fp8lm.runtime.errors import InputError, run_command
 from fp8lm.training.config_diff import changed_keys
 from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.checkpoint.tensors import file_size_limit
-from tests.training.runs import curve, train
+from tests.training.runs import APART, curve, train
 
 pytestmark = pytest.mark.slow
 
@@ -34,16 +34,7 @@ VARIANTS = {
         "train": {"train_samples": 28, "rampup_batch_size": [2, 2, 12], "train_iters": None},
         "scheduler": {"lr_warmup_iters": 0, "lr_warmup_samples": 4},
     },
-    "documents": {
-        "data": {
-            "reset_position_ids": True,
-            "reset_attention_mask": True,
-            "eod_mask_loss": True,
-            "shuffle_seed": 1,
-        },
-        "tokenizer": {"vocab_size": 31},
-        "train": {"recompute_granularity": "selective"},
-    },
+    "documents": APART | {"train": {"recompute_granularity": "selective"}},
     "llama": {
         "model": {
             "normalization": "RMSNorm",

@@ -12,7 +12,7 @@ from fp8lm.config import load_config
 from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.training.builders import resolve_device
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from tests.training.runs import BeforeStep
+from tests.training.runs import APART, BeforeStep
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +75,15 @@ def test_a_run_opens_with_model_machine_batch_and_folders(
         assert text in opening
     assert f"checkpoint.save={tmp_path / 'ck'}" in opening
     assert f"logging.dir={tmp_path}" in opening
+
+
+def test_a_run_with_documents_apart_opens_with_what_attends(tiny_config, train_run, capsys):
+    short = {"train": {"train_iters": 3, "eval_iters": 0}}
+    train_run(tiny_config(short, APART))
+    opening = capsys.readouterr().out.partition("lm loss")[0]
+    [line] = [line for line in opening.splitlines() if line.startswith(" documents: ")]
+    assert "data.reset_attention_mask" in line and "data.eod_mask_loss" in line
+    assert "documents apart: a mask" in line and "FLOPs are counted as if" in line
 
 
 @pytest.mark.parametrize(("preset", "warned"), [("o3", True), ("o3_long", False)])
