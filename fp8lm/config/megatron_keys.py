@@ -337,7 +337,7 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         "manual_gc_interval",
         "no_manual_gc_eval",
     ),
-    "documents in a sample see each other": (
+    "every rank makes its masks from its own data": (
         "attention_mask_in_dataloader",
         "create_attention_mask",
         "create_attention_mask_in_dataloader",

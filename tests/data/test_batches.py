@@ -113,18 +113,18 @@ def test_positions_in_order_are_the_models_own():
 
 
 class OfDocuments(Numbered):
-    """Items of one document each, and of three."""
+    """Items of one document each, and of two."""
 
     def __getitem__(self, i):
-        starts = [0, 0, 2, 3] if i % 2 else [0, 0, 0, 0]
+        starts = [0, 0, 2, 2] if i % 2 else [0, 0, 0, 0]
         return super().__getitem__(i) | {"document_starts": torch.tensor(starts)}
 
 
 def test_documents_of_a_micro_batch():
     (batch,) = iterate(dataset=OfDocuments(48)).next(1)
     documents = batch.documents.to(torch.device("cpu"))
-    assert documents.starts.tolist() == [[0, 0, 0, 0], [0, 0, 2, 3]]
-    assert documents.cu_seqlens.tolist() == [0, 4, 6, 7, 8] and documents.max_seqlen == 4
+    assert documents.starts.tolist() == [[0, 0, 0, 0], [0, 0, 2, 2]]
+    assert documents.cu_seqlens.tolist() == [0, 4, 6, 8] and documents.max_seqlen == 4
     assert documents.cu_seqlens.dtype == torch.int32
     moved = batch.to(torch.device("meta")).documents
     assert moved.starts.device.type == moved.cu_seqlens.device.type == "meta"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.training.runs import LLAMA, curve, train
+from tests.training.runs import APART, LLAMA, curve, train
 
 pytestmark = pytest.mark.gpu
 
@@ -40,5 +40,21 @@ def test_curve_is_that_of_the_cpu(layout, preset, tiny_config, run_distributed, 
         return losses(tmp_path / name)
 
     cpu, gpu = run("cpu", 1, {}, "cpu"), run("gpu", ranks, parallel, "cuda")
+    assert cpu[7] < 0.9 * cpu[0]
+    assert ((gpu - cpu).abs() / cpu).max() < 0.03
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2 sp"])
+def test_curve_of_documents_apart(layout, tiny_config, run_distributed, folders, tmp_path):
+    curves = []
+    for name, (ranks, parallel), device in (
+        ("cpu", LAYOUTS["one"], "cpu"),
+        ("gpu", LAYOUTS[layout], "cuda"),
+    ):
+        sections = {"train": SMALL, "model": LLAMA, "parallel": parallel}
+        config = tiny_config(sections, APART, folders(name))
+        run_distributed(train, ranks, config, device, timeout=120)
+        curves.append(losses(tmp_path / name))
+    cpu, gpu = curves
     assert cpu[7] < 0.9 * cpu[0]
     assert ((gpu - cpu).abs() / cpu).max() < 0.03

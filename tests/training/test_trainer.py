@@ -86,6 +86,19 @@ def test_a_run_with_documents_apart_opens_with_what_attends(tiny_config, train_r
     assert "documents apart: a mask" in line and "FLOPs are counted as if" in line
 
 
+def test_samples_of_one_document_train_as_without_the_keys(tiny_config, train_run):
+    """Every bit of the state, where no sample of the data has an end of a document."""
+    short = {"train": {"train_iters": 3, "eval_iters": 0}}
+    model = {"model": {"position_embedding_type": "learned_absolute"}}
+    of_one = {"data": {"shuffle_seed": 7}, "tokenizer": {"vocab_size": 256}}
+    apart = {"data": {"reset_position_ids": True, "reset_attention_mask": True}}
+    runs = [train_run(tiny_config(short, model, of_one, *keys)) for keys in ((), (apart,))]
+    dataset = runs[1].run.datasets[0]
+    assert all((dataset[i]["document_starts"] == 0).all() for i in range(12))
+    plain, same = map(all_state, runs)
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+
+
 @pytest.mark.parametrize(("preset", "warned"), [("o3", True), ("o3_long", False)])
 def test_a_run_that_sums_many_micro_batches_in_e4m3_opens_with_what_it_loses(
     preset, warned, tiny_config, train_run, capsys
