@@ -108,6 +108,17 @@ MODEL = [
     train("model.num_attention_heads=7", says="is not divisible by model.num_attention_heads = 7"),
     train("model.num_query_groups=3", says="not divisible by model.num_query_groups = 3"),
     train("model.seq_length=4096", "model.max_position_embeddings=64", says="is longer than"),
+    train(
+        "data.reset_attention_mask=true",
+        "model.attention_dropout=0.1",
+        "train.device=auto",
+        says=("data.reset_attention_mask = true", "set model.attention_dropout=0"),
+    ),
+    train(
+        "data.reset_position_ids=true",
+        "model.position_embedding_type=none",
+        says=("data.reset_position_ids = true", "drop it"),
+    ),
     train("model.kv_channels=15", says="RoPE rotates pairs of channels"),
     train("model.hidden_size=72", says=("model.hidden_size = 72", "multiple of 16")),
     train("model.ffn_hidden_size=100", says=("model.ffn_hidden_size = 100", "multiple of 16")),

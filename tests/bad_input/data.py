@@ -55,6 +55,12 @@ def renamed(folder):
 TOKENS = [
     train(DATA, says="data.data_path: P.idx does not exist"),
     train(DATA, says="did you mean P_text_document?", prepare=tokens(renamed)),
+    train(
+        DATA,
+        "data.reset_attention_mask=true",
+        says=("P has no end-of-document tokens (id 255)", "--append-eod"),
+        prepare=tokens(),
+    ),
     train("data.data_path=[P.bin]", says="P.bin.idx does not exist", prepare=tokens()),
     train(DATA, says="P.bin does not exist", prepare=tokens(remove("P.bin"))),
     train(DATA, says=("P.idx", "index"), prepare=tokens(cut("P.idx", 5))),
