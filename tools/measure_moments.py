@@ -35,7 +35,7 @@ from fp8lm.numerics import E4M3
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.training.build import build
-from fp8lm.training.evaluation import evaluation_loss, run_batches
+from fp8lm.training.evaluation import evaluate, run_batches
 from fp8lm.training.memory import linear_weights
 from fp8lm.training.step import train_step
 
@@ -202,7 +202,7 @@ def train(
                 moment = state.exp_avg_sq.payload
                 moment.copy_(scheme.store(moment.double(), generator))
     _, validation, _ = run.datasets
-    loss = math.nan if validation is None else evaluation_loss(run, validation)
+    loss = math.nan if validation is None else evaluate(run, validation).loss
     return start, weights(), loss
 
 

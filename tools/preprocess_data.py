@@ -8,6 +8,10 @@ Writes P_text_document.{bin,idx}, which Megatron reads too, and P_text_document.
 they were made, so that training with another tokenizer is refused. Documents keep the order of the
 input. It may be JSON lines, or plain text, which is one document a file, or one a line with
 --split-lines; compressed with gzip, bzip2, xz or Zstandard, or not.
+
+--format chat and --format preference read examples for train.objective sft and dpo, JSON lines of
+conversations or of preferences, and write P_chat_document or P_preference_document, and which
+tokens are answers in P_chat_mask or P_preference_mask.
 """
 
 from __future__ import annotations
@@ -21,16 +25,19 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from fp8lm.arguments import instead, path_text
+from fp8lm.data.chat import ChatTemplate
 from fp8lm.data.documents import (
     SkippedDocuments,
     add_reading_arguments,
     check_inputs,
     read_records,
 )
-from fp8lm.data.encode import EncodedDocument, EncodeSettings, encode_records
+from fp8lm.data.encode import MASK, EncodedDocument, EncodeSettings, encode_records
+from fp8lm.data.examples import SEQUENCES, mask_prefix
 from fp8lm.data.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
@@ -52,6 +59,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         required=True,
         metavar="FILE",
         help="corpus files, in order",
+    )
+    add(
+        "--format",
+        choices=("text", *SEQUENCES),
+        default="text",
+        help="text (default); chat: conversations; preference: pairs of answers",
+    )
+    add(
+        "--chat-template",
+        type=path_text,
+        metavar="FILE",
+        help="Jinja file that renders messages (default: the tokenizer's own)",
     )
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
     add("--split-lines", action="store_true", help="plain text: each line is a document")
@@ -86,9 +105,28 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error("--json-keys names a key twice")
+    _check_format(args, parser)
     if args.parse_special_tokens and args.tokenizer_type == "NullTokenizer":
         parser.error("--parse-special-tokens: a NullTokenizer has no control tokens")
     return args
+
+
+def _check_format(args: argparse.Namespace, parser: CommandParser) -> None:
+    """Examples say themselves where they end, and which of their tokens are control tokens."""
+    if args.format == "text":
+        if args.chat_template is not None:
+            parser.error("--chat-template is for --format chat or preference")
+        return
+    of_text = {
+        "--json-keys": args.json_keys != ["text"],
+        "--split-lines": args.split_lines,
+        "--append-eod": args.append_eod,
+        "--prepend-bos": args.prepend_bos,
+        "--parse-special-tokens": args.parse_special_tokens,
+    }
+    if given := [option for option, value in of_text.items() if value]:
+        parser.error(f"{given[0]} is for --format text, not {args.format}")
+    args.input_format = "jsonl"
 
 
 def main(argv: list[str]) -> None:
@@ -103,20 +141,21 @@ def main(argv: list[str]) -> None:
     # Imported here, not above: worker processes import this file, and need neither torch nor it.
     from fp8lm.data.indexed_writer import IndexedWriter, token_dtype
 
+    template = template_of(args, tokenizer)
     began, skipped = time.perf_counter(), SkippedDocuments()
     dtype = token_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = {
-            key: stack.enter_context(IndexedWriter(f"{args.output_prefix}_{key}_document", dtype))
-            for key in args.json_keys
+            key: stack.enter_context(IndexedWriter(prefix, np.uint8 if key == MASK else dtype))
+            for key, prefix in prefixes_of(args).items()
         }
-        encode(args, files, writers, skipped)
+        encode(args, files, writers, skipped, dtype.__name__, template)
         for writer in writers.values():
-            writer.finish(facts_for_sidecar(args, tokenizer))
+            writer.finish(facts_for_sidecar(args, tokenizer, template))
         for writer in writers.values():
             writer.rename()
     seconds = time.perf_counter() - began
-    if not args.append_eod:
+    if not args.append_eod and args.format == "text":
         print("note: without --append-eod nothing tells a model where a document ends")
     if skipped.count:
         print(f"note: {skipped}", file=sys.stderr)
@@ -127,11 +166,28 @@ def main(argv: list[str]) -> None:
         )
 
 
+def prefixes_of(args: argparse.Namespace) -> dict[str, str]:
+    """What is written where, by the key of the documents."""
+    if args.format == "text":
+        return {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
+    prefix = f"{args.output_prefix}_{args.format}_document"
+    return {args.format: prefix, MASK: mask_prefix(prefix)}
+
+
+def template_of(args: argparse.Namespace, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What renders messages, if they have a template."""
+    if args.chat_template is not None:
+        return ChatTemplate.read(args.chat_template, tokenizer)
+    return None if args.format == "text" else ChatTemplate.of(tokenizer)
+
+
 def encode(
     args: argparse.Namespace,
     files: list[Path],
     writers: dict[str, IndexedWriter],
     skipped: SkippedDocuments,
+    dtype: str,
+    template: ChatTemplate | None,
 ) -> None:
     """Tokenize all documents into the writers, by key; `InputError` if one gets nothing."""
     settings = EncodeSettings(
@@ -140,10 +196,12 @@ def encode(
         args.vocab_size,
         tuple(args.json_keys),
         args.append_eod,
-        next(iter(writers.values())).dtype.__name__,
+        dtype,
         args.prepend_bos,
         args.parse_special_tokens,
         skip_bad=args.on_bad_line == "skip",
+        format=args.format,
+        template=template,
     )
     records = read_records(files, args.split_lines, args.input_format)
     with closing(encode_records(records, settings, args.workers)) as documents:
@@ -151,14 +209,17 @@ def encode(
             if document.fault is not None:
                 skipped.add(document.fault)
             for key, ids in document.ids.items():
-                writers[key].add(ids)
+                writers[key].add(ids, document.lengths)
     for key, writer in writers.items():
         if not writer.num_documents:
             why = f": {skipped}" if skipped.count else ""
-            raise InputError(f"the corpus is empty: no text in {key!r} of {names(files)}{why}")
+            what = f"text in {key!r}" if args.format == "text" else "examples"
+            raise InputError(f"the corpus is empty: no {what} of {names(files)}{why}")
 
 
-def facts_for_sidecar(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, object]:
+def facts_for_sidecar(
+    args: argparse.Namespace, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> dict[str, object]:
     """What is recorded of how the files were made."""
     return {
         "tokenizer": tokenizer.identity,
@@ -166,6 +227,8 @@ def facts_for_sidecar(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[st
         "prepend_bos": args.prepend_bos,
         "bos": tokenizer.bos if args.prepend_bos else None,
         "parse_special_tokens": args.parse_special_tokens,
+        "format": args.format,
+        "chat_template": None if template is None else template.source,
     }
 
 

@@ -8,6 +8,7 @@ from fp8lm.config.precision import PRESETS, PrecisionConfig
 from fp8lm.config.root import Config
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
+from fp8lm.config.tuning import TuningConfig
 
 __all__ = [
     "PRESETS",
@@ -22,6 +23,7 @@ __all__ = [
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TuningConfig",
     "build_config",
     "load_config",
     "parse_command_line",

@@ -113,6 +113,12 @@ RENAMED: Mapping[str, str] = {
         "checkpoint.load=DIR/iter_0000100, saving elsewhere (checkpoint.pretrained takes one as "
         "well), or the iteration written into latest_checkpointed_iteration.txt"
     ),
+    "finetune_data_split": "data.split",
+    "sft": "train.objective=sft",
+    "sft_tokenizer_prompt_format": "tuning.chat_template=FILE, a Jinja file",
+    "completion_only_loss": "train.objective=sft, of which answers alone count",
+    "assistant_only_loss": "train.objective=sft, of which answers alone count",
+    "chat_template_path": "tuning.chat_template=FILE",
     "finetune": "checkpoint.pretrained=DIR in place of checkpoint.load=DIR",
     "load_optim": "checkpoint.pretrained=DIR for weights alone; iteration and data start anew too",
     "no_load_optim": (
@@ -551,15 +557,7 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "auto_detect_ckpt_format",
         "dist_ckpt_strictness",
     ),
-    "fine-tuning and preference training": (
-        "finetune_data_split",
-        "grpo_*",
-        "objective",
-        "perform_rl_step",
-        "rl_*",
-        "sft",
-        "sft_*",
-    ),
+    "reinforcement learning": ("grpo_*", "perform_rl_step", "rl_*"),
     "Adlr autoresume": ("adlr_autoresume*",),
     "inference while training": ("flash_decode", "inference_*", "max_tokens_to_oom"),
     "evaluation without training": ("eval_only", "skip_train"),

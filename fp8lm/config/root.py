@@ -13,6 +13,7 @@ from fp8lm.config.precision import PrecisionConfig
 from fp8lm.config.section import Section
 from fp8lm.config.storage import CheckpointConfig, DataConfig, LoggingConfig, TokenizerConfig
 from fp8lm.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
+from fp8lm.config.tuning import TuningConfig
 from fp8lm.config.yaml_format import to_yaml
 from fp8lm.runtime.files import write_whole
 
@@ -35,6 +36,9 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="Where tokens come from.")
     tokenizer: TokenizerConfig = Field(
         default_factory=TokenizerConfig, description="What turned the text into tokens."
+    )
+    tuning: TuningConfig = Field(
+        default_factory=TuningConfig, description="How examples become samples, for sft."
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="Where and when state is kept."

@@ -23,6 +23,11 @@ from fp8lm.config.section import (
 class TrainConfig(Section):
     """Batches, length of the run, evaluation, device."""
 
+    objective: Literal["pretrain", "sft"] = Field(
+        "pretrain",
+        description="What is learned: pretrain, the next token of text; sft, the answers of "
+        "conversations.",
+    )
     micro_batch_size: Count = Field(description="Samples of one forward and backward pass.")
     global_batch_size: Count = Field(description="Samples of one optimizer step, all ranks.")
     rampup_batch_size: tuple[Count, Count, Count] | None = Field(

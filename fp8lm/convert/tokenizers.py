@@ -3,6 +3,7 @@
 tokenizer.json                  HuggingFaceTokenizer
 tokenizer.model                 SentencePieceTokenizer
 vocab.json, merges.txt          GPT2BPETokenizer
+chat_template.jinja             with any of them
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from fp8lm.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from fp8lm.data.tokenizer_files import TEMPLATE
 from fp8lm.runtime.errors import InputError
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def reservations(tokenizer: Tokenizer) -> list[str]:
             ]
     if kind == "TikTokenizer":
         return ["warning: transformers does not read this tokenizer's file: serve token ids"]
-    return [] if tokenizer.files else ["no tokenizer: the model takes token ids alone"]
+    return [] if kind != "NullTokenizer" else ["no tokenizer: the model takes token ids alone"]
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -117,26 +117,12 @@ def _load(folder: Path, rows: int, model: str | None, kind: str | None) -> Token
     if model is not None:
         return load_tokenizer(kind or _kind_of(Path(model)), model)
     if (folder / MODEL).is_file():
-        return _with_chat_template(load_tokenizer("HuggingFaceTokenizer", str(folder)), folder)
+        return load_tokenizer("HuggingFaceTokenizer", str(folder))
     if (found := folder / SentencePieceTokenizer.MODEL).is_file():
         return load_tokenizer("SentencePieceTokenizer", str(found))
     if all((folder / name).is_file() for name in GPT2BPETokenizer.NAMES):
         return load_tokenizer("GPT2BPETokenizer", str(folder))
     return NullTokenizer(rows - 1)
-
-
-def _with_chat_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The template that newer folders keep as a file, where older ones have it: in the settings."""
-    try:
-        settings = json.loads(tokenizer.files.get(CONFIG, b"{}"))
-        if "chat_template" not in settings:
-            settings["chat_template"] = (folder / CHAT_TEMPLATE).read_text()
-            tokenizer.files[CONFIG] = json.dumps(settings, indent=2).encode()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from error
-    return tokenizer
 
 
 def _kind_of(path: Path) -> str:
@@ -148,7 +134,8 @@ def _kind_of(path: Path) -> str:
 def config_section(tokenizer: Tokenizer, place: Path) -> Mapping[str, Any]:
     """Section `tokenizer` of a config, for files that lie in `place`."""
     kind = kind_of(tokenizer)
-    if not tokenizer.files:
+    if isinstance(tokenizer, NullTokenizer):
         return {"tokenizer_type": kind, "vocab_size": tokenizer.vocab_size - 1}
-    name = place if len(tokenizer.files) > 1 else place / next(iter(tokenizer.files))
+    files = [name for name in tokenizer.files if name != TEMPLATE]
+    name = place if len(files) > 1 else place / files[0]
     return {"tokenizer_type": kind, "tokenizer_model": str(name)}

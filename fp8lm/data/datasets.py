@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,7 @@ from fp8lm.data.boundaries import SeparatedDocuments
 from fp8lm.data.checked_dataset import CheckedDataset
 from fp8lm.data.indexed import IndexedFile, inspect_indexed
 from fp8lm.data.mock import MockDataset
+from fp8lm.data.splits import SPLITS, split_edges
 from fp8lm.data.token_checks import check_document_ends, check_tokenizer
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.runtime.errors import InputError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from fp8lm.config import Config
     from fp8lm.config.storage import DataConfig
 
-SPLITS = ("train", "valid", "test")
 Sizes = tuple[int, int, int]
 Datasets = tuple[SizedDataset | None, SizedDataset | None, SizedDataset | None]
 
@@ -49,6 +48,10 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
     make them, and a split without the documents it needs; so does an item with an id outside the
     vocabulary, which the checks of large files may miss.
     """
+    if config.train.objective != "pretrain":
+        from fp8lm.data.instruction import build_packed_datasets  # which pretraining does not need
+
+        return build_packed_datasets(config, tokenizer, sizes)
     if config.data.mock_data:
         train, valid, test = (
             _separated(_mock(config, tokenizer, split, size), config.data, tokenizer.eod)
@@ -86,12 +89,17 @@ def build_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datase
 
 
 def check_files(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> list[IndexedFile]:
-    """The token files that `data.data_path` names, none for mock data.
+    """The token files that `data.data_path` names, none for mock data and examples of tuning.
 
     Raises `InputError` for missing or damaged ones, for a tokenizer that did not make them, for
     documents without an end that are to be kept apart, and where `data.split` leaves no documents
     for one of `sizes` (train, valid, test) samples.
     """
+    if config.train.objective != "pretrain":
+        from fp8lm.data.instruction import build_packed_datasets
+
+        build_packed_datasets(config, tokenizer, sizes)
+        return []
     if config.data.mock_data:
         return []
     prefixes, weights = blend_of(config.data.data_path or ())
@@ -154,7 +162,7 @@ def _check_split(split: str, files: list[IndexedFile], sizes: Sizes) -> None:
 
     Megatron-core counts epochs until there are tokens enough: without any it never returns.
     """
-    for name, share, size in zip(SPLITS, _split_edges(split), sizes, strict=True):
+    for name, share, size in zip(SPLITS, split_edges(split), sizes, strict=True):
         if size == 0:
             continue
         for file in files:
@@ -176,7 +184,7 @@ def _check_single_pass(config: Config, split: str, files: list[IndexedFile], siz
     length = config.model.seq_length
     evaluation = config.train.eval_iters * config.train.global_batch_size
     cure = "give weights, with which files are repeated: [weight1, prefix1, ...]"
-    for name, share, size in zip(SPLITS, _split_edges(split), sizes, strict=True):
+    for name, share, size in zip(SPLITS, split_edges(split), sizes, strict=True):
         wanted = size if name == "train" else min(size, evaluation)
         samples = [_samples_once(file, share, length) for file in files]
         for file, count in zip(files, samples, strict=True):
@@ -195,14 +203,6 @@ def _check_single_pass(config: Config, split: str, files: list[IndexedFile], siz
 def _samples_once(file: IndexedFile, share: tuple[float, float], length: int) -> int:
     begin, end = (round(edge * len(file.lengths)) for edge in share)
     return max(0, int(file.lengths[begin:end].sum()) - 1) // length  # the last label is one more
-
-
-def _split_edges(split: str) -> list[tuple[float, float]]:
-    """Where train, valid and test begin and end in the documents, rounded as megatron-core does."""
-    shares = np.array([float(share) for share in split.split(",")])
-    edges = list(accumulate((shares / shares.sum()).tolist(), initial=0))
-    edges += [edges[-1]] * (len(SPLITS) + 1 - len(edges))
-    return list(pairwise(edges))
 
 
 def _build(config: GPTDatasetConfig, sizes: Sizes) -> list[Dataset | None]:

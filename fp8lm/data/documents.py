@@ -102,7 +102,7 @@ def read_records(
         with CorpusStream(file) as stream:
             automatic = input_format == "auto"
             is_json = input_format == "jsonl" or (
-                automatic and (_named_json(file) or _begins_like_json(stream.peek()))
+                automatic and (is_json_name(file) or _begins_like_json(stream.peek()))
             )
             if is_json and _is_list(stream.peek()):
                 raise InputError(
@@ -119,7 +119,8 @@ def read_records(
             yield Record(str(file), 0, data, False, stream.position, too_long)
 
 
-def _named_json(file: Path) -> bool:
+def is_json_name(file: Path) -> bool:
+    """Whether a file of this name, compressed or not, is read as JSON lines."""
     name = file.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -161,13 +162,9 @@ def parse_record(record: Record, keys: Iterable[str]) -> dict[str, str]:
 
     `BadDocument` where it is not as it should be.
     """
-    if record.too_long:
-        raise BadDocument(
-            f"{record.place}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB: "
-            "divide it (--split-lines makes a document of every line of plain text)"
-        )
+    check_size(record)
     if record.is_json:
-        fields = _parse_json(record)
+        fields = parse_fields(record)
     else:
         text = _decode(record)
         # Of a document that is a line, the line end belongs to the file.
@@ -178,6 +175,15 @@ def parse_record(record: Record, keys: Iterable[str]) -> dict[str, str]:
     return {key: _text_of(fields, key, record) for key in keys}
 
 
+def check_size(record: Record) -> None:
+    """`BadDocument` for one of which not all was read."""
+    if record.too_long:
+        raise BadDocument(
+            f"{record.place}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB: "
+            "divide it (--split-lines makes a document of every line of plain text)"
+        )
+
+
 def _decode(record: Record) -> str:
     try:
         return record.data.decode("utf-8")
@@ -186,7 +192,8 @@ def _decode(record: Record) -> str:
         raise BadDocument(f"{record.source}, line {line}: not UTF-8 text") from None
 
 
-def _parse_json(record: Record) -> dict:
+def parse_fields(record: Record) -> dict:
+    """The JSON object of a line; `BadDocument` where there is none."""
     expected = "expected one JSON object a line (if this is no JSON: --input-format text)"
     try:
         fields = json.loads(_decode(record))

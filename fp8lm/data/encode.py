@@ -18,13 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import active_children, get_context, parent_process
+from typing import Literal
 
 import numpy as np
 
+from fp8lm.data.chat import ChatTemplate
+from fp8lm.data.conversations import ExampleEncoder, ExampleFormat
 from fp8lm.data.documents import BadDocument, Record, parse_record
 from fp8lm.data.tokenizer import Tokenizer, load_tokenizer
 from fp8lm.runtime.errors import InputError, RunFailed
 
+DocumentFormat = Literal["text"] | ExampleFormat
+MASK = "mask"
 BATCH_BYTES = 1 << 18
 WORKER_DIED = (
     "a worker process died: killed, or out of memory, of which fewer --workers need less; nothing "
@@ -36,7 +41,8 @@ WORKER_DIED = (
 class EncodeSettings:
     """All a worker needs: the tokenizer's three arguments, and how to treat a document.
 
-    With `skip_bad` a bad document is passed on as the reason why it is left out.
+    With `skip_bad` a bad document is passed on as the reason why it is left out. With a `format`
+    that is not text the documents are examples, which `template` renders; `keys` do not count then.
     """
 
     tokenizer_type: str
@@ -48,18 +54,22 @@ class EncodeSettings:
     prepend_bos: bool = False
     parse_special_tokens: bool = False
     skip_bad: bool = False
+    format: DocumentFormat = "text"
+    template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
     """Token ids of one document by key, and how many bytes of the input were read for it.
 
-    `fault` says why a bad document has none.
+    `fault` says why a bad document has none. An example has its ids under the name of its format
+    and its mask under `MASK`, both of sequences of these `lengths`.
     """
 
     ids: dict[str, np.ndarray]
     num_bytes: int
     fault: str | None = None
+    lengths: list[int] | None = None
 
 
 Encoded = list[EncodedDocument]
@@ -168,6 +178,8 @@ def _loaded_tokenizer(kind: str, model: str | None, vocab_size: int | None) -> T
 
 def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> EncodedDocument:
     try:
+        if settings.format != "text":
+            return _encode_example(tokenizer, settings, record, settings.format)
         texts = parse_record(record, settings.keys)
         ids_by_key = {key: _ids_of(tokenizer, settings, text) for key, text in texts.items()}
     except InputError as err:
@@ -177,6 +189,15 @@ def _encode(tokenizer: Tokenizer, settings: EncodeSettings, record: Record) -> E
             raise InputError(fault) from None
         return EncodedDocument({}, record.read_bytes, fault)
     return EncodedDocument(ids_by_key, record.read_bytes)
+
+
+def _encode_example(
+    tokenizer: Tokenizer, settings: EncodeSettings, record: Record, form: ExampleFormat
+) -> EncodedDocument:
+    sequences = ExampleEncoder(tokenizer, settings.template, form).encode(record)
+    ids, mask = (np.concatenate(arrays) for arrays in zip(*sequences, strict=True))
+    found = {form: ids.astype(settings.dtype), MASK: mask}
+    return EncodedDocument(found, record.read_bytes, None, [len(each.ids) for each in sequences])
 
 
 def _ids_of(tokenizer: Tokenizer, settings: EncodeSettings, text: str) -> np.ndarray:

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8lm.data.identity import Identity, identify
-from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, read_folder, type_of_file
+from fp8lm.data.tokenizer_files import (
+    TEMPLATE,
+    TokenizerFiles,
+    read_file,
+    read_folder,
+    type_of_file,
+)
 from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +89,7 @@ class HuggingFaceTokenizer:
     @staticmethod
     def read(path: Path) -> TokenizerFiles:
         """The files of a folder, or of a `tokenizer.json` of any name and what is beside it."""
-        optional = (CONFIG, SPECIAL_MAP, ADDED)
+        optional = (CONFIG, SPECIAL_MAP, ADDED, TEMPLATE)
         if path.is_dir():
             return read_folder(path, (MODEL,), optional)
         beside = read_folder(path.parent, (), optional)
@@ -145,6 +151,9 @@ class HuggingFaceTokenizer:
     def detokenize(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
 
+    def id_to_token(self, token: int) -> str:
+        return self._fast.id_to_token(token) or ""
+
 
 class GPT2BPETokenizer:
     """GPT-2's byte-level BPE from a folder with `vocab.json` and `merges.txt`; `eod` is
@@ -178,8 +187,8 @@ class GPT2BPETokenizer:
 
     @classmethod
     def read(cls, path: Path) -> TokenizerFiles:
-        """The two files of a folder."""
-        return read_folder(path, cls.NAMES, ())
+        """The two files of a folder, and the chat template in it, if there is one."""
+        return read_folder(path, cls.NAMES, (TEMPLATE,))
 
     @cached_property
     def identity(self) -> Identity:
@@ -198,6 +207,9 @@ class GPT2BPETokenizer:
 
     def detokenize(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
+
+    def id_to_token(self, token: int) -> str:
+        return self._fast.id_to_token(token) or ""
 
 
 def _pair(line: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -58,12 +58,15 @@ class IndexedWriter:
             self._builder.data_file.close()
         self._aside.__exit__(kind, error, trace)
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append a document; one without ids is left out, as Megatron does."""
+    def add(self, ids: np.ndarray, lengths: Sequence[int] | None = None) -> None:
+        """Append a document, of sequences of these `lengths` (default: one).
+
+        One without ids is left out, as Megatron does.
+        """
         if not len(ids):
             return
         with self._write_errors():
-            self._builder.add_document(ids, [len(ids)])
+            self._builder.add_document(ids, [len(ids)] if lengths is None else list(lengths))
         self._digest.update(np.ascontiguousarray(ids, dtype=self.dtype).data)
         extremes = int(ids.min()), int(ids.max())
         low, high = self._range or extremes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
@@ -26,6 +26,8 @@ class Sidecar(BaseModel):
     prepend_bos: bool = False
     bos: NonNegativeInt | None = None
     parse_special_tokens: bool | None = None
+    format: Literal["text", "chat", "preference"] = "text"
+    chat_template: str | None = None
     documents: NonNegativeInt | None = None
     tokens: NonNegativeInt | None = None
     min_id: int | None = None

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fp8lm.data.identity import Identity, identify
-from fp8lm.data.tokenizer_files import TokenizerFiles, read_file
+from fp8lm.data.tokenizer_files import TokenizerFiles, read_model
 from fp8lm.runtime.errors import InputError
 
 
@@ -47,8 +47,8 @@ class TikTokenizer:
 
     @classmethod
     def read(cls, path: Path) -> TokenizerFiles:
-        """The one file."""
-        return TokenizerFiles(str(path), {cls.MODEL: read_file(path)})
+        """The one file, and the chat template beside it, if there is one."""
+        return read_model(path, cls.MODEL)
 
     @cached_property
     def identity(self) -> Identity:
@@ -72,3 +72,6 @@ class TikTokenizer:
     def detokenize(self, ids: list[int]) -> str:
         # Not megatron-core's own: it decodes token by token, which breaks characters of several.
         return self._encoding.decode(ids)
+
+    def id_to_token(self, token: int) -> str:
+        return self._encoding.decode([token])

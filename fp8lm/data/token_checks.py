@@ -31,10 +31,15 @@ def check_tokenizer(data: IndexedFile, tokenizer: Tokenizer, other_tokens: int =
     """
     if data.sidecar is not None:
         _check_identity(data, data.sidecar, tokenizer)
+    check_ids(data, tokenizer.vocab_size, other_tokens)
+
+
+def check_ids(data: IndexedFile, vocab_size: int, other_tokens: int = 0) -> None:
+    """Raise `InputError` for ids outside the vocabulary, and for a file that was replaced."""
     if data.num_tokens + other_tokens <= SCANNED_TOKENS:
-        _scan(data, tokenizer.vocab_size)
-    elif any(_outside(ids, tokenizer.vocab_size) is not None for ids in _evidence(data)):
-        _refuse_first_outside(data, tokenizer.vocab_size)
+        _scan(data, vocab_size)
+    elif any(_outside(ids, vocab_size) is not None for ids in _evidence(data)):
+        _refuse_first_outside(data, vocab_size)
 
 
 def check_document_ends(data: IndexedFile, eod: int) -> None:

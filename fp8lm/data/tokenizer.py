@@ -21,7 +21,7 @@ import sentencepiece
 from fp8lm.data.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
 from fp8lm.data.identity import Identity, identify
 from fp8lm.data.tiktoken_vocabulary import TikTokenizer
-from fp8lm.data.tokenizer_files import TokenizerFiles, read_file, type_of_file
+from fp8lm.data.tokenizer_files import TokenizerFiles, read_model, type_of_file
 from fp8lm.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ class Tokenizer(Protocol):
     def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]: ...
 
     def detokenize(self, ids: list[int]) -> str: ...
+
+    def id_to_token(self, token: int) -> str:
+        """The text that `parse_special_tokens` makes this token of, if it is a control token."""
+        ...
 
 
 class FileTokenizer(Tokenizer, Protocol):
@@ -102,7 +106,7 @@ def tokenizer_from_files(
 ) -> Tokenizer:
     """Build a tokenizer from what another one has as `files`; `source` stands in messages."""
     if tokenizer_type == "NullTokenizer":
-        return NullTokenizer(vocab_size)
+        return NullTokenizer(vocab_size, files)
     try:
         return TOKENIZERS[tokenizer_type](TokenizerFiles(source, dict(files)))
     except KeyError as err:
@@ -123,14 +127,14 @@ class NullTokenizer:
     so `self.vocab_size` is one larger than what was asked for and `eod` is its last id.
     """
 
-    def __init__(self, vocab_size: int | None) -> None:
+    def __init__(self, vocab_size: int | None, files: Mapping[str, bytes] | None = None) -> None:
         if not vocab_size or vocab_size < 1:
             raise InputError(
                 f"NullTokenizer needs vocab_size, a positive number of ids, not {vocab_size}"
             )
         self.vocab_size = vocab_size + 1
         self.eod, self.bos = vocab_size, None
-        self.files: dict[str, bytes] = {}
+        self.files = dict(files or {})  # of no use to it, but kept with checkpoints
         self.identity = identify("NullTokenizer", self.vocab_size, self.eod)
 
     def tokenize(self, text: str, parse_special_tokens: bool = False) -> list[int]:
@@ -150,6 +154,9 @@ class NullTokenizer:
 
     def detokenize(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    def id_to_token(self, token: int) -> str:
+        return str(token)
 
 
 class SentencePieceTokenizer:
@@ -180,8 +187,8 @@ class SentencePieceTokenizer:
 
     @classmethod
     def read(cls, path: Path) -> TokenizerFiles:
-        """The one file."""
-        return TokenizerFiles(str(path), {cls.MODEL: read_file(path)})
+        """The one file, and the chat template beside it, if there is one."""
+        return read_model(path, cls.MODEL)
 
     @cached_property
     def identity(self) -> Identity:
@@ -209,6 +216,9 @@ class SentencePieceTokenizer:
 
     def detokenize(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+    def id_to_token(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
 
 
 TOKENIZERS: dict[str, type[FileTokenizer]] = {

@@ -11,6 +11,8 @@ from typing import Any
 
 from fp8lm.runtime.errors import InputError
 
+TEMPLATE = "chat_template.jinja"  # may lie beside a tokenizer of any type
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:
@@ -47,6 +49,12 @@ def read_folder(folder: Path, required: Iterable[str], optional: Iterable[str]) 
         if os.path.lexists(folder / name):  # a link to nowhere, too: it stands for something
             contents[name] = read_file(folder / name)
     return TokenizerFiles(str(folder), contents)
+
+
+def read_model(path: Path, name: str) -> TokenizerFiles:
+    """The model file `path` under `name`, and the chat template beside it, if there is one."""
+    beside = read_folder(path.parent, (), (TEMPLATE,)) if path.is_file() else None
+    return TokenizerFiles(str(path), {name: read_file(path), **(beside.contents if beside else {})})
 
 
 def read_file(path: Path) -> bytes:

@@ -11,70 +11,39 @@ The model reads only what has changed since the turn before: its cache holds the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from fp8lm.data.chat import ChatTemplate, Message
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.generate.context import CachedContext, Context, RecomputedContext
 from fp8lm.generate.decoding import Completion, Decoding, continue_from
 from fp8lm.generate.model import InferenceModel
 from fp8lm.runtime.errors import InputError
 
-Message = dict[str, str]
-SETTINGS = "tokenizer_config.json"
 PLAIN_STOP = "\nUser:"
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How messages become text: by `template` (jinja2), or plainly; `stops` end a turn."""
+    """How messages become text: by `template`, or plainly; `stops` end a turn."""
 
-    template: str | None = None
-    names: dict[str, str] = field(default_factory=dict)
+    template: ChatTemplate | None = None
     stops: tuple[str, ...] = (PLAIN_STOP,)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatFormat:
-        """What the tokenizer's files say; `InputError` for settings that are not JSON."""
-        try:
-            settings = json.loads(tokenizer.files.get(SETTINGS) or b"{}")
-        except ValueError:
-            raise InputError(f"the tokenizer's {SETTINGS} is not JSON") from None
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        if not isinstance(template, str):
-            return cls()
-        names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-        return cls(template, names, ())
+        """What the tokenizer's files say; `InputError` if they cannot be read."""
+        template = ChatTemplate.of(tokenizer)
+        return cls() if template is None else cls(template, ())
 
     def render(self, messages: list[Message]) -> str:
         """`messages` ({role, content}) and the beginning of the answer."""
         if self.template is None:
             lines = [f"{message['role'].title()}: {message['content']}" for message in messages]
             return "\n".join([*lines, "Assistant:"])
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **self.names)
-        except TemplateError as error:
-            raise InputError(f"the tokenizer's chat template: {error}") from None
-
-
-def _content(token: Any) -> str:
-    return (token.get("content") if isinstance(token, dict) else token) or ""
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+        return self.template.render(messages, add_generation_prompt=True)
 
 
 class Chat:
@@ -89,7 +58,7 @@ class Chat:
         kind = CachedContext if decoding.use_cache else RecomputedContext
         self._context: Context = kind(model, 1, model.context_length, decoding.cache_dtype)
         self._read: list[int] = []
-        self._system = [{"role": "system", "content": system}] if system else []
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._turns = 0
         self.messages = list(self._system)
 

@@ -25,7 +25,7 @@ from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.generate.kv_cache import CacheShape, KVCache
 from fp8lm.generate.packing import TOKENS_PER_TILE, PackedTokens, divide, pack
 from fp8lm.kernels.interface import Kernels
-from fp8lm.layers.cross_entropy import cross_entropy
+from fp8lm.layers.cross_entropy import cross_entropy, likeliest
 from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.layers.weight_operands import cached_weight_operands
@@ -175,18 +175,10 @@ class InferenceModel:
         for first in range(0, len(targets), MOST_LOGITS):
             part = labels[first : first + MOST_LOGITS]
             logits = self._logits(h_T1H, rows[first : first + len(part)])[: len(part)]
-            best = self._likeliest(logits)
+            best = likeliest(logits, self.num_ids, self._tp)
             losses = cross_entropy(logits, part, self.num_ids, self._tp, self.kernels)
             found.append(torch.stack((losses, (best == part).float())))
         return torch.cat(found, dim=1)
-
-    def _likeliest(self, logits_nV: Tensor) -> Tensor:
-        """The first of the likeliest tokens of every row of this rank's logits, int64 [n]."""
-        tp, first = self._tp, self._tp.rank * logits_nV.shape[1]
-        padding = torch.arange(logits_nV.shape[1], device=self.device) >= self.num_ids - first
-        value, column = logits_nV.float().masked_fill(padding, -torch.inf).max(dim=1)
-        value_t, token_t = tp.gather(torch.stack((value, (column + first).float()))).unbind(1)
-        return token_t.gather(0, value_t.argmax(dim=0)[None])[0].long()
 
     def _logits(self, h_T1H: Tensor | None, rows: Sequence[int]) -> Tensor:
         """This rank's logits [n,V/t] of tokens `rows`, padded as GEMMs are in `packing`."""

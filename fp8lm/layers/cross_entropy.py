@@ -32,6 +32,23 @@ def cross_entropy(
     return _CrossEntropy.apply(logits_TV, labels_T, vocab_size, tp, kernels)
 
 
+def likeliest(logits_TV: Tensor, vocab_size: int, tp: TPContext) -> Tensor:
+    """The first of the likeliest tokens of every row, int64 [T], the same on every rank.
+
+    `logits_TV` are this rank's. Tokens are below `vocab_size`, the unpadded one.
+    """
+    first = tp.rank * logits_TV.shape[1]
+    own = logits_TV[:, : max(0, vocab_size - first)]
+    if own.shape[1]:
+        column = own.argmax(dim=1)
+        value = own.gather(1, column[:, None])[:, 0].float()
+    else:  # a rank that has padding alone
+        column = torch.zeros_like(logits_TV[:, 0], dtype=torch.int64)
+        value = torch.full_like(column, -torch.inf, dtype=torch.float32)
+    value_t, token_t = tp.gather(torch.stack((value, (column + first).float()))).unbind(1)
+    return token_t.gather(0, value_t.argmax(dim=0)[None])[0].long()
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -111,6 +111,12 @@ def evaluation_line(split: str, iteration: int, loss: float) -> str:
     )
 
 
+def metrics_line(split: str, iteration: int, metrics: Mapping[str, float]) -> str:
+    """The line of what an objective reports of an evaluation beside its loss."""
+    values = " | ".join(f"{name}: {value:.4E}" for name, value in metrics.items())
+    return f" {split} metrics at iteration {iteration} | {values} |"
+
+
 def saved_line(iteration: int, folder: str) -> str:
     """Megatron's line of one saved checkpoint."""
     return f"  successfully saved checkpoint from iteration {iteration} to {folder}"

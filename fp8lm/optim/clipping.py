@@ -34,8 +34,9 @@ class GradientNorm:
     """`norm`, `clip_factor`, `skip`, `per_token`, `share`: 0-d tensors, the same on all ranks.
 
     `clip_factor` multiplies the accumulated gradient and includes `per_token`. `share` is the mean
-    over the ranks. `losses` and `stops` [ranks] are those of all ranks. `amax` (fp32 [number of
-    gradients]) is of this rank's gradients, or after `AdamW.step` of the logical ones.
+    over the ranks. `losses`, `stops` [ranks] and `metrics` [ranks, n] are those of all ranks.
+    `amax` (fp32 [number of gradients]) is of this rank's gradients, or after `AdamW.step` of the
+    logical ones.
     """
 
     norm: Tensor
@@ -46,6 +47,7 @@ class GradientNorm:
     share: Tensor
     losses: Tensor
     stops: Tensor
+    metrics: Tensor
 
 
 def single_rank(values: Tensor) -> Tensor:
@@ -64,14 +66,15 @@ def gradient_norm(
     share: Tensor | None = None,
     loss: Tensor | None = None,
     stop: Tensor | None = None,
+    metrics: Sequence[Tensor] = (),
 ) -> GradientNorm:
     """Norm and amax of all `gradients` in one pass; `clip` 0 means no clipping.
 
     All are on `device`, and so are the results, even where this rank has no gradient at all.
     `norm_owner` (bool, one for each) is False for those that count on another rank (default: all
     count here). `gather` collects a vector of every rank that updates the model.
-    `share`, `loss` and `stop` are those of `StepScalars`; a loss or a `stop` that is not finite, on
-    any rank, skips the step.
+    `share`, `loss`, `stop` and `metrics` are those of `StepScalars`; a loss or a `stop` that is not
+    finite, on any rank, skips the step.
     """
     if gradients:
         squares, amaxes = kernels.square_sums_and_amaxes(gradients)
@@ -81,7 +84,7 @@ def gradient_norm(
     if norm_owner is not None:
         # Zero times NaN is NaN: a fault on this rank alone still reaches the norm.
         squares = squares * norm_owner
-    own = StepScalars.of(squares.sum().sqrt(), share, loss, stop)
+    own = StepScalars.of(squares.sum().sqrt(), share, loss, stop, metrics)
     ranks = SharedScalars.unpack(gather(own.pack()))
     per_token = per_counted_token(ranks.token_share).float()
     norm = ranks.norm.float() * per_token
@@ -95,6 +98,7 @@ def gradient_norm(
         share=ranks.token_share.float(),
         losses=ranks.losses,
         stops=ranks.stops,
+        metrics=ranks.metrics,
     )
 
 

@@ -116,19 +116,21 @@ class AdamW:
         share: Tensor | None = None,
         loss: Tensor | None = None,
         stop: Tensor | None = None,
+        metrics: Sequence[Tensor] = (),
     ) -> GradientNorm:
         """One update from the `gradients` of this rank's rows; returns norm and skip flag.
 
         Default: what the weights have accumulated. A skipped step changes no byte of weights,
-        states, scales or step count. `share`, `loss` and `stop` (0-d fp32) are this rank's
-        `StepScalars`, which are exchanged with the norm.
+        states, scales or step count. `share`, `loss`, `stop` and `metrics` (0-d fp32) are this
+        rank's `StepScalars`, which are exchanged with the norm.
         """
         if gradients is None:
             gradients = {
                 name: self.weights[name].main_grad.value.rows(*rows)
                 for name, rows in self.sharding.local_shards.items()
             }
-        norm = self._norm(gradients, self.config.clip_grad, share=share, loss=loss, stop=stop)
+        clip, scalars = self.config.clip_grad, {"share": share, "loss": loss, "stop": stop}
+        norm = self._norm(gradients, clip, metrics, **scalars)
         grad_amax, amax = self._largest(norm.amax)
         norm = replace(norm, amax=grad_amax)
         if not self.masks_writes and norm.skip:
@@ -169,7 +171,11 @@ class AdamW:
         return self._norm({name: state.master for name, state in self.states.items()}, 0.0).norm
 
     def _norm(
-        self, tensors: dict[str, ScaledTensor], clip: float, **scalars: Tensor | None
+        self,
+        tensors: dict[str, ScaledTensor],
+        clip: float,
+        metrics: Sequence[Tensor] = (),
+        **scalars: Tensor | None,
     ) -> GradientNorm:
         return gradient_norm(
             [tensors[name] for name in self._owned],
@@ -178,6 +184,7 @@ class AdamW:
             device=self.amax.device,
             gather=self.sharding.gather,
             norm_owner=self._norm_owner,
+            metrics=metrics,
             **scalars,
         )
 

@@ -44,14 +44,15 @@ class Executor(Protocol):
 
     def train(
         self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
-    ) -> Tensor:
-        """Forward and backward of all; their mean loss (0-d fp32), 0 on all stages but the last.
+    ) -> list[Tensor]:
+        """Forward and backward of all; the means of `Objective.loss_and_metrics`.
 
+        0-d fp32, zero on all stages but the last.
         `before_last` is called before the last backward if that completes the gradients.
         """
 
-    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
-        """Mean loss of all, without backward (0-d fp32), 0 on all stages but the last."""
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
+        """The same means without backward."""
 
 
 class NoPipeline:
@@ -64,24 +65,25 @@ class NoPipeline:
 
     def train(
         self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """See `Executor`."""
-        losses = []
+        found = []
         for number, batch in enumerate(microbatches, start=1):
             if number == len(microbatches):
                 before_last()
-            loss = self._loss(batch, objective) / len(microbatches)
+            loss, *metrics = (x / len(microbatches) for x in self._losses(batch, objective))
             loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+            found.append((loss.detach(), *metrics))
+        return [torch.stack(values).sum() for values in zip(*found, strict=True)]
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`; holds one micro-batch at a time."""
-        return torch.stack([self._loss(batch, objective) for batch in microbatches]).mean()
+        found = [self._losses(batch, objective) for batch in microbatches]
+        return [torch.stack(values).mean() for values in zip(*found, strict=True)]
 
-    def _loss(self, batch: Batch, objective: Objective) -> Tensor:
-        return objective.loss(self._forward_step(None, batch), batch)
+    def _losses(self, batch: Batch, objective: Objective) -> list[Tensor]:
+        return objective.loss_and_metrics(self._forward_step(None, batch), batch)
 
 
 class Pipeline:
@@ -112,7 +114,7 @@ class Pipeline:
         self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         # Messages that may not have arrived yet: activations and gradients.
         self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}
-        self._losses: list[Tensor] = []
+        self._losses: list[list[Tensor]] = []
         # Messages that were asked for, by the action that needs them.
         self._arriving: dict[Action, Handle[Tensor]] = {}
         self._plans: dict[tuple[int, bool], tuple[Schedule, frozenset[int]]] = {}
@@ -124,7 +126,7 @@ class Pipeline:
 
     def train(
         self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """See `Executor`."""
         schedule, early = self._planned(len(microbatches), training=True)
         actions = schedule.stages[self.stage]
@@ -138,16 +140,16 @@ class Pipeline:
             self._do(action, microbatches, objective, schedule.splits_backward)
         if self.tied is not None:
             self.tied.sum_gradients()
-        return self._finish()
+        return self._finish(objective)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> Tensor:
+    def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`."""
         microbatches = list(microbatches)
         self._most_messages = self.num_stages
         for _, action in self._in_turn(*self._planned(len(microbatches), training=False)):
             self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
-        return self._finish()
+        return self._finish(objective)
 
     def _planned(self, num_microbatches: int, *, training: bool) -> tuple[Schedule, frozenset[int]]:
         """The schedule, and which of this stage's actions ask for their message one ahead."""
@@ -206,8 +208,8 @@ class Pipeline:
         if virtual < self._last_virtual:
             self._send(output, (self.stage + 1) % self.num_stages, self._sending["F"])
         else:
-            output = objective.loss(output, batch) / count
-            self._losses.append(output.detach())
+            output, *metrics = (x / count for x in objective.loss_and_metrics(output, batch))
+            self._losses.append([output.detach(), *metrics])
         if torch.is_grad_enabled():
             # A first chunk whose weights are all frozen has no backward.
             edge = get_gradient_edge(output) if output.requires_grad else None
@@ -237,12 +239,14 @@ class Pipeline:
         while len(sending) > self._most_messages:
             sending.popleft().wait()
 
-    def _finish(self) -> Tensor:
+    def _finish(self, objective: Objective) -> list[Tensor]:
         for sending in self._sending.values():
             while sending:
                 sending.popleft().wait()
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        found, self._losses = self._losses, []
+        if not found:
+            return [torch.zeros((), device=self.device) for _ in ("loss", *objective.metrics)]
+        return [torch.stack(values).sum() for values in zip(*found, strict=True)]
 
     def _channel(self, source: int, to: int) -> dist.ProcessGroup:
         return self.groups.pp_forward if source < to else self.groups.pp_backward

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fp8lm.config import Config
+from fp8lm.data.chat import keep_template
 from fp8lm.data.datasets import Datasets, build_datasets
+from fp8lm.data.instruction import chat_template
 from fp8lm.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from fp8lm.devices import NO_ROCM
 from fp8lm.kernels import Kernels
@@ -18,7 +20,7 @@ from fp8lm.layers.tp_context import NO_TP, TPContext
 from fp8lm.model import GPTModel
 from fp8lm.model.decoder import StageSpec
 from fp8lm.model.init import initial_value
-from fp8lm.model.objectives import LanguageModeling, Objective
+from fp8lm.model.objectives import AnswerModeling, LanguageModeling, Objective
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.runtime.errors import InputError
@@ -58,6 +60,8 @@ def build_data(config: Config, sizes: tuple[int, int, int] | None = None) -> Run
     A collective of all processes. `InputError` if they cannot be read.
     """
     tokenizer = _tokenizer(config)
+    if config.train.objective != "pretrain":
+        keep_template(tokenizer, chat_template(config, tokenizer))
     sizes = dataset_sizes(config) if sizes is None else sizes
     return RunData(tokenizer, build_datasets(config, tokenizer, sizes), sizes)
 
@@ -96,7 +100,9 @@ def build_model(
 def build_objective(
     config: Config, num_ids: int, kernels: Kernels, tp: TPContext = NO_TP
 ) -> Objective:
-    """The training objective: predict the next of `num_ids` tokens."""
+    """What `train.objective` names, for a vocabulary of `num_ids` tokens."""
+    if config.train.objective == "sft":
+        return AnswerModeling(num_ids, tp, kernels)
     return LanguageModeling(num_ids, tp, kernels)
 
 

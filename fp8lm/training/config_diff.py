@@ -14,6 +14,7 @@ LONGEST = 1000  # characters of a value that a checkpoint names
 _SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
 _KEYS = {
     "train": (
+        "objective",
         "seed",
         "global_batch_size",
         "rampup_batch_size",
@@ -30,6 +31,7 @@ _KEYS = {
         "reset_position_ids",
         "reset_attention_mask",
     ),
+    "tuning": ("chat_template", "packing", "on_long_example", "on_bad_line"),
 }
 _HOW = ("cache_weight_operands", "kernels")  # something is computed, and not what
 # Tensors of the same names and shapes would be read as something else.

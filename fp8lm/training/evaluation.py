@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +17,16 @@ from fp8lm.optim.clipping import per_counted_token
 from fp8lm.training.build import Run
 
 
-def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> float:
-    """Mean nats per token over `train.eval_iters` global batches; a collective of all ranks.
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean `loss` in nats, and the objective's `metrics` by name."""
+
+    loss: float
+    metrics: Mapping[str, float]
+
+
+def evaluate(run: Run, dataset: SizedDataset, first_sample: int = 0) -> Evaluation:
+    """Means over `train.eval_iters` global batches; a collective of all ranks.
 
     Every counted token has the same weight, whatever its batch and rank.
     """
@@ -28,7 +37,9 @@ def evaluation_loss(run: Run, dataset: SizedDataset, first_sample: int = 0) -> f
         cached_weight_operands(run.weights.values(), run.optimizer.sharding.tp),
     ):
         count = config.eval_iters * config.global_batch_size // batches.stride
-        return _mean_over_ranks(run, *_local_loss(run, batches, count)).item()
+        loss, *metrics = _means_over_ranks(run, *_local_means(run, batches, count)).tolist()
+    names = run.objective.for_evaluation().metrics
+    return Evaluation(loss, dict(zip(names, metrics, strict=True)))
 
 
 def first_validation_sample(train: TrainConfig, iteration: int, num_samples: int) -> int:
@@ -64,23 +75,24 @@ def run_batches(
     )
 
 
-def _local_loss(run: Run, batches: BatchIterator, count: int) -> tuple[Tensor, Tensor]:
-    """Mean loss of `count` micro-batches (see `Executor`), and the share of tokens that count."""
-    shares = []
+def _local_means(run: Run, batches: BatchIterator, count: int) -> tuple[list[Tensor], Tensor]:
+    """Means of `count` micro-batches (see `Executor`), and the share of tokens that count."""
+    objective, shares = run.objective.for_evaluation(), []
 
     def microbatches() -> Iterator[Batch]:
         for _ in range(count):
             batch = batches.next(1)[0].to(run.device)
-            shares.append(run.objective.counted_share([batch]))
+            shares.append(objective.counted_share([batch]))
             yield batch
 
     run.model.eval()
-    loss = run.pipeline.evaluate(microbatches(), run.objective)
-    return loss, torch.stack(shares).double().mean().float()
+    means = run.pipeline.evaluate(microbatches(), objective)
+    return means, torch.stack(shares).double().mean().float()
 
 
-def _mean_over_ranks(run: Run, loss: Tensor, share: Tensor) -> Tensor:
+def _means_over_ranks(run: Run, means: list[Tensor], share: Tensor) -> Tensor:
     wire = Wire("grads", "fp32", run.sent)
-    ranks = all_gather_scalars(torch.stack((loss, share)), run.groups.world, wire)
+    ranks = all_gather_scalars(torch.stack((share, *means)), run.groups.world, wire)
     stages = run.groups.pipeline_parallel.size()
-    return ranks[:, 0].mean() * stages * per_counted_token(ranks[:, 1].double().mean()).float()
+    per_token = per_counted_token(ranks[:, 0].double().mean()).float()
+    return torch.stack([mean.mean() for mean in ranks[:, 1:].unbind(1)]) * stages * per_token

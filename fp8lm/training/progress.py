@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,13 +85,16 @@ class Stopwatch:
 class MetricAccumulator:
     """Sums since the last report, kept on the device.
 
-    They are part of a checkpoint, so that a resumed run reports the same averages.
+    They are part of a checkpoint, so that a resumed run reports the same averages. `metrics` are
+    the names of those of the objective.
     """
 
     FIELDS = ("loss", "steps", "skipped", "nan", "skipped_in_a_row")
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, metrics: Sequence[str] = ()) -> None:
+        self.metrics = tuple(metrics)
+        size = len(self.FIELDS) + len(self.metrics)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, result: StepResult) -> None:
         """Count one step; a skipped one, or one without counted tokens, has no loss."""
@@ -101,6 +104,9 @@ class MetricAccumulator:
         nan = torch.isnan(result.loss).double()
         self.sums[:4] += torch.stack((loss, has_loss.double(), skipped, nan))
         self.sums[4] = (self.sums[4] + 1.0) * skipped
+        if self.metrics:
+            values = torch.stack([result.metrics[name] for name in self.metrics]).double()
+            self.sums[5:] += torch.where(has_loss, values, torch.zeros_like(values))
 
     @property
     def skipped_in_a_row(self) -> Tensor:
@@ -109,8 +115,9 @@ class MetricAccumulator:
 
     def read(self) -> dict[str, float]:
         """Values by field (a host synchronisation); then starts over."""
-        values = dict(zip(self.FIELDS, self.sums.tolist(), strict=True))
+        values = dict(zip((*self.FIELDS, *self.metrics), self.sums.tolist(), strict=True))
         self.sums[:4] = 0.0
+        self.sums[5:] = 0.0
         return values
 
 

@@ -16,9 +16,10 @@ from fp8lm.checkpoint.facts import LARGEST_COMMON, parse_common
 from fp8lm.checkpoint.files import COMMON, find_folder, latest_iteration
 from fp8lm.checkpoint.location import locate
 from fp8lm.config import CheckpointConfig, Config
+from fp8lm.data.examples import data_identity
 from fp8lm.data.identity import differences
-from fp8lm.data.indexed import inspect_indexed
 from fp8lm.data.tokenizer import Tokenizer, tokenizer_from_files
+from fp8lm.data.tokenizer_files import TEMPLATE
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import read_regular
 from fp8lm.training.resizing import EXTEND
@@ -29,12 +30,10 @@ _COMPARED_IDS = 1000
 def made_with(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The facts on tokenizer and data in a checkpoint's `common.json`."""
     paths = () if config.data.mock_data else config.data.data_path or ()
-    prefixes = [entry for entry in paths if isinstance(entry, str)]
+    entries = [entry for entry in paths if isinstance(entry, str)]
     return {
         "tokenizer": {"identity": dict(tokenizer.identity), "files": sorted(tokenizer.files)},
-        "data": [
-            {"prefix": prefix, "identity": inspect_indexed(prefix).identity} for prefix in prefixes
-        ],
+        "data": [{"prefix": entry, "identity": data_identity(entry)} for entry in entries],
     }
 
 
@@ -82,7 +81,7 @@ def kept_tokenizer(config: CheckpointConfig) -> str | None:
 
 
 def _where(folder: Path, common: Mapping[str, Any]) -> str:
-    files = common["tokenizer"].get("files")
+    files = [file for file in common["tokenizer"].get("files") or () if file != TEMPLATE]
     if not files:
         return "it had no files"
     name = folder / files[0] if len(files) == 1 else folder
@@ -108,9 +107,10 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
     recorded = checkpoint.common.get("tokenizer")
     if not recorded or not recorded.get("files"):
         return None
-    kind, files = recorded["identity"]["tokenizer_type"], recorded["files"]
+    identity, files = recorded["identity"], recorded["files"]
     contents = {name: checkpoint.read_file(name) for name in files}
-    return tokenizer_from_files(kind, contents, source=f"in {checkpoint.folder}")
+    kind, of_null = identity["tokenizer_type"], identity["vocab_size"] - 1
+    return tokenizer_from_files(kind, contents, of_null, source=f"in {checkpoint.folder}")
 
 
 def replaced_data(former: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,8 @@ import torch
 import fp8lm
 from fp8lm.config import Config
 from fp8lm.kernels.select import describe_attention, describe_kernels
+from fp8lm.data.instruction import PackedExamples
+from fp8lm.kernels.select import describe_kernels
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
@@ -75,11 +77,17 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         f"{describe_kernels(run.device, config.precision.kernels)}",
         f" step: {batch} sequences of {model.seq_length} = {batch * model.seq_length:,} tokens",
         *_describe_documents(config, run.device),
+        *(f" {line}" for line in _describe_examples(run)),
         f" folders: {_describe_folders(config)}",
         describe_state(linear_weights(run.weights), run.optimizer.states),
         *(f" warning: {risk}" for risk in accumulation_risks(config, dims.dp)),
         *([] if peak is None else [f" MFU is the share of {peak}"]),
     ]
+
+
+def _describe_examples(run: Run) -> list[str]:
+    """What tuning reads of each split."""
+    return [split.describe() for split in run.datasets if isinstance(split, PackedExamples)]
 
 
 def _describe_device(device: torch.device) -> str:

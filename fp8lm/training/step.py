@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class StepResult:
     """0-d tensors on the device: `loss`, `grad_norm`, `share`, `skipped`, `stop`.
 
     `loss` is the mean over the step's counted tokens (0 if there is none), `share` their share of
-    all. `stop` is the largest reason of any rank.
+    all. `stop` is the largest reason of any rank. `metrics` are means like the loss, by name.
     """
 
     loss: Tensor
@@ -35,6 +36,7 @@ class StepResult:
     share: Tensor
     skipped: Tensor
     stop: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def train_step(
@@ -71,16 +73,21 @@ def train_step(
     num_tokens = sum(batch.tokens.numel() for batch in microbatches)
     recording = nullcontext() if histories is None else histories.recording(num_tokens)
     with recording, cached_weight_operands(named_params(model).values(), tp):
-        loss = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
+        loss, *metrics = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
     gradients = data_parallel.reduce()
     complete_gradients(weights, gradients, tp)
-    norm = optimizer.step(lr, gradients, share=share, loss=loss, stop=torch.full_like(loss, stop))
+    stops = torch.full_like(loss, stop)
+    norm = optimizer.step(lr, gradients, share=share, loss=loss, stop=stops, metrics=metrics)
     data_parallel.start_param_sync(norm.skip)
     if histories is not None:
         histories.update(norm.skip)
     # Only the last stage of a pipeline has a loss, the others zero.
     loss = norm.losses.mean() * pipeline.num_stages * norm.per_token
-    return StepResult(loss, norm.norm, norm.share, norm.skip, norm.stops.max())
+    means = {
+        name: of_ranks.mean() * pipeline.num_stages * norm.per_token
+        for name, of_ranks in zip(objective.metrics, norm.metrics.unbind(dim=1), strict=True)
+    }
+    return StepResult(loss, norm.norm, norm.share, norm.skip, norm.stops.max(), means)
 
 
 def seed_generators(seed: int, consumed_samples: int, *ranks: int) -> None:

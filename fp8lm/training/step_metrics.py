@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from fp8lm.data.instruction import PackedExamples
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
 from fp8lm.training.memory import bytes_per_parameter, linear_weights, memory_bytes, state_bytes
@@ -51,6 +52,7 @@ class StepMetrics:
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
             "lm loss": _mean_loss(window),
+            **{name: _mean(window, name) for name in self._run.training_objective.metrics},
             "learning-rate": lr,
             "batch-size": progress.batch_size,
             "grad-norm": grad_norm,
@@ -63,6 +65,8 @@ class StepMetrics:
             "throughput": tflops,
             **{f"comm_bytes/{wire}": count for wire, count in sent.items()},
         }
+        if isinstance(dataset := self._run.datasets[0], PackedExamples):
+            values["epoch"] = progress.consumed_samples / dataset.samples_per_epoch
         if self._run.config.precision.grad_reduce != "fp32_accumulate":
             values |= _range_of_mu(self._run)
         if self.peak is not None:
@@ -72,8 +76,12 @@ class StepMetrics:
 
 def _mean_loss(window: dict[str, float]) -> float:
     """Mean over the steps that have a loss; NaN if all were skipped, 0 if no token counts."""
+    return _mean(window, "loss")
+
+
+def _mean(window: dict[str, float], name: str) -> float:
     if window["steps"]:
-        return window["loss"] / window["steps"]
+        return window[name] / window["steps"]
     return float("nan") if window["skipped"] else 0.0
 
 

@@ -103,7 +103,7 @@ class Trainer:
         self.run, self.hooks = run, list(hooks)
         self.locks = RunLocks() if locks is None else locks
         self.progress = Progress()
-        self.window = MetricAccumulator(run.device)
+        self.window = MetricAccumulator(run.device, run.training_objective.metrics)
         self.losses = LossSpikeDetector(train.loss_spike_threshold, train.loss_spike_patience)
         self.guard = build_guard(run)
         state = TrainState(run, self.window, self.progress, self.losses, self.guard)

@@ -78,7 +78,7 @@ def final_loss(precision, training, validation):
     for step, batch in enumerate(training):
         train_step(model, optimizer, objective, [batch], PEAK_LR * (1 - step / STEPS))
     model.eval()
-    return NoPipeline(model.forward_step).evaluate(validation, objective).item()
+    return NoPipeline(model.forward_step).evaluate(validation, objective)[0].item()
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,15 @@ ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
 
 
 class Files:
-    """A tokenizer of which only the settings are asked for."""
+    """A tokenizer of which only the settings and the control tokens are asked for."""
+
+    bos, eod = None, 7
 
     def __init__(self, settings):
         self.files = {"tokenizer_config.json": settings}
+
+    def id_to_token(self, token):
+        return f"<{token}>"
 
 
 def settings(**keys):

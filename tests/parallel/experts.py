@@ -13,6 +13,7 @@ from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec, named_params, vector_spec
 from fp8lm.layers.tp_context import NO_TP
 from fp8lm.model.init import normal_init
+from fp8lm.model.objectives import Objective
 from fp8lm.numerics import BF16
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.data_parallel import NoDataParallel
@@ -48,7 +49,7 @@ class TinyExperts(nn.Module):
         return self.last(self.experts[str(batch["expert"])](self.first(batch["x"])))
 
 
-class MeanProduct:
+class MeanProduct(Objective):
     """An objective."""
 
     def loss(self, output, batch):

@@ -16,6 +16,7 @@ from fp8lm.batch import Batch
 from fp8lm.comm import Handle
 from fp8lm.comm.groups import PipelineGroups
 from fp8lm.layers.weight_grad_store import WeightGradStore
+from fp8lm.model.objectives import Objective
 from fp8lm.parallel.pipeline import Pipeline
 from fp8lm.parallel.stages import schedule_maker
 
@@ -24,7 +25,7 @@ ONE, SEVERAL = ("1f1b", 1), ("1f1b", 3)
 EMPTY = Batch(*(torch.empty(1, 0) for _ in range(3)))
 
 
-class Sum:
+class Sum(Objective):
     """An objective."""
 
     def loss(self, output, batch):

@@ -105,7 +105,7 @@ def test_steps_and_an_evaluation(preset, shape, kernels):
     adam = optimizer(named_params(gpt), precision, kernels=kernels)
     check_two_steps(gpt, adam, kernels=kernels)
     objective = LanguageModeling(VOCABULARY - 3, kernels=kernels)
-    loss = NoPipeline(gpt.forward_step).evaluate([batch()], objective)
+    (loss,) = NoPipeline(gpt.forward_step).evaluate([batch()], objective)
     assert loss.device == META
 
 

@@ -13,6 +13,7 @@ from fp8lm.config.checks import (
     storage,
     telemetry,
     training,
+    tuning,
 )
 from fp8lm.config.root import Config
 
@@ -30,6 +31,7 @@ _CHECKS = (
     storage.documents,
     storage.tokenizer,
     storage.checkpoint,
+    tuning.objective,
     precision.formats,
     precision.fp8_gemms,
     precision.block_scales,

@@ -15,8 +15,13 @@ def data(config: Config) -> Iterator[str]:
         yield f"data.mock_data = true reads no files: drop data.data_path = {list(data.data_path)}"
     if not data.mock_data and not data.data_path:
         yield "no data: set data.data_path=[PREFIX] or data.mock_data=true"
-    if data.data_path:
+    if data.data_path and config.train.objective == "pretrain":
         yield from _blend(data.data_path)
+    elif any(not isinstance(entry, str) for entry in data.data_path or ()):
+        yield (
+            f"data.data_path = {list(data.data_path or ())}: train.objective = "
+            f"{config.train.objective} reads every example once an epoch: drop the weights"
+        )
     if not _is_split(data.split):
         yield (
             f'data.split = "{data.split}": expected up to three shares for training, validation '

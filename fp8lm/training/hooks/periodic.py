@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fp8lm.training.evaluation import evaluation_loss, first_validation_sample
+from fp8lm.metrics.console import metrics_line
+from fp8lm.training.evaluation import evaluate, first_validation_sample
 from fp8lm.training.step import StepResult
 from fp8lm.training.trainer import LAST_SAVE, Trainer, TrainerHook
 
@@ -38,9 +39,13 @@ class EvaluationHook(TrainerHook):
         if split == "validation":
             first = first_validation_sample(train, iteration, len(dataset))
         with trainer.phase("evaluation"):
-            loss = evaluation_loss(trainer.run, dataset, first)
+            found = evaluate(trainer.run, dataset, first)
         for hook in trainer.hooks:
-            hook.on_evaluation(trainer, split, loss)
+            hook.on_evaluation(trainer, split, found.loss)
+        if found.metrics:
+            trainer.say(metrics_line(split, iteration, found.metrics))
+            for hook in trainer.hooks:
+                hook.on_metrics(trainer, {f"{key} {split}": x for key, x in found.metrics.items()})
 
 
 class SaveHook(TrainerHook):

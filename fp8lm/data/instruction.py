@@ -1,0 +1,243 @@
+"""Samples for tuning: examples packed into sequences that a model reads, in a seeded order.
+
+    tokens      x_0 x_1 x_2 | y_0 y_1 | padding         labels      x_1 x_2 x_3 | y_1 y_2 | padding
+    positions    0   1   2     0   1     0   1          loss mask   of labels that are answers
+
+A sample is whole examples, packed once (see `best_fit`); an epoch reads every sample once, in an
+order of its own. Of held-out data each sample counts once in an evaluation: one that is larger
+reads padding after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+
+import numpy as np
+import torch
+
+from fp8lm.config import Config
+from fp8lm.data.batches import SizedDataset
+from fp8lm.data.best_fit import pack_best_fit
+from fp8lm.data.chat import ChatTemplate
+from fp8lm.data.conversations import ExampleEncoder, ExampleFormat
+from fp8lm.data.documents import SkippedDocuments
+from fp8lm.data.examples import (
+    Examples,
+    is_json_file,
+    open_indexed_examples,
+    read_json_examples,
+)
+from fp8lm.data.mock import mock_examples
+from fp8lm.data.sidecar import read_sidecar
+from fp8lm.data.splits import SPLITS, document_ranges
+from fp8lm.data.tokenizer import Tokenizer
+from fp8lm.runtime.errors import InputError
+
+FORMATS: dict[str, ExampleFormat] = {"sft": "chat", "dpo": "preference"}  # by objective
+Sizes = tuple[int, int, int]
+Datasets = tuple[SizedDataset | None, SizedDataset | None, SizedDataset | None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents of several sources, in order, all no longer than a sample; `skipped` are longer."""
+
+    sources: Sequence[Examples]
+    places: np.ndarray  # [documents, 2]: source, document
+    sizes: np.ndarray  # tokens of each
+    skipped: SkippedDocuments = field(default_factory=SkippedDocuments)
+
+
+class PackedExamples(SizedDataset):
+    """`size` samples of `seq_length` tokens, packed from `chosen`; of `split` (0: training).
+
+    Items are those of `BatchIterator`. With `packing` off a sample has one example, and needs no
+    documents.
+    """
+
+    def __init__(
+        self,
+        chosen: Selection,
+        *,
+        seq_length: int,
+        pad: int,
+        seed: int,
+        split: int,
+        size: int,
+        packing: bool = True,
+    ) -> None:
+        self.chosen, self.seq_length, self.pad = chosen, seq_length, pad
+        self.seed, self.split, self.packing = seed, split, packing
+        numbers = range(len(chosen.sizes))
+        self.samples = (
+            pack_best_fit(chosen.sizes.tolist(), seq_length)
+            if packing
+            else [[number] for number in numbers]
+        )
+        self.size = size
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that hold every example once."""
+        return len(self.samples)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"sample {index} of {self.size}")
+        epoch, number = divmod(index, len(self.samples))
+        if self.split and epoch:
+            return self._item([])
+        return self._item(self.samples[self._order(epoch)[number]])
+
+    def describe(self) -> str:
+        """How the examples fill the samples."""
+        tokens = int(self.chosen.sizes.sum())
+        share = 1 - tokens / (len(self.samples) * self.seq_length)
+        packed = f"{len(self.samples):,} samples of {self.seq_length}, {share:.1%} padding"
+        skipped = f"; too long: {self.chosen.skipped}" if self.chosen.skipped.count else ""
+        return (
+            f"{SPLITS[self.split]}: {len(self.chosen.sizes):,} examples of {tokens:,} tokens in "
+            f"{packed}{skipped}"
+        )
+
+    def _order_of_epoch(self, epoch: int) -> np.ndarray:
+        if self.split:
+            return np.arange(len(self.samples))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+
+    def _item(self, documents: list[int]) -> dict[str, torch.Tensor]:
+        shape = self.seq_length
+        tokens, labels = np.full((2, shape), self.pad, np.int64)
+        mask, positions = np.zeros(shape, np.float32), np.arange(shape)
+        begin = 0
+        for sequence in chain.from_iterable(map(self._sequences, documents)):
+            end = begin + len(sequence.ids) - 1
+            tokens[begin:end], labels[begin:end] = sequence.ids[:-1], sequence.ids[1:]
+            mask[begin:end] = sequence.mask[1:]
+            positions[begin:end] = np.arange(end - begin)
+            begin = end
+        item = {"tokens": tokens, "labels": labels, "loss_mask": mask}
+        if self.packing:
+            positions[begin:] = np.arange(shape - begin)
+            item |= {"position_ids": positions, "document_starts": np.arange(shape) - positions}
+        return {name: torch.from_numpy(value) for name, value in item.items()}
+
+    def _sequences(self, document: int) -> list:
+        source, number = self.chosen.places[document]
+        return self.chosen.sources[source].sequences(int(number))
+
+
+def build_packed_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
+    """Training, validation and test samples of `train.objective`; None where the size is 0.
+
+    `InputError` for data that cannot be read, examples that do not fit, and empty splits.
+    """
+    sources = open_sources(config, tokenizer)
+    train, valid, test = (
+        _build_split(config, tokenizer, sources, split, size) if size else None
+        for split, size in enumerate(sizes)
+    )
+    return train, valid, test
+
+
+def open_sources(config: Config, tokenizer: Tokenizer) -> list[Examples]:
+    """What `data.data_path` names; none for mock data."""
+    if config.data.mock_data:
+        return []
+    form, tuning = FORMATS[config.train.objective], config.tuning
+    encoder = ExampleEncoder(tokenizer, chat_template(config, tokenizer), form)
+    return [
+        read_json_examples(path, encoder, skip_bad=tuning.on_bad_line == "skip")
+        if is_json_file(path)
+        else open_indexed_examples(path, form, tokenizer)
+        for path in map(str, config.data.data_path or ())
+    ]
+
+
+def chat_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of a run: of its key, else of its preprocessed data, else of its tokenizer.
+
+    `InputError` where data were made with another.
+    """
+    given = config.tuning.chat_template
+    template = None if given is None else ChatTemplate.read(given, tokenizer)
+    paths = [] if config.data.mock_data else map(str, config.data.data_path or ())
+    for path in paths:
+        sidecar = None if is_json_file(path) else read_sidecar(path)
+        if sidecar is None or sidecar.chat_template is None:
+            continue
+        place = f"the chat template of {path}"
+        made_with = ChatTemplate.of_source(sidecar.chat_template, tokenizer, place)
+        if template is not None and template.source != made_with.source:
+            raise InputError(
+                f"data.data_path: {path} was made with another chat template than {template.place}"
+                ": preprocess again, or leave out tuning.chat_template"
+            )
+        template = made_with
+    return template or ChatTemplate.of(tokenizer)
+
+
+def _build_split(
+    config: Config, tokenizer: Tokenizer, sources: Sequence[Examples], split: int, size: int
+) -> PackedExamples:
+    length, seed = config.model.seq_length, config.shuffle_seed
+    if config.data.mock_data:
+        form = FORMATS[config.train.objective]
+        ids = tokenizer.vocab_size
+        sources = [mock_examples(form, ids, length, seed, split, tokenizer.eod)]
+        ranges = [range(sources[0].num_documents)]
+    else:
+        ranges = [
+            document_ranges(config.data.split, source.num_documents)[split] for source in sources
+        ]
+    chosen = _select(config, sources, ranges)
+    if not len(chosen.sizes):
+        raise InputError(
+            f"data.split {config.data.split!r} leaves no examples for {SPLITS[split]}, which wants "
+            f"{size} samples: change data.split, or use more examples"
+        )
+    samples = PackedExamples(
+        chosen,
+        seq_length=length,
+        pad=tokenizer.eod,
+        seed=seed,
+        split=split,
+        size=size,
+        packing=config.tuning.packing or config.train.objective == "dpo",
+    )
+    if split:
+        evaluation = config.train.eval_iters * config.train.global_batch_size
+        samples.size = max(1, samples.samples_per_epoch // evaluation) * evaluation
+    return samples
+
+
+def _select(config: Config, sources: Sequence[Examples], ranges: Sequence[range]) -> Selection:
+    """The documents `ranges` of `sources`; those that are too long end the run, or are left out."""
+    places, sizes, skipped = [], [], SkippedDocuments()
+    most = config.model.seq_length
+    for number, (source, documents) in enumerate(zip(sources, ranges, strict=True)):
+        for document in documents:
+            size = int(source.sizes[document])
+            if size <= most:
+                places.append((number, document))
+                sizes.append(size)
+                continue
+            fault = (
+                f"{source.place(document)}: {size} tokens{_of_both(source)}, and a sample has "
+                f"{most} (model.seq_length)"
+            )
+            if config.tuning.on_long_example == "error":
+                raise InputError(f"{fault}: leave out such with tuning.on_long_example=skip")
+            skipped.add(fault)
+    return Selection(sources, np.array(places).reshape(-1, 2), np.array(sizes), skipped)
+
+
+def _of_both(source: Examples) -> str:
+    return " of chosen and rejected together" if source.per_document > 1 else ""
