@@ -100,6 +100,7 @@ def test_flags_of_preprocess_data():
     source = (ROOT / "tools/preprocess_data.py").read_text()
     there = set(re.findall(r'add\(\s*"(--[\w-]+)"', source))
     own = {"--split-lines", "--prepend-bos", "--parse-special-tokens"}
+    own |= {"--format", "--chat-template"}
     assert same == there - own and other and not other & there
 
 

@@ -101,7 +101,8 @@ class PackedExamples(SizedDataset):
         tokens = int(self.chosen.sizes.sum())
         share = 1 - tokens / (len(self.samples) * self.seq_length)
         packed = f"{len(self.samples):,} samples of {self.seq_length}, {share:.1%} padding"
-        skipped = f"; too long: {self.chosen.skipped}" if self.chosen.skipped.count else ""
+        left_out = (self.chosen.skipped, *(source.skipped for source in self.chosen.sources))
+        skipped = "".join(f"; {each}" for each in left_out if each.count)
         return (
             f"{SPLITS[self.split]}: {len(self.chosen.sizes):,} examples of {tokens:,} tokens in "
             f"{packed}{skipped}"

@@ -27,7 +27,12 @@ from fp8lm.metrics.console import saved_line
 from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
 from fp8lm.training import pretrained
-from fp8lm.training.config_diff import changed_keys, changed_layout, check_same_model
+from fp8lm.training.config_diff import (
+    changed_keys,
+    changed_layout,
+    check_same_model,
+    check_same_objective,
+)
 from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
 from fp8lm.training.state import by_name
 from fp8lm.training.train_state import NEEDED, TrainState
@@ -127,6 +132,7 @@ class RunCheckpoints:
     def _go_on_from(self, found: Checkpoint) -> None:
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
+        check_same_objective(former, config, found.folder)
         tokenizer_changed = all_or_error(
             self._group, lambda: check_same_tokenizer(found, self._run.tokenizer, self._config)
         )

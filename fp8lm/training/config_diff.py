@@ -54,6 +54,18 @@ def check_same_model(former: Mapping[str, Any], config: Mapping[str, Any], folde
         raise InputError(f"{folder} is a checkpoint from another model: {', '.join(changed)}")
 
 
+def check_same_objective(
+    former: Mapping[str, Any], config: Mapping[str, Any], folder: Path
+) -> None:
+    """Raise `InputError` where a run of another objective would go on: its data are others."""
+    was = former.get("train", {}).get("objective", "pretrain")
+    if was != (now := config["train"]["objective"]):
+        raise InputError(
+            f"{folder} is of a run with train.objective = {was}, and now it is {now}: start from "
+            f"its weights with checkpoint.pretrained={folder.parent} in place of checkpoint.load"
+        )
+
+
 def changed_keys(former: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """`section.key = value (was former)` per difference; both as `Config.model_dump(mode="json")`.
 

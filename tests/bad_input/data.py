@@ -237,4 +237,42 @@ TEXTS = [
     ),
 ]
 
-CASES = [*TOKENS, *TOKENIZERS, *TEXTS]
+CHAT = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+
+TURNS = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+def examples(*overrides, lines, says, template=TURNS):
+    """Tuning on a file of JSON lines."""
+    text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+    files = ["data.data_path=[x.jsonl]", "data.split='1,0,0'", "tuning.chat_template=t.jinja"]
+    prepare = writes(x__jsonl=text, t__jinja=template)
+    return train("train.objective=sft", *files, *overrides, says=says, prepare=prepare)
+
+
+MARKED = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+EXAMPLES = [
+    train("train.objective=sft", "data.data_path=[P]", says="data.data_path: P.idx does not exist"),
+    train("train.objective=sft", "data.data_path=[x.jsonl]", says="x.jsonl does not exist"),
+    train("train.objective=sft", "data.data_path=[1,a]", says="drop the weights"),
+    train("train.objective=sft", DATA, says="P holds text documents", prepare=tokens()),
+    train(
+        *("train.objective=sft", "data.data_path=[x.jsonl]", "tuning.chat_template=no"),
+        says="chat template no cannot be read",
+        prepare=writes(x__jsonl=json.dumps(CHAT)),
+    ),
+    examples(lines=[CHAT, "{"], says="x.jsonl, line 2: invalid JSON"),
+    examples(lines=[{"text": "1"}], says="x.jsonl, line 1: no key 'messages'"),
+    examples(lines=[CHAT], template="{% if %}", says="x.jsonl, line 1: chat template t.jinja: "),
+    examples(lines=[CHAT], template="{{ messages | length }}", says="is not prefix-stable"),
+    examples(lines=[{"messages": CHAT["messages"][:1]}], says="line 1: no answer: no message of"),
+    examples(
+        "model.seq_length=16",
+        lines=[{"prompt": "1 " * 16, "completion": "2"}],
+        says=("x.jsonl, line 1: 17 tokens", "tuning.on_long_example=skip"),
+    ),
+    examples("tuning.on_bad_line=skip", lines=["{"], says="no examples: 1 bad document"),
+    examples("data.split='1,1,0'", lines=[CHAT], template=MARKED, says="no examples for train"),
+]
+
+CASES = [*TOKENS, *TOKENIZERS, *TEXTS, *EXAMPLES]
