@@ -209,7 +209,7 @@ def table(
         f"micro-batches of {config.train.micro_batch_size}, "
         f"TP {parallel.tensor_model_parallel_size}{' with SP' * parallel.sequence_parallel}; "
         f"predicted for {hardware.name}"
-        f"{'; attention over whole samples' * config.data.reset_attention_mask}"
+        f"{'; attention over whole samples' * config.separates_documents}"
     )
     rows = [("", list(facts))]
 

@@ -53,6 +53,12 @@ class Config(Section):
         own = self.data.shuffle_seed
         return self.train.seed if own is None else own
 
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention stays within the documents of a sample."""
+        packs = self.train.objective != "pretrain" and self.tuning.packing
+        return self.data.reset_attention_mask or packs
+
     def to_yaml(self) -> str:
         """Write every key with its resolved value; loading the text gives an equal config."""
         return to_yaml(self.model_dump(mode="json"))

@@ -64,7 +64,7 @@ def heading(estimate: Estimate) -> str:
     dims, hardware = layout.dims, estimate.hardware
     parallel = layout.config.parallel
     sequence = " with SP" * parallel.sequence_parallel
-    whole = "; attention over whole samples" * layout.config.data.reset_attention_mask
+    whole = "; attention over whole samples" * layout.config.separates_documents
     return (
         f"{dims.world_size} x {hardware.name} ({hardware.memory_gb:.0f} GB), TP {dims.tp}"
         f"{sequence}, PP {dims.pp}, DP {dims.dp}; {batches.num_microbatches} micro-batches of "

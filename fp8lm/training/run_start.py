@@ -18,9 +18,8 @@ import torch
 
 import fp8lm
 from fp8lm.config import Config
-from fp8lm.kernels.select import describe_attention, describe_kernels
 from fp8lm.data.instruction import PackedExamples
-from fp8lm.kernels.select import describe_kernels
+from fp8lm.kernels.select import describe_attention, describe_kernels
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
@@ -101,7 +100,8 @@ def _describe_documents(config: Config, device: torch.device) -> list[str]:
     """A line where documents in a sample are kept apart."""
     keys = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     given = [f"data.{key}" for key in keys if getattr(config.data, key)]
-    if not config.data.reset_attention_mask:
+    given += ["tuning.packing"] * (config.separates_documents and not given)
+    if not config.separates_documents:
         return [f" documents: {', '.join(given)}"] if given else []
     return [
         f" documents: {', '.join(given)}; attention: "

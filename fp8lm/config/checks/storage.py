@@ -37,9 +37,10 @@ def documents(config: Config) -> Iterator[str]:
             "data.reset_position_ids = true restarts positions, and "
             "model.position_embedding_type = none has none: drop it"
         )
-    if data.reset_attention_mask and model.attention_dropout and config.train.device != "cpu":
+    if config.separates_documents and model.attention_dropout and config.train.device != "cpu":
+        key = "data.reset_attention_mask" if data.reset_attention_mask else "tuning.packing"
         yield (
-            f"data.reset_attention_mask = true with model.attention_dropout = "
+            f"{key} = true with model.attention_dropout = "
             f"{model.attention_dropout:g}: the kernels that keep documents apart on a GPU have no "
             "dropout; set model.attention_dropout=0, or train.device=cpu"
         )

@@ -13,8 +13,10 @@ def objective(config: Config) -> Iterator[str]:
         given = config.tuning.model_dump(exclude_defaults=True)
         for key, value in given.items():
             yield f"tuning.{key} = {value} is for train.objective = sft, and it is pretrain"
-    elif config.data.eod_mask_loss:
-        yield (
-            f"data.eod_mask_loss = true is for text: with train.objective = "
-            f"{config.train.objective} answers alone count"
-        )
+        return
+    for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        if getattr(config.data, key):
+            yield (
+                f"data.{key} = true is for text: with train.objective = {config.train.objective} "
+                "answers alone count, and examples do not see each other"
+            )
