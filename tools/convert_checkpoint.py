@@ -8,9 +8,10 @@ python tools/convert_checkpoint.py --from megatron --to fp8lm --input x --output
 
 hf is a HuggingFace folder: safetensors, config.json, tokenizer. hf-fp8 is one of compressed-tensors
 that vLLM serves: FP8 weights and scales as they were trained. megatron is megatron-core's
-torch_dist, the weights of one. A model that comes in is a checkpoint without optimizer states:
-train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time is in memory. OUTPUT is
-not there until all of it is; --to hf and hf-fp8 go on where the same command was killed.
+torch_dist, the weights of one; its older state dicts (torch.save), with FP8 weights of
+TransformerEngine or MS-AMP, are read, too. A model that comes in is a checkpoint without optimizer
+states: train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time is in memory.
+OUTPUT is not there until all of it is; --to hf and hf-fp8 go on where the same command was killed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fp8lm.arguments import as_path, number_type, path_text
 from fp8lm.checkpoint import Checkpoint, open_checkpoint
 from fp8lm.checkpoint.checksums import CHECKSUMS, file_digest
 from fp8lm.config import load_config
-from fp8lm.convert import megatron
+from fp8lm.convert import megatron, megatron_torch
 from fp8lm.convert.hf_export import DTYPES, export_model, plan_export
 from fp8lm.convert.hf_import import plan_import
 from fp8lm.convert.output import check_output
@@ -129,7 +130,11 @@ def export_to_megatron(options: argparse.Namespace, checkpoint: Checkpoint) -> N
 def bring_in(options: argparse.Namespace) -> None:
     """Write a model of another program as a checkpoint of this one."""
     if options.source == "megatron":
-        plan = megatron.plan_import(options.input, load_config(options.config), options.dtype)
+        config = load_config(options.config)
+        if (file := megatron_torch.find_file(options.input)) is not None:
+            plan = megatron_torch.plan_import(file, config, options.dtype)
+        else:
+            plan = megatron.plan_import(options.input, config, options.dtype)
     else:
         tokenizer = options.tokenizer_model, options.tokenizer_type
         plan = plan_import(options.input, options.dtype, *tokenizer)

@@ -30,6 +30,7 @@ from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.checkpoint.rows import StoredRows
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.config import Config, ModelConfig
+from fp8lm.convert.megatron_names import LAYERS, key_of
 from fp8lm.convert.names import param_shapes
 from fp8lm.convert.output import finish_output, start_output
 from fp8lm.convert.release import Import, Incoming, LazyPlanner, Progress, precision_of
@@ -39,28 +40,13 @@ from fp8lm.numerics import BF16, FP32, Format
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
 
-LAYERS = "decoder.layers."
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_NORMS = {
-    "input_layernorm": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_",
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def key_of(param: str) -> tuple[str, int | None]:
-    """Megatron's key of a parameter, and its layer's place in that tensor."""
-    if not param.startswith(LAYERS):
-        return param, None
-    number, _, inner = param.removeprefix(LAYERS).partition(".")
-    module, _, field = inner.rpartition(".")
-    inner = f"{_NORMS[module]}{field}" if module in _NORMS else inner
-    return LAYERS + inner, int(number)
 
 
 def export_model(
