@@ -28,7 +28,7 @@ from torch import Tensor
 from fp8lm.arguments import as_path, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.convert.names import param_shapes
-from fp8lm.convert.release import Incoming, write_release
+from fp8lm.convert.release import Import, Incoming, write_model
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.numerics import BF16, FP32, Format, format_by_name
@@ -66,7 +66,8 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     params = random_params(config)
     parameters = sum(torch.Size(param.shape).numel() for param in params.values())
     tokenizer = build_tokenizer(config.tokenizer)
-    write_release(folder / "ck", config, tokenizer, params, lambda size: None)
+    model = Import({}, {}, tokenizer, params, [])
+    write_model(folder / "ck", config, model, lambda size: None)
     result: dict[str, Any] = {
         "parameters": parameters,
         "precision": config.precision.preset,

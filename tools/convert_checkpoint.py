@@ -80,6 +80,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of a safetensors file (default: 5)",
     )
     add("--config", help="of the model and tokenizer that --from megatron brings in (YAML)")
+    add("--weights-only", action="store_true", help="leave optimizer states out (megatron)")
     add("--tokenizer-model", type=path_text, help="not the model's own: a file or folder")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, help="its kind")
     options = parser.parse_args(argv)
@@ -89,6 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--dtype: hf-fp8 has the formats of the training")
     if (options.source == "megatron") != (options.config is not None):
         parser.error("--config FILE: --from megatron needs it, and nothing else takes it")
+    if options.weights_only and "megatron" not in (options.source, options.target):
+        parser.error("--weights-only: hf has no optimizer states")
     if options.source != "hf" and (options.tokenizer_model or options.tokenizer_type):
         parser.error("--tokenizer-model: for --from hf; others say themselves what theirs is")
     return options
@@ -116,15 +119,14 @@ def export(options: argparse.Namespace) -> None:
 def export_to_megatron(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Write the weights of a checkpoint of this program as one of megatron-core."""
     weights, dtype = Weights.of(checkpoint), options.dtype or "bf16"
-    tell([f"{checkpoint.folder}, iteration {checkpoint.iteration}", *weights.describe(dtype)])
+    plan = megatron.plan_export(weights, dtype, weights_only=options.weights_only)
+    tell([f"{checkpoint.folder}, iteration {checkpoint.iteration}", *plan.lines])
     conversion = describe(options, identity_of(checkpoint))
-    fmt = DTYPES[dtype]
-    total = sum(tensor.nbytes for tensor in megatron.plan_export(weights, fmt).values())
-    with progress_bar(total) as bar:
+    with progress_bar(plan.nbytes) as bar:
         megatron.export_model(
-            weights, fmt, options.output, conversion, lambda size: bar.update(size)
+            plan, weights, options.output, conversion, lambda size: bar.update(size)
         )
-    print(f"{options.output}: {total:,} bytes of weights")
+    print(f"{options.output}: {plan.nbytes:,} bytes")
 
 
 def bring_in(options: argparse.Namespace) -> None:
@@ -134,14 +136,18 @@ def bring_in(options: argparse.Namespace) -> None:
         if (file := megatron_torch.find_file(options.input)) is not None:
             plan = megatron_torch.plan_import(file, config, options.dtype)
         else:
-            plan = megatron.plan_import(options.input, config, options.dtype)
+            kept = options.weights_only
+            plan = megatron.plan_import(options.input, config, options.dtype, weights_only=kept)
     else:
         tokenizer = options.tokenizer_model, options.tokenizer_type
         plan = plan_import(options.input, options.dtype, *tokenizer)
     tell([str(options.input), *plan.lines])
-    with progress_bar(sum(param.nbytes for param in plan.params.values())) as bar:
+    with progress_bar(plan.nbytes) as bar:
         import_model(plan, options.output, describe(options, {}), lambda size: bar.update(size))
-    print(f"{options.output}: start from it with checkpoint.pretrained={options.output}")
+    key = "start from it with checkpoint.pretrained"
+    if plan.training is not None:
+        key = f"go on from iteration {plan.iteration} with checkpoint.load"
+    print(f"{options.output}: {key}={options.output}")
 
 
 def describe(options: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:

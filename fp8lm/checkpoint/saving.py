@@ -62,7 +62,7 @@ def save_checkpoint(
     """
     root = Path(root)
     planner = shards if isinstance(shards, ShardSavePlanner) else ShardSavePlanner(shards)
-    files = {**files, COMMON: _common_text(iteration, meta).encode()}
+    files = {**files, COMMON: common_text(iteration, meta).encode()}
     try:
         folder = _write(root, iteration, planner, files, group, verify_owner)
     except OSError as error:
@@ -114,7 +114,8 @@ def _clear(root: Path, retention: Retention, latest: int, verify_owner: Callable
     remove(root, retention.superseded(saved_iterations(root), latest))
 
 
-def _common_text(iteration: int, meta: Mapping[str, Any]) -> str:
+def common_text(iteration: int, meta: Mapping[str, Any]) -> str:
+    """The content of `common.json`."""
     common = {
         **meta,
         "iteration": iteration,

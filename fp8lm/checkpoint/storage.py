@@ -52,7 +52,13 @@ def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[
 
     Returns the SHA-256 of the files that this rank wrote, by name.
     """
-    writer = _Writer(folder)
+    writer = Writer(folder)
+    write_with(writer, planner, group)
+    return writer.files.digests
+
+
+def write_with(writer: Writer, planner: ShardSavePlanner, group: Group) -> None:
+    """Write all ranks' shards by `writer`; an error of one rank is raised on all of them."""
     with _plain_errors():
         dcp.save(
             dict(planner.offered),
@@ -61,7 +67,6 @@ def write_shards(folder: Path, planner: ShardSavePlanner, group: Group) -> dict[
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
-    return writer.files.digests
 
 
 def read_shards(
@@ -163,7 +168,9 @@ class _Recorder(io.IOBase):
         return self._stream.fileno()
 
 
-class _Writer(dcp.FileSystemWriter):
+class Writer(dcp.FileSystemWriter):
+    """Writes files into a folder that is there, and hashes them: see `_Files`."""
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.fs = self.files = _Files()

@@ -25,8 +25,8 @@ from fp8lm.convert.names import (
     head_of,
     hugging_face_names,
 )
-from fp8lm.convert.output import finish_output, start_output
-from fp8lm.convert.release import Progress
+from fp8lm.convert.output import conversion_folder
+from fp8lm.convert.release import Progressed
 from fp8lm.convert.safetensors_files import (
     OutputTensor,
     plan_files,
@@ -193,23 +193,22 @@ def _fp8_scale(weights: Weights, param: str) -> Tensor:
 
 
 def export_model(
-    plan: Export, output: Path, largest: int, conversion: Mapping[str, Any], progress: Progress
+    plan: Export, output: Path, largest: int, conversion: Mapping[str, Any], progress: Progressed
 ) -> None:
     """Write `plan` to the folder `output`, in files of at most `largest` bytes.
 
     Files that the same `conversion` has written before it was killed are kept.
     """
-    work = start_output(output, conversion)
     files = plan_files(plan.tensors, largest)
-    for name, tensors in files.items():
-        if (work / name).is_file():
-            progress(sum(tensor.nbytes for tensor in tensors))
-        else:
-            write_file(work / name, tensors, progress)
-    write_index(work, files)
-    write_whole(work / CONFIG, json.dumps(plan.config, indent=2) + "\n")
-    generation = {"_from_model_config": True, **token_ids(plan.tokenizer)}
-    write_whole(work / GENERATION_CONFIG, json.dumps(generation, indent=2) + "\n")
-    for name, content in tokenizer_files(plan.tokenizer).items():
-        write_whole(work / name, content)
-    finish_output(work, output)
+    with conversion_folder(output, conversion) as work:
+        for name, tensors in files.items():
+            if (work / name).is_file():
+                progress(sum(tensor.nbytes for tensor in tensors))
+            else:
+                write_file(work / name, tensors, progress)
+        write_index(work, files)
+        write_whole(work / CONFIG, json.dumps(plan.config, indent=2) + "\n")
+        generation = {"_from_model_config": True, **token_ids(plan.tokenizer)}
+        write_whole(work / GENERATION_CONFIG, json.dumps(generation, indent=2) + "\n")
+        for name, content in tokenizer_files(plan.tokenizer).items():
+            write_whole(work / name, content)

@@ -6,7 +6,7 @@
 
 The rest has the names and rows that it has here, [q.. | k | v] per query group and [gate | up].
 What comes in may also have layers as tensors of their own (`decoder.layers.0.`), and a prefix.
-Optimizer states are not carried over, nor is what Megatron pickles beside the tensors read.
+Optimizer states are in `megatron_optimizer`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,19 @@ from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.checkpoint.rows import StoredRows
 from fp8lm.checkpoint.storage import write_shards
 from fp8lm.config import Config, ModelConfig
+from fp8lm.convert import megatron_optimizer as optimizer
+from fp8lm.convert.hf_export import DTYPES
 from fp8lm.convert.megatron_names import LAYERS, key_of
 from fp8lm.convert.names import param_shapes
-from fp8lm.convert.output import finish_output, start_output
-from fp8lm.convert.release import Import, Incoming, LazyPlanner, Progress, precision_of
+from fp8lm.convert.output import conversion_folder
+from fp8lm.convert.release import (
+    Import,
+    Incoming,
+    LazyPlanner,
+    Progressed,
+    TrainingState,
+    precision_of,
+)
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import build_tokenizer, padded_vocab_size
 from fp8lm.numerics import BF16, FP32, Format
@@ -50,39 +59,68 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def export_model(
-    weights: Weights, fmt: Format, output: Path, conversion: Mapping[str, Any], progress: Progress
+    plan: Export, weights: Weights, output: Path, conversion: Mapping[str, Any], told: Progressed
 ) -> None:
-    """Write the master weights of a checkpoint, rounded to `fmt`, to the folder `output`."""
-    tensors = plan_export(weights, fmt)
-    work = start_output(output, conversion)
-    iteration = weights.checkpoint.iteration
-    folder = work / f"iter_{iteration:07d}"
-    folder.mkdir(exist_ok=True)
-    for left in folder.iterdir():  # of one that was killed
-        left.unlink()
-    write_shards(folder, LazyPlanner(tensors, {}, progress), None)
-    common = {
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "args": Namespace(**arguments(weights)),
-    }
-    torch.save(common, folder / "common.pt")
-    write_whole(folder / "metadata.json", json.dumps(BACKEND))
-    write_whole(work / LATEST, f"{iteration}\n")
-    finish_output(work, output)
+    """Write `plan`, made of `weights`, to the folder `output`."""
+    with conversion_folder(output, conversion) as work:
+        iteration = weights.checkpoint.iteration
+        folder = work / f"iter_{iteration:07d}"
+        folder.mkdir(exist_ok=True)
+        for left in folder.iterdir():  # of one that was killed
+            left.unlink()
+        write_shards(folder, LazyPlanner(plan.tensors, {}, told), None)
+        common = {
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "args": Namespace(**arguments(weights)),
+            **plan.facts,
+        }
+        torch.save(common, folder / "common.pt")
+        write_whole(folder / "metadata.json", json.dumps(BACKEND))
+        write_whole(work / LATEST, f"{iteration}\n")
 
 
-def plan_export(weights: Weights, fmt: Format) -> dict[str, Incoming]:
-    """Megatron's tensors; `InputError` for a model that megatron-core does not express."""
+@dataclass(frozen=True)
+class Export:
+    """Megatron's tensors, what is in its `common.pt` for them, and lines that say of what."""
+
+    tensors: dict[str, Incoming]
+    facts: dict[str, Any]
+    lines: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_export(weights: Weights, dtype: str, *, weights_only: bool) -> Export:
+    """The master weights of a checkpoint in `dtype` (fp32, bf16), with optimizer states if it has.
+
+    `InputError` for a model that megatron-core does not express.
+    """
     if weights.model.use_parallel_residual:
         raise InputError("model.use_parallel_residual = true: megatron-core has no such layer")
+    tensors = stacked(weights, DTYPES[dtype], "weight")
+    lines = weights.describe(dtype)
+    if weights_only or not optimizer.is_stored(weights):
+        return Export(tensors, {}, lines)
+    for kind, name in optimizer.NAMES_OUT.items():
+        states = stacked(weights, FP32, kind)
+        tensors |= {f"{optimizer.PREFIX}{name}.{key}": own for key, own in states.items()}
+    lines.append("optimizer: master weights and moments in fp32")
+    return Export(tensors, optimizer.facts_of(weights), lines)
+
+
+def stacked(weights: Weights, fmt: Format, kind: str) -> dict[str, Incoming]:
+    """Megatron's tensors of a `kind` (weight: the most exact values) in `fmt`."""
     params: dict[str, list[str]] = {}
     for param in weights.shapes:
         params.setdefault(key_of(param)[0], []).append(param)
-    return {key: _stacked(weights, key, layers, fmt) for key, layers in params.items()}
+    return {key: _stacked(weights, key, layers, fmt, kind) for key, layers in params.items()}
 
 
-def _stacked(weights: Weights, key: str, layers: list[str], fmt: Format) -> Incoming:
+def _stacked(weights: Weights, key: str, layers: list[str], fmt: Format, kind: str) -> Incoming:
     """The tensor `key` made of the same parameter of all `layers`, or of the one outside them."""
     rows, *tail = weights.shapes[layers[0]]
     if layers[0] in WORD_TABLES:
@@ -91,7 +129,7 @@ def _stacked(weights: Weights, key: str, layers: list[str], fmt: Format) -> Inco
     def read(start: int, stop: int) -> Tensor:
         param, first = layers[start // rows], start // rows * rows
         ranges = ((start - first, stop - first),)
-        return torch.cat(list(weights.values(param, ranges, fmt.dtype)))
+        return torch.cat(list(weights.values(param, ranges, fmt.dtype, kind)))
 
     in_layers = key.startswith(LAYERS)
     shape = (rows * len(layers), *tail)
@@ -100,7 +138,7 @@ def _stacked(weights: Weights, key: str, layers: list[str], fmt: Format) -> Inco
 
 def arguments(weights: Weights) -> dict[str, Any]:
     """What Megatron-LM's `--use-checkpoint-args` reads."""
-    model = weights.model
+    model, common = weights.model, weights.checkpoint.common
     same = (
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"),
         *("num_query_groups", "kv_channels", "max_position_embeddings", "position_embedding_type"),
@@ -115,7 +153,8 @@ def arguments(weights: Weights) -> dict[str, Any]:
         "add_position_embedding": model.position_embedding_type == "learned_absolute",
         "padded_vocab_size": weights.rows_of_table(WORD_TABLES[0]),
         "iteration": weights.checkpoint.iteration,
-        "consumed_train_samples": 0,
+        "consumed_train_samples": common.get("consumed_samples") or 0,
+        "global_batch_size": common["config"]["train"]["global_batch_size"],
         "consumed_valid_samples": 0,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -123,10 +162,14 @@ def arguments(weights: Weights) -> dict[str, Any]:
     }
 
 
-def plan_import(folder: Path, config: Config, dtype: str | None) -> Import:
-    """The weights in `folder` as the model of `config`, stored in `dtype` (None: their own)."""
+def plan_import(folder: Path, config: Config, dtype: str | None, *, weights_only: bool) -> Import:
+    """The model in `folder`, which is that of `config`, with optimizer states if they are there.
+
+    Weights are stored in `dtype` (None: their own).
+    """
     tokenizer = build_tokenizer(config.tokenizer)
-    stored = _Stored.of(_checkpoint_folder(folder))
+    place = _checkpoint_folder(folder)
+    stored = _Stored.of(place)
     rows = stored.rows(WORD_TABLES[0])
     if tokenizer.vocab_size > rows:
         raise InputError(
@@ -136,8 +179,11 @@ def plan_import(folder: Path, config: Config, dtype: str | None) -> Import:
     kept = dtype or stored.dtype()
     params = stored.params(config.model, rows, FP32 if kept == "fp32" else BF16)
     model = config.model.model_dump(mode="json")
-    lines = [f"weights: {kept}, without optimizer states"]
-    return Import(model, precision_of(kept), tokenizer, params, lines)
+    training, line = None, "without optimizer states"
+    if not weights_only:
+        training, line = stored.training(config, rows)
+    lines = [f"weights: {kept}", line]
+    return Import(model, precision_of(kept), tokenizer, params, lines, training)
 
 
 def _checkpoint_folder(folder: Path) -> Path:
@@ -187,13 +233,21 @@ class _Stored:
         inner = name.removeprefix(self.prefix)
         return inner.startswith(("decoder.", "embedding.", "output_layer."))
 
-    def params(self, model: ModelConfig, rows: int, fmt: Format) -> dict[str, Incoming]:
-        """All parameters of `model`, whose tables have `rows`; `InputError` for another model."""
+    def params(
+        self, model: ModelConfig, rows: int, fmt: Format, prefix: str = ""
+    ) -> dict[str, Incoming]:
+        """All parameters of `model`, whose tables have `rows`; `InputError` for another model.
+
+        `prefix` names optimizer states of them.
+        """
         found, reader = {}, StoredRows(self.checkpoint)
         used = set()
         for param, shape in param_shapes(model, rows).items():
             name, layer = self._place(param)
             used.add(name)
+            name = prefix + name
+            if name not in self.checkpoint.tensors:
+                raise InputError(f"{self.checkpoint.folder} holds no tensor {name}")
             stacked = model.num_layers if layer is not None else 1
             wanted = (stacked * shape[0], *shape[1:])
             held = reader.shape(name, len(shape))
@@ -205,6 +259,18 @@ class _Stored:
             found[param] = self._incoming(reader, name, param, shape, (layer or 0), model, fmt)
         self._refuse_others(used)
         return found
+
+    def training(self, config: Config, rows: int) -> tuple[TrainingState | None, str]:
+        """Optimizer states, if they are here, and a line that says what they are."""
+        kinds = optimizer.kinds_in(self.checkpoint)
+        if kinds is None:
+            return None, optimizer.why_not(self.checkpoint)
+        found: dict[str, dict[str, Incoming]] = {}
+        for kind, name in kinds.items():
+            prefix = "" if name is None else f"{optimizer.PREFIX}{name}."
+            found[kind] = self.params(config.model, rows, FP32, prefix)
+        line = "optimizer: master weights and moments in fp32; a run casts them to its formats"
+        return optimizer.training_state(self.checkpoint.folder, config, found), line
 
     def _place(self, param: str) -> tuple[str, int | None]:
         """The tensor that holds `param`, and the place in it if it is a stack of all layers."""

@@ -1,8 +1,8 @@
 """Megatron-core's names of parameters, where they are not those here.
 
-    decoder.layers.self_attention.linear_qkv.weight               of all layers, stacked
-    decoder.layers.self_attention.linear_qkv.layer_norm_weight    the input norm
-    decoder.layers.mlp.linear_fc1.layer_norm_weight               that before the MLP
+decoder.layers.self_attention.linear_qkv.weight               of all layers, stacked
+decoder.layers.self_attention.linear_qkv.layer_norm_weight    the input norm
+decoder.layers.mlp.linear_fc1.layer_norm_weight               that before the MLP
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The folder of a conversion: not there until all of it is, and continued where it was killed.
 
-.NAME.converting/              what is done so far, beside OUTPUT
+.NAME.converting/                  what is done so far, beside OUTPUT
 .NAME.converting/conversion.json   which conversion: source, options, version
+.NAME.converting/run.lock          while a process writes it
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fp8lm.runtime.errors import InputError
-from fp8lm.runtime.files import make_folder, sync_folder, write_whole
+from fp8lm.runtime.errors import FolderInUse, InputError
+from fp8lm.runtime.files import sync_folder, write_whole
+from fp8lm.runtime.lock_file import NAME as LOCK
+from fp8lm.runtime.run_lock import RunFolder, RunLocks
 
 JOURNAL = "conversion.json"
 
@@ -25,26 +29,49 @@ def check_output(output: Path) -> None:
         raise InputError(f"--output {output} is there already: name a folder that is not")
 
 
-def start_output(output: Path, conversion: Mapping[str, Any]) -> Path:
-    """The folder to write in; what the same `conversion` has left in it is kept."""
+@contextmanager
+def conversion_folder(output: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder to write in, which gets the name `output` at the end; an error leaves it.
+
+    What the same `conversion` has left in it is kept. `InputError` while another process writes it.
+    """
     check_output(output)
     work = output.with_name(f".{output.name}.converting")
-    text = json.dumps(conversion, indent=1, sort_keys=True) + "\n"
-    if work.is_symlink() or (work.exists() and not (work / JOURNAL).is_file()):
+    if work.is_symlink() or (work.exists() and not _is_ours(work)):
         raise InputError(f"{work} is in the way: no conversion has left it")
-    if work.exists() and (work / JOURNAL).read_text() != text:
-        shutil.rmtree(work)
-    make_folder(work)
-    if not (work / JOURNAL).exists():
-        write_whole(work / JOURNAL, text)
-    return work
-
-
-def finish_output(work: Path, output: Path) -> None:
-    """Give the folder its name."""
-    check_output(output)
-    for name in (JOURNAL,):
-        (work / name).unlink()
+    locks = RunLocks()
+    complaint = f"--output {output} cannot be written"
+    try:
+        locks.take([RunFolder(str(work), f"--output {output}", complaint)])
+    except FolderInUse as error:
+        raise InputError(str(error)) from error
+    try:
+        check_output(output)  # a conversion that has finished since
+        _begin(work, json.dumps(conversion, indent=1, sort_keys=True) + "\n")
+        yield work
+        check_output(output)
+        locks.verify()
+    except BaseException:
+        locks.release()
+        raise
+    (work / JOURNAL).unlink()
     sync_folder(work)
+    locks.release()
     work.rename(output)
     sync_folder(output.parent)
+
+
+def _is_ours(work: Path) -> bool:
+    names = os.listdir(work)
+    return JOURNAL in names or all(name.startswith(LOCK) or LOCK in name for name in names)
+
+
+def _begin(work: Path, conversion: str) -> None:
+    """Remove what another conversion has left, and say which this is."""
+    journal = work / JOURNAL
+    if journal.is_file() and journal.read_text() == conversion:
+        return
+    for left in work.iterdir():
+        if LOCK not in left.name:
+            left.unlink() if left.is_symlink() or not left.is_dir() else shutil.rmtree(left)
+    write_whole(journal, conversion)

@@ -1,6 +1,6 @@
 """State dicts that torch.save wrote, with the FP8 weights of TransformerEngine and MS-AMP.
 
-    TransformerEngine   Float8Tensor    _make_in_reduce_ex(data, fp8_dtype, fp8_scale_inv, dtype, ..)
+    TransformerEngine   Float8Tensor    _make_in_reduce_ex(data, fp8_dtype, fp8_scale_inv, ...)
     MS-AMP              ScalingTensor   value, meta.scale_inv, meta.qtype
 
     value = code * scale_inv                here: code / scale
@@ -69,6 +69,19 @@ def read_state_dict(path: Path) -> dict[str, SavedTensor]:
     The model is what lies under `model`, or all. `InputError` for what is no such file, or holds
     tensors that cannot be read here.
     """
+    found = _load(path)
+    model = found.get("model", found)
+    return {name: _saved(name, value, path) for name, value in _flat(model, "")}
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What lies beside the tensors in a file of torch.save: plain values, and objects that do
+    nothing. Arguments of a program are a dict.
+    """
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
     _check_archive(path)
     unpickling = types.SimpleNamespace(Unpickler=_Unpickler, __name__="fp8lm")
     try:
@@ -81,8 +94,7 @@ def read_state_dict(path: Path) -> dict[str, SavedTensor]:
         raise InputError(f"{path} is damaged: {str(error)[:200]}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no state dict")
-    model = found.get("model", found)
-    return {name: _saved(name, value, path) for name, value in _flat(model, "")}
+    return found
 
 
 def _check_archive(path: Path) -> None:
@@ -101,9 +113,10 @@ def _flat(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+        elif str(key).endswith("_extra_state"):
+            continue
         elif isinstance(value, Tensor | _Float8Tensor | _ScalingTensor):
-            if not str(key).endswith("_extra_state"):
-                yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", value
 
 
 def _saved(name: str, value: Any, path: Path) -> SavedTensor:
@@ -157,9 +170,7 @@ class _TEDType:
 class _Float8Tensor:
     """Stands in for TransformerEngine's class, and for the method that makes one."""
 
-    def __init__(
-        self, data: Tensor, fp8_dtype: _TEDType, fp8_scale_inv: Tensor, *_: Any
-    ) -> None:
+    def __init__(self, data: Tensor, fp8_dtype: _TEDType, fp8_scale_inv: Tensor, *_: Any) -> None:
         self.data, self.dtype, self.scale_inv = data, fp8_dtype, fp8_scale_inv
 
     def saved(self) -> tuple[SavedTensor, bool]:
@@ -205,6 +216,13 @@ def _member(owner: Any, name: Any) -> Any:
     return _Float8Tensor if owner is _Float8Tensor else _Inert
 
 
+class _Arguments(dict):
+    """Stands in for argparse.Namespace."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
 def _with_no_hooks(data: Tensor, *_: Any) -> Tensor:
     return data
 
@@ -215,6 +233,7 @@ _REPLACED: Mapping[str, Any] = {
     "builtins.getattr": _member,
     "__builtin__.getattr": _member,  # its name in the protocol that torch.save uses
     "torch._utils._rebuild_parameter": _with_no_hooks,
+    "argparse.Namespace": _Arguments,
     "transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": _Float8Tensor,
     "transformer_engine.pytorch.float8_tensor.Float8Tensor": _Float8Tensor,
     "transformer_engine_torch.DType": _TEDType,

@@ -19,12 +19,12 @@ from fp8lm.checkpoint.rows import StoredRows
 from fp8lm.config import ModelConfig, PrecisionConfig
 from fp8lm.convert.names import Ranges, param_shapes
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.numerics import BF16, E4M3, FP16, FP32, Format
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, ROOT_E4M4, Format
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
 
 BLOCK_ELEMENTS = 2**24  # converted at once: 64 MB in fp32
-_FORMATS = {fmt.dtype: fmt for fmt in (E4M3, FP16, BF16, FP32)}
+_FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, ROOT_E4M4, FP16, BF16, FP32)}
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,15 @@ class Weights:
         rows = self._rows.read(str(key), start, stop, len(self.shapes[param]))
         return ScaledTensor(rows.view(fmt.storage), self.scale(param, kind), fmt)
 
-    def values(self, param: str, ranges: Ranges, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The most exact values of the rows `ranges`, rounded to `dtype`, in blocks of rows."""
-        kind, kernels = self.source_kind(param), ReferenceKernels()
+    def values(
+        self, param: str, ranges: Ranges, dtype: torch.dtype, kind: str = "weight"
+    ) -> Iterator[Tensor]:
+        """Values of the rows `ranges`, rounded to `dtype`, in blocks of rows.
+
+        Of a moment, or for any other `kind` the most exact ones of the parameter.
+        """
+        kind = kind if kind.startswith("exp_avg") else self.source_kind(param)
+        kernels = ReferenceKernels()
         for start, stop in self.blocks(param, ranges):
             yield kernels.dequantize(self.read(param, start, stop, kind)).to(dtype)
 

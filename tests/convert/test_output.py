@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.convert.hf_export import export_model, plan_export
-from fp8lm.convert.output import finish_output, start_output
+from fp8lm.convert.hf_import import plan_import
+from fp8lm.convert.output import conversion_folder
+from fp8lm.convert.release import import_model
 from fp8lm.convert.safetensors_files import OutputTensor, SafetensorsFolder, plan_files, write_file
 from fp8lm.runtime.errors import InputError
-from tests.convert.models import LLAMA, save_model
+from tests.convert.models import FP32, LLAMA, as_bytes, save_model
+from tests.training.contents import contents
 
 
 def random_tensors():
@@ -64,24 +67,46 @@ def test_files_have_a_largest_size(tmp_path):
 def test_a_folder_that_is_no_conversions_is_left_alone(tmp_path):
     (tmp_path / ".x.converting").mkdir()
     (tmp_path / ".x.converting" / "mine").touch()
-    with pytest.raises(InputError, match="in the way"):
-        start_output(tmp_path / "x", {})
-    assert (tmp_path / ".x.converting" / "mine").exists()
-
-
-def test_another_conversion_starts_anew(tmp_path):
-    work = start_output(tmp_path / "x", {"dtype": "bf16"})
-    (work / "part").touch()
-    assert (start_output(tmp_path / "x", {"dtype": "bf16"}) / "part").exists()
-    assert not (start_output(tmp_path / "x", {"dtype": "fp32"}) / "part").exists()
-    finish_output(work, tmp_path / "x")
-    assert not list((tmp_path / "x").iterdir())
-    with pytest.raises(InputError, match="is there already"):
-        start_output(tmp_path / "x", {})
+    with pytest.raises(InputError, match="in the way"), conversion_folder(tmp_path / "x", {}):
+        raise AssertionError
+    assert [path.name for path in (tmp_path / ".x.converting").iterdir()] == ["mine"]
 
 
 class Killed(Exception):
     pass
+
+
+def test_another_conversion_starts_anew(tmp_path):
+    output = tmp_path / "x"
+
+    def leave(conversion, *names):
+        """What was there, before it is killed having made `names`."""
+        with pytest.raises(Killed), conversion_folder(output, conversion) as work:
+            found = {path.name for path in work.iterdir()} - {"run.lock", "conversion.json"}
+            for name in names:
+                (work / name).mkdir()
+            raise Killed
+        assert not (work / "run.lock").exists()
+        return found
+
+    assert leave({"dtype": "bf16"}, "part") == set()
+    assert leave({"dtype": "bf16"}) == {"part"}
+    assert leave({"dtype": "fp32"}) == set()
+    with conversion_folder(output, {"dtype": "fp32"}) as work:
+        (work / "file").touch()
+    assert [path.name for path in output.iterdir()] == ["file"] and not work.exists()
+    with pytest.raises(InputError, match="is there already"), conversion_folder(output, {}):
+        raise AssertionError
+
+
+def test_two_conversions_do_not_write_the_same_output(tmp_path, run):
+    folder = save_model(tmp_path / "ck", LLAMA, {"preset": "o3"})
+    with conversion_folder(tmp_path / "hf", {}) as work:
+        code, said = run("fp8lm", "hf", folder, tmp_path / "hf")
+        error = said.splitlines()[-1]  # after what would be made
+        assert code == 2 and f"--output {tmp_path / 'hf'} is in use by process" in error
+        assert {path.name for path in work.iterdir()} == {"run.lock", "conversion.json"}
+        (work / "file").touch()
 
 
 @pytest.mark.slow
@@ -113,3 +138,38 @@ def test_a_killed_export_goes_on(tmp_path):
         assert (output / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {n for n in names if n.endswith("tensors")}
+
+
+@pytest.mark.parametrize("precision", [{"preset": "o3"}, FP32])
+def test_a_killed_import_goes_on(tmp_path, precision):
+    """File by file, to the same bytes as one that was not killed."""
+    checkpoint = open_checkpoint(save_model(tmp_path / "ck", LLAMA, precision))
+    dtype = None if precision == {"preset": "o3"} else "fp32"
+    plan = plan_export(checkpoint, dtype)
+    export_model(plan, tmp_path / "hf", 10**9, {}, lambda size: None)
+    read, most = [], 200_000 if dtype else 60_000
+
+    def bring_in(to, progress):
+        import_model(plan_import(tmp_path / "hf", None), to, {}, progress, largest=20_000)
+
+    def kill(size):
+        read.append(size)
+        if sum(read) > most:
+            raise Killed
+
+    with pytest.raises(Killed):
+        bring_in(tmp_path / "in", kill)
+    assert not (tmp_path / "in").exists()
+    writing = tmp_path / ".in.converting" / "writing"
+    kept = {path: path.stat().st_mtime_ns for path in writing.glob("*.distcp")}
+    assert len(kept) > len(list(writing.glob(".piece_*.json"))) >= 1
+    again = []
+    bring_in(tmp_path / "in", again.append)
+    bring_in(tmp_path / "once", lambda size: None)
+    whole = sum(param.nbytes for param in plan_import(tmp_path / "hf", None).params.values())
+    assert 0 < sum(again) < whole
+    before, after = contents(tmp_path / "once"), contents(tmp_path / "in")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(as_bytes(after[name]), as_bytes(before[name])) for name in after)
+    assert not list((tmp_path / "in").glob("**/.piece*"))
+    open_checkpoint(tmp_path / "in")
