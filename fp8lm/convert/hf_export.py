@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8lm.checkpoint import Checkpoint
+from fp8lm.checkpoint import Checkpoint, StateKey
+from fp8lm.checkpoint.reader import StoredTensor, read_tensor
 from fp8lm.convert import compressed_tensors
 from fp8lm.convert.architectures import architecture_of, to_hugging_face
 from fp8lm.convert.names import (
@@ -37,6 +38,8 @@ from fp8lm.convert.tokenizers import reservations, token_ids, tokenizer_files
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import NullTokenizer, Tokenizer
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.amax_history import scales_of_histories
+from fp8lm.layers.unit_scale import UnitScale
 from fp8lm.numerics import BF16, E4M3, FP32, granularity_by_name, scale_from_amax
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import write_whole
@@ -172,9 +175,10 @@ def _codes(
 
 
 def _fp8_scale(weights: Weights, param: str) -> Tensor:
-    """The stored scale; of a weight in another format that of its amax, as current scaling has it.
+    """The stored scale; of a weight in another format that with which GEMMs cast it.
 
-    `InputError` where the GEMMs had one for every row or block.
+    It comes from the weight's amax, from its history of amaxes or its size, as the training has it.
+    `InputError` where the GEMMs had one for every row or block, and for a history that is not here.
     """
     if weights.format(param) == E4M3:
         return weights.scale(param)
@@ -184,12 +188,31 @@ def _fp8_scale(weights: Weights, param: str) -> Tensor:
             f"the GEMMs of {weights.checkpoint.folder} cast their weights with scales per "
             f"{granularity}, and an FP8 export has one per tensor: export it with --to hf"
         )
+    method = weights.precision.scaling_method
+    if method == "delayed":
+        return _delayed_scale(weights, param)
     kernels, amax = ReferenceKernels(), torch.zeros(())
     rows = weights.shapes[param][0]
     for start, stop in weights.blocks(param, ((0, rows),)):
         block = kernels.dequantize(weights.read(param, start, stop))
         amax = torch.maximum(amax, kernels.amax(block))
+    if method == "static":
+        return UnitScale.of_weight(weights.shapes[param][1])(amax)
     return scale_from_amax(amax, E4M3)
+
+
+def _delayed_scale(weights: Weights, param: str) -> Tensor:
+    """That of the step after the checkpoint; what exceeds it saturates, as in its GEMMs."""
+    checkpoint = weights.checkpoint
+    key = StateKey("amax_history", param.removesuffix(".weight"), "weight")
+    if (stored := checkpoint.state.get(key)) is None:
+        raise InputError(
+            f"{checkpoint.folder} holds no {key}, from which delayed scaling takes the scale of "
+            "the weight: export the complete checkpoint, not a release, or with --to hf"
+        )
+    length = tuple(stored.size)
+    history = read_tensor(checkpoint, StoredTensor(str(key), torch.float32, length))
+    return scales_of_histories(history[None], weights.precision, E4M3)[0]
 
 
 def export_model(

@@ -47,7 +47,12 @@ class Weights:
             raise InputError(f"{checkpoint.folder} holds no table {WORD_TABLES[0]}")
         tokenizer = checkpoint.common.get("tokenizer")
         rows = table.size[0] if tokenizer is None else tokenizer["identity"]["vocab_size"]
-        weights = cls(checkpoint, model, precision, min(rows, table.size[0]))
+        if rows > table.size[0]:
+            raise InputError(
+                f"{checkpoint.folder}: its tokenizer has {rows} tokens, and the model's table "
+                f"{table.size[0]} rows: it is another model's"
+            )
+        weights = cls(checkpoint, model, precision, rows)
         weights.check()
         return weights
 

@@ -127,10 +127,13 @@ class AmaxHistories:
 
     def refresh(self) -> None:
         """Take the scales from the histories, which may have been written to."""
-        most_recent = self.precision.fp8_amax_compute_algo == "most_recent"
-        amaxes = self._values[:, 0] if most_recent else self._values.amax(dim=1)
         for fmt, rows in self._of_format.items():
-            self._scales.copy_(torch.where(rows, self._scale(amaxes, fmt), self._scales))
+            scales = scales_of_histories(self._values, self.precision, fmt)
+            self._scales.copy_(torch.where(rows, scales, self._scales))
 
-    def _scale(self, amaxes: Tensor, fmt: Format) -> Tensor:
-        return scale_from_amax(amaxes * 2.0**self.precision.fp8_margin, fmt)
+
+def scales_of_histories(values: Tensor, precision: PrecisionConfig, fmt: Format) -> Tensor:
+    """Scales [n] of tensors in `fmt` with these histories [n, length]."""
+    most_recent = precision.fp8_amax_compute_algo == "most_recent"
+    amaxes = values[:, 0] if most_recent else values.amax(dim=1)
+    return scale_from_amax(amaxes * 2.0**precision.fp8_margin, fmt)

@@ -61,11 +61,16 @@ def config_of(model=None, precision=None, tokenizer=None):
     )
 
 
-def save_model(folder, model=None, precision=None, tokenizer=None, config=None, says=None):
-    """Write a checkpoint of iteration 1, whose facts are those of `config`, or of `says`."""
+def save_model(
+    folder, model=None, precision=None, tokenizer=None, config=None, says=None, rows=None
+):
+    """Write a checkpoint of iteration 1, whose facts are those of `config`, or of `says`.
+
+    `rows` are those of its table (default: for the tokenizer).
+    """
     config = config or config_of(model, precision)
     tokenizer = tokenizer or NullTokenizer(IDS - 1)
-    rows = -(-tokenizer.vocab_size // 128) * 128
+    rows = rows or -(-tokenizer.vocab_size // 128) * 128
     _, optimizer = build_one_process(config, rows, KERNELS, CPU)
     generator = torch.Generator().manual_seed(1)
     for name, weight in optimizer.weights.items():

@@ -8,17 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fp8lm.checkpoint import open_checkpoint
+from fp8lm.comm.groups import process_groups
+from fp8lm.config import CheckpointConfig, LoggingConfig, build_config
 from fp8lm.convert.safetensors_files import SafetensorsFolder
+from fp8lm.training.build import build
+from fp8lm.training.hooks import build_trainer
 from tests.convert.models import (
+    CPU,
     FP32,
     LLAMA,
     SHAPES,
+    as_bytes,
     error,
     logits_here,
     logits_there,
     save_model,
     tokens,
 )
+from tests.generate.models import save_model as save_trained
 from tests.training.contents import contents, values
 
 pytestmark = pytest.mark.slow
@@ -64,6 +72,34 @@ def test_its_own_loader_has_the_trained_values_bit_for_bit(keys, exported):
         assert quantized == (layer == 1 or not keys)
     # Activations are cast per token there and per tensor here, E4M3's 2^-4 each: about 19 dB.
     assert error(result, logits_here(folder)) < 10 ** (-15 / 20)
+
+
+@pytest.mark.parametrize("precision", ["te", "te_margin", "unit"])
+def test_codes_are_those_of_the_trainings_gemms(precision, convert, tmp_path):
+    """Whatever the scale comes from: the weight, its history, or its size."""
+    folder, layer = save_trained(tmp_path / "ck", "llama", precision), "decoder.layers.0"
+    convert("fp8lm", "hf-fp8", folder, tmp_path / "hf")
+    config = build_config(open_checkpoint(str(folder)).common["config"])
+    run = config.model_copy(
+        update={"checkpoint": CheckpointConfig(load=str(folder)), "logging": LoggingConfig()}
+    )
+    with process_groups(CPU) as groups:
+        trainer = build_trainer(build(run, groups, CPU))
+        trainer.load()
+        weights = trainer.run.weights
+        operands = {name: weights[f"{layer}.{PARTS[name]}.weight"].operand() for name in PARTS}
+    exported = SafetensorsFolder(tmp_path / "hf")
+    for name, operand in operands.items():
+        codes = exported.read(f"model.layers.0.{name}.weight")
+        assert torch.equal(as_bytes(codes), as_bytes(operand.payload))
+        scale = exported.read(f"model.layers.0.{name}.weight_scale")
+        assert scale == operand.scale.reciprocal()
+
+
+def test_delayed_scaling_needs_its_histories(run, tmp_path):
+    folder = save_model(tmp_path / "ck", LLAMA, {"preset": "te_delayed"})  # without any
+    code, said = run("fp8lm", "hf-fp8", folder, tmp_path / "out")
+    assert code == 2 and "scaling.amax_history" in said and "--to hf" in said
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "neox"])

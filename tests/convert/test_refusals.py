@@ -118,6 +118,12 @@ def test_a_missing_shard(tmp_path, refused):
     refused("hf", "fp8lm", folder, says="is incomplete: model.safetensors.index.json names")
 
 
+def test_an_export_with_a_tokenizer_of_more_tokens_than_rows(refused, tmp_path):
+    folder = save_model(tmp_path / "ck", LLAMA, rows=128)
+    for target in ("hf", "megatron"):
+        refused("fp8lm", target, folder, says="250 tokens, and the model's table 128 rows")
+
+
 def test_a_tokenizer_of_more_tokens_than_rows(llama, refused):
     write_model("HuggingFaceTokenizer", llama)
     refused("hf", "fp8lm", llama, says=f"277 tokens, and the model's table {IDS} rows")

@@ -35,6 +35,7 @@ PRECISIONS = {
     "te": {"preset": "te"},
     "o3": {"preset": "o3"},
     "te_delayed": {"preset": "te_delayed"},
+    "te_margin": {"preset": "te_delayed", "fp8_margin": 1},
     "unit": {"preset": "unit"},
     "deepseek": {"preset": "deepseek"},
 }
