@@ -35,7 +35,10 @@ def test_cache_and_batch_change_no_token(checkpoint, shape, precision, cache_dty
 
 
 def layouts(folder, tp, pp, cache_dtype):
-    return [greedy_tokens(folder, tp, pp, use_cache, cache_dtype) for use_cache in (True, False)]
+    return [
+        greedy_tokens(folder, tp, pp, use_cache, cache_dtype, count=16)
+        for use_cache in (True, False)
+    ]
 
 
 @pytest.mark.slow
@@ -50,7 +53,7 @@ def test_under_layouts(run_distributed, checkpoint, tp, pp, shape, precision, ca
     # Stages send what they computed. Ranks of a layer add partial sums in another order, and scale
     # their own features of a token: the same in FP32 only, where roundings are small.
     if tp == 1 or precision == "fp32":
-        assert cached == greedy_tokens(folder, 1, 1, True, cache_dtype)
+        assert cached == greedy_tokens(folder, 1, 1, True, cache_dtype, count=16)
 
 
 @pytest.mark.slow
@@ -59,7 +62,7 @@ def test_a_vocabulary_that_ranks_do_not_divide(run_distributed, checkpoint, shap
     """Its 101 stored rows are padded to 102."""
     folder = checkpoint(shape, "fp32", make_vocab_size_divisible_by=101)
     results = run_distributed(layouts, 2, folder, 2, 1, "auto")
-    assert results == [[greedy_tokens(folder, 1, 1, True)] * 2] * 2
+    assert results == [[greedy_tokens(folder, 1, 1, True, count=16)] * 2] * 2
 
 
 @pytest.mark.parametrize("kind", [CachedContext, RecomputedContext])
