@@ -270,6 +270,7 @@ def test_the_floor_of_an_ideally_fused_layer(tracing):
         return tracing.floor.ideal_bytes(config)
 
     assert ideal("bf16") == 92 * E + 10 * P
+    assert ideal("te") == 140 * E + 10 * P  # weights are cast once a step
     assert ideal("o3") == 140 * E + (7 + 2) * P
     assert ideal("o3", "precision.cache_weight_operands=true") == 140 * E + 7 * P
     assert ideal("o3_long") == 140 * E + (4 + 2) * P

@@ -23,8 +23,8 @@ GEMM's format. Elements of a rank, for T tokens over t tensor-parallel ranks:
 
     accumulate    (2 + b) n + b per parameter: b bytes of the gradient's format, n = 2 passes if it
                   has one scale per tensor, else 1
-    weights       per parameter, unless cached for the step: 2 for the transposed copy of an FP8
-                  weight, 2 (b + 1) to cast one that is stored in b bytes
+    weights       per parameter: 2 for the transposed copy of an FP8 weight, unless cached for the
+                  step as the casts of other weights always are
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ def _per_parameter(config: Config) -> float:
     )
     one_scale = gradient.scaled and granularity_of(gradient, shape).is_per_tensor
     moved = (2 + gradient.bytes) * (2 if one_scale else 1) + gradient.bytes
-    if precision.gemm == "fp8" and not precision.cache_weight_operands:
-        moved += 2 if weight.bytes == 1 else 2 * (weight.bytes + 1)
+    if precision.gemm == "fp8" and weight.bytes == 1 and not precision.cache_weight_operands:
+        moved += 2
     return moved
