@@ -51,7 +51,7 @@ def direct_loss(model, window, stride):
             size = min(window if done == 0 else stride, len(ids) - done)
             done += size
             read = whole[max(0, done - window) : done + 1]
-            logits = model.part(torch.tensor([read[:-1]]))[-size:, 0, : model.num_ids]
+            logits = model.chunks[0](torch.tensor([read[:-1]]))[-size:, 0, : model.num_ids]
             target = torch.tensor(read[-size:])
             nats += functional.cross_entropy(logits.double(), target, reduction="sum").item()
             count += size

@@ -39,5 +39,5 @@ def test_weights_are_all_that_is_held(tool, tmp_path):
     before = tensor_bytes()
     with loaded(folder) as model:
         held = tensor_bytes() - before
-        tables = sum(table.nbytes for table in model.part.rope)
+        tables = sum(table.nbytes for table in model.chunks[0].rope)
         assert model.weight_bytes + tables <= held < model.weight_bytes + tables + 2048
