@@ -72,7 +72,7 @@ class PipelineP2P:
         def finish() -> Tensor:
             try:
                 work.wait()
-            except RuntimeError as error:
+            except RuntimeError as error:  # of gloo; NCCL's watchdog ends the process instead
                 rank = dist.get_global_rank(group, source)
                 raise RuntimeError(
                     f"nothing came from pipeline stage {source} (rank {rank})"

@@ -1,4 +1,8 @@
-"""Eager PyTorch kernels: the CPU path, and the oracle every faster kernel must match bit for bit.
+"""Eager PyTorch kernels: the CPU path, and the oracle of every faster kernel.
+
+Casts, scales, decodes, transposes, accumulation and noise are matched bit for bit; sums of products
+(GEMM, attention, norms) and AdamW, whose multiplications and additions a compiler may fuse, up to
+the rounding that their tests state.
 
     cast          payload = round_to_nearest_even(saturate(x * scale))
     dequantize    x = payload / scale                 (exact in bf16: scales are powers of two)

@@ -15,6 +15,8 @@ from fp8lm.runtime.addresses import INTERFACES, interface_of, is_loopback
 # torchrun's own, and SLURM's usual warning of a job's end. It passes them on to the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# PyTorch's name since 2.9, and the one before.
+ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 NODE_NAME = "$(uname -n)"  # in a command for all nodes; a shell makes of it what platform.node() is
 
 
@@ -74,6 +76,9 @@ def torchrun_environment(options: Options) -> dict[str, str]:
         # Workers finish their step and save in this time. An option only from torch 2.12 on.
         TIMEOUT: str(GRACE),
     }
+    if OLD_ALLOCATOR not in os.environ:
+        # Otherwise what is free lies in pieces: evaluation and training want other sizes.
+        wanted[ALLOCATOR] = "expandable_segments:True"
     if options.nnodes > 1:
         # Otherwise (seen in torch 2.13) a node keeps the address of the former first node, and
         # never meets the others again when that node has been replaced.

@@ -14,7 +14,14 @@ import pytest
 from torch.distributed.run import parse_args
 
 import fp8lm.launch.command
-from fp8lm.launch.command import TIMEOUT, command_line, torchrun_arguments, torchrun_environment
+from fp8lm.launch.command import (
+    ALLOCATOR,
+    OLD_ALLOCATOR,
+    TIMEOUT,
+    command_line,
+    torchrun_arguments,
+    torchrun_environment,
+)
 from fp8lm.launch.main import main
 from fp8lm.launch.options import parse_options
 from fp8lm.runtime.errors import InputError
@@ -97,10 +104,11 @@ def test_logs_of_nodes_are_apart(argv, folder):
 
 
 def test_variables(monkeypatch):
-    for name in ("OMP_NUM_THREADS", TIMEOUT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+    ours = ("OMP_NUM_THREADS", TIMEOUT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    for name in (*ours, ALLOCATOR, OLD_ALLOCATOR):
         monkeypatch.delenv(name, raising=False)
     here = torchrun_environment(parse_options([CONFIG, "--shutdown-timeout=9"]))
-    assert here == {"OMP_NUM_THREADS": "1", TIMEOUT: "9"}
+    assert here == {"OMP_NUM_THREADS": "1", TIMEOUT: "9", ALLOCATOR: "expandable_segments:True"}
     assert torchrun_environment(parse_options(TWO))["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert torchrun_environment(parse_options([CONFIG]))[TIMEOUT] == "240"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
@@ -109,6 +117,11 @@ def test_variables(monkeypatch):
     timeout = parse_options([CONFIG, "--shutdown-timeout=600"])
     assert torchrun_environment(timeout)[TIMEOUT] == "600"
     assert torchrun_environment(parse_options([CONFIG]))["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv(ALLOCATOR, "max_split_size_mb:64")
+    assert torchrun_environment(parse_options([CONFIG]))[ALLOCATOR] == "max_split_size_mb:64"
+    monkeypatch.delenv(ALLOCATOR)
+    monkeypatch.setenv(OLD_ALLOCATOR, "max_split_size_mb:64")  # under its old name
+    assert ALLOCATOR not in torchrun_environment(parse_options([CONFIG]))
 
 
 def test_without_a_checkout_the_module_is_started(tmp_path, monkeypatch):

@@ -57,7 +57,10 @@ def test_columns():
 # 175 B = 96 * 12 H^2 + 50304 H + ... = 174.6 B.
 # Idle: (4 - 1) / (128 + 4 - 1) = 2.3 %.
 JOB = ["--dry-run", "--nnodes", "16", "--nproc-per-node", "8", str(ROOT / "configs/gpt_175b.yaml")]
-SET = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+SET = (
+    *("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
 
 
 def shown():
