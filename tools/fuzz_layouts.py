@@ -65,13 +65,13 @@ MODELS = {
     "model.num_query_groups": (4, 4, 2),
     "model.hidden_dropout": (0.0, 0.0, 0.1),
 }
-# Documents apart; of this vocabulary and seed nearly every sample of mock data has an end of one.
+# Documents apart. EOD is as rare in mock data as any token; with this seed 59 of the first 64 samples
+# have one. (With fewer tokens than the config's these models learn faster than BOUNDS are for.)
 DOCUMENTS = {
     "data.reset_position_ids": ("true", "false"),
     "data.reset_attention_mask": ("true", "true", "false"),
     "data.eod_mask_loss": ("true", "false"),
-    "data.shuffle_seed": (1,),
-    "tokenizer.vocab_size": (31,),
+    "data.shuffle_seed": (5747,),
 }
 # Values of these change when work is done, and where, and no result.
 NEUTRAL = {

@@ -89,13 +89,12 @@ _DROPOUT = {
     "model.attention_dropout": 0.1,
     "train.recompute_granularity": "full",
 }
-# Of this vocabulary and seed nearly every sample of mock data has an end of a document.
+# With this seed of the mock data 59 of the first 64 samples have an end of a document.
 _DOCUMENTS = {
     "data.reset_position_ids": "true",
     "data.reset_attention_mask": "true",
     "data.eod_mask_loss": "true",
-    "data.shuffle_seed": 1,
-    "tokenizer.vocab_size": 31,
+    "data.shuffle_seed": 5747,
     "train.recompute_granularity": "selective",
 }
 _O3, _SUM = _preset("o3"), _preset("o3", grad_reduce="fp8_sum")

@@ -189,7 +189,7 @@ def pytorch_varlen_attention(
     from torch.nn.attention.varlen import varlen_attn  # registers operators of a GPU
 
     causal: dict[str, Any] = {"window_size": (-1, 0)}
-    if "enable_gqa" in signature(varlen_attn).parameters:  # 2.11 takes them without being told
+    if "enable_gqa" in signature(varlen_attn).parameters:  # older ones take them untold
         causal["enable_gqa"] = q_TND.shape[1] != k_TGD.shape[1]
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _context_of(varlen_attn(q_TND, k_TGD, v_TGD, *bounds, **causal))
