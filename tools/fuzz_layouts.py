@@ -65,8 +65,9 @@ MODELS = {
     "model.num_query_groups": (4, 4, 2),
     "model.hidden_dropout": (0.0, 0.0, 0.1),
 }
-# Documents apart. EOD is as rare in mock data as any token; with this seed 59 of the first 64 samples
-# have one. (With fewer tokens than the config's these models learn faster than BOUNDS are for.)
+# Documents apart. EOD is as rare in mock data as any token; with this seed 59 of the first 64
+# samples have one. (With fewer tokens than the config's these models learn faster than BOUNDS are
+# for.)
 DOCUMENTS = {
     "data.reset_position_ids": ("true", "false"),
     "data.reset_attention_mask": ("true", "true", "false"),
