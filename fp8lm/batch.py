@@ -68,6 +68,11 @@ class Batch:
     samples' numbers in the run, from which hidden dropout draws. `documents` keeps those of a
     sample apart in attention (default: every sample is one). Every rank of a replica reads the
     whole micro-batch from its own data, on every pipeline stage: nothing of it is communicated.
+
+    Of preferences: `sequence_bounds` [B, 2 P + 1] int64 are where in a sample its sequences begin
+    and end, the chosen and the rejected answer of up to P pairs in turn (pairs that are not there
+    are empty). `reference_losses` [B, S] fp32 are -log p of every label by the reference model, of
+    answers at least; only the last pipeline stage has them.
     """
 
     tokens: Tensor
@@ -76,6 +81,8 @@ class Batch:
     position_ids: Tensor | None = None
     sample_ids: Tensor | None = None
     documents: Documents | None = None
+    sequence_bounds: Tensor | None = None
+    reference_losses: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; copies from pinned memory do not wait."""

@@ -38,7 +38,7 @@ class Config(Section):
         default_factory=TokenizerConfig, description="What turned the text into tokens."
     )
     tuning: TuningConfig = Field(
-        default_factory=TuningConfig, description="How examples become samples, for sft."
+        default_factory=TuningConfig, description="Examples and their loss, for sft and dpo."
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="Where and when state is kept."
@@ -56,7 +56,8 @@ class Config(Section):
     @property
     def separates_documents(self) -> bool:
         """Whether attention stays within the documents of a sample."""
-        packs = self.train.objective != "pretrain" and self.tuning.packing
+        objective = self.train.objective
+        packs = objective == "dpo" or (objective == "sft" and self.tuning.packing)
         return self.data.reset_attention_mask or packs
 
     def to_yaml(self) -> str:

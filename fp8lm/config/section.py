@@ -43,6 +43,7 @@ Size = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_integer)]
 Positive = Annotated[float, Strict(), Field(gt=0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Strict(), Field(ge=0), BeforeValidator(_number)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1), BeforeValidator(_number)]
+Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5), BeforeValidator(_number)]
 PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1), BeforeValidator(_number)]
 
 

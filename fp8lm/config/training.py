@@ -23,10 +23,10 @@ from fp8lm.config.section import (
 class TrainConfig(Section):
     """Batches, length of the run, evaluation, device."""
 
-    objective: Literal["pretrain", "sft"] = Field(
+    objective: Literal["pretrain", "sft", "dpo"] = Field(
         "pretrain",
         description="What is learned: pretrain, the next token of text; sft, the answers of "
-        "conversations.",
+        "conversations; dpo, which of two answers is preferred.",
     )
     micro_batch_size: Count = Field(description="Samples of one forward and backward pass.")
     global_batch_size: Count = Field(description="Samples of one optimizer step, all ranks.")

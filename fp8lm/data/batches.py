@@ -25,8 +25,11 @@ from fp8lm.runtime.errors import InputError, RunFailed
 from fp8lm.runtime.faults import describe_full_shared_memory, describe_unusable_shared_memory
 from fp8lm.runtime.parent_death import end_with_parent
 
-# Of an item; the last two may be missing, and of a batch make `position_ids` and `documents`.
-FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "document_starts")
+# Of an item; but for the first three they may be missing. `document_starts` make `documents`.
+FIELDS = (
+    *("tokens", "labels", "loss_mask", "position_ids", "document_starts"),
+    *("sequence_bounds", "reference_losses"),
+)
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
 # What says that shared memory is full (0: libc tells no number then), or cannot be used at all.
 _FULL = (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -50,6 +50,11 @@ class Selection:
     sizes: np.ndarray  # tokens of each
     skipped: SkippedDocuments = field(default_factory=SkippedDocuments)
 
+    @property
+    def per_document(self) -> int:
+        """Sequences of a document."""
+        return self.sources[0].per_document
+
 
 class PackedExamples(SizedDataset):
     """`size` samples of `seq_length` tokens, packed from `chosen`; of `split` (0: training).
@@ -78,6 +83,7 @@ class PackedExamples(SizedDataset):
             else [[number] for number in numbers]
         )
         self.size = size
+        self.most_documents = max(map(len, self.samples))
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
 
     @property
@@ -117,17 +123,21 @@ class PackedExamples(SizedDataset):
         shape = self.seq_length
         tokens, labels = np.full((2, shape), self.pad, np.int64)
         mask, positions = np.zeros(shape, np.float32), np.arange(shape)
-        begin = 0
+        begin, bounds = 0, [0]
         for sequence in chain.from_iterable(map(self._sequences, documents)):
             end = begin + len(sequence.ids) - 1
             tokens[begin:end], labels[begin:end] = sequence.ids[:-1], sequence.ids[1:]
             mask[begin:end] = sequence.mask[1:]
             positions[begin:end] = np.arange(end - begin)
             begin = end
+            bounds.append(end)
         item = {"tokens": tokens, "labels": labels, "loss_mask": mask}
         if self.packing:
             positions[begin:] = np.arange(shape - begin)
             item |= {"position_ids": positions, "document_starts": np.arange(shape) - positions}
+        if self.chosen.per_document > 1:
+            count = self.chosen.per_document * self.most_documents + 1
+            item["sequence_bounds"] = np.array(bounds + [begin] * (count - len(bounds)))
         return {name: torch.from_numpy(value) for name, value in item.items()}
 
     def _sequences(self, document: int) -> list:

@@ -71,12 +71,19 @@ class LanguageModeling(Objective):
 
         Backward may leave their gradient in their memory.
         """
+        mask = batch.loss_mask
+        return torch.dot(self._losses_T(output, batch), mask.t().reshape(-1)) / mask.numel()
+
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of every label, fp32 [B, S]; see `loss` for the gradient."""
+        samples, length = batch.labels.shape
+        return self._losses_T(output, batch).view(length, samples).t()
+
+    def _losses_T(self, output: Tensor, batch: Batch) -> Tensor:
         logits_TV = output.flatten(0, 1)
         num_ids = logits_TV.shape[1] * self.tp.size if self.num_ids is None else self.num_ids
         labels_T = batch.labels.t().reshape(-1)
-        losses_T = cross_entropy(logits_TV, labels_T, num_ids, self.tp, self.kernels)
-        mask = batch.loss_mask
-        return torch.dot(losses_T, mask.t().reshape(-1)) / mask.numel()
+        return cross_entropy(logits_TV, labels_T, num_ids, self.tp, self.kernels)
 
     def counted_share(self, microbatches: Sequence[Batch]) -> Tensor:
         """See `Objective`."""

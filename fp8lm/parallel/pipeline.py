@@ -35,6 +35,8 @@ from fp8lm.parallel.pipeline_schedule import (
 from fp8lm.parallel.stages import TiedEmbeddingSync
 
 Chunk = Callable[[Tensor | None, Batch], Tensor]
+Head = Callable[[Tensor, Batch], Tensor]  # of the model's output
+Last = Callable[[Tensor, Batch], list[Tensor]]  # of which the first is differentiated
 
 
 class Executor(Protocol):
@@ -53,6 +55,9 @@ class Executor(Protocol):
 
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """The same means without backward."""
+
+    def map(self, microbatches: Iterable[Batch], head: Head) -> Iterable[Tensor]:
+        """`head` of every micro-batch's output, without backward; none but on the last stage."""
 
 
 class NoPipeline:
@@ -81,6 +86,13 @@ class NoPipeline:
         """See `Executor`; holds one micro-batch at a time."""
         found = [self._losses(batch, objective) for batch in microbatches]
         return [torch.stack(values).mean() for values in zip(*found, strict=True)]
+
+    def map(self, microbatches: Iterable[Batch], head: Head) -> Iterator[Tensor]:
+        """See `Executor`; one micro-batch at a time, as they are asked for."""
+        for batch in microbatches:
+            with torch.no_grad():
+                found = head(self._forward_step(None, batch), batch)
+            yield found
 
     def _losses(self, batch: Batch, objective: Objective) -> list[Tensor]:
         return objective.loss_and_metrics(self._forward_step(None, batch), batch)
@@ -114,7 +126,7 @@ class Pipeline:
         self._held: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         # Messages that may not have arrived yet: activations and gradients.
         self._sending: dict[str, deque[Handle[None]]] = {"F": deque(), "B": deque()}
-        self._losses: list[list[Tensor]] = []
+        self._results: list[list[Tensor]] = []  # of the last chunk, for every micro-batch
         # Messages that were asked for, by the action that needs them.
         self._arriving: dict[Action, Handle[Tensor]] = {}
         self._plans: dict[tuple[int, bool], tuple[Schedule, frozenset[int]]] = {}
@@ -128,6 +140,7 @@ class Pipeline:
         self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
     ) -> list[Tensor]:
         """See `Executor`."""
+        losses = _losses_of(objective, len(microbatches))
         schedule, early = self._planned(len(microbatches), training=True)
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
@@ -137,19 +150,28 @@ class Pipeline:
             complete = len(self.chunks) == 1 and not schedule.splits_backward and not self.tied
             if number == last and complete:
                 before_last()
-            self._do(action, microbatches, objective, schedule.splits_backward)
+            self._do(action, microbatches, losses, schedule.splits_backward)
         if self.tied is not None:
             self.tied.sum_gradients()
-        return self._finish(objective)
+        return self._sums(objective)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`."""
         microbatches = list(microbatches)
+        self._run_forwards(microbatches, _losses_of(objective, len(microbatches)))
+        return self._sums(objective)
+
+    @torch.no_grad()
+    def map(self, microbatches: Iterable[Batch], head: Head) -> list[Tensor]:
+        """See `Executor`."""
+        self._run_forwards(list(microbatches), lambda output, batch: [head(output, batch)])
+        return [found for (found,) in self._take_results()]
+
+    def _run_forwards(self, microbatches: list[Batch], last: Last) -> None:
         self._most_messages = self.num_stages
         for _, action in self._in_turn(*self._planned(len(microbatches), training=False)):
-            self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
-        return self._finish(objective)
+            self._forward(action, microbatches[action.microbatch], last)
 
     def _planned(self, num_microbatches: int, *, training: bool) -> tuple[Schedule, frozenset[int]]:
         """The schedule, and which of this stage's actions ask for their message one ahead."""
@@ -184,11 +206,9 @@ class Pipeline:
             channel = self._channel(source, self.stage)
             self._arriving[action] = self.wire.receive(source, channel, self.device)
 
-    def _do(
-        self, action: Action, microbatches: list[Batch], objective: Objective, splits: bool
-    ) -> None:
+    def _do(self, action: Action, microbatches: list[Batch], last: Last, splits: bool) -> None:
         if action.kind == "F":
-            self._forward(action, microbatches[action.microbatch], objective, len(microbatches))
+            self._forward(action, microbatches[action.microbatch], last)
             held = len(self._held) + len(self.wgrad_store)
             self.most_in_flight = max(self.most_in_flight, held)
         elif action.kind == "W":
@@ -197,8 +217,8 @@ class Pipeline:
             with self.wgrad_store.deferring(action.microbatch if splits else None):
                 self._backward(action)
 
-    def _forward(self, action: Action, batch: Batch, objective: Objective, count: int) -> None:
-        """Run one of `count` micro-batches through a chunk."""
+    def _forward(self, action: Action, batch: Batch, last: Last) -> None:
+        """Run a micro-batch through a chunk, and what the last one gives through `last`."""
         virtual = self._virtual(action)
         hidden = None
         if virtual:
@@ -208,8 +228,8 @@ class Pipeline:
         if virtual < self._last_virtual:
             self._send(output, (self.stage + 1) % self.num_stages, self._sending["F"])
         else:
-            output, *metrics = (x / count for x in objective.loss_and_metrics(output, batch))
-            self._losses.append([output.detach(), *metrics])
+            output, *more = last(output, batch)
+            self._results.append([output.detach(), *more])
         if torch.is_grad_enabled():
             # A first chunk whose weights are all frozen has no backward.
             edge = get_gradient_edge(output) if output.requires_grad else None
@@ -239,14 +259,20 @@ class Pipeline:
         while len(sending) > self._most_messages:
             sending.popleft().wait()
 
-    def _finish(self, objective: Objective) -> list[Tensor]:
-        for sending in self._sending.values():
-            while sending:
-                sending.popleft().wait()
-        found, self._losses = self._losses, []
+    def _sums(self, objective: Objective) -> list[Tensor]:
+        """Of the losses and metrics of all micro-batches."""
+        found = self._take_results()
         if not found:
             return [torch.zeros((), device=self.device) for _ in ("loss", *objective.metrics)]
         return [torch.stack(values).sum() for values in zip(*found, strict=True)]
+
+    def _take_results(self) -> list[list[Tensor]]:
+        """What the last chunk gave, once all messages have been sent."""
+        for sending in self._sending.values():
+            while sending:
+                sending.popleft().wait()
+        found, self._results = self._results, []
+        return found
 
     def _channel(self, source: int, to: int) -> dist.ProcessGroup:
         return self.groups.pp_forward if source < to else self.groups.pp_backward
@@ -257,3 +283,12 @@ class Pipeline:
     @property
     def _last_virtual(self) -> int:
         return len(self.chunks) * self.num_stages - 1
+
+
+def _losses_of(objective: Objective, count: int) -> Last:
+    """Losses and metrics of one of `count` micro-batches, as shares of the mean."""
+
+    def losses(output: Tensor, batch: Batch) -> list[Tensor]:
+        return [value / count for value in objective.loss_and_metrics(output, batch)]
+
+    return losses

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from fp8lm.batch import Batch
 from fp8lm.comm import WireCounter
 from fp8lm.comm.groups import ProcessGroups
 from fp8lm.config import Config
@@ -20,6 +22,7 @@ from fp8lm.layers.param import Param
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model import GPTModel
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
+from fp8lm.model.preference import PreferenceOptimization
 from fp8lm.optim import AdamW
 from fp8lm.optim.schedule import BatchSize, LearningRate
 from fp8lm.parallel.data_parallel import NoDataParallel
@@ -34,6 +37,7 @@ from fp8lm.training.builders import (
     build_optimizer,
     model_vocab_size,
 )
+from fp8lm.training.reference import Reference, build_reference
 from fp8lm.training.run_length import check_batches, dataset_sizes
 
 
@@ -41,7 +45,8 @@ from fp8lm.training.run_length import check_batches, dataset_sizes
 class Run:
     """The parts of one run; `weights` are the model's by Megatron name, `sent` counts bytes.
 
-    `histories` are those of delayed scaling, none with another.
+    `histories` are those of delayed scaling, none with another. `reference` is the frozen model of
+    preference training, where no file has its log-probabilities.
     """
 
     config: Config
@@ -62,6 +67,7 @@ class Run:
     shared_params: frozenset[str]
     histories: AmaxHistories
     sent: WireCounter
+    reference: Reference | None = None
 
     @property
     def chunks(self) -> list[GPTModel]:
@@ -74,6 +80,10 @@ class Run:
         if self.datasets[0] is None:
             raise RuntimeError("this run has no training samples left")
         return self.datasets[0]
+
+    def with_reference(self, microbatches: Iterable[Batch]) -> Iterable[Batch]:
+        """`microbatches` with the losses of the reference, if the run has one."""
+        return microbatches if self.reference is None else self.reference.attach(microbatches)
 
     @property
     def training_objective(self) -> Objective:
@@ -101,6 +111,12 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     ]
     parallel = parallelize(config, groups, chunks, kernels, counter, device)
     optimizer = build_optimizer(config, parallel.weights, kernels, parallel.sharding)
+    objective, reference = build_objective(config, num_ids, kernels, tp), None
+    if isinstance(objective, PreferenceOptimization) and config.tuning.reference_logprobs is None:
+        stage = groups.pipeline_parallel.rank()
+        reference = build_reference(
+            config, vocab_size, kernels, device, objective, parallel.pipeline, counter, stage
+        )
     return Run(
         config=config,
         groups=groups,
@@ -109,7 +125,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         vocab_size=vocab_size,
         model=chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
         weights=parallel.weights,
-        objective=build_objective(config, num_ids, kernels, tp),
+        objective=objective,
         optimizer=optimizer,
         learning_rate=LearningRate(config.optimizer, config.scheduler, config.train),
         batch_size=BatchSize(config.train, groups.dims.dp),
@@ -120,6 +136,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         shared_params=parallel.shared_params,
         histories=parallel.histories,
         sent=counter,
+        reference=reference,
     )
 
 

@@ -21,6 +21,7 @@ from fp8lm.model import GPTModel
 from fp8lm.model.decoder import StageSpec
 from fp8lm.model.init import initial_value
 from fp8lm.model.objectives import AnswerModeling, LanguageModeling, Objective
+from fp8lm.model.preference import PreferenceOptimization
 from fp8lm.optim import AdamW, StatePrecision
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.runtime.errors import InputError
@@ -103,6 +104,18 @@ def build_objective(
     """What `train.objective` names, for a vocabulary of `num_ids` tokens."""
     if config.train.objective == "sft":
         return AnswerModeling(num_ids, tp, kernels)
+    if config.train.objective == "dpo":
+        tuning = config.tuning
+        return PreferenceOptimization(
+            num_ids,
+            tp,
+            kernels,
+            beta=tuning.beta,
+            loss_type=tuning.loss_type,
+            label_smoothing=tuning.label_smoothing,
+            length_normalized=tuning.length_normalized,
+            sft_loss_weight=tuning.sft_loss_weight,
+        )
     return LanguageModeling(num_ids, tp, kernels)
 
 

@@ -33,7 +33,13 @@ from fp8lm.training.config_diff import (
     check_same_model,
     check_same_objective,
 )
-from fp8lm.training.provenance import check_same_tokenizer, made_with, replaced_data
+from fp8lm.training.provenance import (
+    check_same_reference,
+    check_same_tokenizer,
+    digest_of,
+    made_with,
+    replaced_data,
+)
 from fp8lm.training.state import by_name
 from fp8lm.training.train_state import NEEDED, TrainState
 
@@ -54,6 +60,8 @@ class RunCheckpoints:
         self._locks = RunLocks() if locks is None else locks
         self._saver: CheckpointSaver | None = None
         self._made_with: dict[str, Any] = {}
+        # Of initial weights, until others are read.
+        self._reference_identity: dict[str, Any] = {"seed": state.run.config.train.seed}
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
         self.is_open = False
@@ -96,14 +104,15 @@ class RunCheckpoints:
         """
         folder, weights = self._config.load, self._config.pretrained
         found = None if folder is None else self._find(folder, NEEDED)
+        if weights is not None and (found is None or self._run.reference is not None):
+            self._start_from(weights, only_reference=found is not None)
+        elif weights is not None:
+            self._report(f" not read, since this run resumes: checkpoint.pretrained={weights}")
+        elif folder is not None and found is None:
+            self._report(f" no checkpoint in {folder}: starting from initial weights")
+        self._keep_reference()
         if found is not None:
             self._go_on_from(found)
-            if weights is not None:
-                self._report(f" not read, since this run resumes: checkpoint.pretrained={weights}")
-        elif weights is not None:
-            self._start_from(weights)
-        elif folder is not None:
-            self._report(f" no checkpoint in {folder}: starting from initial weights")
         if self._saver is not None:
             self._claim_save_dir(self._saver.root, 0 if found is None else found.iteration)
 
@@ -116,7 +125,15 @@ class RunCheckpoints:
             self._report(f" warning: passed over a checkpoint: {problem}")
         return found
 
-    def _start_from(self, folder: str) -> None:
+    def _keep_reference(self) -> None:
+        """Copy the weights that a run of preferences starts from, before it goes on from others."""
+        if (reference := self._run.reference) is None:
+            return
+        self._run.data_parallel.finish_param_sync()
+        reference.copy_weights(self._run.weights)
+        self._made_with["reference"] = self._reference_identity
+
+    def _start_from(self, folder: str, *, only_reference: bool = False) -> None:
         try:
             found = self._find(folder, pretrained.NEEDED)
             if found is None:  # there was one when the run began
@@ -124,7 +141,11 @@ class RunCheckpoints:
             lines = pretrained.start_from_weights(self._run, found, self._group)
         except InputError as error:
             raise InputError(f"checkpoint.pretrained = {folder}: {error}") from error
+        self._reference_identity = {"sha256": on_main(self._group, lambda: digest_of(found))}
         where = f"{found.folder.parent}, iteration {found.iteration}"
+        if only_reference:
+            self._report(f" reference: the weights of checkpoint.pretrained: {where}")
+            return
         self._report(f" new run from the weights of checkpoint.pretrained: {where}")
         for line in lines:
             self._report(f" {line}")
@@ -133,6 +154,7 @@ class RunCheckpoints:
         former, config = found.common["config"], self._run.config.model_dump(mode="json")
         check_same_model(former, config, found.folder)
         check_same_objective(former, config, found.folder)
+        check_same_reference(found, self._made_with)
         tokenizer_changed = all_or_error(
             self._group, lambda: check_same_tokenizer(found, self._run.tokenizer, self._config)
         )

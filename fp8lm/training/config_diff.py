@@ -11,7 +11,7 @@ from fp8lm.runtime.errors import InputError
 
 LONGEST = 1000  # characters of a value that a checkpoint names
 # Other keys and sections do not change what is learned.
-_SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer")
+_SECTIONS = ("model", "precision", "optimizer", "scheduler", "tokenizer", "tuning")
 _KEYS = {
     "train": (
         "objective",
@@ -31,7 +31,6 @@ _KEYS = {
         "reset_position_ids",
         "reset_attention_mask",
     ),
-    "tuning": ("chat_template", "packing", "on_long_example", "on_bad_line"),
 }
 _HOW = ("cache_weight_operands", "kernels")  # something is computed, and not what
 # Tensors of the same names and shapes would be read as something else.

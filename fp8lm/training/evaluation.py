@@ -86,7 +86,7 @@ def _local_means(run: Run, batches: BatchIterator, count: int) -> tuple[list[Ten
             yield batch
 
     run.model.eval()
-    means = run.pipeline.evaluate(microbatches(), objective)
+    means = run.pipeline.evaluate(run.with_reference(microbatches()), objective)
     return means, torch.stack(shares).double().mean().float()
 
 

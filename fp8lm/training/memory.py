@@ -63,12 +63,12 @@ def bytes_per_parameter(
     weights: Mapping[str, Param], states: Mapping[str, AdamState], padding: int = 0
 ) -> float:
     """Bytes of state this process holds for each parameter of `weights`; see `state_bytes`."""
-    return sum(state_bytes(weights, states, padding).values()) / _count(weights)
+    return sum(state_bytes(weights, states, padding).values()) / num_elements(weights)
 
 
 def describe_state(weights: Mapping[str, Param], states: Mapping[str, AdamState]) -> str:
     """One line: bytes of state per parameter of `weights`, by kind."""
-    count = _count(weights)
+    count = num_elements(weights)
     parts = ", ".join(
         f"{kind} {size / count:.2f}" for kind, size in state_bytes(weights, states).items()
     )
@@ -79,5 +79,6 @@ def describe_state(weights: Mapping[str, Param], states: Mapping[str, AdamState]
     )
 
 
-def _count(weights: Mapping[str, Param]) -> int:
+def num_elements(weights: Mapping[str, Param]) -> int:
+    """Parameters of which this process holds its part."""
     return sum(weight.spec.numel for weight in weights.values())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8lm.checkpoint import Checkpoint
+from fp8lm.checkpoint.checksums import CHECKSUMS, file_digest
 from fp8lm.checkpoint.facts import LARGEST_COMMON, parse_common
 from fp8lm.checkpoint.files import COMMON, find_folder, latest_iteration
 from fp8lm.checkpoint.location import locate
@@ -122,6 +123,22 @@ def replaced_data(former: Mapping[str, Any], present: Mapping[str, Any]) -> list
         for file in present["data"]
         if _differs(recorded.get(file["prefix"], {}), file["identity"])
     ]
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's list of checksums: of all that it holds."""
+    return file_digest(checkpoint.folder / CHECKSUMS)
+
+
+def check_same_reference(checkpoint: Checkpoint, present: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a run of preferences would go on with another reference model."""
+    was, now = checkpoint.common.get("reference"), present.get("reference")
+    if was is not None and was != now:
+        raise InputError(
+            f"{checkpoint.folder} was trained against another reference model: give the "
+            "checkpoint.pretrained (or the seed, or the file of tuning.reference_logprobs) that it "
+            "has started from"
+        )
 
 
 def _differs(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:

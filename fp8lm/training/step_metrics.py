@@ -10,7 +10,13 @@ import torch.distributed as dist
 from fp8lm.data.instruction import PackedExamples
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
-from fp8lm.training.memory import bytes_per_parameter, linear_weights, memory_bytes, state_bytes
+from fp8lm.training.memory import (
+    bytes_per_parameter,
+    linear_weights,
+    memory_bytes,
+    num_elements,
+    state_bytes,
+)
 from fp8lm.training.progress import Interval, Progress
 
 
@@ -26,9 +32,11 @@ class StepMetrics:
         padding, linear = run.data_parallel.padding, linear_weights(run.weights)
         states = run.optimizer.states
         held = state_bytes(run.weights, states, padding)
+        if run.reference is not None:
+            held["reference"] = run.reference.nbytes
         self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
             "parameters": self.num_parameters,
-            "state_bytes_per_parameter": bytes_per_parameter(run.weights, states, padding),
+            "state_bytes_per_parameter": sum(held.values()) / num_elements(run.weights),
             "state_bytes_per_linear_parameter": bytes_per_parameter(linear, states),
         }
 

@@ -217,7 +217,7 @@ class Trainer:
             run.model,
             run.optimizer,
             run.training_objective,
-            [batch.to(run.device) for batch in microbatches],
+            list(run.with_reference(batch.to(run.device) for batch in microbatches)),
             run.learning_rate.rate(progress.iteration, consumed),
             run.data_parallel,
             run.pipeline,

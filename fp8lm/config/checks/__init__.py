@@ -32,6 +32,7 @@ _CHECKS = (
     storage.tokenizer,
     storage.checkpoint,
     tuning.objective,
+    tuning.preferences,
     precision.formats,
     precision.fp8_gemms,
     precision.block_scales,
