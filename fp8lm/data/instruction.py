@@ -10,9 +10,11 @@ reads padding after them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
@@ -22,7 +24,7 @@ from fp8lm.config import Config
 from fp8lm.data.batches import SizedDataset
 from fp8lm.data.best_fit import pack_best_fit
 from fp8lm.data.chat import ChatTemplate
-from fp8lm.data.conversations import ExampleEncoder, ExampleFormat
+from fp8lm.data.conversations import ExampleEncoder, ExampleFormat, MaskedTokens
 from fp8lm.data.documents import SkippedDocuments
 from fp8lm.data.examples import (
     Examples,
@@ -31,6 +33,7 @@ from fp8lm.data.examples import (
     read_json_examples,
 )
 from fp8lm.data.mock import mock_examples
+from fp8lm.data.reference_losses import ReferenceLosses
 from fp8lm.data.sidecar import read_sidecar
 from fp8lm.data.splits import SPLITS, document_ranges
 from fp8lm.data.tokenizer import Tokenizer
@@ -55,12 +58,31 @@ class Selection:
         """Sequences of a document."""
         return self.sources[0].per_document
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """The number of labels up to the end of each document."""
+        return np.cumsum(self.sizes, dtype=np.int64)
+
+    def sequences(self, document: int) -> list[MaskedTokens]:
+        """The sequences of a document."""
+        source, number = self.places[document]
+        return self.sources[source].sequences(int(number))
+
+    def digest(self) -> str:
+        """SHA-256 of all tokens and masks, in their order."""
+        digest = hashlib.sha256()
+        for document in range(len(self.sizes)):
+            for ids, mask in self.sequences(document):
+                digest.update(ids.astype(np.int64).data)
+                digest.update(mask.data)
+        return digest.hexdigest()
+
 
 class PackedExamples(SizedDataset):
     """`size` samples of `seq_length` tokens, packed from `chosen`; of `split` (0: training).
 
     Items are those of `BatchIterator`. With `packing` off a sample has one example, and needs no
-    documents.
+    documents. `reference_losses` are those of all labels, where a file has them.
     """
 
     def __init__(
@@ -73,6 +95,7 @@ class PackedExamples(SizedDataset):
         split: int,
         size: int,
         packing: bool = True,
+        reference_losses: np.ndarray | None = None,
     ) -> None:
         self.chosen, self.seq_length, self.pad = chosen, seq_length, pad
         self.seed, self.split, self.packing = seed, split, packing
@@ -82,9 +105,8 @@ class PackedExamples(SizedDataset):
             if packing
             else [[number] for number in numbers]
         )
-        self.size = size
+        self.size, self.reference_losses = size, reference_losses
         self.most_documents = max(map(len, self.samples))
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -99,8 +121,22 @@ class PackedExamples(SizedDataset):
             raise IndexError(f"sample {index} of {self.size}")
         epoch, number = divmod(index, len(self.samples))
         if self.split and epoch:
-            return self._item([])
-        return self._item(self.samples[self._order(epoch)[number]])
+            return self._item(None)
+        return self._item(int(self._order(epoch)[number]))
+
+    def once(self, multiple: int) -> PackedExamples:
+        """All samples as they were packed, and empty ones up to a `multiple`."""
+        other = copy(self)
+        other.split, other.size = self.split or 1, -(-len(self.samples) // multiple) * multiple
+        return other
+
+    def label_ranges(self, number: int) -> Iterator[tuple[slice, slice]]:
+        """Of the documents of sample `number`: their labels in it, and among all labels."""
+        begin = 0
+        for document in self.samples[number]:
+            size, end = int(self.chosen.sizes[document]), int(self.chosen.ends[document])
+            yield slice(begin, begin + size), slice(end - size, end)
+            begin += size
 
     def describe(self) -> str:
         """How the examples fill the samples."""
@@ -114,17 +150,17 @@ class PackedExamples(SizedDataset):
             f"{packed}{skipped}"
         )
 
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        if self.split:
-            return np.arange(len(self.samples))
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+    def _order(self, epoch: int) -> np.ndarray:
+        return _permutation(len(self.samples), self.seed, epoch, self.split)
 
-    def _item(self, documents: list[int]) -> dict[str, torch.Tensor]:
+    def _item(self, sample: int | None) -> dict[str, torch.Tensor]:
+        """A sample; None is one without examples."""
+        documents = [] if sample is None else self.samples[sample]
         shape = self.seq_length
         tokens, labels = np.full((2, shape), self.pad, np.int64)
         mask, positions = np.zeros(shape, np.float32), np.arange(shape)
         begin, bounds = 0, [0]
-        for sequence in chain.from_iterable(map(self._sequences, documents)):
+        for sequence in chain.from_iterable(map(self.chosen.sequences, documents)):
             end = begin + len(sequence.ids) - 1
             tokens[begin:end], labels[begin:end] = sequence.ids[:-1], sequence.ids[1:]
             mask[begin:end] = sequence.mask[1:]
@@ -138,11 +174,20 @@ class PackedExamples(SizedDataset):
         if self.chosen.per_document > 1:
             count = self.chosen.per_document * self.most_documents + 1
             item["sequence_bounds"] = np.array(bounds + [begin] * (count - len(bounds)))
+        if self.reference_losses is not None:
+            reference = np.zeros(shape, np.float32)
+            for own, among_all in () if sample is None else self.label_ranges(sample):
+                reference[own] = self.reference_losses[among_all]
+            item["reference_losses"] = reference
         return {name: torch.from_numpy(value) for name, value in item.items()}
 
-    def _sequences(self, document: int) -> list:
-        source, number = self.chosen.places[document]
-        return self.chosen.sources[source].sequences(int(number))
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int, split: int) -> np.ndarray:
+    """The order of an epoch; held-out samples keep theirs."""
+    if split:
+        return np.arange(count)
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def build_packed_datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
@@ -214,6 +259,9 @@ def _build_split(
             f"data.split {config.data.split!r} leaves no examples for {SPLITS[split]}, which wants "
             f"{size} samples: change data.split, or use more examples"
         )
+    losses, path = None, config.tuning.reference_logprobs
+    if path is not None:
+        losses = ReferenceLosses.read(path).of_split(path, SPLITS[split], chosen.digest())
     samples = PackedExamples(
         chosen,
         seq_length=length,
@@ -221,7 +269,8 @@ def _build_split(
         seed=seed,
         split=split,
         size=size,
-        packing=config.tuning.packing or config.train.objective == "dpo",
+        packing=config.tuning.packing,
+        reference_losses=losses,
     )
     if split:
         evaluation = config.train.eval_iters * config.train.global_batch_size

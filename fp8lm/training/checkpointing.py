@@ -6,7 +6,7 @@ intact, and the next is tried when it is due. The last one of a run must be writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fp8lm.checkpoint import (
 from fp8lm.checkpoint.collectives import all_or_error, on_main
 from fp8lm.checkpoint.files import SET_ASIDE, delete_after
 from fp8lm.checkpoint.location import load_problem, locate, pretrained_problem
+from fp8lm.data.reference_losses import read_metadata
 from fp8lm.metrics.console import saved_line
 from fp8lm.runtime.errors import InputError, LockLost
 from fp8lm.runtime.run_lock import RunLocks
@@ -34,6 +35,7 @@ from fp8lm.training.config_diff import (
     check_same_objective,
 )
 from fp8lm.training.provenance import (
+    check_log_probs,
     check_same_reference,
     check_same_tokenizer,
     digest_of,
@@ -65,6 +67,11 @@ class RunCheckpoints:
         self._began_at: Checkpoint | None = None
         self._saved_iteration: int | None = None
         self.is_open = False
+
+    @property
+    def reference_identity(self) -> Mapping[str, Any]:
+        """Which weights the run has started from."""
+        return self._reference_identity
 
     def open(self) -> None:
         """Check `checkpoint.load` and `checkpoint.save`: now, not after hours of training.
@@ -110,7 +117,7 @@ class RunCheckpoints:
             self._report(f" not read, since this run resumes: checkpoint.pretrained={weights}")
         elif folder is not None and found is None:
             self._report(f" no checkpoint in {folder}: starting from initial weights")
-        self._keep_reference()
+        self._keep_reference(is_new=found is None)
         if found is not None:
             self._go_on_from(found)
         if self._saver is not None:
@@ -125,9 +132,14 @@ class RunCheckpoints:
             self._report(f" warning: passed over a checkpoint: {problem}")
         return found
 
-    def _keep_reference(self) -> None:
+    def _keep_reference(self, *, is_new: bool) -> None:
         """Copy the weights that a run of preferences starts from, before it goes on from others."""
+        config = self._run.config
         if (reference := self._run.reference) is None:
+            if (path := config.tuning.reference_logprobs) is not None:
+                if is_new:
+                    check_log_probs(config, self._reference_identity)
+                self._made_with["reference"] = read_metadata(path)["reference"]
             return
         self._run.data_parallel.finish_param_sync()
         reference.copy_weights(self._run.weights)

@@ -19,6 +19,7 @@ from fp8lm.checkpoint.location import locate
 from fp8lm.config import CheckpointConfig, Config
 from fp8lm.data.examples import data_identity
 from fp8lm.data.identity import differences
+from fp8lm.data.reference_losses import KEY, TOOL, read_metadata
 from fp8lm.data.tokenizer import Tokenizer, tokenizer_from_files
 from fp8lm.data.tokenizer_files import TEMPLATE
 from fp8lm.runtime.errors import InputError
@@ -138,6 +139,16 @@ def check_same_reference(checkpoint: Checkpoint, present: Mapping[str, Any]) -> 
             f"{checkpoint.folder} was trained against another reference model: give the "
             "checkpoint.pretrained (or the seed, or the file of tuning.reference_logprobs) that it "
             "has started from"
+        )
+
+
+def check_log_probs(config: Config, identity: Mapping[str, Any]) -> None:
+    """Raise `InputError` for log-probabilities of another model than a run starts from."""
+    path = config.tuning.reference_logprobs
+    if path is not None and read_metadata(path)["reference"] != identity:
+        raise InputError(
+            f"{KEY} = {path} is of another model than the one that this run starts from "
+            f"(checkpoint.pretrained = {config.checkpoint.pretrained}): {TOOL} again"
         )
 
 

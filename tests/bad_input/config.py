@@ -49,6 +49,18 @@ KEYS = [
     train("train.objective=rl", says='train.objective = "rl": expected'),
     train("--sft", says="unknown option --sft: write train.objective=sft"),
     train("tuning.packing=false", says="tuning.packing = False is for train.objective = sft"),
+    train("train.objective=sft", "tuning.beta=1", says="is for train.objective = dpo, not sft"),
+    train("train.objective=dpo", "tuning.packing=false", says="separates the answers of a pair"),
+    train("train.objective=dpo", "tuning.beta=0", says="tuning.beta = 0: expected"),
+    train("train.objective=dpo", "tuning.label_smoothing=0.5", says="tuning.label_smoothing = 0.5"),
+    train(
+        *("train.objective=dpo", "tuning.label_smoothing=0.1", "tuning.loss_type=ipo"),
+        says="is for tuning.loss_type = sigmoid, not ipo",
+    ),
+    train(
+        *("train.objective=dpo", "train.calculate_per_token_loss=false"),
+        says="every pair counts the same",
+    ),
     train("train.objective=sft", "data.eod_mask_loss=true", says="answers alone count"),
     train("precision.wire.dispatch=fp8", says="not here (mixture of experts): drop it"),
     train("checkpoint.save=$NOT_SET/ck", says="checkpoint.save: the variable NOT_SET of the"),

@@ -275,4 +275,22 @@ EXAMPLES = [
     examples("data.split='1,1,0'", lines=[CHAT], template=MARKED, says="no examples for train"),
 ]
 
-CASES = [*TOKENS, *TOKENIZERS, *TEXTS, *EXAMPLES]
+PAIR = {"prompt": "1", "chosen": "2", "rejected": "3"}
+PREFERENCES = [
+    examples("train.objective=dpo", lines=[CHAT], says="x.jsonl, line 1: no key 'chosen'"),
+    examples(
+        "train.objective=dpo", lines=[PAIR | {"chosen": "3"}], says="chosen and rejected are the"
+    ),
+    examples(
+        *("train.objective=dpo", "model.seq_length=16"),
+        lines=[PAIR | {"chosen": "2 " * 16}],
+        says="17 tokens of chosen and rejected together, and a sample has 16",
+    ),
+    examples(
+        *("train.objective=dpo", "checkpoint.pretrained=none"),
+        lines=[PAIR],
+        says="no checkpoint in checkpoint.pretrained = none",
+    ),
+]
+
+CASES = [*TOKENS, *TOKENIZERS, *TEXTS, *EXAMPLES, *PREFERENCES]
