@@ -1,11 +1,12 @@
-"""Time one training step of each precision preset beside a plain PyTorch loop, in one run.
+"""Time one training step of each precision preset beside other programs', in one run.
 
 python tools/bench_step.py [--hidden-size 512 --num-layers 4 ...] [--output result.json]
+    [--baselines plain,compiled,torchao_tensorwise,torchao_rowwise,te_current,te_delayed]
 
 All contestants take turns, step by step, so that whatever else the machine does hits them alike;
-the table gives the median time of a step, its ratio to the plain loop's, and the model's TFLOP/s
-(causal attention counted once; fp8lm.training.flops). On a GPU also what a step allocates beyond
-the states of all contestants. The plain loop knows only the usual widths: without it for others.
+the table gives the median time of a step, its ratios to the baselines and to `bf16`, and the
+model's TFLOP/s (causal attention counted once; fp8lm.training.flops). On a GPU also what a step
+allocates beyond the states of all contestants. Baselines are those of tools/baselines.py.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from fp8lm.training.flops import TERA, training_flops
 from fp8lm.training.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
+from baselines import TITLES, build_baseline
 from plain_gpt import PlainGPT, PlainTraining
 
-PLAIN = "plain PyTorch"
 LR = 1e-3
 
 
@@ -71,6 +72,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-microbatches", type=int, default=1)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--presets", default="bf16,te,o1,o2,o3")
+    parser.add_argument("--baselines", default="plain", help=f"any of {', '.join(TITLES)}; or none")
     parser.add_argument("--steps", type=int, default=10, help="timed steps after 2 for warm-up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int)
@@ -84,10 +86,9 @@ def build_contestants(
     """A function per contestant that takes one training step on the same batch."""
     batch = make_batch(options, device)
     contestants: dict[str, Callable[[], torch.Tensor]] = {}
-    if options.kv_channels is None and options.ffn_hidden_size is None:
-        shape = (options.num_layers, options.hidden_size, options.num_attention_heads)
-        model = PlainGPT(*shape, options.vocab_size, options.seq_length)
-        contestants[PLAIN] = partial(PlainTraining(model.to(device), LR).step, batch)
+    for name in baselines_of(options):
+        model = build_baseline(name, plain_model(options).to(device))
+        contestants[TITLES[name]] = partial(PlainTraining(model, LR).step, batch)
     for preset in options.presets.split(","):
         config = make_config(options, preset)
         kernels = select_kernels(device)
@@ -96,6 +97,24 @@ def build_contestants(
             _loss_of_step, trained, optimizer, LanguageModeling(kernels=kernels), batch
         )
     return contestants
+
+
+def baselines_of(options: argparse.Namespace) -> list[str]:
+    """Names of the baselines, in order."""
+    return options.baselines.split(",") if options.baselines not in ("", "none") else []
+
+
+def plain_model(options: argparse.Namespace) -> PlainGPT:
+    """The model of `make_config` without this project's layers."""
+    return PlainGPT(
+        options.num_layers,
+        options.hidden_size,
+        options.num_attention_heads,
+        options.vocab_size,
+        options.seq_length,
+        size=options.kv_channels,
+        ffn=options.ffn_hidden_size,
+    )
 
 
 def _loss_of_step(
@@ -196,7 +215,7 @@ def summarize(
         median = statistics.median(seconds)
         row = {"name": name, "ms": 1e3 * median, "tokens_per_s": tokens / median}
         row |= {"model_tflops": flops / median / TERA, "step_bytes": allocated[name]}
-        for base in (PLAIN, "bf16"):
+        for base in (*(TITLES[each] for each in baselines_of(options)), "bf16"):
             if base in times:
                 pairs = zip(seconds, times[base], strict=True)
                 row[f"ratio to {base}"] = statistics.median(a / b for a, b in pairs)
@@ -213,11 +232,11 @@ def print_table(rows: list[dict], options: argparse.Namespace, device: torch.dev
         f"median of {options.steps} interleaved steps"
     )
     ratios = [key for key in rows[0] if key.startswith("ratio")]
-    header = f"{'':16}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MiB/step':>10}"
-    print(header + "".join(f"{key:>24}" for key in ratios))
+    header = f"{'':20}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MiB/step':>10}"
+    print(header + "".join(f"{key:>28}" for key in ratios))
     for row in rows:
-        cells = "".join(f"{row[key]:>24.3f}" for key in ratios)
-        line = f"{row['name']:16}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}"
+        cells = "".join(f"{row[key]:>28.3f}" for key in ratios)
+        line = f"{row['name']:20}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}"
         line += f"{row['model_tflops']:>10.2f}{row['step_bytes'] / 2**20:>10.0f}"
         print(line + cells)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the first quarter of an hour on a Hopper GPU measures, in order of value. Each leg has its
 # own limit and folder under --output and is skipped if it is done, so that the same command goes on
-# where it was ended; a leg that fails does not stop the others. Exit code 1 if any has failed.
+# where it was ended; a leg that fails does not stop the others. Exit code 1 if any has failed. What
+# is done is packed as LEG.tar.gz, too.
 #   tools/gpu_evidence.sh [--output docs/benchmarks/gpu] [--dry-run] [LEG ...]
 #   --dry-run  every leg on the CPU, with the smallest sizes: shows that each line of it runs
 # Without FP8LM_PYTHON the packages are installed into .venv, as by the other scripts; with it, it
@@ -11,6 +12,7 @@
 #   kernels    tools/bench_kernels.py: bandwidth and FLOP/s by operation
 #   step_7b    tools/bench_step.py on layers of 7B shape, micro-batches of 1, 2 and 4
 #   step_175b  the same on the layers of a rank of 175B under TP 8
+#   baselines  7B shape beside compiled PyTorch, torchao and TransformerEngine where installed
 #   nccl       one process under torchrun with NCCL, asynchronous saves, resumed
 #   train      a few minutes of a 125M-class model on text, in BF16 and o3
 set -euo pipefail
@@ -20,7 +22,7 @@ while (($#)); do
   case $1 in
   --output) output=${2:?--output needs a folder} && shift ;;
   --dry-run) dry=yes ;;
-  doctor | numerics | kernels | step_7b | step_175b | nccl | train) legs+=("$1") ;;
+  doctor | numerics | kernels | step_7b | step_175b | baselines | nccl | train) legs+=("$1") ;;
   -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
   *)
     echo "error: $1 is no option and no leg: see tools/gpu_evidence.sh --help" >&2
@@ -29,7 +31,7 @@ while (($#)); do
   esac
   shift
 done
-((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b nccl train)
+((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b baselines nccl train)
 mkdir -p "${output:=$root/docs/benchmarks/gpu}" || exit 2
 output=$(readlink -f -- "$output")
 
@@ -86,6 +88,18 @@ step_175b() { # an eighth of the heads and of the MLP, all of the width
   bench_steps "$1" "${sizes[@]}"
 }
 
+baselines() {
+  local names=plain,compiled sizes=(--hidden-size 4096 --num-attention-heads 32 --num-layers 2
+    --seq-length 2048 --vocab-size 50304 --micro-batch-size 2 --num-microbatches 4 --steps 5
+    --presets 'bf16,o3')
+  "$PYTHON" -c 'import torchao.float8' && names+=,torchao_tensorwise,torchao_rowwise
+  "$PYTHON" -c 'import transformer_engine.pytorch' && names+=,te_current,te_delayed
+  [[ ! $dry ]] || names=plain sizes=(--hidden-size 32 --num-attention-heads 2 --num-layers 1
+    --seq-length 16 --vocab-size 64 --steps 1 --presets 'bf16,o3')
+  "$PYTHON" tools/bench_step.py --device "$device" --baselines "$names" "${sizes[@]}" \
+    --output "$1/baselines.json"
+}
+
 nccl() {
   local run="$1/run" iterations
   for iterations in 4 8; do # the second goes on from the first one's checkpoint
@@ -124,7 +138,7 @@ train() {
     --plot "$1/loss.png"
 }
 
-export -f doctor numerics kernels bench_steps step_7b step_175b nccl train
+export -f doctor numerics kernels bench_steps step_7b step_175b baselines nccl train
 export PYTHON device dry
 failed=()
 for leg in "${legs[@]}"; do
@@ -141,6 +155,7 @@ for leg in "${legs[@]}"; do
   echo "$leg: at most $limit s, $folder/log.txt"
   if timeout "$limit" bash -euo pipefail -c "$leg \"\$1\"" "$leg" "$folder" >"$folder/log.txt" 2>&1; then
     touch "$folder/done"
+    tar --create --gzip --file "$output/$leg.tar.gz" --directory "$output" "$leg"
   else
     failed+=("$leg")
     tail -n 5 "$folder/log.txt" >&2

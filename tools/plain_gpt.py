@@ -16,32 +16,32 @@ from fp8lm.batch import Batch
 class PlainAttention(nn.Module):
     """Causal self-attention with rotary positions on [B,S,H]."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, size: int) -> None:
         super().__init__()
-        self.heads, self.size = heads, hidden // heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.proj = nn.Linear(hidden, hidden)
+        self.heads, self.size = heads, size
+        self.qkv = nn.Linear(hidden, 3 * heads * size)
+        self.proj = nn.Linear(heads * size, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B,S,H] -> [B,S,H]."""
-        b, s, h = x.shape
+        b, s, _ = x.shape
         q, k, v = self.qkv(x).view(b, s, self.heads, 3, self.size).unbind(3)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         # fp32 on CPU, where torch's bf16 attention is the slower one.
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
         context = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(context.to(x.dtype).transpose(1, 2).reshape(b, s, h))
+        return self.proj(context.to(x.dtype).transpose(1, 2).reshape(b, s, -1))
 
 
 class PlainLayer(nn.Module):
     """Pre-norm transformer layer with a GELU MLP."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, size: int, ffn: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.attention = PlainAttention(hidden, heads)
-        self.fc1, self.fc2 = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.attention = PlainAttention(hidden, heads, size)
+        self.fc1, self.fc2 = nn.Linear(hidden, ffn), nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B,S,H] -> [B,S,H]."""
@@ -50,14 +50,27 @@ class PlainLayer(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Token ids [B,S] to logits [B,S,V], tied head, in BF16."""
+    """Token ids [B,S] to logits [B,S,V], tied head, in BF16.
 
-    def __init__(self, layers: int, hidden: int, heads: int, vocab: int, seq: int) -> None:
+    `size`: features of a head (default: hidden / heads); `ffn`: of the MLP (default: 4 hidden).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        hidden: int,
+        heads: int,
+        vocab: int,
+        seq: int,
+        *,
+        size: int | None = None,
+        ffn: int | None = None,
+    ) -> None:
         super().__init__()
+        size, ffn = size or hidden // heads, ffn or 4 * hidden
         self.embedding = nn.Embedding(vocab, hidden)
-        self.layers = nn.ModuleList(PlainLayer(hidden, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(PlainLayer(hidden, heads, size, ffn) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
-        size = hidden // heads
         angle = torch.outer(torch.arange(seq), 10000.0 ** (-torch.arange(0, size, 2) / size))
         angle = torch.cat((angle, angle), dim=-1)[:, None, :]
         self.register_buffer("cos", angle.cos())
@@ -76,9 +89,9 @@ class PlainGPT(nn.Module):
 
 
 class PlainTraining:
-    """One optimizer step after each call: BF16 model, fp32 master weights in `AdamW`."""
+    """One optimizer step after each call: BF16 `model` ([B,S] -> logits), fp32 masters in `AdamW`."""
 
-    def __init__(self, model: PlainGPT, lr: float) -> None:
+    def __init__(self, model: nn.Module, lr: float) -> None:
         self.model = model
         self.parameters = list(model.parameters())
         self.masters = [p.detach().float().requires_grad_() for p in self.parameters]

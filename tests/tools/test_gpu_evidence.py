@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
     assert (tmp_path / "kernels/kernels.json").stat().st_size > 1000
     assert len(list((tmp_path / "step_175b").glob("*.json"))) == 3
     assert all((tmp_path / leg / "done").exists() for leg in ("kernels", "step_175b"))
+    with tarfile.open(tmp_path / "kernels.tar.gz") as archive:
+        assert "kernels/kernels.json" in archive.getnames()
 
 
 @pytest.mark.parametrize("arguments", [("--dry-rum",), ("step_8b",)])

@@ -1,0 +1,62 @@
+"""What tools/bench_step.py times this project against: the same model in other programs' layers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.param import named_params
+from fp8lm.runtime.errors import InputError
+from fp8lm.training.builders import build_one_process
+from tests.launch.conftest import ROOT
+
+CPU = torch.device("cpu")
+SIZES = ["--hidden-size=64", "--num-layers=2", "--num-attention-heads=2", "--seq-length=32"]
+SIZES += ["--micro-batch-size=2", "--vocab-size=128"]
+NARROW = ["--kv-channels=16", "--ffn-hidden-size=96"]
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import baselines
+    import bench_step
+
+    yield baselines, bench_step
+    for name in ("baselines", "bench_step", "plain_gpt"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("widths", [[], NARROW])
+def test_the_models_are_of_one_size(tools, widths):
+    _, bench_step = tools
+    options = bench_step.parse_options([*SIZES, *widths])
+    config = bench_step.make_config(options, "bf16")
+    model, _ = build_one_process(config, options.vocab_size, ReferenceKernels(), CPU)
+    expected = sum(each.model_param.payload.numel() for each in named_params(model).values())
+    assert sum(each.numel() for each in bench_step.plain_model(options).parameters()) == expected
+
+
+def test_what_is_not_there(tools):
+    baselines, bench_step = tools
+    model = bench_step.plain_model(bench_step.parse_options(SIZES))
+    with pytest.raises(InputError, match="torchao_blockwise is none of plain, compiled"):
+        baselines.build_baseline("torchao_blockwise", model)
+    with pytest.raises(InputError, match="transformer_engine cannot be imported .* pip install"):
+        baselines.build_baseline("te_current", model)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_torchao_computes_the_same_model_in_fp8(tools, recipe):
+    pytest.importorskip("torchao")
+    baselines, bench_step = tools
+    options = bench_step.parse_options(SIZES)
+    model, (batch,) = bench_step.plain_model(options), bench_step.make_batch(options, CPU)
+    expected = model(batch.tokens).float()
+    with torch.compiler.set_stance("force_eager"):
+        got = baselines.build_baseline(f"torchao_{recipe}", model)(batch.tokens).float()
+    error = (got - expected).norm() / expected.norm()
+    assert 0.002 < error < 0.1  # 0.004 is BF16's rounding; E4M3 has three bits of mantissa
