@@ -89,7 +89,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainTraining:
-    """One optimizer step after each call: BF16 `model` ([B,S] -> logits), fp32 masters in `AdamW`."""
+    """A step after each call: BF16 `model` ([B,S] -> logits), fp32 master weights in `AdamW`."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self.model = model
