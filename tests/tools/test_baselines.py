@@ -45,7 +45,7 @@ def test_what_is_not_there(tools):
     model = bench_step.plain_model(bench_step.parse_options(SIZES))
     with pytest.raises(InputError, match="torchao_blockwise is none of plain, compiled"):
         baselines.build_baseline("torchao_blockwise", model)
-    with pytest.raises(InputError, match="transformer_engine cannot be imported .* pip install"):
+    with pytest.raises(InputError, match="transformer_engine cannot be imported"):
         baselines.build_baseline("te_current", model)
 
 
