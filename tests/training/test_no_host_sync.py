@@ -116,7 +116,7 @@ def test_documents_apart(recompute, kernels):
     gpt = GPTModel(model_config(**SHAPES["llama"]), VOCABULARY, recipe, recompute)
     objective = LanguageModeling(VOCABULARY - 3, kernels=kernels)
     data = batch(apart=True)
-    loss = NoPipeline(gpt.forward_step).train([data, data], objective, lambda: None)
+    (loss,) = NoPipeline(gpt.forward_step).train([data, data], objective, lambda: None)
     assert loss.device == META
 
 
