@@ -65,6 +65,16 @@ MODELS = {
     "model.num_query_groups": (4, 4, 2),
     "model.hidden_dropout": (0.0, 0.0, 0.1),
 }
+# Of other models' layers.
+VARIANTS = {
+    "model.qk_layernorm": ("true", "false"),
+    "model.add_qkv_bias": ("true", "false"),
+    "model.use_parallel_residual": ("true", "false"),
+    "model.gelu_approximate": ("none", "tanh"),
+    "model.rotary_percent": (1.0, 0.5),
+    "model.use_rope_scaling": ("true", "false"),
+}
+OF_ROPE = ("model.rotary_percent", "model.use_rope_scaling")
 # Documents apart. EOD is as rare in mock data as any token; with this seed 59 of the first 64
 # samples have one. (With fewer tokens than the config's these models learn faster than BOUNDS are
 # for.)
@@ -156,7 +166,7 @@ class Case:
     def __str__(self) -> str:
         kills = sum(phase.kill_after is not None for phase in self.phases)
         phases = ", then ".join(f"{p.layout} to {p.until}" for p in self.phases)
-        keys = [key for key, values in DOCUMENTS.items() if "true" in values]
+        keys = [k for k, values in {**VARIANTS, **DOCUMENTS}.items() if "true" in values]
         drawn = [key.partition(".")[2] for key in keys if self.overrides.get(key) == "true"]
         named = ", ".join([self.precision, *drawn, phases])
         return f"case {self.number}: {named}" + f", {kills} kills" * bool(kills)
@@ -225,9 +235,17 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
     first, second = ({key: rng.choice(v) for key, v in NEUTRAL.items()} for _ in range(2))
     if rng.random() < 0.4:
         overrides |= {key: rng.choice(values) for key, values in DOCUMENTS.items()}
+    if rng.random() < 0.5:
+        overrides |= _variants(rng, str(overrides["model.position_embedding_type"]))
     if sums_depend_on_owners(overrides, phases):
         second |= {key: first[key] for key in OWNERS}
     return Case(number, precision, overrides, phases, (first, second))
+
+
+def _variants(rng: random.Random, positions: str) -> Overrides:
+    drawn: Overrides = {key: rng.choice(values) for key, values in VARIANTS.items()}
+    left = () if positions == "rope" else OF_ROPE
+    return {key: value for key, value in drawn.items() if key not in left}
 
 
 def _precision(rng: random.Random, name: str, swiglu: str) -> Overrides:

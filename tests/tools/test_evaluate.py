@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
+import torch
 
+from fp8lm.checkpoint import open_checkpoint
+from fp8lm.convert.hf_export import export_model, plan_export
 from fp8lm.evaluation.needle import NeedleReport
 from fp8lm.evaluation.perplexity import Perplexity
 from fp8lm.runtime.errors import InputError
+from tests.evaluation.tasks import save_model as save_for_tasks
 from tests.generate.models import save_model
 
 
@@ -111,3 +116,42 @@ def test_tasks_without_lm_eval(run_tool, folder, capfd, monkeypatch):
     code = run_tool("evaluate", "--load", folder / "o3", "--tasks", "piqa")
     errors = capfd.readouterr().err
     assert code == 2 and "fp8lm[eval]" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "export", "bound"), [("fp32", "fp32", 1e-4), ("o3", None, 0.02)]
+)
+def test_perplexity_is_lm_evals_of_the_export(run_tool, tmp_path, precision, export, bound):
+    """With its own model of `transformers`. In FP8 only the activations are cast here: 2^-4 each."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    save_for_tasks(tmp_path, precision)
+    texts = ["def return lambda " * n + "yield" for n in (1, 2, 5, 11)]
+    data, found = tmp_path / "text.jsonl", tmp_path / "found.json"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = "--data", data, "--window", 48, "--json", found
+    assert run_tool("evaluate", "--load", tmp_path / "ck", *given) == 0
+    (facts,) = json.loads(found.read_text())["models"]
+    plan = plan_export(open_checkpoint(tmp_path / "ck"), export)
+    export_model(plan, tmp_path / "hf", 10**9, {}, lambda size: None)
+    keys = {} if export else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, **keys)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = HFLM(
+        other.eval(),
+        tokenizer=tokenizer,
+        max_length=48,
+        batch_size=1,
+        prefix_token_id=tokenizer.eos_token_id,
+    )
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    nats = -sum(theirs.loglikelihood_rolling(asked))
+    loss = nats / facts["perplexity"]["tokens"]
+    assert facts["perplexity"]["loss"] == pytest.approx(loss, rel=bound)
+    if export:
+        assert facts["perplexity"]["perplexity"] == pytest.approx(math.exp(loss), rel=bound)
