@@ -123,7 +123,7 @@ def test_tasks_without_lm_eval(run_tool, folder, capfd, monkeypatch):
     ("precision", "export", "bound"), [("fp32", "fp32", 1e-4), ("o3", None, 0.02)]
 )
 def test_perplexity_is_lm_evals_of_the_export(run_tool, tmp_path, precision, export, bound):
-    """With its own model of `transformers`. In FP8 only the activations are cast here: 2^-4 each."""
+    """By its own model of `transformers`; in FP8 activations are cast here alone: 2^-4 each."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
