@@ -132,9 +132,8 @@ def test_a_block_trains_as_with_megatrons_own_layers():
     assert fp8 == pytest.approx(own, abs=0.01 * own[0]) and fp8 != own
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("preset", ["te", "o3"])
-def test_tensor_parallel(run_distributed, sequence_parallel, preset):
+@pytest.mark.parametrize(("preset", "sequence_parallel"), [("te", False), ("o3", True)])
+def test_tensor_parallel(run_distributed, preset, sequence_parallel):
     """One scale for a tensor that is cut; o3 sends FP8 between ranks."""
     alone = train({"preset": preset}, 5)
     results = run_distributed(train, 2, {"preset": preset}, 5, 2, sequence_parallel)
