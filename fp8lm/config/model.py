@@ -106,3 +106,10 @@ class ModelConfig(Section):
     def kv_projection_size(self) -> int:
         """Width of all key heads together, which is also that of the value heads."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def layer_matrix_parameters(self) -> int:
+        """Parameters of the matrices of one transformer layer."""
+        q, k = self.query_projection_size, self.kv_projection_size
+        mlp = (3 if self.swiglu else 2) * self.ffn_hidden_size
+        return self.hidden_size * (q + 2 * k + q + mlp)

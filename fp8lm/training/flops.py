@@ -19,20 +19,40 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8lm.config import ModelConfig
+from fp8lm.config import Config, ModelConfig
 
 TERA = 1e12
+# Of a layer's GEMMs in a micro-batch, below which FP8 does not pay (tools/crossover.py).
+LEAST_FP8_FLOPS = 0.1 * TERA
 
 
 def training_flops(model: ModelConfig, vocab_size: int, sequence_lengths: Iterable[int]) -> int:
     """FLOPs of forward and backward over sequences of these lengths; `vocab_size` is padded."""
     lengths = list(sequence_lengths)
-    h, q, k = model.hidden_size, model.query_projection_size, model.kv_projection_size
-    f = 3 if model.swiglu else 2
-    layer = h * (q + 2 * k) + q * h + f * h * model.ffn_hidden_size
-    dense = sum(lengths) * (model.num_layers * layer + h * vocab_size)
-    attention = model.num_layers * q * sum(length**2 for length in lengths)
+    of_layers = model.num_layers * model.layer_matrix_parameters
+    dense = sum(lengths) * (of_layers + model.hidden_size * vocab_size)
+    squares = sum(length**2 for length in lengths)
+    attention = model.num_layers * model.query_projection_size * squares
     return 6 * dense + 6 * attention
+
+
+def layer_flops(config: Config) -> float:
+    """FLOPs of the GEMMs of one layer in a micro-batch, forward and backward, on one rank."""
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    return 6 * tokens * model.layer_matrix_parameters / ranks
+
+
+def small_gemm_risk(config: Config) -> str | None:
+    """What is to be said of GEMMs that are too small for FP8 to pay on a GPU, if they are."""
+    flops = layer_flops(config)
+    if config.precision.gemm != "fp8" or flops >= LEAST_FP8_FLOPS:
+        return None
+    return (
+        f"the GEMMs of a layer take {flops / TERA:.2g} TFLOP per micro-batch on a rank: below "
+        f"{LEAST_FP8_FLOPS / TERA:g} FP8 is predicted to be slower than precision.preset=bf16; "
+        "raise train.micro_batch_size, or use less tensor parallelism"
+    )
 
 
 @dataclass(frozen=True)

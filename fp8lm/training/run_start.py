@@ -24,7 +24,7 @@ from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append
 from fp8lm.runtime.revision import source_revision
 from fp8lm.training.build import Run
-from fp8lm.training.flops import Peak
+from fp8lm.training.flops import Peak, small_gemm_risk
 from fp8lm.training.memory import describe_state, linear_weights
 from fp8lm.training.run_length import accumulation_risks
 
@@ -79,9 +79,15 @@ def banner(run: Run, num_parameters: int, peak: Peak | None) -> list[str]:
         *(f" {line}" for line in _describe_examples(run)),
         f" folders: {_describe_folders(config)}",
         describe_state(linear_weights(run.weights), run.optimizer.states),
-        *(f" warning: {risk}" for risk in accumulation_risks(config, dims.dp)),
+        *(f" warning: {risk}" for risk in _risks(run)),
         *([] if peak is None else [f" MFU is the share of {peak}"]),
     ]
+
+
+def _risks(run: Run) -> list[str]:
+    risks = accumulation_risks(run.config, run.groups.dims.dp)
+    small = small_gemm_risk(run.config) if run.device.type == "cuda" else None
+    return risks if small is None else [*risks, small]
 
 
 def _describe_examples(run: Run) -> list[str]:

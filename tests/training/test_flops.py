@@ -8,8 +8,16 @@ import time
 import pytest
 import torch
 
-from fp8lm.config import ModelConfig
-from fp8lm.training.flops import BF16_PEAK, FP8_PEAK, peak_of, throughput, training_flops
+from fp8lm.config import ModelConfig, build_config
+from fp8lm.training.flops import (
+    BF16_PEAK,
+    FP8_PEAK,
+    layer_flops,
+    peak_of,
+    small_gemm_risk,
+    throughput,
+    training_flops,
+)
 from fp8lm.training.memory import memory_bytes
 
 GPT = dict(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=128)
@@ -43,6 +51,31 @@ def test_wide_heads_count_by_their_projection():
     more = 2 * (128 * (64 * 192 + 64 * 64) + 64 * 128**2)
     difference = training_flops(wide, 256, [128]) - training_flops(narrow, 256, [128])
     assert difference == 6 * more
+
+
+def sized(preset, hidden, ranks=1):
+    """Micro-batches of two samples of 1024 tokens."""
+    parallel = dict(tensor_model_parallel_size=ranks)
+    model = dict(num_layers=2, hidden_size=hidden, num_attention_heads=8, seq_length=1024)
+    return build_config(
+        {
+            "model": model,
+            "parallel": parallel,
+            "precision": {"preset": preset},
+            "train": {"micro_batch_size": 2, "global_batch_size": 2, "train_iters": 1},
+            "optimizer": {"lr": 1e-3},
+            "data": {"mock_data": True},
+            "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 99},
+        }
+    )
+
+
+def test_gemms_too_small_for_fp8():
+    # 6 * 2048 tokens * 12 * 1024^2 = 0.155 TFLOP; two ranks have half each.
+    assert layer_flops(sized("o3", 1024, 2)) == 6 * 2048 * 12 * 1024**2 / 2
+    assert small_gemm_risk(sized("o3", 1024)) is None
+    assert small_gemm_risk(sized("bf16", 1024, 2)) is None
+    assert "0.077 TFLOP" in small_gemm_risk(sized("o3", 1024, 2))
 
 
 def test_utilization_says_of_what():

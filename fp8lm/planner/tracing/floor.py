@@ -58,11 +58,7 @@ def ideal_bytes(config: Config) -> float:
 
 def matrix_parameters(config: Config) -> float:
     """Parameters of the matrices of one layer on one rank."""
-    model = config.model
-    h, q, k = model.hidden_size, model.query_projection_size, model.kv_projection_size
-    mlp = (3 if model.swiglu else 2) * h * model.ffn_hidden_size
-    ranks = config.parallel.tensor_model_parallel_size
-    return (h * (q + 2 * k) + q * h + mlp) / ranks
+    return config.model.layer_matrix_parameters / config.parallel.tensor_model_parallel_size
 
 
 def _per_parameter(config: Config) -> float:
