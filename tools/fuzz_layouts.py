@@ -84,6 +84,16 @@ DOCUMENTS = {
     "data.eod_mask_loss": ("true", "false"),
     "data.shuffle_seed": (5747,),
 }
+# What else is learned, from mock examples, and how.
+OBJECTIVES: tuple[dict[str, tuple[Any, ...]], ...] = (
+    {"train.objective": ("sft",), "tuning.packing": ("true", "true", "false")},
+    {
+        "train.objective": ("dpo",),
+        "tuning.label_smoothing": (0.0, 0.1),
+        "tuning.length_normalized": ("true", "false"),
+        "tuning.sft_loss_weight": (0.0, 0.2),
+    },
+)
 # Values of these change when work is done, and where, and no result.
 NEUTRAL = {
     "train.recompute_granularity": ("null", "full", "selective"),
@@ -237,6 +247,9 @@ def draw(seed: int, number: int, max_processes: int) -> Case:
         overrides |= {key: rng.choice(values) for key, values in DOCUMENTS.items()}
     if rng.random() < 0.5:
         overrides |= _variants(rng, str(overrides["model.position_embedding_type"]))
+    if "data.reset_attention_mask" not in overrides and rng.random() < 0.5:
+        objective = rng.choice(OBJECTIVES)
+        overrides |= {key: rng.choice(values) for key, values in objective.items()}
     if sums_depend_on_owners(overrides, phases):
         second |= {key: first[key] for key in OWNERS}
     return Case(number, precision, overrides, phases, (first, second))

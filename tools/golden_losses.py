@@ -40,7 +40,14 @@ from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-REPORTED = ("lm loss", "lm loss validation", "grad-norm", "learning-rate", "consumed_samples")
+REPORTED = (
+    "lm loss",
+    "lm loss validation",
+    "grad-norm",
+    "learning-rate",
+    "consumed_samples",
+    *("token accuracy validation", "rewards/margins", "kl"),
+)
 FIXED = {
     "model.num_layers": 4,
     "model.seq_length": 32,
@@ -129,6 +136,8 @@ RUNS = {
     "o3 dp4 two nodes": GoldenRun(4, _O3 | _parallel(node_size=2)),
     "o3 tp2 pp2 dp2": GoldenRun(8, _O3 | _parallel(2, 2, **_SP) | _DROPOUT),
     "o3 documents tp2 pp2": GoldenRun(4, _O3 | _DOCUMENTS | _parallel(2, 2, **_SP)),
+    "o3 sft dp2": GoldenRun(2, _O3 | {"train.objective": "sft"}),
+    "o3 dpo tp2 pp2": GoldenRun(4, _O3 | {"train.objective": "dpo"} | _parallel(2, 2, **_SP)),
     "bf16 tp2 pp2 dp2": GoldenRun(
         8, _preset("bf16") | _parallel(2, 2, **_SP, **_INTERLEAVED, partition="even") | _LLAMA
     ),
