@@ -85,7 +85,8 @@ def stage_table(layout: Layout) -> list[str]:
 
 def rank_table(layout: Layout) -> list[str]:
     """A line per rank: where it runs, what it holds, its bytes by kind."""
-    kinds = [kind for kind in KINDS if kind != "operands" or layout.caches_operands]
+    rare = [kind for kind in ("operands", "reference") if not layout.holds(kind)]
+    kinds = [kind for kind in KINDS if kind not in rare]
     head = ("rank", "node", "local", "tensor", "data", "stage", "layers", "besides")
     rows: list[tuple[str, ...]] = [(*head, *kinds, "all")]
     for place in layout.ranks:

@@ -11,7 +11,7 @@ group; with ZeRO their states depend on their number among the replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +29,10 @@ from fp8lm.optim import StatePrecision
 from fp8lm.parallel.distributed_optimizer import shard_params
 from fp8lm.parallel.parallelize import stage_specs
 from fp8lm.training.builders import build_model, model_vocab_size
+from fp8lm.training.reference import reference_recipe
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
-KINDS = ("weights", "grads", "operands", *STATES)
+KINDS = ("weights", "grads", "operands", *STATES, "reference")
 Rows = tuple[int, int]
 
 
@@ -89,10 +90,9 @@ class Layout:
         }
         return sum(math.prod(spec.shape) for spec in specs.values())
 
-    @property
-    def caches_operands(self) -> bool:
-        """Whether weight operands are kept for a step."""
-        return any(kinds["operands"] for stage in self.stages for kinds in stage.state)
+    def holds(self, kind: str) -> bool:
+        """Whether any rank has bytes of `kind`."""
+        return any(kinds[kind] for stage in self.stages for kinds in stage.state)
 
     def state(self, place: RankPlacement) -> Mapping[str, int]:
         """Bytes that the rank at `place` holds, by kind."""
@@ -163,9 +163,19 @@ def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Sta
     formats = StatePrecision.from_config(config.precision)
     owners, shards, _ = owners_of(config, dims, weights)
     owned, padding = local_shards_of(config, dims, weights)
-    held = _held_bytes(weights, padding)
+    held = _held_bytes(weights, padding) | {"reference": reference_bytes(config, tp, rows, specs)}
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
     return Stage(tuple(specs), weights, state, tuple(owners), tuple(shards))
+
+
+def reference_bytes(config: Config, tp: TPContext, rows: int, specs: Sequence[StageSpec]) -> int:
+    """Bytes of the parts `specs` of preference training's reference model; 0 without one."""
+    if config.train.objective != "dpo" or config.tuning.reference_logprobs is not None:
+        return 0
+    recipe = reference_recipe(config, HopperKernels(), torch.device("meta"), tp)
+    chunks = [build_model(config, rows, recipe, part) for part in specs]
+    weights = (weight for chunk in chunks for weight in named_params(chunk).values())
+    return sum(weight.model_param.nbytes for weight in weights)
 
 
 def local_shards_of(

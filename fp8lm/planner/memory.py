@@ -2,6 +2,7 @@
 
     weights, grads, optimizer    what `state_bytes/*` counts, byte for byte
     operands                     `precision.cache_weight_operands`
+    reference                    the frozen model of preference training
     activations                  saved from forward to backward, micro-batches in flight times
                                  layers, by the tensor
     logits                       with the sums of cross-entropy
@@ -74,6 +75,7 @@ def stage_memory(
             "grads": state["grads"],
             "optimizer": sum(state[kind] for kind in STATES),
             "operands": state["operands"],
+            "reference": state["reference"],
             "activations": sum(saved.values()) - at_head,
             "logits": at_head,
             "working": working,

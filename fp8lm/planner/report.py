@@ -17,6 +17,7 @@ TIMES = {
     "bubble": "pipeline bubble",
     "optimizer": "optimizer",
     "data_parallel": "waiting for data-parallel ranks",
+    "reference": "reference model",
 }
 Number = Callable[[Estimate], float]
 

@@ -6,7 +6,7 @@
 
 Kernels follow each other without gaps. Of a layer's collectives the gathers of inputs for wgrad
 run beside dgrad, and the sums of input gradients beside wgrad: a third of the gathers, half of the
-sums.
+sums. The reference model of preference training takes as long as the model's forward.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class StepTime:
     bubble: float
     optimizer: float
     data_parallel: float
+    reference: float = 0.0
 
     @property
     def total(self) -> float:
@@ -75,7 +76,10 @@ def _stage_time(
     bubble = busy * batches.bubble / (1 - batches.bubble)
     exposed = _data_parallel_seconds(layout, number, kernels / count, hardware)
     optimizer = _optimizer_seconds(layout, number, traced)
-    return StepTime(kernels, tensor, pipeline, bubble, optimizer, exposed)
+    reference = 0.0
+    if layout.holds("reference"):  # forward of all micro-batches, in a pipeline of its own
+        reference = (1 - BACKWARD_SHARE) * (busy + bubble)
+    return StepTime(kernels, tensor, pipeline, bubble, optimizer, exposed, reference)
 
 
 def stage_seconds(traced: TracedModel, chunks: Sequence[StageSpec], phase: str) -> float:

@@ -31,6 +31,8 @@ RUNS = [
     (8, {"parallel": TP2 | PP2}),
     (8, {"parallel": TP2 | PP2 | {"partition": "even"}, "precision": {"preset": "o2"}}),
     (8, {"parallel": TP2 | PP2 | INTERLEAVED, "model": LLAMA, "precision": {"preset": "bf16"}}),
+    (4, {"parallel": TP2 | PP2, "train": {"objective": "dpo"}}),
+    (1, {"train": {"objective": "dpo"}, "precision": {"preset": "o1"}}),
     (4, {"parallel": TP2, "precision": {"first_last_layers_bf16": True}, "model": POSITIONS}),
 ]
 
@@ -45,6 +47,7 @@ def held(config):
             groups.pipeline_parallel.rank(),
         )
         state = state_bytes(run.weights, run.optimizer.states, run.data_parallel.padding)
+        state["reference"] = 0 if run.reference is None else run.reference.nbytes
         return state, place, sorted(run.weights), dist.get_rank()
 
 

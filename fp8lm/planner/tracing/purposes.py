@@ -44,6 +44,7 @@ OWNERS = {
     "layers.embedding": EMBEDDING,
     "layers.cross_entropy": LOSS,
     "model.objectives": LOSS,
+    "model.preference": LOSS,
 }
 # The innermost of these has it: methods of the interface of kernels, else modules.
 METHODS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,7 +156,11 @@ def _batch(config: Config) -> Batch:
     shape = (config.train.micro_batch_size, config.model.seq_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=META)
     mask = torch.ones(shape, device=META)
-    return Batch(tokens, tokens, mask, sample_ids=torch.zeros_like(tokens[:, 0]))
+    batch = Batch(tokens, tokens, mask, sample_ids=torch.zeros_like(tokens[:, 0]))
+    if config.train.objective != "dpo":
+        return batch
+    bounds = torch.zeros((shape[0], 3), dtype=torch.int64, device=META)  # of a pair
+    return replace(batch, sequence_bounds=bounds, reference_losses=torch.zeros_like(mask))
 
 
 @contextmanager
