@@ -44,12 +44,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=path_text, required=True, metavar="DIR")
     add("--count", type=number_type(20), default=2400, help="lines of each file (default: 2400)")
+    standard = sysconfig.get_path("stdlib")
+    add("--sources", type=path_text, default=standard, help="default: the standard library")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(args.sources)
     lines = sorted(set(function_lines(root)), key=lambda pair: digest(pair[0]))
     half = args.count // 2
     pairs = [pair for pair in lines if digest(pair[0]) % 2]

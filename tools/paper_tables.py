@@ -1,4 +1,4 @@
-"""FP8-LM's Tables 5 and 7, and published FP8 speed-ups, beside what the planner says.
+"""FP8-LM's Tables 5 and 7, its tuning, and published FP8 speed-ups, beside what the planner says.
 
 python tools/paper_tables.py [--json docs/benchmarks/paper_tables.json]
 
@@ -118,6 +118,11 @@ def _llama_405b(layers: int, pp: int, batch: int) -> list[str]:
     ]
 
 
+# Changes by FP8 in percent that the paper reports of instruction tuning (a 7B model: memory of a
+# GPU, throughput) and of RLHF by PPO (weights, optimizer states).
+SFT_PAPER = {"GB": -14.0, "samples/s": 27.0}
+RLHF_PAPER = {"weights with masters": -32.0, "moments": -62.0}
+TRAINED, FROZEN = 2, 2  # actor and critic; reference and reward model
 _ALONE = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
 PUBLISHED = [
     SpeedUp("Llama 3.1 8B", "llama_8b", 8, 12.27, 9.33, [*_ALONE, "train.global_batch_size=128"]),
@@ -137,10 +142,14 @@ def main(argv: list[str]) -> None:
     rows = [table5(row, hardware) for row in tqdm(PAPER, desc="Table 5", disable=None)]
     volumes = [table7(model, hardware) for model in tqdm(ACTIVATIONS, desc="Table 7", disable=None)]
     ratios = [speed_up(each, hardware) for each in tqdm(PUBLISHED, desc="speed-ups", disable=None)]
-    for title, facts in (("Table 5", rows), ("Table 7", volumes), ("Speed-ups", ratios)):
+    tuned = {"sft": sft(hardware), "dpo": dpo(), "rlhf": rlhf()}
+    for title, facts in (
+        *(("Table 5", rows), ("Table 7", volumes), ("Speed-ups", ratios)),
+        *((f"Tuning, {name}", facts) for name, facts in tuned.items()),
+    ):
         print(f"{title}\n{as_table(facts)}\n")
     if options.json:
-        shown = {"table5": rows, "table7": volumes, "speed_ups": ratios}
+        shown = {"table5": rows, "table7": volumes, "speed_ups": ratios, "tuning": tuned}
         write_aside(options.json, json.dumps(shown, indent=1) + "\n")
 
 
@@ -220,6 +229,67 @@ def speed_up(published: SpeedUp, hardware: Hardware) -> dict[str, object]:
         "predicted": predicted,
         "off, %": off(predicted, ratio),
     }
+
+
+def sft(hardware: Hardware) -> list[dict[str, object]]:
+    """Memory of the fullest of 8 GPUs and samples per second of tuning a 7B model."""
+    found: dict[str, dict[str, float]] = {}
+    for precision in ("BF16", "FP8"):
+        overrides = [*PRECISIONS[precision], "train.objective=sft", "train.global_batch_size=128"]
+        planned = estimated("gpt_7b", 8, [*_ALONE, *overrides], hardware)
+        samples = planned.batches.global_batch_size / planned.time.total
+        found[precision] = {"GB": planned.fullest.total / GIB, "samples/s": samples}
+    return [changed(key, *_of(key, found), SFT_PAPER[key]) for key in SFT_PAPER]
+
+
+def dpo() -> list[dict[str, object]]:
+    """Bytes per parameter of a 7B model that is trained on preferences, on one rank."""
+    found = {precision: state_7b(precision) for precision in ("BF16", "FP8")}
+    return [changed(key, *_of(key, found)) for key in found["BF16"]]
+
+
+def rlhf() -> list[dict[str, object]]:
+    """Bytes per parameter of PPO: actor and critic, frozen reference and reward, all of one size.
+
+    No such training is here; what each model would hold is what a run and its reference hold.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for precision in ("BF16", "FP8"):
+        one = state_7b(precision)
+        weights = TRAINED * one["weights"] + FROZEN * one["reference"]
+        found[precision] = {
+            "weights": weights,
+            "weights with masters": weights + TRAINED * one["master"],
+            "gradients": TRAINED * one["grads"],
+            "moments": TRAINED * one["moments"],
+        }
+        kinds = ("weights with masters", "gradients", "moments")
+        found[precision]["all"] = sum(found[precision][kind] for kind in kinds)
+    return [changed(key, *_of(key, found), RLHF_PAPER.get(key)) for key in found["BF16"]]
+
+
+def state_7b(precision: str) -> dict[str, float]:
+    """Bytes per parameter by kind, with a reference model."""
+    overrides = [*_ALONE, *PRECISIONS[precision], "train.objective=dpo"]
+    overrides.append("precision.cache_weight_operands=false")
+    config = load_config(CONFIGS / "gpt_7b.yaml", overrides)
+    layout = plan_layout(config, build_tokenizer(config.tokenizer).vocab_size, 1, 1)
+    (kinds,) = layout.stages[0].state
+    count = layout.num_parameters
+    moments = kinds["exp_avg"] + kinds["exp_avg_sq"]
+    found = {kind: kinds[kind] / count for kind in ("weights", "grads", "master")}
+    found |= {"moments": moments / count, "reference": kinds["reference"] / count}
+    return found | {"all": sum(found.values())}
+
+
+def _of(key: str, found: dict[str, dict[str, float]]) -> tuple[float, float]:
+    return found["BF16"][key], found["FP8"][key]
+
+
+def changed(key: str, bf16: float, fp8: float, paper: float | None = None) -> dict[str, object]:
+    """A row: both, the change in percent, and the paper's."""
+    reported = "" if paper is None else paper
+    return {"": key, "BF16": bf16, "FP8": fp8, "change, %": off(fp8, bf16), "paper, %": reported}
 
 
 def off(found: float, expected: float) -> float:
