@@ -304,15 +304,11 @@ class TritonKernels:
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """See `Kernels`."""
-        if approximate != "tanh":
-            return self._eager.gelu(x, approximate)
-        return self._known_amaxes.remember(*gelu.gelu(x))
+        return self._known_amaxes.remember(*gelu.gelu(x, approximate))
 
     def gelu_backward(self, x: Tensor, dy: Tensor, approximate: str) -> Tensor:
         """See `Kernels`."""
-        if approximate != "tanh":
-            return self._eager.gelu_backward(x, dy, approximate)
-        return self._known_amaxes.remember(*gelu.gelu_backward(x, dy))
+        return self._known_amaxes.remember(*gelu.gelu_backward(x, dy, approximate))
 
     def norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float

@@ -252,6 +252,15 @@ def gelu_backward():
     KERNELS.gelu_backward(x, x, "tanh")
 
 
+def gelu_erf():
+    KERNELS.gelu(activations(shape=(4096, 16384)), "none")
+
+
+def gelu_erf_backward():
+    x = activations(shape=(4096, 16384))
+    KERNELS.gelu_backward(x, x, "none")
+
+
 def layer_norm():
     KERNELS.norm(activations(), *(activations(shape=(4096,)),) * 2, 1e-5)
 

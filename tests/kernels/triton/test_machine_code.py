@@ -22,6 +22,8 @@ ALIGNED = {
     "dequantize_fp16": (48, 12),
     "gelu": (48, 4),
     "gelu_backward": (64, 6),
+    "gelu_erf": (64, 4),
+    "gelu_erf_backward": (64, 6),
     "join": (40, 6),
     "layer_norm": (48, 4),
     "layer_norm_backward": (64, 13),
