@@ -52,9 +52,9 @@ EVERYTHING = (
     {"model": {"num_layers": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1}},
     {
         "train": {
-            "train_samples": 28,
+            "train_samples": 16,
             "train_iters": None,
-            "rampup_batch_size": [2, 2, 24],
+            "rampup_batch_size": [2, 2, 8],
             "micro_batch_size": 1,
             "recompute_granularity": "selective",
         },
@@ -77,7 +77,7 @@ def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, f
         return tiny_config(*EVERYTHING, folders(run), {"precision": precision, "train": train})
 
     whole = run_distributed(train, 2, config("whole"))
-    run_distributed(train, 2, config("parts", exit_interval=5))
+    run_distributed(train, 2, config("parts", exit_interval=3))
     parts = run_distributed(train, 2, config("parts"))
     for (expected, _), (state, _) in zip(whole, parts, strict=True):
         assert all(torch.equal(state[name], expected[name]) for name in expected)
