@@ -28,14 +28,16 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -276,22 +278,34 @@ def run_tests(tree: Path, tests: list[str], limit: float, workers: int = 0) -> s
         in_order = ("--dist", "loadfile", "--no-loadscope-reorder")
         command += ["-n", str(workers), *in_order]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        result = subprocess.run(
-            [*command, "-m", "not gpu", *tests],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"still running after {limit:.0f} s"
-    if result.returncode == 0:
+    with in_own_group([*command, "-m", "not gpu", *tests], cwd=tree, env=environment) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"still running after {limit:.0f} s"
+    if process.returncode == 0:
         return None
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0] if failed else f"pytest ended with {result.returncode}"
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else f"pytest ended with {process.returncode}"
+
+
+@contextmanager
+def in_own_group(command: list[str], **keys: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process whose output is read; with all that it has started it ends where the block does."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        **keys,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def report(outcomes: list[Outcome], seed: int) -> dict[str, object]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from fp8lm.runtime.errors import InputError
@@ -80,6 +83,26 @@ def test_a_broken_line_is_noticed_and_put_back(mutate, tmp_path):
             caught = mutate.run_tests(tmp_path, ["test_code.py"], 60)
             assert caught == "FAILED test_code.py::test_double"
         assert (tmp_path / "code_of.py").read_text() == source
+
+
+SLEEPER = """
+import subprocess, sys, time
+
+def test_that_hangs():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, file=open("child", "w"), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(mutate, tmp_path):
+    (tmp_path / "test_sleeper.py").write_text(SLEEPER)
+    assert mutate.run_tests(tmp_path, ["test_sleeper.py"], 5) == "still running after 5 s"
+    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 10
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_the_command_lists_what_it_would_break(run_tool, capsys):
