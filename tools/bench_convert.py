@@ -5,7 +5,7 @@ python tools/bench_convert.py --config configs/llama_8b.yaml [--folder DIR] [--o
 
 Makes a release in the config's precision, and converts it to hf-fp8 (if its weights are FP8), back,
 and to BF16, each in a process of its own: seconds, the most memory that it had (resident, at any
-time), and bytes written per second beside what a plain copy of the checkpoint's file reaches on
+time), and bytes written per second beside what a plain copy of the checkpoint's files reaches on
 this disk. Removes what it has made; needs room for three bytes per parameter.
 """
 
@@ -70,6 +70,7 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     write_model(folder / "ck", config, model, lambda size: None)
     result: dict[str, Any] = {
         "parameters": parameters,
+        "processors": os.cpu_count(),
         "precision": config.precision.preset,
         "conversions": {},
     }
@@ -136,12 +137,14 @@ def convert(source: str, target: str, folder: Path, output: Path) -> dict[str, f
 
 
 def measure_copy(folder: Path) -> dict[str, float]:
-    """A plain copy of the checkpoint's file, synced."""
-    (path,) = (folder / "ck").glob("iter_*/*.distcp")
+    """A plain copy of the checkpoint's files, one after the other, synced."""
+    paths = sorted((folder / "ck").glob("iter_*/*.distcp"))
     start, written = time.perf_counter(), 0
-    with path.open("rb") as source, (folder / "copy").open("wb") as target:
-        while written < COPIED and (data := source.read(RANDOM_BYTES)):
-            written += target.write(data)
+    with (folder / "copy").open("wb") as target:
+        for path in paths:
+            with path.open("rb") as source:
+                while written < COPIED and (data := source.read(RANDOM_BYTES)):
+                    written += target.write(data)
         target.flush()
         os.fsync(target.fileno())
     seconds = time.perf_counter() - start
@@ -151,13 +154,20 @@ def measure_copy(folder: Path) -> dict[str, float]:
 
 def numbers_of(seconds: float, written: int) -> dict[str, float]:
     """What is reported of something that took `seconds` and wrote so many bytes."""
-    return {"seconds": seconds, "bytes": written, "bytes per second": written / seconds}
+    load = os.getloadavg()[0]  # of the last minute
+    return {
+        "seconds": seconds,
+        "bytes": written,
+        "bytes per second": written / seconds,
+        "load average": load,
+    }
 
 
 def show(name: str, numbers: dict[str, float]) -> dict[str, float]:
     """Print a line, and return the numbers."""
     memory = numbers.get("most resident bytes")
     line = f"{name:16} {numbers['seconds']:8.1f} s  {numbers['bytes per second'] / 1e6:7.0f} MB/s"
+    line += f"  load {numbers['load average']:4.1f}"
     print(line + (f"  {memory / 1e9:5.2f} GB resident" if memory else ""), flush=True)
     return numbers
 
