@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from statistics import median
 from typing import Any
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
             "device": device_name(model.device),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processors": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.max_new_tokens,
             "weight_bytes": model.weight_bytes,

@@ -11,7 +11,7 @@ that vLLM serves: FP8 weights and scales as they were trained. megatron is megat
 torch_dist, the weights of one; its older state dicts (torch.save), with FP8 weights of
 TransformerEngine or MS-AMP, are read, too. A model that comes in is a checkpoint without optimizer
 states: train it on with checkpoint.pretrained=OUTPUT. One block of rows at a time is in memory.
-OUTPUT is not there until all of it is; --to hf and hf-fp8 go on where the same command was killed.
+OUTPUT is not there until all of it is; the same command goes on where it was killed.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fp8lm.checkpoint.files import COMMON, anybody_may, publish
+from fp8lm.checkpoint.metadata import METADATA
 from fp8lm.checkpoint.resharding import ShardSavePlanner
 from fp8lm.checkpoint.saving import common_text
 from fp8lm.checkpoint.storage import Writer, write_with
@@ -48,13 +49,22 @@ def save_in_pieces(
     """
     folder = root / FOLDER
     make_folder(folder)
+    digests = write_pieces(folder, planner, largest)
+    common = {COMMON: common_text(iteration, meta).encode()}
+    return publish(folder, iteration, digests, {**files, **common}, anybody_may)
+
+
+def write_pieces(folder: Path, planner: ShardSavePlanner, largest: int = LARGEST) -> dict[str, str]:
+    """As `write_shards`, of one process: the SHA-256 of the files, by name.
+
+    Pieces that an earlier call with the same arguments has left in `folder` are kept.
+    """
+    (folder / METADATA).unlink(missing_ok=True)
     writer = _PieceWriter(folder, largest)
     write_with(writer, planner, None)
     for record in folder.glob(_Piece.RECORD.format("*")):
         record.unlink()
-    common = {COMMON: common_text(iteration, meta).encode()}
-    digests = {**writer.digests, **writer.files.digests}  # of pieces and of the metadata
-    return publish(folder, iteration, digests, {**files, **common}, anybody_may)
+    return {**writer.digests, **writer.files.digests}  # of pieces and of the metadata
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from fp8lm.checkpoint import Checkpoint
 from fp8lm.checkpoint.files import LATEST
 from fp8lm.checkpoint.metadata import METADATA
+from fp8lm.checkpoint.pieces import write_pieces
 from fp8lm.checkpoint.reader import WORD_TABLES
 from fp8lm.checkpoint.rows import StoredRows
-from fp8lm.checkpoint.storage import write_shards
 from fp8lm.config import Config, ModelConfig
 from fp8lm.convert import megatron_optimizer as optimizer
 from fp8lm.convert.hf_export import DTYPES
@@ -66,9 +66,7 @@ def export_model(
         iteration = weights.checkpoint.iteration
         folder = work / f"iter_{iteration:07d}"
         folder.mkdir(exist_ok=True)
-        for left in folder.iterdir():  # of one that was killed
-            left.unlink()
-        write_shards(folder, LazyPlanner(plan.tensors, {}, told), None)
+        write_pieces(folder, LazyPlanner(plan.tensors, {}, told))
         common = {
             "checkpoint_version": 3.0,
             "iteration": iteration,
