@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.config import load_config
+from fp8lm.convert.megatron_optimizer import kinds_in, why_not
 from fp8lm.convert.weights import Weights
 from fp8lm.runtime.quiet import quiet_megatron
 from tests.convert.models import KERNELS, LLAMA, save_model
@@ -114,6 +116,16 @@ def test_states_come_in(theirs, convert, tmp_path):
         assert amax == expected[kind]["decoder.layers.1.mlp.linear_fc1.weight"].abs().max()
     assert found["optimizer.num_steps"] == 1  # Adam's own, whatever the iteration
     assert open_checkpoint(tmp_path / "ck").common["consumed_samples"] == 7
+
+
+@pytest.mark.parametrize("master", ["param", "fp32_param", None])
+def test_names_of_the_master(master):
+    """That of a model in fp32 is the weight itself."""
+    names = [*filter(None, [master]), "exp_avg", "exp_avg_sq"]
+    stored = SimpleNamespace(tensors=dict.fromkeys(f"optimizer.state.{n}.x" for n in names))
+    assert kinds_in(stored) == {"master": master, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    stored.tensors.pop("optimizer.state.exp_avg_sq.x")
+    assert kinds_in(stored) is None and "there are none" in why_not(stored)
 
 
 def test_states_in_buckets_stay(theirs, convert, tmp_path):
