@@ -17,7 +17,7 @@ import json
 import os
 import time
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
             )
         held = tensor_bytes()
         say = show if model.groups.is_main else (lambda text: None)
-        say(f"{'way':10} {'batch':>5} {'prompt tok/s':>13} {'new tok/s':>10} {'cache MB':>9}")
+        heads = ("prompt tok/s", "new tok/s", "CPU ms/step", "cache MB")
+        say(f"{'way':10} {'batch':>5} " + " ".join(f"{head:>12}" for head in heads))
         rows = []
         for batch in options.batch_sizes:
             for way in WAYS:
@@ -97,34 +98,47 @@ def sizes(text: str) -> list[int]:
 def measure(
     model: InferenceModel, way: str, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of the first new token, and of a further one, for `batch` prompts."""
+    """Seconds of the first new token, and of a further one, for `batch` prompts.
+
+    `token_cpu_s` is what a further one takes of processors: a busy machine does not change it.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (batch, options.prompt_tokens)
     prompts = torch.randint(model.num_ids, shape, generator=generator).tolist()
     runs = [times(model, prompts, way, options.max_new_tokens) for _ in range(options.repeats + 1)]
-    first = min(run[0] for run in runs[1:])
-    each = median(time for run in runs[1:] for time in run[1:])
+    first = min(run[0].wall for run in runs[1:])
+    further = [time for run in runs[1:] for time in run[1:]]
+    each = median(time.wall for time in further)
     context = new_context(model, way, batch, sum((options.prompt_tokens, options.max_new_tokens)))
     return {
         "way": way,
         "batch": batch,
         "first_token_s": first,
         "token_s": each,
+        "token_cpu_s": median(time.cpu for time in further),
         "prompt_tokens_per_s": batch * options.prompt_tokens / first,
         "new_tokens_per_s": batch / each,
         "cache_bytes": context.cache.nbytes if isinstance(context, CachedContext) else 0,
     }
 
 
-def times(model: InferenceModel, prompts: list[list[int]], way: str, count: int) -> list[float]:
-    """Seconds of each of `count` tokens that follow `prompts`, greedily."""
+class Seconds(NamedTuple):
+    """By the clock, and of all processors for this process."""
+
+    wall: float
+    cpu: float
+
+
+def times(model: InferenceModel, prompts: list[list[int]], way: str, count: int) -> list[Seconds]:
+    """Those of each of `count` tokens that follow `prompts`, greedily."""
     context = new_context(model, way, len(prompts), len(prompts[0]) + count)
     found, new = [], prompts
     for _ in range(count):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         logits = context.extend(new)  # on the host: nothing is under way any more
         new = [[token] for token in logits.argmax(dim=1).tolist()]
-        found.append(time.perf_counter() - began)
+        ended = time.perf_counter(), time.process_time()
+        found.append(Seconds(ended[0] - began[0], ended[1] - began[1]))
     return found
 
 
@@ -153,8 +167,9 @@ def device_name(device: torch.device) -> str:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     return (
-        f"{row['way']:10} {row['batch']:5} {row['prompt_tokens_per_s']:13.1f} "
-        f"{row['new_tokens_per_s']:10.1f} {row['cache_bytes'] / MEGA:9.2f}"
+        f"{row['way']:10} {row['batch']:5} {row['prompt_tokens_per_s']:12.1f} "
+        f"{row['new_tokens_per_s']:12.1f} {row['token_cpu_s'] * 1000:12.1f} "
+        f"{row['cache_bytes'] / MEGA:12.2f}"
     )
 
 
