@@ -15,6 +15,7 @@ Runs that are interrupted go on when the same command is given again.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import statistics
 import subprocess
@@ -43,8 +44,8 @@ OVERRIDES = {
     "base": ["optimizer.lr=2e-3", "train.eval_iters=20"],
     "sft": ["train.objective=sft", "optimizer.lr=1e-3", "train.eval_iters=20"],
     "dpo": [
-        *("train.objective=dpo", "optimizer.lr=3e-4", "train.eval_iters=20", "tuning.beta=0.1"),
-        "tuning.on_long_example=skip",
+        *("train.objective=dpo", "optimizer.lr=3e-4", "train.eval_iters=20"),
+        *("tuning.beta=0.5", "tuning.sft_loss_weight=1", "tuning.on_long_example=skip"),
     ],
 }
 REPORTED = {
@@ -193,10 +194,18 @@ def answers(folder: Path, run: Path) -> dict[str, Any]:
     ]
     names = [answer["content"].split("`")[1] for _, answer in asked]
     right = [f"`{name}`" in each["text"] for name, each in zip(names, done, strict=True)]
+    terse = [
+        re.search(r"\((self|cls)?\):", question["content"]) is not None for question, _ in asked
+    ]
+    preferred = [
+        each["text"].strip().startswith("`") == short
+        for each, short in zip(done, terse, strict=True)
+    ]
     shown = [each["text"] for each in done[:3]]
     return {
         "questions": len(done),
         "in the format, with an end": sum(formed),
+        "in the preferred form": sum(map(operator.and_, formed, preferred)),
         "with the right name": sum(right),
         "first answers": shown,
     }

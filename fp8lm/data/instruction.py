@@ -40,6 +40,7 @@ from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.runtime.errors import InputError
 
 FORMATS: dict[str, ExampleFormat] = {"sft": "chat", "dpo": "preference"}  # by objective
+LOOKED_AT = 100  # examples
 Sizes = tuple[int, int, int]
 Datasets = tuple[SizedDataset | None, SizedDataset | None, SizedDataset | None]
 
@@ -97,7 +98,7 @@ class PackedExamples(SizedDataset):
         packing: bool = True,
         reference_losses: np.ndarray | None = None,
     ) -> None:
-        self.chosen, self.seq_length, self.pad = chosen, seq_length, pad
+        self.chosen, self.seq_length, self.pad = chosen, seq_length, pad  # the end of document
         self.seed, self.split, self.packing = seed, split, packing
         numbers = range(len(chosen.sizes))
         self.samples = (
@@ -149,6 +150,18 @@ class PackedExamples(SizedDataset):
             f"{SPLITS[self.split]}: {len(self.chosen.sizes):,} examples of {tokens:,} tokens in "
             f"{packed}{skipped}"
         )
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the first examples, though they can be trained on."""
+        first = range(min(LOOKED_AT, len(self.chosen.sizes)))
+        sequences = chain.from_iterable(map(self.chosen.sequences, first))
+        ends = {int(ids[mask.astype(bool)][-1]) for ids, mask in sequences}
+        if self.pad in ends:
+            return []
+        return [
+            f"no answer ends with the end-of-document token (id {self.pad}), at which generation "
+            "stops: let the chat template write eos_token after every answer"
+        ]
 
     def _order(self, epoch: int) -> np.ndarray:
         return _permutation(len(self.samples), self.seed, epoch, self.split)

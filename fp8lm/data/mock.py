@@ -93,7 +93,7 @@ def mock_examples(
     """Questions of ids anywhere, and answers that follow the chain from the question's last id.
 
     Lengths vary, and a document has at most half of `seq_length`. What is rejected is as long as
-    what was chosen, and follows nothing. The first token of a question is `eod`.
+    what was chosen, and follows nothing. Questions begin with `eod`, and answers end with it.
     """
     chain, count = MarkovChain(vocab_size, seed), SEQUENCES[form]
     most = max(4, seq_length // (2 * count))  # tokens of a sequence
@@ -108,6 +108,7 @@ def mock_examples(
             answers.append(rng.integers(vocab_size, size=length - asked).tolist())
         for answer in answers:
             mask = np.repeat(np.array([0, 1], np.uint8), [asked, length - asked])
-            sequences.append(MaskedTokens(np.array(question + answer, np.int64), mask))
+            ids = np.array([*question, *answer[:-1], eod], np.int64)
+            sequences.append(MaskedTokens(ids, mask))
     lengths = np.array([len(sequence.ids) for sequence in sequences])
     return Examples("mock_data", form, lengths, sequences.__getitem__, lambda n: f"mock {n}")

@@ -92,7 +92,9 @@ def _risks(run: Run) -> list[str]:
 
 def _describe_examples(run: Run) -> list[str]:
     """What tuning reads of each split."""
-    return [split.describe() for split in run.datasets if isinstance(split, PackedExamples)]
+    splits = [split for split in run.datasets if isinstance(split, PackedExamples)]
+    warnings = [f"warning: {line}" for line in (splits[0].warnings() if splits else ())]
+    return [*(split.describe() for split in splits), *warnings]
 
 
 def _describe_device(device: torch.device) -> str:

@@ -151,6 +151,16 @@ def test_packed_equals_one_by_one(text_config, train_run, read_metrics, tmp_path
     close(found[0][[0, 2]], found[1][[0, 2]])
 
 
+def test_a_template_without_an_end_is_told(text_config, train_run, conversations, capfd):
+    """One warning, of the training examples."""
+    (conversations / "endless.jinja").write_text(BRACKETS.replace("{{ eos_token }}", ""))
+    for name, count in (("t.jinja", 0), ("endless.jinja", 1)):
+        template = {"tuning": {"chat_template": str(conversations / name)}}
+        once = {"train": {"train_iters": 1, "eval_iters": 0}, "checkpoint": {"save": None}}
+        train_run(text_config(once, template))
+        assert capfd.readouterr().out.count("no answer ends with the end-of-document") == count
+
+
 def test_transformers_has_the_same_loss(text_config, train_run, conversations, tmp_path):
     """Of the exported model on the same conversations, one by one: -log p over answers' tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
