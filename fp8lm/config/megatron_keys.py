@@ -119,6 +119,10 @@ RENAMED: Mapping[str, str] = {
     "completion_only_loss": "train.objective=sft, of which answers alone count",
     "assistant_only_loss": "train.objective=sft, of which answers alone count",
     "chat_template_path": "tuning.chat_template=FILE",
+    "dpo": "train.objective=dpo",
+    "precompute_ref_log_probs": "tuning.reference_logprobs=FILE",
+    "ref_policy_kl_penalty": "tuning.beta",
+    "rpo_alpha": "tuning.sft_loss_weight",
     "finetune": "checkpoint.pretrained=DIR in place of checkpoint.load=DIR",
     "load_optim": "checkpoint.pretrained=DIR for weights alone; iteration and data start anew too",
     "no_load_optim": (

@@ -118,7 +118,10 @@ class ExampleEncoder:
         if self.template is None:
             raise BadExample(TEMPLATE_CURE)
         text, spans = self.template.render_answers(messages, turns, tools)
-        return _as_arrays(*self._masked(text, spans, parse_special_tokens=True))
+        ids, mask = self._masked(text, spans, parse_special_tokens=True)
+        if not any(mask[1:]):
+            raise BadExample("no token of an answer follows another token")
+        return _as_arrays(ids, mask)
 
     def _check_message(self, message: Message, place: str) -> None:
         if not isinstance(message, dict) or "role" not in message:
@@ -157,8 +160,6 @@ class ExampleEncoder:
             last, crosses = self._place(text[:end], ids, parse_special_tokens)
             for number in range(first, last + crosses):
                 mask[number] = 1
-        if not any(mask):
-            raise BadExample("the answer has no tokens")
         return ids, mask
 
     def _place(self, text: str, ids: list[int], parse_special_tokens: bool) -> tuple[int, bool]:

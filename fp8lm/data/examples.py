@@ -118,6 +118,8 @@ def open_indexed_examples(prefix: str, form: ExampleFormat, tokenizer: Tokenizer
     if not np.array_equal(masks.lengths, documents.lengths):
         raise InputError(f"{mask_prefix(prefix)} is not the mask of {prefix}: preprocess again")
     check_ids(masks, 2)
+    if documents.lengths.min(initial=2) < 2:
+        raise InputError(f"{prefix}.idx has a sequence of less than two tokens: preprocess again")
     if (np.diff(documents.marks) != SEQUENCES[form]).any():
         raise InputError(f"{prefix}.idx does not have {SEQUENCES[form]} sequences per document")
 

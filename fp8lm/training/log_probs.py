@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fp8lm.checkpoint.collectives import from_all
-from fp8lm.data.instruction import PackedExamples
+from fp8lm.data.packed_examples import PackedExamples
 from fp8lm.data.reference_losses import ReferenceLosses
 from fp8lm.data.splits import SPLITS
 from fp8lm.training.evaluation import run_batches

@@ -18,7 +18,7 @@ import torch
 
 import fp8lm
 from fp8lm.config import Config
-from fp8lm.data.instruction import PackedExamples
+from fp8lm.data.packed_examples import PackedExamples
 from fp8lm.kernels.select import describe_attention, describe_kernels
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.files import make_folder, open_to_append

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from fp8lm.data.instruction import PackedExamples
+from fp8lm.data.packed_examples import PackedExamples
 from fp8lm.training.build import Run
 from fp8lm.training.flops import TERA, peak_of, throughput, training_flops
 from fp8lm.training.memory import (

@@ -124,6 +124,15 @@ def test_what_is_no_preference(fields, complaint, tokenizer):
         encode(tokenizer, fields, "preference")
 
 
+def test_an_answer_of_which_nothing_is_predicted(tokenizer):
+    source = "{% generation %}{{ eos_token }}{% endgeneration %}"
+    line = json.dumps({"messages": ONE}).encode()
+    with pytest.raises(BadDocument, match="no token of an answer follows another"):
+        ExampleEncoder(tokenizer, template(tokenizer, source), "chat").encode(
+            Record("x.jsonl", 7, line, True, 0)
+        )
+
+
 def test_messages_need_a_template(tokenizer):
     with pytest.raises(BadDocument, match=r"tuning\.chat_template"):
         encode(tokenizer, {"messages": ONE}, with_template=False)

@@ -11,7 +11,7 @@ from fp8lm.data.best_fit import pack_best_fit
 from fp8lm.data.conversations import MaskedTokens
 from fp8lm.data.datasets import build_datasets
 from fp8lm.data.examples import Examples
-from fp8lm.data.instruction import PackedExamples, Selection
+from fp8lm.data.packed_examples import PackedExamples, Selection
 from fp8lm.runtime.errors import InputError
 from tests.data.chats import BRACKETS, LINES, SIZES, sentencepiece, sft_config, turns, write_lines
 

@@ -95,6 +95,16 @@ def test_losses_and_gradients_are_those_of_the_equations(keys, logits, batch):
     )
 
 
+def test_nothing_waits_for_a_device(logits, batch):
+    """On the meta device, where reading a value is an error."""
+    meta = torch.device("meta")
+    objective, there = PreferenceOptimization(sft_loss_weight=0.1), batch.to(meta)
+    objective.counted_share([there])
+    found = objective.loss_and_metrics(logits.to(meta).requires_grad_(), there)
+    found[0].backward()
+    assert {value.device for value in found} == {meta}
+
+
 def test_a_model_that_is_the_reference_has_no_margin_and_no_divergence(logits, batch):
     objective = PreferenceOptimization()
     own = objective.token_losses(logits, batch)
