@@ -161,6 +161,7 @@ def test_a_template_without_an_end_is_told(text_config, train_run, conversations
         assert capfd.readouterr().out.count("no answer ends with the end-of-document") == count
 
 
+@pytest.mark.slow
 def test_transformers_has_the_same_loss(text_config, train_run, conversations, tmp_path):
     """Of the exported model on the same conversations, one by one: -log p over answers' tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
