@@ -35,6 +35,7 @@ class SkippedDocuments:
 
     count: int = 0
     first: str = ""
+    noun: str = "bad document"
 
     def add(self, fault: str) -> None:
         """Count one."""
@@ -42,8 +43,8 @@ class SkippedDocuments:
         self.count += 1
 
     def __str__(self) -> str:
-        what = "bad document is" if self.count == 1 else "bad documents are"
-        return f"{self.count} {what} left out, the first: {self.first}"
+        plural = f"{self.noun} is" if self.count == 1 else f"{self.noun}s are"
+        return f"{self.count} {plural} left out, the first: {self.first}"
 
 
 @dataclass(frozen=True)

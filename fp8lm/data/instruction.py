@@ -120,7 +120,7 @@ def _build_split(
 
 def _select(config: Config, sources: Sequence[Examples], ranges: Sequence[range]) -> Selection:
     """The documents `ranges` of `sources`; those that are too long end the run, or are left out."""
-    places, sizes, skipped = [], [], SkippedDocuments()
+    places, sizes, skipped = [], [], SkippedDocuments(noun="long example")
     most = config.model.seq_length
     for number, (source, documents) in enumerate(zip(sources, ranges, strict=True)):
         for document in documents:

@@ -114,7 +114,8 @@ def test_long_examples_and_bad_lines_end_the_run_or_are_left_out(tokenizer, tmp_
     skipping |= {"on_long_example": "skip"}
     train, valid, _ = build_datasets(config_of(skipping), tokenizer, SIZES)
     said = train.describe()
-    assert "18 examples" in said and "1 bad document" in said and "line 4: " in said
+    assert "18 examples" in said and "1 long example is left out" in said and "line 4: " in said
+    assert "1 bad document is left out, the first:" in said
     assert "line 5: no list of messages" in said and valid is not None
     with pytest.raises(InputError, match="leaves no examples for valid"):
         build_datasets(config_of(skipping, split="99,1,0"), tokenizer, SIZES)
