@@ -1,20 +1,24 @@
 """Signal-to-noise of gradient reductions, on the gradients of a model in training.
 
 python tools/measure_reduction.py --config configs/gpt_mini.yaml [section.key=value ...] \\
-    [--early 20] [--late 400] [--output reduction.json] [--plot reduction.png]
+    [--early 20] [--late 400] [--output reduction.json] [--plot reduction.png] \\
+    [--plot-blocks blocks.png]
 
 Trains the config's model (preset o3) on one process. After --early and after --late steps it takes
 the gradients of 64 micro-batches without training on them: 64 replicas. Each replica's gradients
 are stored in E4M3, as training stores them, and the first N are reduced the way N processes would
-reduce them. The reference is the mean of the gradients before they were stored.
+reduce them. The reference is the mean of the gradients before they were stored. --plot-blocks draws
+the reductions of all 64 by transformer block, as FP8-LM's Figure 7 does (arXiv 2310.18313).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +55,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--late", type=int, default=400)
     parser.add_argument("--output", type=as_path)
     parser.add_argument("--plot", type=as_path)
+    parser.add_argument("--plot-blocks", type=as_path)
     options, overrides = parser.parse_known_args(argv)
     # Kept in fp32, so that what E4M3 does to them is known.
     overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]
@@ -64,6 +69,8 @@ def main(argv: list[str]) -> None:
         write_aside(options.output, json.dumps(results, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
+    if options.plot_blocks:
+        plot_blocks(results, options.plot_blocks)
 
 
 def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
@@ -78,7 +85,7 @@ def measure_run(run: Run, moments: dict[str, int]) -> dict[str, dict]:
         for moment, at in moments.items():
             if at == step:
                 gradients = replicas_of(run, batches.next(max(REPLICAS)))
-                results[moment] = {"step": step, "replicas": measure(gradients)}
+                results[moment] = {"step": step, **measure(gradients)}
                 batches = run_batches(run, run.train_dataset, consumed)
     return results
 
@@ -106,39 +113,67 @@ def gradients_of(run: Run, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def measure(gradients: Gradients) -> dict[int, dict[str, dict[str, float]]]:
-    """By number of replicas and reduction: SNR in dB, shares of under- and overflow."""
+def measure(gradients: Gradients) -> dict[str, dict]:
+    """SNR in dB and shares of under- and overflow, by reduction.
+
+    `replicas`: by their number; `blocks`: of all replicas, a list over transformer blocks.
+    """
     stored = {
         name: [KERNELS.quantize(value, E4M3) for value in values]
         for name, values in gradients.items()
     }
-    return {
-        size: {
-            kind: quality(
-                {name: values[:size] for name, values in gradients.items()},
-                {name: reduce(tensors[:size]) for name, tensors in stored.items()},
-            )
+    replicas: dict[int, dict[str, dict[str, float]]] = {}
+    for size in REPLICAS:
+        sums = {
+            kind: {
+                name: sums_of(values[:size], reduce(stored[name][:size]))
+                for name, values in gradients.items()
+            }
             for kind, reduce in REDUCTIONS.items()
         }
-        for size in REPLICAS
-    }
+        replicas[size] = {kind: quality(own.values()) for kind, own in sums.items()}
+    blocks = {kind: [quality(own) for own in by_block(of)] for kind, of in sums.items()}
+    return {"replicas": replicas, "blocks": blocks}
 
 
-def quality(gradients: Gradients, reduced: dict[str, Tensor]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sums:
+    """Of a tensor's elements: squares of means and errors, zeros and saturated ones, number."""
+
+    signal: float
+    noise: float
+    zero: int
+    saturated: int
+    count: int
+
+
+def sums_of(values: list[Tensor], reduced: Tensor) -> Sums:
+    """`reduced` against the mean of `values`."""
+    true = torch.stack(values).double().mean(0)
+    largest = reduced.abs().max()
+    return Sums(
+        true.square().sum().item(),
+        (reduced.double() - true).square().sum().item(),
+        int(((reduced == 0) & (true != 0)).sum()),
+        int(((reduced.abs() == largest) & (true.abs() > 1.0625 * largest)).sum()),
+        true.numel(),
+    )
+
+
+def quality(of_tensors: Iterable[Sums]) -> dict[str, float]:
     """SNR over all tensors; of nonzero means, the share that became zero; that saturated."""
-    signal = noise = 0.0
-    zero = small = 0.0
-    total = 0
-    for name, values in gradients.items():
-        true = torch.stack(values).double().mean(0)
-        signal += true.square().sum().item()
-        noise += (reduced[name].double() - true).square().sum().item()
-        zero += ((reduced[name] == 0) & (true != 0)).sum().item()
-        largest = reduced[name].abs().max()
-        small += ((reduced[name].abs() == largest) & (true.abs() > 1.0625 * largest)).sum().item()
-        total += true.numel()
+    signal, noise, zero, saturated, count = map(sum, zip(*map(astuple, of_tensors), strict=True))
     ratio = 10 * math.log10(signal / noise) if noise else math.inf
-    return {"snr": ratio, "underflow": zero / total, "overflow": small / total}
+    return {"snr": ratio, "underflow": zero / count, "overflow": saturated / count}
+
+
+def by_block(sums: Mapping[str, Sums]) -> list[list[Sums]]:
+    """Those of each transformer block, in the order of the model."""
+    blocks: dict[int, list[Sums]] = {}
+    for name, own in sums.items():
+        number = next(int(part) for part in name.split(".") if part.isdecimal())
+        blocks.setdefault(number, []).append(own)
+    return [blocks[number] for number in sorted(blocks)]
 
 
 def fp32_accumulate(stored: list[ScaledTensor]) -> Tensor:
@@ -213,6 +248,30 @@ def print_table(results: dict[str, dict]) -> None:
 
 def plot(results: dict[str, dict], path: Path) -> None:
     """SNR, underflow and overflow over the number of replicas."""
+
+    def draw(axis: Any, result: dict, kind: str, key: str, marker: str) -> None:
+        values = [result["replicas"][size][kind][key] for size in REPLICAS]
+        axis.plot(REPLICAS, values, marker=marker, markersize=4, label=kind)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("replicas")
+
+    _draw_all(results, path, draw)
+
+
+def plot_blocks(results: dict[str, dict], path: Path) -> None:
+    """The same over transformer blocks, of all replicas."""
+
+    def draw(axis: Any, result: dict, kind: str, key: str, marker: str) -> None:
+        values = [block[key] for block in result["blocks"][kind]]
+        axis.plot(range(len(values)), values, marker=marker, markersize=4, label=kind)
+        axis.set_xticks(range(len(values)))
+        axis.set_xlabel(f"transformer block, {max(REPLICAS)} replicas")
+
+    _draw_all(results, path, draw)
+
+
+def _draw_all(results: dict[str, dict], path: Path, draw: Callable[..., None]) -> None:
+    """A row per moment, a column per quality, a line per reduction."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,11 +282,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
     for row, (moment, result) in zip(axes, results.items(), strict=True):
         for axis, key, title in zip(row, ("snr", "underflow", "overflow"), titles, strict=True):
             for index, kind in enumerate(REDUCTIONS):
-                values = [result["replicas"][size][kind][key] for size in REPLICAS]
-                axis.plot(REPLICAS, values, marker="os^Dvx"[index], markersize=4, label=kind)
-            axis.set_xscale("log", base=2)
+                draw(axis, result, kind, key, "os^Dvx"[index])
             axis.set_title(f"{title}, {moment} (step {result['step']})", fontsize=10)
-            axis.set_xlabel("replicas")
             axis.grid(alpha=0.3)
     axes[0][2].legend(fontsize=8, loc="upper left")
     figure.tight_layout()

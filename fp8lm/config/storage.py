@@ -155,6 +155,11 @@ class LoggingConfig(Section):
         description="Layers that have statistics, by name; * stands for anything: "
         "decoder.layers.0.*, *.linear_fc2.",
     )
+    fp8_stats_what_if: Bool = Field(
+        False,
+        description="Measure the operands of GEMMs in BF16 or fp32 as if they were cast to FP8 "
+        "with a scale per tensor, which says what FP8 would do to a BF16 run.",
+    )
     tensorboard: Bool = Field(True, description="Write TensorBoard events into dir.")
     wandb_project: Text | None = Field(
         None,

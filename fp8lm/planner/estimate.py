@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from fp8lm.comm.accounting import WIRES
@@ -26,13 +26,17 @@ LARGEST_MICRO_BATCH = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """The costs of `layout`, whose micro-batch has been `traced`."""
+    """The costs of `layout`, whose micro-batch has been `traced`.
+
+    `trace_doubled` traces one of twice the size, when it is asked for.
+    """
 
     layout: Layout
     batches: Batches
     num_ids: int
     hardware: Hardware
     traced: TracedModel
+    trace_doubled: Callable[[], TracedModel]
 
     @cached_property
     def memory(self) -> list[list[RankMemory]]:
@@ -43,7 +47,7 @@ class Estimate:
         """That of the rank at `place`."""
         return self.memory[place.stage][place.data]
 
-    @property
+    @cached_property
     def fullest(self) -> RankMemory:
         """That of the rank that holds most."""
         return max(chain(*self.memory), key=lambda rank: rank.total)
@@ -102,8 +106,7 @@ class Estimate:
     def largest_micro_batch(self) -> int:
         """That fits and divides the batch; 0: none."""
         batch, replicas = self.batches.global_batch_size, self.batches.num_replicas
-        config, size = self.layout.config, self.batches.micro_batch_size
-        larger = self._memory(trace_doubled(config, self.num_ids, self.hardware))
+        size, larger = self.batches.micro_batch_size, self._memory(self.trace_doubled())
         this, twice = self.fullest.total, max(rank.total for rank in chain(*larger))
         fitting = [
             candidate
@@ -130,7 +133,9 @@ def estimate(layout: Layout, num_ids: int, hardware: Hardware) -> Estimate:
     config = layout.config
     batches = plan_batches(config, layout.dims.dp)
     traced = trace_for(config, num_ids, hardware)
-    return Estimate(layout, batches, num_ids, hardware, traced)
+    doubled = with_keys(config, train={"micro_batch_size": 2 * config.train.micro_batch_size})
+    trace_doubled = partial(trace_for, doubled, num_ids, hardware)
+    return Estimate(layout, batches, num_ids, hardware, traced, trace_doubled)
 
 
 def trace_for(config: Config, num_ids: int, hardware: Hardware) -> TracedModel:
@@ -144,12 +149,6 @@ def trace_for(config: Config, num_ids: int, hardware: Hardware) -> TracedModel:
         return traced
     plain = with_keys(config, precision={"cache_weight_operands": False})
     return traced.with_memory_of(trace_model(plain, num_ids, hardware, kernels))
-
-
-def trace_doubled(config: Config, num_ids: int, hardware: Hardware) -> TracedModel:
-    """The same with micro-batches of twice the size."""
-    size = 2 * config.train.micro_batch_size
-    return trace_for(with_keys(config, train={"micro_batch_size": size}), num_ids, hardware)
 
 
 def as_facts(estimate: Estimate) -> dict[str, object]:

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from fp8lm.comm.dims import REPLICA_AXIS, ParallelDims
+from fp8lm.comm.dims import DENSE, REPLICA_AXIS, ParallelDims
 from fp8lm.config import Config
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import Param, QuantizedParam, by_group, named_params
@@ -74,13 +74,26 @@ class Layout:
     config: Config
     dims: ParallelDims
     node_size: int
-    ranks: tuple[RankPlacement, ...]
     stages: tuple[Stage, ...]
+
+    @cached_property
+    def ranks(self) -> tuple[RankPlacement, ...]:
+        """Where every rank is, in ascending order."""
+        dims = self.dims
+        axes = [(dims.stride(axis), dims.size(axis)) for axis in ("tp", "dp", "pp")]
+        return tuple(
+            RankPlacement(
+                rank,
+                *divmod(rank, self.node_size),
+                *(rank // stride % size for stride, size in axes),
+            )
+            for rank in range(dims.world_size)
+        )
 
     @property
     def num_nodes(self) -> int:
         """Machines."""
-        return self.ranks[-1].node + 1
+        return -(-self.dims.world_size // self.node_size)
 
     @property
     def num_parameters(self) -> int:
@@ -119,18 +132,7 @@ def plan_layout(config: Config, num_ids: int, world_size: int, node_size: int) -
     dims = ParallelDims.from_config(config.parallel, world_size)
     rows = model_vocab_size(config, num_ids)
     made = tuple(plan_stage(config, dims, rows, stage) for stage in range(dims.pp))
-    return Layout(config, dims, node_size, _placements(dims, node_size), made)
-
-
-def _placements(dims: ParallelDims, node_size: int) -> tuple[RankPlacement, ...]:
-    return tuple(
-        RankPlacement(
-            rank,
-            *divmod(rank, node_size),
-            *(dims.coordinate(rank, axis) for axis in ("tp", "dp", "pp")),
-        )
-        for rank in range(dims.world_size)
-    )
+    return Layout(config, dims, node_size, made)
 
 
 class ShapesOnly(TPContext):
@@ -161,8 +163,10 @@ def plan_stage(config: Config, dims: ParallelDims, rows: int, stage: int) -> Sta
     chunks = [build_model(config, rows, recipe, part) for part in specs]
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     formats = StatePrecision.from_config(config.precision)
-    owners, shards, _ = owners_of(config, dims, weights)
-    owned, padding = local_shards_of(config, dims, weights)
+    owners, shards, padding = owners_of(config, dims, weights)
+    owned = owners
+    if not _is_sharded(config, dims):
+        owned, padding = local_shards_of(config, dims, weights)
     held = _held_bytes(weights, padding) | {"reference": reference_bytes(config, tp, rows, specs)}
     state = tuple(held | _states_bytes(weights, rows_of, formats) for rows_of in owned)
     return Stage(tuple(specs), weights, state, tuple(owners), tuple(shards))
@@ -182,11 +186,15 @@ def local_shards_of(
     config: Config, dims: ParallelDims, weights: dict[str, Param]
 ) -> tuple[list[dict[str, Rows]], int]:
     """The rows of each weight whose states each replica holds; bytes that pad the weights."""
-    if dims.dp == 1 or not config.parallel.use_distributed_optimizer:
+    if not _is_sharded(config, dims):
         everything = {name: (0, weight.spec.local_shape[0]) for name, weight in weights.items()}
         return [everything] * dims.dp, 0
     rows, _, padding = owners_of(config, dims, weights)
     return rows, padding
+
+
+def _is_sharded(config: Config, dims: ParallelDims) -> bool:
+    return dims.dp > 1 and config.parallel.use_distributed_optimizer
 
 
 def owners_of(
@@ -204,8 +212,9 @@ def owners_of(
         sharded = shard_params(config.parallel, params, dims.size(axis))
         padding += sharded.nbytes
         sizes = [sum(each) for each in zip(*(p.shard_bytes for p in sharded.layouts), strict=True)]
+        apart, stride, size = dims.stride(REPLICA_AXIS[DENSE]), dims.stride(axis), dims.size(axis)
         for replica, own in enumerate(rows):
-            owner = dims.coordinate(dims.rank(dp=replica), axis)
+            owner = replica * apart // stride % size
             own |= sharded.rows[owner]
             shards[replica] += sizes[owner]
     return rows, shards, padding

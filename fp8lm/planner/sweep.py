@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fp8lm.config import Config
 from fp8lm.numerics import format_by_name
 from fp8lm.planner.batches import plan_batches
 from fp8lm.planner.describe import aligned
-from fp8lm.planner.estimate import Estimate, as_facts, trace_doubled, trace_for
+from fp8lm.planner.estimate import Estimate, as_facts, trace_for
 from fp8lm.planner.layout import plan_layout
 from fp8lm.planner.report import TIMES
 from fp8lm.planner.tracing.floor import matrix_parameters
@@ -88,7 +89,7 @@ class Sweep:
 
     def __init__(self, num_ids: int, world_size: int, hardware: Hardware) -> None:
         self.num_ids, self.world_size, self.hardware = num_ids, world_size, hardware
-        self._traced: dict[tuple[int, str | None], tuple[TracedModel, TracedModel]] = {}
+        self._traced: dict[tuple[int, str | None, int], TracedModel] = {}
 
     def of(self, config: Config, division: Division) -> list[Tried]:
         """Every micro-batch of `config`, which is divided so."""
@@ -104,7 +105,7 @@ class Sweep:
             return [Tried(division, refused=why)]
         node_size = min(self.world_size, parallel.node_size or self.hardware.gpus_per_node)
         layout = plan_layout(config, self.num_ids, self.world_size, node_size)
-        if (held := max(layout.totals)) > room:
+        if (held := max(max(stage.totals) for stage in layout.stages)) > room:
             why = f"weights, gradients and optimizer states alone are {held / GIGA:.0f} GB"
             return [Tried(division, refused=why)]
         tried: list[Tried] = []
@@ -112,11 +113,14 @@ class Sweep:
             for size in sizes:
                 keys = {"micro_batch_size": size, "recompute_granularity": recompute}
                 changed = with_keys(config, train=keys)
-                one, two = self._trace(changed)
-                traced = one.with_micro_batch(two, size)
-                batches = plan_batches(changed, dp)
-                there = replace(layout, config=changed)
-                of = Estimate(there, batches, self.num_ids, self.hardware, traced)
+                of = Estimate(
+                    replace(layout, config=changed),
+                    plan_batches(changed, dp),
+                    self.num_ids,
+                    self.hardware,
+                    self._trace(changed, size),
+                    partial(self._trace, changed, 2 * size),
+                )
                 if not of.fits:
                     tried.append(Tried(division, size, recompute, refused=_why_not(of)))
                     break
@@ -125,15 +129,17 @@ class Sweep:
                 break
         return tried
 
-    def _trace(self, config: Config) -> tuple[TracedModel, TracedModel]:
-        """A micro-batch of 1, and one of 2."""
-        key = config.parallel.tensor_model_parallel_size, config.train.recompute_granularity
+    def _trace(self, config: Config, size: int) -> TracedModel:
+        """A micro-batch of `size`, which is on the line through those of 1 and 2."""
+        one = self._trace_once(config, 1)
+        return one if size == 1 else one.with_micro_batch(self._trace_once(config, 2), size)
+
+    def _trace_once(self, config: Config, size: int) -> TracedModel:
+        """The trace of all divisions that differ by their stages alone."""
+        key = config.parallel.tensor_model_parallel_size, config.train.recompute_granularity, size
         if key not in self._traced:
-            one = with_keys(config, train={"micro_batch_size": 1})
-            self._traced[key] = (
-                trace_for(one, self.num_ids, self.hardware),
-                trace_doubled(one, self.num_ids, self.hardware),
-            )
+            config = with_keys(config, train={"micro_batch_size": size})
+            self._traced[key] = trace_for(config, self.num_ids, self.hardware)
         return self._traced[key]
 
 

@@ -11,7 +11,8 @@
 
 The last three only where they are cast for that. Observers are in place while `observing` only, so
 any other step runs no operation more. A layer whose GEMMs have fallen back to BF16 is observed as
-if it had not: its operands are cast by the recipe as well, which tells when it may return.
+if it had not: its operands are cast by the recipe as well, which tells when it may return. With
+`what_if` a layer whose GEMMs the recipe has in BF16 or fp32 is observed as if it had them in FP8.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import QuantizedParam
-from fp8lm.layers.quantizer import TENSOR_KINDS, Quantizer
+from fp8lm.layers.quantizer import TENSOR_KINDS, Quantizer, TensorKind
+from fp8lm.layers.recipe import FP8_GEMM
+from fp8lm.layers.tp_context import TPComm
+from fp8lm.numerics import Format
 from fp8lm.optim import AdamW
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.telemetry.adam import STATE_KINDS, step_casts
@@ -49,7 +53,7 @@ class ModelObserver:
     """Observes layers `linears` and the matrices among `optimizer.weights`, by name.
 
     Only those whose layer matches one of `patterns`, in which `*` stands for anything. `buckets`
-    and `pipeline` send gradients and activations, if anything does.
+    and `pipeline` send gradients and activations, if anything does. `what_if`: see the module.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class ModelObserver:
         *,
         buckets: Observable | None = None,
         pipeline: tuple[int, Observable] | None = None,
+        what_if: bool = False,
     ) -> None:
+        self.what_if = what_if
         self.linears = {name: linear for name, linear in linears.items() if chosen(name, patterns)}
         self.optimizer, self.kernels = optimizer, kernels
         self.buckets, self.pipeline = buckets, pipeline
@@ -84,15 +90,27 @@ class ModelObserver:
         with ExitStack() as stack:
             for target, observer in self._observers(table):
                 stack.enter_context(_observed(target, observer))
+            for layer, linear in self.linears.items():
+                quantizer = self._quantizers(linear)["weight"]
+                if quantizer.format != linear.weight.spec.format and not _casts_weight(linear):
+                    observer = _WeightObserver(table, (layer, "weight"), self.kernels, quantizer)
+                    # After the hook that waits for weights on their way.
+                    stack.callback(linear.register_forward_pre_hook(observer).remove)
             yield
+
+    def _quantizers(self, linear: Linear) -> dict[TensorKind, Quantizer]:
+        """Those whose casts are measured, whether `linear` uses them or not."""
+        recipe = linear.recipe_quantizers
+        supposed = self.what_if and not recipe["weight"].format.scaled
+        return fp8_quantizers(linear) if supposed else recipe
 
     def _observers(self, table: StatisticsTable) -> Iterator[tuple[Observable, object]]:
         """Everything that casts, and what observes it."""
         kernels = self.kernels
         for layer, linear in self.linears.items():
-            recipe, path = linear.recipe_quantizers, linear.path
+            measured, path = self._quantizers(linear), linear.path
             for kind, quantizer in linear.quantizers.items():
-                yield quantizer, _CastObserver(table, (layer, kind), kernels, recipe[kind])
+                yield quantizer, _CastObserver(table, (layer, kind), kernels, measured[kind])
             for reduced, comm in zip(REDUCED, (path.output_comm, path.input_comm), strict=True):
                 yield comm, _CastObserver(table, (layer, reduced), kernels)
         for layer, weight in self.weights.items():
@@ -115,10 +133,10 @@ class ModelObserver:
         return found
 
     def _is_cast(self, layer: str, weight: QuantizedParam) -> bool:
-        """Whether the weight is cast for its GEMMs, where its quantizer is observed."""
+        """Whether casts of the stored weight for its GEMMs are measured."""
         quantizer = weight.quantizer
         if layer in self.linears:
-            quantizer = self.linears[layer].recipe_quantizers["weight"]
+            quantizer = self._quantizers(self.linears[layer])["weight"]
         return quantizer.format != weight.spec.format
 
 
@@ -141,6 +159,28 @@ def linears_of(chunks: Sequence[nn.Module]) -> dict[str, Linear]:
     }
 
 
+def _casts_weight(linear: Linear) -> bool:
+    """Whether the layer's own quantizer is called with its weight, and so can be observed."""
+    return linear.quantizers["weight"].format != linear.weight.spec.format
+
+
+def fp8_quantizers(linear: Linear) -> dict[TensorKind, Quantizer]:
+    """Those that `linear` would have in FP8 with current scaling and a scale per tensor."""
+    path, of_weight = linear.path, linear.recipe_quantizers["weight"]
+    share, kernels = of_weight.share_amax, path.kernels
+
+    def quantizer(fmt: Format, comm: TPComm) -> Quantizer:
+        return Quantizer(fmt, kernels, share_amax=share if comm.gathers else None)
+
+    return {
+        "input": quantizer(FP8_GEMM.input, path.input_comm),
+        "grad_output": quantizer(FP8_GEMM.grad_output, path.output_comm),
+        "weight": Quantizer(
+            FP8_GEMM.weight, kernels, share_amax=share, sharded_dim=of_weight.sharded_dim
+        ),
+    }
+
+
 class _CastObserver:
     """Measures a cast, or what `recipe` would make of the tensor if that has another format."""
 
@@ -157,6 +197,23 @@ class _CastObserver:
         if self._recipe is not None and quantized.format != self._recipe.format:
             quantized = self._recipe(x)
         self._table.add(self._row, measure(x, quantized, self._kernels))
+
+
+class _WeightObserver:
+    """Measures what `quantizer` would make of a weight that its layer reads as it is stored.
+
+    Called before each forward of the layer.
+    """
+
+    def __init__(
+        self, table: StatisticsTable, row: Row, kernels: Kernels, quantizer: Quantizer
+    ) -> None:
+        self._table, self._row, self._kernels = table, row, kernels
+        self._quantizer = quantizer
+
+    def __call__(self, linear: Linear, _: object) -> None:
+        w = self._kernels.dequantize(linear.weight.model_param)
+        self._table.add(self._row, measure(w, self._quantizer(w), self._kernels))
 
 
 class _SumObserver:

@@ -29,16 +29,6 @@ class StepMetrics:
         self._flops_per_sample = training_flops(model, run.vocab_size, [model.seq_length])
         self.peak = peak_of(run.config.precision.gemm, run.device)
         self.num_parameters = _count_parameters(run)
-        padding, linear = run.data_parallel.padding, linear_weights(run.weights)
-        states = run.optimizer.states
-        held = state_bytes(run.weights, states, padding)
-        if run.reference is not None:
-            held["reference"] = run.reference.nbytes
-        self._constants = {f"state_bytes/{kind}": size for kind, size in held.items()} | {
-            "parameters": self.num_parameters,
-            "state_bytes_per_parameter": sum(held.values()) / num_elements(run.weights),
-            "state_bytes_per_linear_parameter": bytes_per_parameter(linear, states),
-        }
 
     def values(
         self,
@@ -79,7 +69,21 @@ class StepMetrics:
             values |= _range_of_mu(self._run)
         if self.peak is not None:
             values["mfu"] = self.peak.utilization(tflops * TERA)
-        return values | self._constants | memory_bytes(self._run.device)
+        return values | self._held() | memory_bytes(self._run.device)
+
+    def _held(self) -> dict[str, float]:
+        """Bytes of state, which change with layers that the guard moves to BF16."""
+        run, states = self._run, self._run.optimizer.states
+        held = state_bytes(run.weights, states, run.data_parallel.padding)
+        if run.reference is not None:
+            held["reference"] = run.reference.nbytes
+        return {f"state_bytes/{kind}": size for kind, size in held.items()} | {
+            "parameters": self.num_parameters,
+            "state_bytes_per_parameter": sum(held.values()) / num_elements(run.weights),
+            "state_bytes_per_linear_parameter": bytes_per_parameter(
+                linear_weights(run.weights), states
+            ),
+        }
 
 
 def _mean_loss(window: dict[str, float]) -> float:

@@ -11,6 +11,7 @@ from fp8lm.runtime.errors import InputError
 
 WSD = "scheduler.lr_decay_style=WSD"
 SAMPLES = ("train.train_iters=null", "train.train_samples=160")
+WHAT_IF = "logging.fp8_stats_what_if=true"
 HF = "tokenizer.tokenizer_type=HuggingFaceTokenizer"
 
 
@@ -35,6 +36,10 @@ IMPOSSIBLE = [
     ([*SAMPLES, "train.rampup_batch_size=[4,2,8]"], "does not reach train.global_batch_size = 4"),
     ([*SAMPLES, "train.rampup_batch_size=[1,2,8]"], "in steps of 2"),
     ([*SAMPLES, "train.rampup_batch_size=[1,3,8]"], "multiples of train.micro_batch_size = 2"),
+    (
+        ["precision.guard.action=warn", "logging.fp8_stats_interval=1", WHAT_IF],
+        "precision.guard.action = warn decides from what is cast",
+    ),
     (["optimizer.min_lr=1.0"], "optimizer.min_lr = 1 is greater than optimizer.lr"),
     (["scheduler.lr_warmup_init=1"], "scheduler.lr_warmup_init = 1 is greater than"),
     (["scheduler.lr_warmup_iters=10"], "scheduler.lr_warmup_iters = 10 must be less than"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fp8lm.training.state import model_tensors, optimizer_tensors
 from tests.model.tiny import build
 from tests.training.runs import curve, read, trainer_of
 
+KURTOSIS = 30.0  # which gradients of this model exceed in some steps, and not in others
+COUNT = "fp8_stats/layers_in_bf16"
 FC2 = "decoder.layers.0.mlp.linear_fc2"
 LAYER, OTHER = "decoder.layers.1.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc1"
 GOOD = {"snr": 31.0, "underflow": 0.0, "saturation": 0.0, "kurtosis": 3.0}
@@ -169,6 +172,40 @@ def test_decisions_are_in_the_checkpoint(config, train_run, tmp_path):
         [x["lm loss"] for x in read(tmp_path / n) if "lm loss" in x] for n in ("run", "again")
     ]
     assert losses[0][8:] == losses[1]
+
+
+@pytest.mark.slow
+def test_histories_of_delayed_scaling_follow_decisions_through_a_checkpoint(
+    config, train_run, tmp_path
+):
+    """Layers move to BF16 and return before and after the checkpoint; every bit is the same."""
+    folder = str(tmp_path / "saved")
+    often = {"action": "bf16", "max_kurtosis": KURTOSIS, "return_after": 1}
+    sections = {
+        "precision": {"preset": "te_delayed", "fp8_amax_history_len": 4, "guard": often},
+        "train": {"train_iters": 16},
+    }
+    saving = {"checkpoint": {"save": folder, "load": folder, "save_interval": 6}}
+    first = train_run(config("run", sections, saving, guard=often))
+    at_six = {"checkpoint": {"load": f"{folder}/iter_0000006"}}
+    resumed = train_run(config("again", sections, at_six, guard=often))
+    assert resumed.guard.state == first.guard.state
+    for of in (
+        lambda run: model_tensors(run.weights) | optimizer_tensors(run.optimizer),
+        lambda run: run.histories.by_key,
+    ):
+        expected, found = of(first.run), of(resumed.run)
+        assert expected.keys() == found.keys() != set()
+        assert all(torch.equal(expected[key], tensor) for key, tensor in found.items())
+    whole, rest = curve(tmp_path / "run"), curve(tmp_path / "again")
+    assert [line for line in whole if line["iteration"] > 6] == rest
+    in_bf16 = [line[COUNT] for line in whole if COUNT in line]
+    moves = [after - before for before, after in pairwise([0, *in_bf16])]
+    for part in (moves[:3], moves[3:]):  # of iterations 2, 4, 6 and of those behind them
+        assert min(part) < 0 < max(part)
+    for line in rest:
+        weights = [key for key in line if key.endswith("weight/snr")]
+        assert len(weights) == (2 * 4 + 1 if COUNT in line else 0)  # also of layers in BF16
 
 
 class FirstAmax:

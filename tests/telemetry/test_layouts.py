@@ -10,7 +10,7 @@ from fp8lm.config.checks.telemetry import observed_layers
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.telemetry import observing, statistics, table
 from tests.telemetry.direct import differences, direct
-from tests.training.runs import read, trainer_of
+from tests.training.runs import read, train, trainer_of
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +137,29 @@ def test_against_one_process(layout, tiny_config, observed):
         expected = {name: one[row][name] for name in compared[row[1]] if name in one[row]}
         assert not differences(several[row], expected, CLOSE[layout]), row
     assert len(rows) == 2 * 4 * 5 + 3
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_a_bf16_run_tells_what_fp8_would_do_to_it(layout, tiny_config, run_distributed, tmp_path):
+    """The first layer reads the same bits in BF16 and in `te`, and all weights are the same."""
+    found = {}
+    for preset, (ranks, parallel) in (("te", LAYOUTS["one"]), ("bf16", LAYOUTS[layout])):
+        logging = {"dir": str(tmp_path / preset), "fp8_stats_interval": 1}
+        sections = {"parallel": parallel, "precision": {"preset": preset}}
+        sections["logging"] = logging | {"fp8_stats_what_if": preset == "bf16"}
+        sections["train"] = {"train_iters": 1, "micro_batch_size": 1, "eval_iters": 0}
+        sections["scheduler"] = {"lr_warmup_iters": 0}
+        run_distributed(train, ranks, tiny_config(sections))
+        found[preset] = statistics_of(tmp_path / preset)
+    rows = [
+        (layer, kind)
+        for layer, kind in found["te"]
+        if kind in ("input", "weight", "grad_output") and layer.startswith("decoder")
+    ]
+    same = [row for row in rows if row[1] == "weight"]
+    same.append(("decoder.layers.0.self_attention.linear_qkv", "input"))
+    for row in rows:
+        expected = found["te"][row] if row in same else {"snr": found["te"][row]["snr"]}
+        # Partial sums are rounded to BF16, which moves an SNR by less than a quarter.
+        assert not differences(found["bf16"][row], expected, 1e-5 if row in same else 0.06), row
+    assert len(rows) == 2 * 4 * 3

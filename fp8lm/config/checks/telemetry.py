@@ -36,6 +36,8 @@ def guard(config: Config) -> Iterator[str]:
         yield f"{action} needs statistics: set logging.fp8_stats_interval, to 10 for instance"
     if config.precision.gemm != "fp8":
         yield f"{action} watches over FP8 GEMMs, and precision.gemm = {config.precision.gemm}"
+    if config.logging.fp8_stats_what_if:
+        yield f"{action} decides from what is cast: set logging.fp8_stats_what_if=false"
 
 
 def observed_layers(model: ModelConfig) -> Iterator[str]:

@@ -35,6 +35,7 @@ class TelemetryHook(TrainerHook):
             logging.fp8_stats_layers,
             buckets=parallel.buckets if isinstance(parallel, BucketedDataParallel) else None,
             pipeline=(pipeline.stage, pipeline.wire) if isinstance(pipeline, Pipeline) else None,
+            what_if=logging.fp8_stats_what_if,
         )
         stages = from_all(run.groups.pipeline_parallel, self._observer.rows)
         rows = dict.fromkeys(row for stage in stages for row in stage)
