@@ -26,6 +26,8 @@ def test_cases_are_a_function_of_the_seed_and_of_all_kinds(fuzz):
     cases = [fuzz.draw(1, number, 8) for number in range(200)]
     assert [str(fuzz.draw(1, number, 8)) for number in range(200)] == [str(c) for c in cases]
     assert {case.precision for case in cases} == set(fuzz.PRECISIONS)
+    objectives = {case.overrides.get("train.objective", "pretrain") for case in cases}
+    assert objectives == {"pretrain", "sft", "dpo"}
     layouts = [phase.layout for case in cases for phase in case.phases]
     assert max(layout.processes for layout in layouts) == 8
     for size in ("tensor", "pipeline", "data"):
