@@ -5,6 +5,8 @@ from __future__ import annotations
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from fp8lm.config.checks.telemetry import observed_layers
 from fp8lm.scaled_tensor import ScaledTensor
@@ -163,3 +165,26 @@ def test_a_bf16_run_tells_what_fp8_would_do_to_it(layout, tiny_config, run_distr
         # Partial sums are rounded to BF16, which moves an SNR by less than a quarter.
         assert not differences(found["bf16"][row], expected, 1e-5 if row in same else 0.06), row
     assert len(rows) == 2 * 4 * 3
+
+
+def scales_of_supposed_casts(config):
+    """Scales that this rank would give tensors whose amax differs by rank, by layer and kind."""
+    with trainer_of(config) as trainer:
+        linears = observing.linears_of(trainer.run.chunks)
+        x = torch.full((16, 16), 2.0 ** -dist.get_rank())
+        return {
+            (name.rpartition(".")[2], kind): quantizer(x).scale.item()
+            for name, linear in linears.items()
+            if ".0." in name
+            for kind, quantizer in observing.fp8_quantizers(linear).items()
+        }
+
+
+def test_ranks_share_the_scales_that_fp8_would_have(tiny_config, run_distributed):
+    """Of weights, of what is gathered before a column-parallel GEMM, and after a row-parallel."""
+    config = tiny_config({"parallel": TP2, "precision": {"preset": "bf16"}})
+    first, second = run_distributed(scales_of_supposed_casts, 2, config)
+    own = {key for key, scale in first.items() if second[key] == 2 * scale}
+    column = {(name, "grad_output") for name in ("linear_qkv", "linear_fc1")}
+    assert own == column | {(name, "input") for name in ("linear_proj", "linear_fc2")}
+    assert all(second[key] == scale for key, scale in first.items() if key not in own)

@@ -141,40 +141,49 @@ def test_a_run_that_is_writing(run_tool, tmp_path):
     assert run_tool("report", run, "--output", tmp_path / "r.html") == 0
 
 
-def test_a_long_run_of_many_layers(run_tool, tmp_path):
-    """10,000 reports of 96 layers: a page of a stated size, in which a single bad step is seen."""
+BAD_STEP, BAD_LAYER = 6667, 7
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """10,000 reports of 96 layers, of which one step is bad in one layer."""
     layers = [f"decoder.layers.{i}.mlp.linear_fc1" for i in range(96)]
     keys = [f"fp8_stats/{layer}/input/snr" for layer in layers]
     noise = random.Random(1)
     steps = [json.dumps({key: round(noise.uniform(25, 32), 3) for key in keys}) for _ in range(50)]
-    bad, run = 6667, tmp_path / "run"
-    run.mkdir()
+    run = tmp_path_factory.mktemp("long")
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(1, 10_001):
             values = steps[step % 50]
-            if step == bad:
-                values = json.dumps(json.loads(values) | {keys[7]: -9.0})
+            if step == BAD_STEP:
+                values = json.dumps(json.loads(values) | {keys[BAD_LAYER]: -9.0})
             file.write(f'{{"iteration": {step}, "lm loss": {5 / step**0.1}, {values[1:]}\n')
+    return run
+
+
+def test_a_long_run_of_many_layers(run_tool, long_run, tmp_path):
+    """A page of a stated size, in which a single bad step is seen."""
     output = tmp_path / "r.html"
-    assert run_tool("report", run, "--output", output) == 0
+    assert run_tool("report", long_run, "--output", output) == 0
     text, page = page_of(output)
     assert len(text) < 10 * MEGABYTE and page.nodes < MOST_NODES
 
     sys.path.insert(0, str(ROOT / "tools"))
     from reporting.runs import read_run
 
-    heat = read_run(run, 200).heat["input", "snr"]
+    heat = read_run(long_run, 200).heat["input", "snr"]
     assert heat.values.shape[0] == 96 and 200 <= heat.values.shape[1] < 400
-    assert heat.layers == layers and (heat.values == -9.0).sum() == 1
-    column = int((heat.values == -9.0).any(axis=0).argmax())
-    assert heat.iterations[column] <= bad < heat.iterations[column + 1]
+    assert len(heat.layers) == 96 and (heat.values == -9.0).sum() == 1
+    column = int((heat.values[BAD_LAYER] == -9.0).argmax())
+    assert heat.iterations[column] <= BAD_STEP < heat.iterations[column + 1]
     red, green, _ = pixels(pictures(text)[-1]).astype(float).transpose(2, 0, 1)
     assert 0 < (red - green > 0.3).mean() < 1e-3
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_a_browser_opens_it_without_an_error(run_tool, tmp_path):
-    run = write_run(tmp_path / "run", saturation=0.4)
+@pytest.mark.parametrize("is_long", [False, True], ids=["short", "long"])
+def test_a_browser_opens_it_without_an_error(is_long, run_tool, long_run, tmp_path):
+    run = long_run if is_long else write_run(tmp_path / "run", saturation=0.4)
     output, picture = tmp_path / "r.html", tmp_path / "r.png"
     assert run_tool("report", run, "--output", output) == 0
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
