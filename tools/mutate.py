@@ -67,6 +67,7 @@ TESTS = (
     "tests/training/test_no_host_sync.py",
     "tests/planner/test_layout.py",
     "tests/telemetry",
+    "tests/training/test_frozen.py",
     "tests/training/test_tensor_parallel.py",
     "tests/training/test_pipeline_parallel.py",
     "tests/training/test_data_parallel.py",
