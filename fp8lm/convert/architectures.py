@@ -278,10 +278,11 @@ def _from_llama_like(reader: _ConfigReader, kind: str) -> Json:
     reader.expect("hidden_act", "silu")
     sliding = reader.config.get("sliding_window", 4096 if kind == "mistral" else None)
     slides = sliding is not None and reader.get("use_sliding_window", kind == "mistral")
-    if slides and sliding < reader.count("max_position_embeddings"):
+    if slides and reader.count("sliding_window", 4096) < reader.count("max_position_embeddings"):
         reader.refuse("sliding_window", sliding, "attention reaches over all positions")
-    if "sliding_attention" in reader.get("layer_types", ()):
-        reader.refuse("layer_types", "sliding_attention", "all layers have full attention")
+    kinds = reader.get("layer_types", ["full_attention"])
+    if not isinstance(kinds, list) or any(own != "full_attention" for own in kinds):
+        reader.refuse("layer_types", kinds, "all layers have full attention")
     return {
         "num_layers": reader.count("num_hidden_layers"),
         "hidden_size": hidden,

@@ -55,13 +55,17 @@ def to_weight_scale(scale: Tensor) -> Tensor:
 
 
 def from_weight_scale(weight_scale: Tensor) -> Tensor | None:
-    """The scale here (0-d fp32), None where it cannot be expressed: not a power of two, not one."""
+    """The scale here (0-d fp32), None where it cannot be expressed: not a power of two, not one.
+
+    Nor can those below 2^-127, whose reciprocal FP32 does not hold.
+    """
     if weight_scale.numel() != 1:
         return None
     value = float(weight_scale)
     if not 0 < value < math.inf or math.frexp(value)[0] != 0.5:
         return None
-    return torch.tensor(1.0 / value)
+    scale = torch.tensor(1.0 / value)
+    return scale if scale.isfinite() else None
 
 
 def check_readable(config: Mapping[str, Any], source: str) -> bool:
@@ -81,15 +85,46 @@ def check_readable(config: Mapping[str, Any], source: str) -> bool:
 
 
 def read_scales(folder: SafetensorsFolder) -> dict[str, Tensor]:
-    """The scales of all quantized tensors by the name of the weight, [1] or [rows, 1] in fp32."""
+    """The scales of all quantized tensors by the name of the weight, [1] or [rows, 1] in fp32.
+
+    `InputError` for codes without a scale, a scale without codes, and one that is no scale.
+    """
     scales = {}
     for name in folder.tensors:
-        if name.endswith(_SUFFIX):
-            weight, scale = f"{name.removesuffix(_SUFFIX)}.weight", folder.read(name).float()
-            if scale.numel() != 1 and (scale.ndim != 2 or scale.shape[1] != 1):
-                raise InputError(f"{folder.folder}: {name} has shape {list(scale.shape)}: not read")
-            scales[weight] = scale
+        weight = f"{name.removesuffix(_SUFFIX)}.weight"
+        if name.endswith(_SUFFIX) and weight in folder.tensors:  # else it has no place anyway
+            scales[weight] = _read_scale(folder, name, weight)
     for name, tensor in folder.tensors.items():
         if tensor.dtype == torch.float8_e4m3fn and name not in scales:
             raise InputError(f"{folder.folder} holds no {scale_name(name)}")
     return scales
+
+
+def _read_scale(folder: SafetensorsFolder, name: str, weight: str) -> Tensor:
+    tensor, scale = folder.tensors[weight], folder.read(name).float()
+    if tensor.dtype != torch.float8_e4m3fn:
+        raise InputError(
+            f"{folder.folder}: {weight} is {tensor.dtype} and has a {SCALE}: only FP8 codes "
+            "(torch.float8_e4m3fn) are multiplied by one"
+        )
+    if scale.numel() != 1 and scale.shape != (*tensor.shape[:1], 1):
+        raise InputError(
+            f"{folder.folder}: {name} has shape {list(scale.shape)}: read is one scale, or one "
+            f"for each of the {tensor.shape[0]} rows"
+        )
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise InputError(
+            f"{folder.folder}: {name} is not finite and above 0: the model has diverged, or the "
+            "file is damaged"
+        )
+    return scale
+
+
+def check_unquantized(folder: SafetensorsFolder, source: str) -> None:
+    """`InputError` for FP8 codes, of which `source`, a config.json, says nothing."""
+    for name, tensor in folder.tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            raise InputError(
+                f"{source} has no quantization_config, and {name} is FP8: it does not say by "
+                "which scale codes are multiplied"
+            )

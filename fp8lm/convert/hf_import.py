@@ -31,6 +31,7 @@ from fp8lm.convert.safetensors_files import (
     SafetensorsFolder,
 )
 from fp8lm.convert.tokenizers import find_tokenizer
+from fp8lm.convert.weights import BLOCK_ELEMENTS
 from fp8lm.data.tokenizer import padded_vocab_size
 from fp8lm.numerics import BF16, E4M3, Format
 from fp8lm.runtime.errors import InputError
@@ -58,6 +59,11 @@ def plan_import(
     model = ModelConfig.model_validate(keys)
     files = SafetensorsFolder(folder)
     reader = _Reader(files, model, config["model_type"], _scales(files, config, source))
+    if (said := config.get("vocab_size", reader.vocab_size)) != reader.vocab_size:
+        raise InputError(
+            f"{source}: vocab_size = {said!r}, and the model's table has {reader.vocab_size} rows: "
+            "the weights are another model's"
+        )
     tokenizer = find_tokenizer(folder, reader.vocab_size, tokenizer_model, tokenizer_type)
     as_it_is = dtype is None and reader.is_exact
     kept = dtype or reader.dtype
@@ -93,6 +99,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _scales(files: SafetensorsFolder, config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if compressed_tensors.check_readable(config, source):
         return compressed_tensors.read_scales(files)
+    compressed_tensors.check_unquantized(files, source)
     return {}
 
 
@@ -136,11 +143,30 @@ class _Reader:
                 )
             used |= {name, compressed_tensors.scale_name(name)}
         if not self._model.untie_embeddings_and_output_weights:
-            used.add(f"{head_of(self._kind)}.weight")  # the table again
-            used.add("lm_head.weight")
+            heads = {f"{head_of(self._kind)}.weight", "lm_head.weight"}
+            for name in sorted(heads & self._files.tensors.keys()):
+                self._check_is_table(name)
+            used |= heads
         left = [n for n in self._files.tensors if n not in used and not _BUFFERS.search(n)]
         if left:
             raise InputError(f"{self._files.folder}: tensor {left[0]} has no place in the model")
+
+    def _check_is_table(self, name: str) -> None:
+        """`InputError` unless a tied head is the table again, where it is stored at all."""
+        (rows,) = self._named[WORD_TABLES[0]]
+        table, (count, width) = self._actual(rows.name), self.shapes[WORD_TABLES[0]]
+        most, read = max(1, BLOCK_ELEMENTS // width), self._files.read
+        is_same = self._files.tensors[name].shape == (count, width) and all(
+            torch.equal(
+                read(name, first, first + most).float(), read(table, first, first + most).float()
+            )
+            for first in range(0, count, most)
+        )
+        if not is_same:
+            raise InputError(
+                f"{self._files.folder}: {name} differs from {table}, and {CONFIG} has "
+                "tie_word_embeddings = true: set it to false, or leave the tensor out"
+            )
 
     def _all(self) -> Iterator[NamedRows]:
         for named in self._named.values():

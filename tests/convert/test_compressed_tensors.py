@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import CheckpointConfig, LoggingConfig, build_config
+from fp8lm.convert.compressed_tensors import from_weight_scale, to_weight_scale
 from fp8lm.convert.safetensors_files import SafetensorsFolder
 from fp8lm.training.build import build
 from fp8lm.training.hooks import build_trainer
@@ -139,6 +140,42 @@ def test_scales_of_others_are_multiplied_in(exported, convert, tmp_path):
     for name in (q, o):
         weight = name.replace("_scale", "")
         assert torch.equal(result.read(weight), tensors[weight].float() * tensors[name])
+
+
+SCALED = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (SCALED + "_scale", torch.tensor([float("nan")]), "not finite and above 0"),
+        (SCALED + "_scale", torch.zeros(1), "not finite and above 0"),
+        (SCALED + "_scale", -torch.ones(64, 1), "not finite and above 0"),
+        (SCALED + "_scale", torch.ones(63, 1), "has shape [63, 1]"),
+        (SCALED, torch.ones(64, 96, dtype=torch.bfloat16), "torch.bfloat16 and has a weight_scale"),
+        (None, None, "has no quantization_config, and model.layers.0."),
+    ],
+)
+def test_codes_that_no_scale_tells_the_values_of(name, value, says, exported, run, tmp_path):
+    _, there = exported()
+    if name is None:
+        config = json.loads((there / "config.json").read_text())
+        del config["quantization_config"]
+        (there / "config.json").write_text(json.dumps(config))
+    else:
+        tensors = load_file(there / "model.safetensors") | {name: value}
+        save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+    code, said = run("hf", "fp8lm", there, tmp_path / "back")
+    assert code == 2 and says in said.splitlines()[-1], said
+    assert not list(tmp_path.glob("*back*"))
+
+
+@pytest.mark.parametrize("exponent", [-127, -126, 0, 127])
+def test_scales_come_back_where_fp32_holds_their_reciprocal(exponent):
+    weight_scale = torch.tensor([2.0**exponent])
+    scale = from_weight_scale(weight_scale)
+    assert scale is not None and torch.equal(to_weight_scale(scale), weight_scale)
+    assert from_weight_scale(torch.tensor([2.0**-128])) is None
 
 
 def test_what_was_not_trained_in_fp8_is_refused(run, tmp_path):

@@ -72,6 +72,11 @@ def change_tensors(folder, change):
         ({"quantization_config": [1]}, "quantization_config = [1]"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"model_type": "mistral", "sliding_window": 16}, "sliding_window = 16"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window = 'x'"),
+        ({"layer_types": 3}, "layer_types = 3"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
+        ({"vocab_size": IDS + 1}, f"vocab_size = {IDS + 1}"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         ({"hidden_size": "64"}, "hidden_size = '64'"),
         ({"num_hidden_layers": 3}, "model.layers.2."),
@@ -134,6 +139,9 @@ def test_names_and_folders(llama, run, refused, tmp_path):
     refused("fp8lm", "hf", llama, says="no checkpoint in")
     refused("hf", "hf", llama, says="--from hf --to hf is no conversion")
     refused("hf", "fp8lm", llama, "--dtype", "fp8", says="--dtype")
+    refused("hf", "fp8lm", llama, "--tokenizer-type", "TikTokenizer", says="--tokenizer-type")
+    code, said = run("hf", "fp8lm", llama, tmp_path / ("x" * 250))
+    assert code == 2 and "cannot be written: File name too long" in said
     code, said = run("hf", "fp8lm", llama, llama)
     assert code == 2 and "is there already" in said
 
