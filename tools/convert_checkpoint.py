@@ -31,7 +31,7 @@ from fp8lm.config import load_config
 from fp8lm.convert import megatron, megatron_torch
 from fp8lm.convert.hf_export import DTYPES, export_model, plan_export
 from fp8lm.convert.hf_import import plan_import
-from fp8lm.convert.output import check_output
+from fp8lm.convert.output import check_output, identity_of_files
 from fp8lm.convert.release import import_model
 from fp8lm.convert.weights import Weights
 from fp8lm.data.tokenizer import TOKENIZER_TYPES
@@ -94,6 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--weights-only: hf has no optimizer states")
     if options.source != "hf" and (options.tokenizer_model or options.tokenizer_type):
         parser.error("--tokenizer-model: for --from hf; others say themselves what theirs is")
+    if options.tokenizer_type and not options.tokenizer_model:
+        parser.error("--tokenizer-type says of which kind --tokenizer-model is: give that, too")
     return options
 
 
@@ -143,7 +145,9 @@ def bring_in(options: argparse.Namespace) -> None:
         plan = plan_import(options.input, options.dtype, *tokenizer)
     tell([str(options.input), *plan.lines])
     with progress_bar(plan.nbytes) as bar:
-        import_model(plan, options.output, describe(options, {}), lambda size: bar.update(size))
+        source = {"source": identity_of_files(options.input)}
+        conversion = describe(options, source)
+        import_model(plan, options.output, conversion, lambda size: bar.update(size))
     key = "start from it with checkpoint.pretrained"
     if plan.training is not None:
         key = f"go on from iteration {plan.iteration} with checkpoint.load"

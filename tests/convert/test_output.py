@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from safetensors.torch import load_file
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.convert.hf_export import export_model, plan_export
 from fp8lm.convert.hf_import import plan_import
-from fp8lm.convert.output import conversion_folder
+from fp8lm.convert.output import conversion_folder, identity_of_files
 from fp8lm.convert.release import import_model
 from fp8lm.convert.safetensors_files import OutputTensor, SafetensorsFolder, plan_files, write_file
-from fp8lm.runtime.errors import InputError
+from fp8lm.runtime.errors import InputError, RunFailed
 from tests.convert.models import FP32, LLAMA, as_bytes, save_model
 from tests.training.contents import contents
 
@@ -97,6 +99,33 @@ def test_another_conversion_starts_anew(tmp_path):
     assert [path.name for path in output.iterdir()] == ["file"] and not work.exists()
     with pytest.raises(InputError, match="is there already"), conversion_folder(output, {}):
         raise AssertionError
+
+
+def test_a_model_that_has_changed_is_another_conversion(tmp_path):
+    """Its files are not those that a killed import has read."""
+    (tmp_path / "hf" / "more").mkdir(parents=True)
+    file = tmp_path / "hf" / "more" / "model.safetensors"
+    file.write_bytes(b"1")
+    before = identity_of_files(tmp_path / "hf"), identity_of_files(file)
+    assert before == (identity_of_files(tmp_path / "hf"), identity_of_files(file))
+    (tmp_path / "hf" / ".x.converting").mkdir()
+    (tmp_path / "hf" / ".x.converting" / "file").touch()  # an output beside it is no part of it
+    assert identity_of_files(tmp_path / "hf") == before[0]
+    os.utime(file, ns=(0, 1))
+    for path, old in zip((tmp_path / "hf", file), before, strict=True):
+        assert identity_of_files(path) != old
+
+
+def test_a_full_disk_is_named_and_what_is_done_stays(tmp_path):
+    output = tmp_path / "x"
+    with (
+        pytest.raises(RunFailed, match=f"{output} cannot be written: .*the same command goes on"),
+        conversion_folder(output, {}) as work,
+    ):
+        (work / "part").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with conversion_folder(output, {}) as work:
+        assert (work / "part").exists()
 
 
 def test_two_conversions_do_not_write_the_same_output(tmp_path, run):
