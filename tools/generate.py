@@ -25,7 +25,7 @@ from fp8lm.generate.chat import Chat
 from fp8lm.generate.decoding import Completion, Decoding, check_length, complete
 from fp8lm.generate.loading import add_model_arguments, model_of_options
 from fp8lm.generate.model import KV_CACHE_DTYPES, InferenceModel
-from fp8lm.generate.prompts import as_json, read_prompts
+from fp8lm.generate.prompts import as_json, is_text, read_prompts
 from fp8lm.generate.sampling import Sampling
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
@@ -139,10 +139,8 @@ def texts(options: argparse.Namespace) -> list[str]:
     for prompt in options.prompt:
         if not prompt:
             raise InputError("--prompt is empty: give the text to continue")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise InputError("--prompt is not UTF-8 text") from None
+        if not is_text(prompt):
+            raise InputError("--prompt is not UTF-8 text")
     return options.prompt
 
 

@@ -38,9 +38,22 @@ def _prompt_of(line: str, place: str) -> str:
         content = json.loads(line)
     except ValueError:
         raise InputError(f"{place} is not JSON") from None
+    except RecursionError:
+        raise InputError(f"{place} is nested too deeply") from None
     if not isinstance(content, dict) or not isinstance(prompt := content.get("prompt"), str):
         raise InputError(f'{place} is not an object with a text under "prompt"')
+    if not is_text(prompt):
+        raise InputError(f"{place} has half a surrogate pair, which is not text")
     return prompt
+
+
+def is_text(prompt: str) -> bool:
+    """Whether UTF-8 can express it: no half of a surrogate pair is in it."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def as_json(completion: Completion, prompt: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ CTRL: arXiv 1909.05858; nucleus sampling: arXiv 1904.09751.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -33,8 +34,15 @@ class Sampling:
     seed: int = 0
 
     def generator(self, number: int) -> torch.Generator:
-        """The random numbers of prompt `number`, whatever batch it is in."""
-        return torch.Generator().manual_seed((self.seed + number) % 2**64)
+        """The random numbers of prompt `number`, whatever batch it is in.
+
+        The first has the seed itself. Hashes keep those of the others apart from other seeds'.
+        """
+        seed = self.seed
+        if number:
+            digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+            seed = int.from_bytes(digest[:8], "little")
+        return torch.Generator().manual_seed(seed)
 
 
 def choose(

@@ -195,4 +195,7 @@ def _check_positions(checkpoint: Checkpoint, model: ModelConfig) -> None:
 def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     recorded = (checkpoint.common.get("tokenizer") or {}).get("identity", {})
     changed = differences(recorded, tokenizer.identity)
-    return [f"not the tokenizer of the training: {', '.join(changed)} differs"] if changed else []
+    found = [f"passed over a checkpoint: {problem}" for problem in checkpoint.passed_over]
+    if changed:
+        found.append(f"not the tokenizer of the training: {', '.join(changed)} differs")
+    return found

@@ -48,6 +48,8 @@ def test_a_seed_decides():
     assert chosen(50, seed=1) == chosen(50, seed=1) != chosen(50, seed=2)
     first, second = (Sampling(seed=3).generator(number) for number in (0, 1))
     assert first.initial_seed() != second.initial_seed()
+    next_seed = Sampling(seed=4).generator(0)  # of the second of a seed it is no repetition
+    assert second.initial_seed() != next_seed.initial_seed()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

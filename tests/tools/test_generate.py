@@ -72,6 +72,16 @@ def test_a_checkpoint_of_before_tokenizers_were_in_it(generate):
     assert code == 0 and text.startswith("1 2 3 ") and not complaints
 
 
+def test_a_newer_checkpoint_that_is_damaged_is_named(generate, trained, tmp_path):
+    shutil.copytree(trained / "ck", tmp_path / "ck")
+    shutil.copytree(trained / "ck/iter_0000001", tmp_path / "ck/iter_0000002")
+    next((tmp_path / "ck/iter_0000002").glob("*.distcp")).write_bytes(b"")
+    (tmp_path / "ck/latest_checkpointed_iteration.txt").write_text("2")
+    code, text, complaints = generate(load=tmp_path / "ck")
+    assert (code, text) == generate()[:2]
+    assert complaints.startswith("warning: passed over a checkpoint: iteration 2: ")
+
+
 def test_another_tokenizer_by_option(generate, trained, tmp_path):
     assert generate("--tokenizer-model", trained / "kept") == generate()
     shutil.copytree(trained / "kept", tmp_path / "other")
@@ -131,6 +141,8 @@ def test_several_prompts_from_a_file_as_json_lines(generate, run_tool, trained, 
         ("a.txt", b"\xff", "UTF-8"),
         ("a.jsonl", b'{"prompt": "a"}\n{', "line 2"),
         ("a.jsonl", b'{"text": "a"}', "line 1"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1"),
+        ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.txt", b"a\n" + b"!" * 30, "prompt 2"),
     ],
 )
