@@ -239,6 +239,11 @@ class _Reader:
             found = self._files.read(name).t()[start:stop]
         else:
             found = self._files.read(name, start, stop)
+        if not found.float().isfinite().all():
+            raise InputError(
+                f"--input: {name} has NaN or infinite numbers: the files are damaged, or their "
+                "training had failed; take another checkpoint of that model"
+            )
         scale = self.scales.get(name)
         if scale is None or fmt == E4M3:
             return found.to(fmt.dtype)

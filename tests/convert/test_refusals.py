@@ -169,3 +169,12 @@ def test_a_checkpoint_whose_config_is_of_another_model(refused, tmp_path):
     )
     folder = save_model(tmp_path / "ck", config=config, says=wrong)
     refused("fp8lm", "hf", folder, says="linear_qkv.bias is in one of them only")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(refused, llama, value):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    change_tensors(llama, spoil)
+    refused("hf", "fp8lm", llama, says="model.layers.1.mlp.up_proj.weight has NaN or infinite")
