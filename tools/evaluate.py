@@ -20,6 +20,7 @@ from typing import Any
 
 from fp8lm.arguments import as_path, number_type, path_text
 from fp8lm.checkpoint.collectives import all_or_error
+from fp8lm.data.documents import INPUT_FORMATS
 from fp8lm.data.files import write_aside
 from fp8lm.evaluation.needle import NeedleReport, find_needles, heat_map
 from fp8lm.evaluation.perplexity import Perplexity, check_windows, perplexity, read_corpus
@@ -76,6 +77,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--window", type=number_type(1), help="most tokens before a token (default: seq_length)")
     add("--stride", type=number_type(1), help="tokens that a window scores (default: all of it)")
     add("--max-tokens", type=number_type(1), help="of the corpus, whole documents")
+    add("--input-format", choices=INPUT_FORMATS, default="auto", help="auto: by name and content")
+    add("--json-keys", default="text", metavar="KEY", help="of the text in JSON (default: text)")
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", type=names, default=[], help="of lm-eval: hellaswag,piqa,...")
     add("--num-fewshot", type=number_type(0), help="examples before each question (default: 0)")
@@ -134,7 +137,13 @@ def of_corpus(model: InferenceModel, options: argparse.Namespace) -> Perplexity:
     check_windows(window, stride, model.context_length)
     corpus = all_or_error(
         model.groups.world,
-        lambda: read_corpus(options.data, model.tokenizer, options.max_tokens),
+        lambda: read_corpus(
+            options.data,
+            model.tokenizer,
+            options.max_tokens,
+            input_format=options.input_format,
+            key=options.json_keys,
+        ),
     )
     return perplexity(model, corpus, window, stride, options.batch_size)
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,23 @@ class Corpus:
         return cls(documents, num_bytes, sum(len(re.split(r"\s+", text)) for text in texts))
 
 
-def read_corpus(data: str, tokenizer: Tokenizer, most_tokens: int | None = None) -> Corpus:
+def read_corpus(
+    data: str,
+    tokenizer: Tokenizer,
+    most_tokens: int | None = None,
+    *,
+    input_format: str = "auto",
+    key: str = "text",
+) -> Corpus:
     """`data` is the prefix of a `.bin` and `.idx` file, or a text or JSON lines file.
 
-    Whole documents up to `most_tokens`, at least one. `InputError` for what cannot be read, ids
-    that the tokenizer lacks, and a corpus without tokens.
+    `input_format` is one of `INPUT_FORMATS`; of JSON, `key` has the text. Whole documents up to
+    `most_tokens`, at least one. `InputError` for what cannot be read, ids that the tokenizer lacks,
+    and a corpus without tokens.
     """
     indexed = Path(f"{data}.idx").exists() or not Path(data).exists()
-    read = _indexed(data, tokenizer) if indexed else _texts(data, tokenizer)
+    texts_of = partial(_texts, input_format=input_format, key=key)
+    read = _indexed(data, tokenizer) if indexed else texts_of(data, tokenizer)
     documents: list[list[int]] = []
     texts: list[str] = []
     total = 0
@@ -84,9 +94,11 @@ def _indexed(prefix: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], str
         yield ids, tokenizer.detokenize(ids)
 
 
-def _texts(file: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], str]]:
-    for record in read_records(check_inputs([file])):
-        text = parse_record(record, ["text"])["text"]
+def _texts(
+    file: str, tokenizer: Tokenizer, *, input_format: str, key: str
+) -> Iterator[tuple[list[int], str]]:
+    for record in read_records(check_inputs([file]), input_format=input_format):
+        text = parse_record(record, [key])[key]
         yield tokenizer.tokenize(text), text
 
 

@@ -170,6 +170,11 @@ def test_documents_of_files_and_of_indexed_data(tmp_path):
     assert read_corpus(str(file), TOKENIZER) == corpus
     assert read_corpus(str(file), TOKENIZER, 4).documents == expected[:1]
     assert read_corpus(str(file), TOKENIZER, 1).documents == expected[:1]
+    file.write_text(file.read_text().replace("text", "body"))
+    with pytest.raises(InputError, match="--json-keys"):
+        read_corpus(str(file), TOKENIZER)
+    other = file.rename(tmp_path / "b")
+    assert read_corpus(str(other), TOKENIZER, input_format="jsonl", key="body") == corpus
 
 
 @pytest.mark.parametrize(
