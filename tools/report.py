@@ -55,15 +55,20 @@ def main(argv: list[str]) -> None:
 
 
 def read_arguments(arguments: list[str]) -> Folders:
-    """Folders by name; InputError for a name that comes twice."""
+    """Folders by name; InputError for a name that comes twice, and where one is missing."""
     found: Folders = {}
     for argument in arguments:
-        name, separator, folders = argument.partition("=")
-        if not separator:
-            name, folders = Path(argument).resolve().name, argument
+        name, separator, listed = argument.partition("=")
+        folders = listed.split(",")
+        if Path(argument).is_dir():  # a name of a sweep, such as lr=1e-3,wd=0.1
+            name, folders = Path(argument).resolve().name, [argument]
+        elif not separator:
+            name, folders = Path(argument).resolve().name, argument.split(",")
+        if not (name and all(folders)):
+            raise InputError(f"{argument!r}: write FOLDER or NAME=FOLDER[,FOLDER]")
         if name in found:
             raise InputError(f"two runs are named {name}: write NAME=FOLDER")
-        found[name] = [Path(folder) for folder in folders.split(",")]
+        found[name] = [Path(folder) for folder in folders]
     return found
 
 

@@ -141,6 +141,18 @@ def test_a_run_that_is_writing(run_tool, tmp_path):
     assert run_tool("report", run, "--output", tmp_path / "r.html") == 0
 
 
+def test_a_folder_named_after_its_keys_is_a_run(run_tool, tmp_path):
+    run = write_run(tmp_path / "lr=1e-3,wd=0.1", steps=2, interval=0)
+    assert run_tool("report", run, "--output", tmp_path / "r.html") == 0
+    assert "FP8 report: lr=1e-3,wd=0.1" in page_of(tmp_path / "r.html")[1].text
+    for wrong in ("=runs/a", "a=runs/a,", "a="):
+        assert run_tool("report", wrong, "--output", tmp_path / "no.html") == 2
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": null}\n')
+    assert run_tool("report", run, "--output", tmp_path / "no.html") == 2
+    assert not (tmp_path / "no.html").exists()
+
+
 BAD_STEP, BAD_LAYER = 6667, 7
 
 

@@ -165,7 +165,7 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
         for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)
-                line["iteration"]
+                int(line["iteration"])
             except (ValueError, KeyError, TypeError):
                 if not text.endswith("\n"):
                     return
