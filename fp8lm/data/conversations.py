@@ -86,7 +86,10 @@ class ExampleEncoder:
             }
         else:
             raise BadExample("no prompt, which only lists of messages may include")
-        return [self._answer(fields, name, prompt) for name in ("chosen", "rejected")]
+        pair = [self._answer(fields, name, prompt) for name in ("chosen", "rejected")]
+        if np.array_equal(pair[0].ids, pair[1].ids):
+            raise BadExample("chosen and rejected are the same tokens")
+        return pair
 
     def _answer(self, fields: dict[str, Any], name: str, prompt: Any) -> MaskedTokens:
         answer = fields[name]
@@ -108,7 +111,7 @@ class ExampleEncoder:
     def _of_messages(self, prompt: list[Any], answer: Any, tools: Any) -> MaskedTokens:
         """Messages of which answers after those of `prompt` count."""
         if not isinstance(answer, list) or not answer:
-            raise BadExample("no list of messages")
+            raise BadExample("no list of messages, or none after the prompt")
         messages = [*prompt, *answer]
         turns = range(len(prompt), len(messages))
         for number, message in enumerate(messages, start=1):

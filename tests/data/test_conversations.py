@@ -116,7 +116,9 @@ def test_what_is_no_example_is_named_with_its_place(fields, complaint, tokenizer
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": ONE}, "prompt and rejected"),
-        ({"chosen": ONE, "rejected": ASKED}, "no list of messages"),
+        ({"chosen": ONE, "rejected": ASKED}, "none after the prompt"),
+        # Unequal only in what the template leaves out: nothing to prefer.
+        ({"chosen": ONE, "rejected": [*ONE[:-1], {**ONE[-1], "name": "x"}]}, "the same tokens"),
     ],
 )
 def test_what_is_no_preference(fields, complaint, tokenizer):
