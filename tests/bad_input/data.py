@@ -272,7 +272,8 @@ EXAMPLES = [
         says=("x.jsonl, line 1: 17 tokens", "tuning.on_long_example=skip"),
     ),
     examples("tuning.on_bad_line=skip", lines=["{"], says="no examples: 1 bad document"),
-    examples("data.split='1,1,0'", lines=[CHAT], template=MARKED, says="no examples for train"),
+    examples(lines=[CHAT], template=MARKED, says="line 1: no token of an answer follows another"),
+    examples("data.split='1,1,0'", lines=[CHAT], template="0 " + MARKED, says="no examples for tr"),
 ]
 
 PAIR = {"prompt": "1", "chosen": "2", "rejected": "3"}
