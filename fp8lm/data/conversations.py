@@ -166,10 +166,19 @@ class ExampleEncoder:
         return ids, mask
 
     def _place(self, text: str, ids: list[int], parse_special_tokens: bool) -> tuple[int, bool]:
-        """How many of `ids` are those of `text`, and whether it ends inside the next one."""
+        """How many of `ids` are those of `text`, and whether it ends inside the next one.
+
+        A tokenizer may divide the end of `text` otherwise where more follows: then the lengths of
+        what the ids say tell.
+        """
         own = self.tokenizer.tokenize(text, parse_special_tokens)
-        common = sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(own, ids, strict=False)))
-        return common, common < len(own) and common < len(ids)
+        count = sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(own, ids, strict=False)))
+        if count in (len(own), len(ids)):
+            return count, False
+        said = self.tokenizer.detokenize
+        while count < len(ids) and len(said(ids[: count + 1])) <= len(said(own)):
+            count += 1
+        return count, count < len(ids) and len(said(ids[:count])) < len(said(own))
 
 
 def _require(fields: dict[str, Any], *names: str, or_else: str = "") -> None:

@@ -58,6 +58,34 @@ def test_a_token_that_begins_in_the_prompt_is_the_answers(tmp_path):
     assert found.mask.tolist() == [0, 0, 1, 1]
 
 
+class Remerging:
+    """Divides a text otherwise where more follows it; ids are places in `PIECES`."""
+
+    PIECES = ("x", "a", "ab", "bcd", "e", "cde", "")
+    DIVIDED = {"xab": "x ab", "xabcd": "x a bcd", "xabcde": "x ab cde"}
+    eod = 6
+
+    def tokenize(self, text, parse_special_tokens=True):
+        return [self.PIECES.index(piece) for piece in self.DIVIDED[text].split()]
+
+    def detokenize(self, ids):
+        return "".join(self.PIECES[number] for number in ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "mask"),
+    [
+        ("xab", "cd", [0, 0, 1]),  # the second token differs, the third has both texts
+        ("xabcd", "e", [0, 0, 1]),  # of three tokens one begins in the prompt
+        ("xab", "cde", [0, 0, 1]),  # divided alike
+    ],
+)
+def test_a_prompt_that_is_divided_otherwise_by_itself(prompt, completion, mask):
+    fields = {"prompt": prompt, "completion": completion}
+    (found,) = encode(Remerging(), fields, with_template=False)
+    assert found.mask.tolist() == [*mask, 1]
+
+
 def test_preferences(tokenizer):
     texts = {"prompt": "def ", "chosen": "yield", "rejected": "lambda"}
     chosen, rejected = encode(tokenizer, texts, "preference")
