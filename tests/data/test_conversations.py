@@ -58,15 +58,17 @@ def test_a_token_that_begins_in_the_prompt_is_the_answers(tmp_path):
     assert found.mask.tolist() == [0, 0, 1, 1]
 
 
+DIVIDED = {"xab": "x ab", "xabcd": "x a bcd", "xabcde": "x ab cde"}
+
+
 class Remerging:
     """Divides a text otherwise where more follows it; ids are places in `PIECES`."""
 
     PIECES = ("x", "a", "ab", "bcd", "e", "cde", "")
-    DIVIDED = {"xab": "x ab", "xabcd": "x a bcd", "xabcde": "x ab cde"}
     eod = 6
 
     def tokenize(self, text, parse_special_tokens=True):
-        return [self.PIECES.index(piece) for piece in self.DIVIDED[text].split()]
+        return [self.PIECES.index(piece) for piece in DIVIDED[text].split()]
 
     def detokenize(self, ids):
         return "".join(self.PIECES[number] for number in ids)
