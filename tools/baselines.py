@@ -83,11 +83,13 @@ class _WithTransformerEngine(nn.Module):
             return self.model(tokens)
 
 
-def _replacement(layer: nn.Linear, kind: Callable[..., nn.Module]) -> nn.Module:
+def _replacement(layer: nn.Linear, kind: Callable[..., Any]) -> nn.Module:
     """A layer of `kind` (TransformerEngine's Linear) with the parameters of `layer`."""
     sizes = (layer.in_features, layer.out_features)
     new = kind(*sizes, params_dtype=layer.weight.dtype, device=layer.weight.device)
-    new.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        new.weight.copy_(layer.weight)
+        new.bias.copy_(layer.bias)
     return new
 
 

@@ -176,9 +176,10 @@ class ExampleEncoder:
         if count in (len(own), len(ids)):
             return count, False
         said = self.tokenizer.detokenize
-        while count < len(ids) and len(said(ids[: count + 1])) <= len(said(own)):
+        length = len(said(own))
+        while count < len(ids) and len(said(ids[: count + 1])) <= length:
             count += 1
-        return count, count < len(ids) and len(said(ids[:count])) < len(said(own))
+        return count, count < len(ids) and len(said(ids[:count])) < length
 
 
 def _require(fields: dict[str, Any], *names: str, or_else: str = "") -> None:

@@ -50,8 +50,8 @@ def small_gemm_risk(config: Config) -> str | None:
         return None
     return (
         f"the GEMMs of a layer take {flops / TERA:.2g} TFLOP per micro-batch on a rank: below "
-        f"{LEAST_FP8_FLOPS / TERA:g} FP8 is predicted to be slower than precision.preset=bf16; "
-        "raise train.micro_batch_size, or use less tensor parallelism"
+        f"{LEAST_FP8_FLOPS / TERA:g} FP8 is predicted to be slower than precision.preset=bf16, or "
+        "at most 5 % faster; raise train.micro_batch_size, or use less tensor parallelism"
     )
 
 

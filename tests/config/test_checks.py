@@ -32,6 +32,7 @@ IMPOSSIBLE = [
     (["train.train_iters=null"], "exactly one of train.train_iters"),
     (["train.train_samples=40"], "exactly one of train.train_iters"),
     ([*SAMPLES[:1], "train.train_samples=3"], "train.train_samples = 3"),
+    (["train.eval_tasks_limit=5"], "name them in train.eval_tasks"),
     (["train.rampup_batch_size=[2,2,8]"], "train.train_samples"),
     ([*SAMPLES, "train.rampup_batch_size=[4,2,8]"], "does not reach train.global_batch_size = 4"),
     ([*SAMPLES, "train.rampup_batch_size=[1,2,8]"], "in steps of 2"),

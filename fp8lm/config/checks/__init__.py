@@ -22,6 +22,7 @@ _CHECKS = (
     model.positions,
     training.batches,
     training.rampup,
+    training.tasks,
     training.length,
     training.seed,
     schedule.learning_rate,

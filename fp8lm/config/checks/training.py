@@ -51,6 +51,17 @@ def rampup(config: Config) -> Iterator[str]:
         )
 
 
+def tasks(config: Config) -> Iterator[str]:
+    """What says how tasks are evaluated needs some."""
+    for key in ("limit", "num_fewshot", "folder", "data"):
+        value = getattr(config.train, f"eval_tasks_{key}")
+        if value is not None and not config.train.eval_tasks:
+            yield (
+                f"train.eval_tasks_{key} = {value} is for tasks, and there are none: name them in "
+                "train.eval_tasks, or leave it out"
+            )
+
+
 def length(config: Config) -> Iterator[str]:
     """A run has one length, of one batch at least."""
     train = config.train
