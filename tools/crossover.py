@@ -26,7 +26,7 @@ from fp8lm.data.tokenizer import build_tokenizer
 from fp8lm.planner.tracing.costs import FURTHER
 from fp8lm.planner.tracing.model import trace_model
 from fp8lm.planner.tracing.roofline import Hardware
-from fp8lm.runtime.errors import CommandParser, run_command
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.training.flops import TERA, layer_flops
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +65,13 @@ def main(argv: list[str]) -> None:
 
 
 def sized(path: str, preset: str, hidden: int, tokens: int) -> Config:
-    """The config at `path` under `preset` with this hidden size and tokens of a micro-batch."""
+    """The config at `path` under `preset` of these sizes; InputError for what it cannot have."""
     sequence = min(SEQUENCE, tokens)
+    if tokens % sequence or tokens % 16 or hidden % 16:
+        raise InputError(
+            f"--tokens {tokens}, --hidden-size {hidden}: an FP8 GEMM takes multiples of 16, and "
+            f"more than {SEQUENCE} tokens are whole sequences of as many"
+        )
     return load_config(
         path,
         [

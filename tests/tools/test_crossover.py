@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fp8lm.planner.tracing.roofline import Hardware
+from fp8lm.runtime.errors import InputError
 from fp8lm.training.flops import LEAST_FP8_FLOPS, TERA
 from tests.launch.conftest import ROOT
 
@@ -29,6 +30,12 @@ def test_large_layers_gain_and_small_ones_lose(crossover, tmp_path, capsys):
     small, large = json.loads((tmp_path / "found.json").read_text())["cells"]
     assert small["speed"]["o3"] < 0.9 < 1.3 < large["speed"]["o3"]
     assert f"{large['speed']['o3']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [(4096, 3000), (4096, 1000), (1000, 1024)])
+def test_sizes_that_there_are_not(crossover, sizes):
+    with pytest.raises(InputError, match="multiples of 16"):
+        crossover.sized(ROOT / "configs/gpt_7b.yaml", "o3", *sizes)
 
 
 @pytest.mark.slow
