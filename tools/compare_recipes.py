@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
-    refuse_own_keys(overrides)
+    refuse_own_keys(overrides, "compare_recipes.py")
     recipes = read_recipes(options.recipes)
     trainings = {
         name: [
@@ -122,12 +122,12 @@ def main(argv: list[str]) -> None:
     report(folders, options.output)
 
 
-def refuse_own_keys(overrides: list[str]) -> None:
-    """InputError for what this tool sets: runs would be no pairs, or share their folders."""
+def refuse_own_keys(overrides: list[str], tool: str) -> None:
+    """InputError for what `tool` sets: runs would be no pairs, or share their folders."""
     for override in overrides:
         key = override.partition("=")[0]
         if key in OWN_KEYS or key.startswith("precision."):
-            raise InputError(f"{override}: {key} is set by compare_recipes.py, by recipe or seed")
+            raise InputError(f"{override}: {key} is set by {tool}, by recipe or seed")
 
 
 def read_recipes(texts: list[str]) -> dict[str, list[str]]:

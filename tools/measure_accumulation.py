@@ -1,7 +1,7 @@
 """How much of a gradient survives its accumulation, by scheme, on a model in training.
 
 python tools/measure_accumulation.py --config configs/quickstart.yaml --micro-batches 128 \\
-    [--after 0] [--json accumulation.json] [section.key=value ...]
+    [--after 0] [--outlier 1] [--json accumulation.json] [section.key=value ...]
 
 Trains the config's model on one process for --after steps, then takes the gradients of the linear
 layers' matrices for --micro-batches micro-batches, without training on them, and adds them up with
@@ -10,10 +10,21 @@ every scheme. The reference is their sum in fp64. Of all matrices together:
     projection    <sum, true> / <true, true>: the share of the gradient that is kept, 1 if unbiased
     SNR           |true|^2 / |sum - true|^2 in dB
 
+and, since these weigh by energy, what elements and channels see:
+
+    zeroed        share of the elements that are 0 in the sum and not in the true one
+    column SNR    of each column, an input channel: the median of all columns, and the worst
+
+With --outlier F every 128th input channel is F times as large, as some are in large models: its
+column of every micro-batch's gradient is multiplied by F.
+
     fp8_e4m3 ...             `precision.main_grads_dtype`, each addition rounded to nearest
     fp8_e4m3, stochastic     the same, rounded stochastically
     fp8_e4m3, wgrad of k     one weight gradient of k micro-batches, whose operands are kept
     fp8_e4m3, reduced per k  every k micro-batches into fp32 shards, here of eight replicas
+    E2M5 in R x C ...        a scale, any number, for R rows and C columns (fp8_e2m5: 1 x 128)
+    E2M5, even columns       fp8_e2m5 of columns times the powers of two that make the amaxes of
+                             the first micro-batch's columns even
 """
 
 from __future__ import annotations
@@ -41,7 +52,7 @@ from fp8lm.data.files import write_aside
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.kernels.rounding import cast_stochastic
 from fp8lm.layers.main_grad import MainGrad
-from fp8lm.numerics import BF16, E2M5, E4M3, Format, scale_from_amax
+from fp8lm.numerics import BF16, E2M5, E4M3, Format, Granularity, scale_from_amax
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor
@@ -52,6 +63,7 @@ from fp8lm.training.step import train_step
 
 KERNELS = ReferenceKernels()
 REPLICAS = 8  # over which fp32 shards are divided
+CHANNELS_PER_OUTLIER = 128
 
 
 class Sum:
@@ -71,6 +83,60 @@ class Sum:
     def value(self) -> Tensor:
         """The sum of all that was added."""
         return KERNELS.dequantize(self.grad.value) + sum(self.waiting)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers of an eight-bit format that torch has no dtype of, all codes finite."""
+
+    max: float
+    smallest_normal: float
+    mantissa_bits: int
+
+    def round(self, x: Tensor) -> Tensor:
+        """`x` (fp32) to nearest, ties to even, saturated."""
+        exponent = torch.frexp(x)[1] - 1
+        lowest = math.frexp(self.smallest_normal)[1] - 1
+        ones = torch.ones_like(x)
+        step = torch.ldexp(ones, exponent.clamp(min=lowest) - self.mantissa_bits)
+        return (x / step).round_().mul_(step).clamp_(-self.max, self.max)
+
+
+GRID_E2M5 = Grid(E2M5.max, E2M5.smallest_normal, E2M5.mantissa_bits)
+GRID_E3M4 = Grid(31.0, 2.0**-2, 4)
+
+
+class BlockSum:
+    """A sum in `grid`, with a scale for each of the blocks of `granularity`.
+
+    The scale is the quotient of the grid's largest number and the block's amax, as that of E2M5.
+    `even_columns`: see the module.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        grid: Grid,
+        granularity: Granularity,
+        *,
+        even_columns: bool = False,
+    ) -> None:
+        self.sum, self.grid, self.granularity = torch.zeros(shape), grid, granularity
+        self.even_columns, self.factors = even_columns, torch.ones(())
+
+    def add(self, dw: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        if self.even_columns and not self.factors.ndim:
+            self.factors = scale_from_amax(dw.abs().amax(dim=0).float(), E4M3)
+        total = self.sum + dw * self.factors
+        amax = self.granularity.max(total.abs())
+        scale = torch.where(amax == 0, 1.0, self.grid.max / amax)
+        scales = self.granularity.expand(scale, total.shape)
+        self.sum = self.grid.round(total * scales) * scales.reciprocal()
+
+    def value(self) -> Tensor:
+        """The sum of all that was added."""
+        return self.sum / self.factors
 
 
 class StochasticSum:
@@ -118,7 +184,7 @@ class ShardedSum:
 class Scheme:
     """A way to add gradients up: `start(shape)` has `add` and `value`."""
 
-    start: Callable[[tuple[int, ...]], Sum | StochasticSum | ShardedSum]
+    start: Callable[[tuple[int, ...]], Sum | StochasticSum | ShardedSum | BlockSum]
     bytes_per_parameter: float
 
 
@@ -130,6 +196,14 @@ def _sharded(every: int) -> Scheme:
     return Scheme(lambda shape: ShardedSum(shape, every), 1 + 4 / REPLICAS)
 
 
+def _blocks(grid: Grid, rows: int, columns: int, *, even_columns: bool = False) -> Scheme:
+    granularity = Granularity(rows, columns)
+    return Scheme(
+        lambda shape: BlockSum(shape, grid, granularity, even_columns=even_columns),
+        1 + 4 / (rows * columns),
+    )
+
+
 SCHEMES = {
     "fp8_e4m3": Scheme(_format(E4M3), 1),
     "fp8_e2m5": Scheme(_format(E2M5), 1 + 4 / 128),
@@ -139,15 +213,24 @@ SCHEMES = {
     "fp8_e4m3, wgrad of 16": Scheme(_format(E4M3, 16), 1),
     "fp8_e4m3, reduced per 8": _sharded(8),
     "fp8_e4m3, reduced per 16": _sharded(16),
+    "E2M5 in 1 x 32": _blocks(GRID_E2M5, 1, 32),
+    "E2M5 in 16 x 8": _blocks(GRID_E2M5, 16, 8),
+    "E2M5 in 128 x 1": _blocks(GRID_E2M5, 128, 1),
+    "E3M4 in 1 x 128": _blocks(GRID_E3M4, 1, 128),
+    "E3M4 in 16 x 8": _blocks(GRID_E3M4, 16, 8),
+    "E2M5, even columns": _blocks(GRID_E2M5, 1, 128, even_columns=True),
 }
 
 
 @dataclass(frozen=True)
 class Quality:
-    """`projection` on the true sums, and signal to noise in dB."""
+    """See the module; a signal to noise in dB is None without noise."""
 
     projection: float
-    snr_db: float | None  # None: no noise
+    snr_db: float | None
+    zeroed: float
+    median_column_snr_db: float | None
+    worst_column_snr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -163,6 +246,10 @@ class Row:
     after_steps: int
     projection: float
     snr_db: float | None
+    zeroed: float
+    median_column_snr_db: float | None
+    worst_column_snr_db: float | None
+    outlier: float
     bytes_per_parameter: float
     used_by: dict[str, int]
     fewer: dict[int, Quality]
@@ -174,17 +261,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--micro-batches", type=int, default=128, help="default: 128")
     parser.add_argument("--after", type=int, default=0, help="steps of training first")
+    parser.add_argument(
+        "--outlier", type=float, default=1.0, help="factor of every 128th input channel; default: 1"
+    )
     parser.add_argument("--json", type=as_path, help="where to write the rows")
     options, overrides = parser.parse_known_args(argv)
     if options.micro_batches < 1 or options.after < 0:
         parser.error("--micro-batches is at least 1, --after at least 0")
+    if not 0 < options.outlier < math.inf:
+        parser.error("--outlier is a positive number")
     # Kept in fp32, so that what a scheme does to them is known.
     overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]
     config = load_config(options.config, overrides)
     device = torch.device("cpu")
     with process_groups(device) as groups:
         run = build(config, groups, device)
-        measured = measure(run, options.after, options.micro_batches)
+        measured = measure(run, options.after, options.micro_batches, options.outlier)
     used_by = configs_by_scheme()
     rows = [
         Row(
@@ -192,6 +284,7 @@ def main(argv: list[str]) -> None:
             options.micro_batches,
             options.after,
             **asdict(measured[name][options.micro_batches]),
+            outlier=options.outlier,
             bytes_per_parameter=scheme.bytes_per_parameter,
             used_by=used_by.get(name, {}),
             fewer=measured[name],
@@ -203,7 +296,9 @@ def main(argv: list[str]) -> None:
         write_aside(options.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def measure(run: Run, steps: int, count: int) -> dict[str, dict[int, Quality]]:
+def measure(
+    run: Run, steps: int, count: int, outlier: float = 1.0
+) -> dict[str, dict[int, Quality]]:
     """By scheme, what is kept of `count` micro-batches after `steps` steps, and of fewer."""
     batches = train_first(run, steps, count)
     shapes = {name: run.weights[name].spec.local_shape for name in linear_weights(run.weights)}
@@ -216,6 +311,7 @@ def measure(run: Run, steps: int, count: int) -> dict[str, dict[int, Quality]]:
     progress = tqdm(batches, unit="micro-batch", disable=None)
     for number, batch in enumerate(progress, start=1):
         for name, dw in gradients_of(run, batch).items():
+            dw[:, ::CHANNELS_PER_OUTLIER] *= outlier
             true[name] += dw
             for of_scheme in sums.values():
                 of_scheme[name].add(dw)
@@ -239,14 +335,30 @@ def train_first(run: Run, steps: int, count: int) -> list[Batch]:
 
 def quality(true: dict[str, Tensor], found: dict[str, Tensor]) -> Quality:
     """Of all sums together."""
-    signal = kept = noise = 0.0
+    kept, zeroed, count = 0.0, 0, 0
+    signals, noises = [], []  # of columns
     for name, exact in true.items():
         value = found[name].double()
-        signal += exact.square().sum().item()
         kept += (exact * value).sum().item()
-        noise += (value - exact).square().sum().item()
-    snr = 10 * math.log10(signal / noise) if noise else None
-    return Quality(kept / signal, snr)
+        zeroed += int(((value == 0) & (exact != 0)).sum())
+        count += exact.numel()
+        signals.append(exact.square().sum(0))
+        noises.append((value - exact).square().sum(0))
+    signal, noise = torch.cat(signals), torch.cat(noises)
+    columns = (signal / noise)[signal > 0]
+    return Quality(
+        projection=kept / signal.sum().item(),
+        snr_db=_decibel(signal.sum() / noise.sum()),
+        zeroed=zeroed / count,
+        median_column_snr_db=_decibel(columns.median()),
+        worst_column_snr_db=_decibel(columns.min()),
+    )
+
+
+def _decibel(ratio: Tensor) -> float | None:
+    """None for infinity."""
+    value = ratio.item()
+    return 10 * math.log10(value) if math.isfinite(value) else None
 
 
 def microbatches_of(path: Path) -> int | None:
@@ -267,13 +379,24 @@ def configs_by_scheme() -> dict[str, dict[str, int]]:
 
 def print_table(rows: list[Row]) -> None:
     """A line per scheme."""
-    print(f"{rows[0].micro_batches} micro-batches after {rows[0].after_steps} steps")
-    print(f"{'scheme':26}{'projection':>11}{'SNR dB':>8}{'B/param':>9}  used by")
+    first = rows[0]
+    print(
+        f"{first.micro_batches} micro-batches after {first.after_steps} steps, "
+        f"every {CHANNELS_PER_OUTLIER}th channel times {first.outlier:g}"
+    )
+    titles = f"{'projection':>11}{'SNR dB':>8}{'columns':>9}{'worst':>7}{'zeroed':>9}{'B/param':>9}"
+    print(f"{'scheme':26}{titles}  used by")
     for row in rows:
         users = ", ".join(f"{name} ({count})" for name, count in row.used_by.items())
-        snr = math.inf if row.snr_db is None else row.snr_db
-        figures = f"{row.projection:11.4f}{snr:8.1f}{row.bytes_per_parameter:9.2f}"
-        print(f"{row.scheme:26}{figures}  {users}")
+        columns = f"{_text(row.median_column_snr_db):>9}{_text(row.worst_column_snr_db):>7}"
+        print(
+            f"{row.scheme:26}{row.projection:11.4f}{_text(row.snr_db):>8}{columns}"
+            f"{100 * row.zeroed:8.3f}%{row.bytes_per_parameter:9.2f}  {users}"
+        )
+
+
+def _text(decibel: float | None) -> str:
+    return "inf" if decibel is None else f"{decibel:.1f}"
 
 
 if __name__ == "__main__":

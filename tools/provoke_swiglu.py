@@ -1,8 +1,8 @@
 """The failure of SwiGLU in FP8, provoked on a small model: which recipes survive aligned weights.
 
 python tools/provoke_swiglu.py --config configs/quickstart.yaml model.swiglu=true \\
-    model.untie_embeddings_and_output_weights=true [--recipes bf16 te te_delayed ...] [--seeds 1 2 3] [--strength 400] \\
-    [--json swiglu.json] [--plot swiglu.png] [section.key=value ...]
+    model.untie_embeddings_and_output_weights=true [--recipes bf16 te te_delayed ...] \\
+    [--seeds 1 2 3] [--strength 400] [--json rows.json] [--plot picture.png] [section.key=value ...]
 
 In long trainings the gate and up rows of some channels of SwiGLU align and grow, so that a channel
 answers a token that comes now and then with a value far beyond all others (Fishman et al., arXiv
@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_recipes import read_recipes
+from compare_recipes import read_recipes, refuse_own_keys
 from compare_runs import half_width
 
 from fp8lm.arguments import as_path, path_text, split_overrides
@@ -127,19 +127,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--recipes", type=path_text, nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
-    parser.add_argument("--strength", type=float, default=400.0, help="default: 400")
+    parser.add_argument(
+        "--strength", type=float, default=400.0, help="length of the rows; default: 400"
+    )
     parser.add_argument("--json", type=as_path, help="where to write a row per training")
     parser.add_argument("--plot", type=as_path, help="PNG file to write")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
+    if not 0 <= options.strength < math.inf:
+        parser.error("--strength is 0 or more")
+    refuse_own_keys(overrides, "provoke_swiglu.py")
     overrides += ["logging.dir=null", "data.shuffle_seed=1"]
+    check(load_config(options.config, overrides))
     recipes = read_recipes(options.recipes)
     configs = [
         (name, load_config(options.config, [*overrides, *keys, f"train.seed={seed}"]))
         for name, keys in recipes.items()
         for seed in options.seeds
     ]
-    check(configs[0][1])
     rows: list[Row] = []
     with process_groups(CPU) as groups:
         for name, config in tqdm(configs, unit="run", disable=None):

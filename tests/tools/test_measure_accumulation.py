@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+
+from fp8lm.kernels import ReferenceKernels
+from fp8lm.layers.main_grad import MainGrad
+from fp8lm.numerics import BLOCK_1X128, E2M5
 from tests.launch.conftest import ROOT
 
 
@@ -21,11 +27,64 @@ def test_rows(run_tool, tmp_path):
     assert rows["fp8_e4m3, wgrad of 16"]["snr_db"] > e4m3["snr_db"] + 5
     assert (e4m3["bytes_per_parameter"], bf16["bytes_per_parameter"]) == (1, 2)
     assert {"gpt_175b": 128, "gpt_7b": 32}.items() <= e2m5["used_by"].items()
+    assert all(row["worst_column_snr_db"] < row["median_column_snr_db"] for row in rows.values())
+    assert bf16["zeroed"] < e2m5["zeroed"] < 0.01
+    fine, long = rows["E3M4 in 1 x 128"], rows["E2M5 in 1 x 32"]
+    assert fine["snr_db"] + 3 < e2m5["snr_db"] < long["snr_db"] + 3 < e2m5["snr_db"] + 6
 
 
-def test_it_needs_micro_batches(run_tool):
-    config = ROOT / "configs/gpt_tiny.yaml"
-    assert run_tool("measure_accumulation", "--config", config, "--micro-batches", 0) == 2
+@pytest.mark.parametrize("option", [("--micro-batches", 0), ("--outlier", 0)])
+def test_options_are_checked(run_tool, option):
+    assert (
+        run_tool("measure_accumulation", "--config", ROOT / "configs/gpt_tiny.yaml", *option) == 2
+    )
+
+
+def gradients(outlier):
+    generator = torch.Generator().manual_seed(0)
+    terms = (1 + torch.randn(8, 16, 256, generator=generator)).bfloat16()
+    terms[..., ::128] *= outlier
+    return terms
+
+
+def test_blocks_are_those_of_main_gradients(tool):
+    module = tool("measure_accumulation")
+    ours = module.BlockSum((16, 256), module.GRID_E2M5, BLOCK_1X128)
+    grad = MainGrad((16, 256), E2M5, ReferenceKernels(), torch.device("cpu"))
+    for dw in gradients(outlier=30):
+        ours.add(dw)
+        grad.add(dw)
+    # In units of E2M5 the same numbers; a product with the inverse scale may round otherwise.
+    value = ReferenceKernels().dequantize(grad.value)
+    torch.testing.assert_close(ours.value(), value, rtol=1e-6, atol=0)
+
+
+def test_e3m4_has_its_numbers(tool):
+    grid = tool("measure_accumulation").GRID_E3M4
+    codes = torch.arange(128)
+    exponent, mantissa = codes // 16, codes % 16
+    normal = torch.ldexp(1 + mantissa / 16, exponent - 3)
+    numbers = torch.where(exponent == 0, mantissa / 64, normal)
+    assert torch.equal(grid.round(numbers), numbers) and numbers.max() == grid.max
+    between = (numbers[1:] + numbers[:-1]) / 2
+    even = torch.where(codes[1:] % 2 == 0, numbers[1:], numbers[:-1])
+    assert torch.equal(grid.round(-between), -even)
+
+
+def test_even_columns_keep_the_neighbours_of_an_outlier(tool):
+    module, terms = tool("measure_accumulation"), gradients(outlier=100)
+    true = {"w": terms.double().sum(0)}
+
+    def measured(**keys):
+        made = module.BlockSum((16, 256), module.GRID_E2M5, BLOCK_1X128, **keys)
+        for dw in terms:
+            made.add(dw)
+        return module.quality(true, {"w": made.value()})
+
+    plain, even = measured(), measured(even_columns=True)
+    assert plain.median_column_snr_db < 15 < 30 < even.median_column_snr_db
+    assert plain.zeroed > 0.02 > 0.005 > even.zeroed
+    assert abs(plain.projection - 1) < 0.01 and abs(even.projection - 1) < 0.01
 
 
 def test_no_config_is_at_risk(tool):
