@@ -130,9 +130,9 @@ class BlockSum:
             self.factors = scale_from_amax(dw.abs().amax(dim=0).float(), E4M3)
         total = self.sum + dw * self.factors
         amax = self.granularity.max(total.abs())
-        scale = torch.where(amax == 0, 1.0, self.grid.max / amax)
+        scale = torch.where(amax == 0, 1.0, torch.div(self.grid.max, amax))
         scales = self.granularity.expand(scale, total.shape)
-        self.sum = self.grid.round(total * scales) * scales.reciprocal()
+        self.sum = self.grid.round(total * scales) / scales
 
     def value(self) -> Tensor:
         """The sum of all that was added."""
