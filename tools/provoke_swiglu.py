@@ -158,7 +158,8 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: Config) -> None:
-    """InputError for a model that cannot hold the channel."""
+    """InputError for a model that cannot hold the channel, or a run without a number of steps."""
+    num_steps(config)
     if not config.model.swiglu:
         raise InputError("this is about SwiGLU: add model.swiglu=true")
     if not config.model.untie_embeddings_and_output_weights:
@@ -166,6 +167,13 @@ def check(config: Config) -> None:
         raise InputError(f"an output head would move the rare token's embedding: add {key}")
     if config.model.disable_bias_linear:
         raise InputError("the channel needs a bias: drop model.disable_bias_linear=true")
+
+
+def num_steps(config: Config) -> int:
+    """`train.train_iters`; InputError without."""
+    if config.train.train_iters is None:
+        raise InputError("the length of the run is in steps here: add train.train_iters=200")
+    return config.train.train_iters
 
 
 def train(recipe: str, config: Config, groups: ProcessGroups, strength: float) -> Row:
@@ -178,7 +186,7 @@ def train(recipe: str, config: Config, groups: ProcessGroups, strength: float) -
     plant(run, token, strength)
     losses, casts = [], []
     batches, consumed = run_batches(run, run.train_dataset, 0), 0
-    for step in range(config.train.train_iters):
+    for step in range(num_steps(config)):
         microbatches = batches.next(run.batch_size.num_microbatches(consumed))
         result = train_step(
             run.model,
@@ -210,7 +218,7 @@ def train(recipe: str, config: Config, groups: ProcessGroups, strength: float) -
 
 def rare_token(run: Run) -> tuple[int, list[int]]:
     """The token of the module's text and the steps of the run that have it; InputError if none."""
-    steps = run.config.train.train_iters
+    steps = num_steps(run.config)
     batches, consumed = run_batches(run, run.train_dataset, 0), 0
     seen: dict[int, list[int]] = {}
     for step in range(steps):

@@ -60,6 +60,7 @@ def test_nothing_is_planted_without_strength(run_tool, tmp_path):
         (GATED[1:], "model.swiglu=true"),
         (GATED[:1], "model.untie_embeddings_and_output_weights=true"),
         ((*GATED, "model.disable_bias_linear=true"), "model.disable_bias_linear"),
+        ((*GATED, "train.train_iters=null", "train.train_samples=9"), "train.train_iters"),
         ((*GATED, "train.seed=2"), "train.seed"),
         ((*GATED, "--strength", -1), "--strength"),
     ],
