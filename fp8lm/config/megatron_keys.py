@@ -521,7 +521,6 @@ NOT_HERE: Mapping[str, tuple[str, ...]] = {
         "account_for_embedding_in_pipeline_split",
         "account_for_loss_in_pipeline_split",
     ),
-    "CUDA graphs": ("cuda_graph*", "enable_cuda_graph", "external_cuda_graph"),
     "a profiler": (
         "memory_snapshot_path",
         "nvtx_ranges",

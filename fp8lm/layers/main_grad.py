@@ -51,6 +51,15 @@ class MainGrad:
         """Start a new sum. The buffer is not touched: the first `add` overwrites it."""
         self._is_zero = True
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing was added since `zero`: the buffer still holds the sum before."""
+        return self._is_zero
+
+    def mark_added(self) -> None:
+        """Something was added to the buffer without a call of `add`, by a replayed CUDA graph."""
+        self._is_zero = False
+
     def add(self, dw: Tensor) -> None:
         """Add the gradient `dw` (bf16 or fp32, shape of the weight) of one micro-batch."""
         dw = dw.reshape(self._elements.shape)

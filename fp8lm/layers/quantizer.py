@@ -30,10 +30,11 @@ class Observer(Protocol):
 class KnownScale(Protocol):
     """A scale that is known before the cast, and not taken from the amax of the tensor.
 
-    It is of the tensor times `unit`, a power of two: see `AmaxHistories.recording`.
+    It is of the tensor times `unit`, a power of two (0-d fp32 if steps differ in it): see
+    `AmaxHistories.recording`.
     """
 
-    unit: float
+    unit: Tensor | float
 
     def __call__(self, amax: Tensor) -> Tensor:
         """The scale (0-d fp32) of a tensor with this `amax` (0-d fp32), NaN if it is not finite."""

@@ -24,7 +24,7 @@ class UnitScale:
 
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
-        self.unit = 1.0
+        self.unit: Tensor | float = 1.0
 
     @classmethod
     def of_weight(cls, in_features: int) -> UnitScale:

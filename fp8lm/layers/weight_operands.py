@@ -8,7 +8,7 @@ with `precision.cache_weight_operands` the transposed one as well, on a GPU anot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,15 +21,26 @@ from fp8lm.layers.tp_context import TPContext
 @contextmanager
 def cached_weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[None]:
     """Cache amaxes, and operands if configured, of `weights`, which must not change meanwhile."""
-    matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
-    amaxes = _shared_amaxes([weight for weight in matrices if weight.needs_cast], tp)
-    inverses = _inverse_scales(matrices)
-    for weight in matrices:
-        weight.cache = OperandCache(
-            amaxes.get(weight), inverses.get(weight), keep=weight.cache_operands
-        )
-    try:
+    with weight_operands(weights, tp) as cache:
+        cache()
         yield
+
+
+@contextmanager
+def weight_operands(weights: Iterable[Param], tp: TPContext) -> Iterator[Callable[[], None]]:
+    """The same from when the function that this yields is called, a collective of `tp`."""
+    matrices = [weight for weight in weights if isinstance(weight, QuantizedParam)]
+
+    def cache() -> None:
+        amaxes = _shared_amaxes([weight for weight in matrices if weight.needs_cast], tp)
+        inverses = _inverse_scales(matrices)
+        for weight in matrices:
+            weight.cache = OperandCache(
+                amaxes.get(weight), inverses.get(weight), keep=weight.cache_operands
+            )
+
+    try:
+        yield cache
     finally:
         for weight in matrices:
             weight.cache = None

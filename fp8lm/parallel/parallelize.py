@@ -23,6 +23,7 @@ from fp8lm.comm.groups import (
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.config import Config
 from fp8lm.kernels import Kernels
+from fp8lm.kernels.cuda_graph import GraphCapture
 from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, QuantizedParam, named_params, trainable
 from fp8lm.layers.quantizer import quantizers_of
@@ -32,6 +33,7 @@ from fp8lm.model.decoder import StageSpec
 from fp8lm.model.gpt import GPTModel
 from fp8lm.optim.sharding import OptimizerSharding
 from fp8lm.parallel.build_data_parallel import build_data_parallel, max_by_group
+from fp8lm.parallel.cuda_graphs import GraphedMicrobatches, reduces_in_backward
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.distributed_optimizer import ZeroDataParallel
 from fp8lm.parallel.pipeline import Executor, NoPipeline, Pipeline
@@ -87,10 +89,12 @@ def parallelize(
     kernels: Kernels,
     counter: WireCounter,
     device: torch.device,
+    capture: GraphCapture | None = None,
 ) -> ParallelModel:
     """Parallelize `chunks`, this rank's parts of the model; a collective.
 
-    Frozen weights take part in forward and backward only. ValueError if all are frozen.
+    Frozen weights take part in forward and backward only. ValueError if all are frozen. With
+    `capture` micro-batches are replayed, which needs a pipeline of one stage.
     """
     weights = {name: weight for chunk in chunks for name, weight in named_params(chunk).items()}
     trained = trainable(weights)
@@ -102,6 +106,14 @@ def parallelize(
         pipeline = build_pipeline(config, chunks, stages, weights, kernels, counter, device)
     param_groups = build_param_groups(groups)
     data_parallel = build_data_parallel(config, groups, param_groups, kernels, counter, trained)
+    if capture is not None:
+        pipeline = GraphedMicrobatches(
+            chunks[0],
+            capture,
+            counter,
+            warmup_steps=config.train.cuda_graph_warmup_steps,
+            last_is_eager=reduces_in_backward(config, groups.dims.dp),
+        )
     if config.parallel.overlap_param_gather and isinstance(data_parallel, ZeroDataParallel):
         for chunk in chunks:
             data_parallel.overlap_gather(chunk)

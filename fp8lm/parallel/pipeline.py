@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -39,19 +40,40 @@ Head = Callable[[Tensor, Batch], Tensor]  # of the model's output
 Last = Callable[[Tensor, Batch], list[Tensor]]  # of which the first is differentiated
 
 
+def nothing() -> None:
+    """Nothing to do."""
+
+
+def count_tensor(count: int, device: torch.device) -> Tensor:
+    """A number of micro-batches, 0-d fp32.
+
+    On the device: a GPU divides by a number of the host in another way, and a replayed CUDA graph
+    by the one of its capture.
+    """
+    return torch.full((), float(count), device=device)
+
+
 class Executor(Protocol):
     """Runs the model on micro-batches, whatever number of stages it has."""
 
     num_stages: int
 
     def train(
-        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+        self,
+        microbatches: list[Batch],
+        objective: Objective,
+        before_last: Callable[[], None] = nothing,
+        before_first: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """Forward and backward of all; the means of `Objective.loss_and_metrics`.
 
         0-d fp32, zero on all stages but the last.
+        `before_first` is called before the first forward, and computes on the device only.
         `before_last` is called before the last backward if that completes the gradients.
         """
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Within, all operations of a micro-batch are called, where observers see them."""
 
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """The same means without backward."""
@@ -69,17 +91,31 @@ class NoPipeline:
         self._forward_step = forward_step
 
     def train(
-        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+        self,
+        microbatches: list[Batch],
+        objective: Objective,
+        before_last: Callable[[], None] = nothing,
+        before_first: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See `Executor`."""
+        count = count_tensor(len(microbatches), microbatches[0].tokens.device)
         found = []
+        before_first()
         for number, batch in enumerate(microbatches, start=1):
             if number == len(microbatches):
                 before_last()
-            loss, *metrics = (x / len(microbatches) for x in self._losses(batch, objective))
-            loss.backward()
-            found.append((loss.detach(), *metrics))
+            found.append(self.forward_backward(batch, objective, count))
         return [torch.stack(values).sum() for values in zip(*found, strict=True)]
+
+    def forward_backward(self, batch: Batch, objective: Objective, count: Tensor) -> list[Tensor]:
+        """Losses and metrics of one of `count` micro-batches (0-d fp32), as shares of the mean."""
+        loss, *metrics = (x / count for x in self._losses(batch, objective))
+        loss.backward()
+        return [loss.detach(), *metrics]
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """See `Executor`; there are none."""
+        return nullcontext()
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
@@ -131,16 +167,25 @@ class Pipeline:
         self._arriving: dict[Action, Handle[Tensor]] = {}
         self._plans: dict[tuple[int, bool], tuple[Schedule, frozenset[int]]] = {}
 
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """See `Executor`; there are none."""
+        return nullcontext()
+
     @property
     def has_loss(self) -> bool:
         """Whether this is the last stage."""
         return self.stage == self.num_stages - 1
 
     def train(
-        self, microbatches: list[Batch], objective: Objective, before_last: Callable[[], None]
+        self,
+        microbatches: list[Batch],
+        objective: Objective,
+        before_last: Callable[[], None] = nothing,
+        before_first: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See `Executor`."""
-        losses = _losses_of(objective, len(microbatches))
+        before_first()
+        losses = self._losses_of(objective, len(microbatches))
         schedule, early = self._planned(len(microbatches), training=True)
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
@@ -159,7 +204,7 @@ class Pipeline:
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`."""
         microbatches = list(microbatches)
-        self._run_forwards(microbatches, _losses_of(objective, len(microbatches)))
+        self._run_forwards(microbatches, self._losses_of(objective, len(microbatches)))
         return self._sums(objective)
 
     @torch.no_grad()
@@ -259,6 +304,15 @@ class Pipeline:
         while len(sending) > self._most_messages:
             sending.popleft().wait()
 
+    def _losses_of(self, objective: Objective, count: int) -> Last:
+        """Losses and metrics of one of `count` micro-batches, as shares of the mean."""
+        divisor = count_tensor(count, self.device)
+
+        def losses(output: Tensor, batch: Batch) -> list[Tensor]:
+            return [value / divisor for value in objective.loss_and_metrics(output, batch)]
+
+        return losses
+
     def _sums(self, objective: Objective) -> list[Tensor]:
         """Of the losses and metrics of all micro-batches."""
         found = self._take_results()
@@ -283,12 +337,3 @@ class Pipeline:
     @property
     def _last_virtual(self) -> int:
         return len(self.chunks) * self.num_stages - 1
-
-
-def _losses_of(objective: Objective, count: int) -> Last:
-    """Losses and metrics of one of `count` micro-batches, as shares of the mean."""
-
-    def losses(output: Tensor, batch: Batch) -> list[Tensor]:
-        return [value / count for value in objective.loss_and_metrics(output, batch)]
-
-    return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from fp8lm.data.batches import SizedDataset
 from fp8lm.data.datasets import Datasets, build_datasets
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.kernels import select_kernels
+from fp8lm.kernels.cuda_graph import GraphCapture
 from fp8lm.kernels.select import check_scaling
 from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param
@@ -25,6 +27,7 @@ from fp8lm.model.objectives import MeanOfMicrobatches, Objective
 from fp8lm.model.preference import PreferenceOptimization
 from fp8lm.optim import AdamW
 from fp8lm.optim.schedule import BatchSize, LearningRate
+from fp8lm.parallel.cuda_graphs import check_cuda_graphs, cuda_graphs
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
 from fp8lm.parallel.pipeline import Executor
@@ -93,8 +96,16 @@ class Run:
         return MeanOfMicrobatches(self.objective)
 
 
-def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
-    """All parts of the run `config` describes, on `device`; `InputError` for bad data."""
+def build(
+    config: Config,
+    groups: ProcessGroups,
+    device: torch.device,
+    capture: GraphCapture | None = None,
+) -> Run:
+    """All parts of the run `config` describes, on `device`; `InputError` for bad data.
+
+    `capture` is what `train.enable_cuda_graph` captures with, CUDA graphs by default.
+    """
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     check_batches(config, groups.dims.dp)
@@ -102,6 +113,9 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
     num_ids = data.tokenizer.vocab_size
     vocab_size = model_vocab_size(config, num_ids)
     check_scaling(device, config.precision)
+    if config.train.enable_cuda_graph:
+        check_cuda_graphs(config, groups)
+        capture = capture or cuda_graphs(groups, device, os.environ)
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, tp)
@@ -109,7 +123,7 @@ def build(config: Config, groups: ProcessGroups, device: torch.device) -> Run:
         build_model(config, vocab_size, recipe, part)
         for part in stage_specs(config, groups.pipeline_parallel.rank())
     ]
-    parallel = parallelize(config, groups, chunks, kernels, counter, device)
+    parallel = parallelize(config, groups, chunks, kernels, counter, device, capture)
     optimizer = build_optimizer(config, parallel.weights, kernels, parallel.sharding)
     objective, reference = build_objective(config, num_ids, kernels, tp), None
     if isinstance(objective, PreferenceOptimization) and config.tuning.reference_logprobs is None:

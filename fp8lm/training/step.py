@@ -14,7 +14,7 @@ from fp8lm.batch import Batch
 from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, QuantizedParam, named_params
 from fp8lm.layers.tp_context import TPContext
-from fp8lm.layers.weight_operands import cached_weight_operands
+from fp8lm.layers.weight_operands import weight_operands
 from fp8lm.model import GPTModel
 from fp8lm.model.objectives import Objective
 from fp8lm.optim import AdamW
@@ -72,8 +72,10 @@ def train_step(
         data_parallel.finish_param_sync()
     num_tokens = sum(batch.tokens.numel() for batch in microbatches)
     recording = nullcontext() if histories is None else histories.recording(num_tokens)
-    with recording, cached_weight_operands(named_params(model).values(), tp):
-        loss, *metrics = pipeline.train(microbatches, objective, data_parallel.enable_grad_sync)
+    with recording, weight_operands(named_params(model).values(), tp) as cache_operands:
+        loss, *metrics = pipeline.train(
+            microbatches, objective, data_parallel.enable_grad_sync, cache_operands
+        )
     gradients = data_parallel.reduce()
     complete_gradients(weights, gradients, tp)
     stops = torch.full_like(loss, stop)

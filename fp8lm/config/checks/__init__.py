@@ -23,6 +23,7 @@ _CHECKS = (
     training.batches,
     training.rampup,
     training.tasks,
+    training.cuda_graphs,
     training.length,
     training.seed,
     schedule.learning_rate,

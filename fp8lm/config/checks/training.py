@@ -62,6 +62,40 @@ def tasks(config: Config) -> Iterator[str]:
             )
 
 
+def cuda_graphs(config: Config) -> Iterator[str]:
+    """A captured micro-batch is the same every time, and the whole of one stage's work."""
+    train, model, parallel = config.train, config.model, config.parallel
+    if not train.enable_cuda_graph:
+        return
+    key, off = "train.enable_cuda_graph = true", "or train.enable_cuda_graph=false"
+    if train.device == "cpu":
+        yield f"{key} needs a GPU, and train.device = cpu: set train.device=cuda, {off}"
+    if (stages := parallel.pipeline_model_parallel_size) > 1:
+        yield (
+            f"{key} captures whole micro-batches, and with parallel.pipeline_model_parallel_size = "
+            f"{stages} a stage sends and receives within them: set "
+            f"parallel.pipeline_model_parallel_size=1, {off}"
+        )
+    if parallel.overlap_param_gather:
+        yield (
+            f"{key} replays the first micro-batch as a whole, and parallel.overlap_param_gather = "
+            f"true waits for weights in between: set parallel.overlap_param_gather=false, {off}"
+        )
+    if model.attention_dropout:
+        yield (
+            f"{key} replays what attention dropout would draw from a generator: set "
+            f"model.attention_dropout=0 instead of {model.attention_dropout:g}, {off}"
+        )
+    if config.separates_documents:
+        kept = "data.reset_attention_mask" if config.data.reset_attention_mask else "tuning.packing"
+        if train.objective == "dpo":
+            kept = "train.objective = dpo"
+        yield (
+            f"{key} replays micro-batches of one shape, and with {kept} documents of other lengths "
+            f"are kept apart in each: set train.enable_cuda_graph=false"
+        )
+
+
 def length(config: Config) -> Iterator[str]:
     """A run has one length, of one batch at least."""
     train = config.train

@@ -249,7 +249,7 @@ class StepRecorder(TorchDispatchMode):
 
     def _where(self, name: str, *, is_scalar: bool) -> tuple[str, str]:
         site = self._sites.locate(name, is_scalar=is_scalar)
-        if not site.in_microbatch:
+        if not site.in_microbatch or not self._microbatches:
             return ONCE, site.purpose
         return FIRST if self._microbatches == 1 else FURTHER, site.purpose
 

@@ -45,8 +45,13 @@ class TelemetryHook(TrainerHook):
     def phase(self, trainer: Trainer, name: str) -> AbstractContextManager[None]:
         """See `TrainerHook`."""
         if name == STEP and (trainer.progress.iteration + 1) % self._interval == 0:
-            return self._observer.observing(self._table)
+            return self._observing(trainer)
         return nullcontext()
+
+    @contextmanager
+    def _observing(self, trainer: Trainer) -> Iterator[None]:
+        with trainer.run.pipeline.without_graphs(), self._observer.observing(self._table):
+            yield
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """See `TrainerHook`."""

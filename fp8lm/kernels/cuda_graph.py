@@ -1,0 +1,78 @@
+"""Capture and replay of device work: the launches of a function, later issued again as one.
+
+A replay runs the kernels of the capture with the addresses and numbers that they were launched with
+then. What is to differ must be in tensors that stay where they are; what the host did beside is not
+done again. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Replay = Callable[[], None]
+
+
+class GraphCapture(Protocol):
+    """Captures functions that launch work on one device."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`work()`, as it is, where captures are made: to warm up, or between replays."""
+
+    def capture(self, work: Callable[[], T]) -> tuple[Replay, T]:
+        """A function that replays what `work` launches, and what `work` returns.
+
+        Nothing is computed before the first replay. Tensors in the result are where every replay
+        writes them. RuntimeError where `work` waits for the device, or cannot be replayed.
+        """
+
+
+class CudaGraphs:
+    """`GraphCapture` by CUDA graphs, all in one memory pool and captured on one stream.
+
+    Graphs that share a pool overwrite each other's intermediate results: they are replayed in the
+    order of their captures, one after the other. All else, other threads too, runs as ever.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """See `GraphCapture`."""
+        # On the stream of captures: autograd remembers on which one a leaf was first used.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = work()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, work: Callable[[], T]) -> tuple[Replay, T]:
+        """See `GraphCapture`."""
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": a thread that saves a checkpoint may wait for its copies meanwhile.
+        capturing = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with _no_collection(), capturing:
+            result = work()
+        return graph.replay, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect now, and not before the end: what is freed then, another graph, ends a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
