@@ -116,6 +116,8 @@ def build(
     if config.train.enable_cuda_graph:
         check_cuda_graphs(config, groups)
         capture = capture or cuda_graphs(groups, device, os.environ)
+    else:
+        capture = None
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, tp)

@@ -7,6 +7,7 @@ from tests.bad_input.cases import run, train, writes
 TP2 = "parallel.tensor_model_parallel_size=2"
 PLAIN = "parallel.use_distributed_optimizer=false"
 PP2 = "parallel.pipeline_model_parallel_size=2"
+GRAPHS = "train.enable_cuda_graph=true"
 SAVE = "checkpoint.save=ck"
 
 
@@ -185,6 +186,14 @@ TRAINING = [
         says="needs checkpoint.keep_last of 3 or more: the last 2 may be of the 3 steps",
     ),
     train("checkpoint.save_interval=5", says="checkpoint.save_interval = 5 needs checkpoint.save"),
+    train(GRAPHS, "train.device=cpu", says="= true needs a GPU, and train.device = cpu: set tra"),
+    train(GRAPHS, "train.device=auto", says="enable_cuda_graph = true needs a GPU, and this proc"),
+    train(GRAPHS, PP2, says="set parallel.pipeline_model_parallel_size=1, or train.enable_cuda_gr"),
+    train(GRAPHS, "parallel.overlap_param_gather=true", says="set parallel.overlap_param_gather=f"),
+    train(GRAPHS, "model.attention_dropout=0.1", says="set model.attention_dropout=0 instead of 0"),
+    train(GRAPHS, "data.reset_attention_mask=true", says="with data.reset_attention_mask documents"),
+    train(GRAPHS, "train.objective=sft", says="with tuning.packing documents of other lengths are"),
+    train(GRAPHS, "train.objective=dpo", says="with train.objective = dpo documents of other len"),
 ]
 
 SOURCES = [

@@ -43,9 +43,9 @@ class Operation:
                 before.copy_(now)
 
     def numbers(self):
-        """All that a replay repeats and that is no tensor."""
+        """What a replay repeats and is no tensor; as text, since NaN is not equal to itself."""
         leaves = tree_leaves((self.args, self.kwargs))
-        return self.name, [leaf for leaf in leaves if is_number(leaf)]
+        return self.name, [repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
 
 
 @dataclass
@@ -146,10 +146,6 @@ def tensors_of(tree):
 def works_of(tree):
     """The handles of collectives."""
     return [leaf for leaf in tree_leaves(tree) if hasattr(leaf, "wait")]
-
-
-def is_number(leaf):
-    return isinstance(leaf, int | float | bool | str | torch.dtype | type(None))
 
 
 def memory(tensor):
