@@ -36,7 +36,7 @@ from fp8lm.layers.param import OperandCache, Param, QuantizedParam, named_params
 from fp8lm.layers.quantizer import Quantizer
 from fp8lm.model.gpt import GPTModel
 from fp8lm.model.objectives import Objective
-from fp8lm.parallel.pipeline import NoPipeline, nothing
+from fp8lm.parallel.pipeline import NoPipeline, backward, nothing
 from fp8lm.runtime.errors import InputError
 
 FIRST, FURTHER = "first", "further"
@@ -152,7 +152,7 @@ class GraphedMicrobatches(NoPipeline):
         self, batch: Batch, objective: Objective, count: Tensor, prepare: Callable[[], None]
     ) -> list[Tensor]:
         prepare()
-        return self.forward_backward(batch, objective, count)
+        return backward(self.forward(batch, objective), count)
 
     def _replay(
         self,

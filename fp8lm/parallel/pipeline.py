@@ -82,6 +82,13 @@ class Executor(Protocol):
         """`head` of every micro-batch's output, without backward; none but on the last stage."""
 
 
+def backward(losses: Sequence[Tensor], count: Tensor) -> list[Tensor]:
+    """Backward of the first; losses and metrics of one of `count` micro-batches as their shares."""
+    loss, *metrics = (value / count for value in losses)
+    loss.backward()
+    return [loss.detach(), *metrics]
+
+
 class NoPipeline:
     """One stage, which is the whole model: micro-batches one after the other."""
 
@@ -98,20 +105,20 @@ class NoPipeline:
         before_first: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See `Executor`."""
-        count = count_tensor(len(microbatches), microbatches[0].tokens.device)
-        found = []
+        count, found = None, []
         before_first()
         for number, batch in enumerate(microbatches, start=1):
             if number == len(microbatches):
                 before_last()
-            found.append(self.forward_backward(batch, objective, count))
+            losses = self.forward(batch, objective)
+            if count is None:
+                count = count_tensor(len(microbatches), losses[0].device)
+            found.append(backward(losses, count))
         return [torch.stack(values).sum() for values in zip(*found, strict=True)]
 
-    def forward_backward(self, batch: Batch, objective: Objective, count: Tensor) -> list[Tensor]:
-        """Losses and metrics of one of `count` micro-batches (0-d fp32), as shares of the mean."""
-        loss, *metrics = (x / count for x in self._losses(batch, objective))
-        loss.backward()
-        return [loss.detach(), *metrics]
+    def forward(self, batch: Batch, objective: Objective) -> list[Tensor]:
+        """`Objective.loss_and_metrics` of one micro-batch."""
+        return objective.loss_and_metrics(self._forward_step(None, batch), batch)
 
     def without_graphs(self) -> AbstractContextManager[None]:
         """See `Executor`; there are none."""
@@ -120,7 +127,7 @@ class NoPipeline:
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`; holds one micro-batch at a time."""
-        found = [self._losses(batch, objective) for batch in microbatches]
+        found = [self.forward(batch, objective) for batch in microbatches]
         return [torch.stack(values).mean() for values in zip(*found, strict=True)]
 
     def map(self, microbatches: Iterable[Batch], head: Head) -> Iterator[Tensor]:
@@ -129,9 +136,6 @@ class NoPipeline:
             with torch.no_grad():
                 found = head(self._forward_step(None, batch), batch)
             yield found
-
-    def _losses(self, batch: Batch, objective: Objective) -> list[Tensor]:
-        return objective.loss_and_metrics(self._forward_step(None, batch), batch)
 
 
 class Pipeline:
