@@ -77,11 +77,15 @@ class AmaxHistories:
         }
         self._formats = [fmt for fmt, _ in delayed.values()]
         self._scales_of = [scale for _, scale in delayed.values()]
+        of_gradients = [
+            quantizer.known_scale
+            for (_, kind), quantizer in quantizers.items()
+            if kind == "grad_output" and quantizer.known_scale is not None
+        ]
         # On the device, where a replayed CUDA graph reads it too.
-        self._unit = torch.ones((), device=device)
-        for (_, kind), quantizer in quantizers.items():
-            if kind == "grad_output" and quantizer.known_scale is not None:
-                quantizer.known_scale.unit = self._unit
+        self._units = [torch.ones((), device=device)] if of_gradients else []
+        for scale in of_gradients:
+            (scale.unit,) = self._units
         self._values = torch.zeros(len(delayed), self.length, device=device)
         self._scales = torch.ones(len(delayed), device=device)
         self._recorded = torch.zeros(len(delayed), device=device)
@@ -98,7 +102,8 @@ class AmaxHistories:
     def recording(self, num_tokens: int) -> Iterator[None]:
         """Record the amaxes of all casts of a step, whose loss is a mean over `num_tokens`."""
         self._recorded.zero_()
-        self._unit.fill_(2.0 ** math.floor(math.log2(num_tokens)))
+        for unit in self._units:  # that of all, if there are any
+            unit.fill_(2.0 ** math.floor(math.log2(num_tokens)))
         for scale, recorded in zip(self._scales_of, self._recorded, strict=True):
             scale.recorded = recorded
         try:

@@ -4,10 +4,10 @@
     further    adds to the gradients
 
 A replay reads what differs from one micro-batch to the next in tensors that stay in place: the
-batch with the numbers of its samples, from which dropout draws; the number of micro-batches;
-weights, their scales, histories of amaxes. What the host does beside the launches is done again
-after a replay, see `_HostEffects`. Everything else that a launch depends on is compared before each
-step, see `_Captured`: where it differs, other steps run as ever and then there are new captures.
+batch with the numbers of its samples, from which dropout draws; the share of a micro-batch in the
+step; weights, their scales, histories of amaxes. What the host does beside the launches is done
+again with a replay, see `_HostEffects`. All else that a launch depends on is compared before every
+step, see `_Dependencies`: where it differs, some steps run as ever, and then there are new captures.
 
 Not captured: the optimizer step and what data-parallel ranks exchange. Where that is to overlap
 with the last backward of a step, the last micro-batch is not, either.
@@ -121,7 +121,7 @@ class GraphedMicrobatches(NoPipeline):
     ) -> list[Tensor]:
         """See `Executor`; InputError where a micro-batch cannot be captured."""
         captured = self._captured_for(microbatches[0], objective)
-        captured.count.fill_(float(len(microbatches)))
+        captured.share.fill_(1.0 / len(microbatches))
         replays = not self._eagerly and captured.runs[FIRST] >= self.warmup_steps
         found = []
         for number, batch in enumerate(microbatches):
@@ -134,7 +134,7 @@ class GraphedMicrobatches(NoPipeline):
             if replays:
                 found.append(self._replay(captured, kind, batch, objective, prepare))
             else:
-                work = partial(self._work, batch, objective, captured.count, prepare)
+                work = partial(self._work, batch, objective, captured.share, prepare)
                 found.append(self._capture.run(work))
                 captured.runs[kind] += 1
         return [torch.stack(values).sum() for values in zip(*found, strict=True)]
@@ -149,10 +149,10 @@ class GraphedMicrobatches(NoPipeline):
             self._eagerly = False
 
     def _work(
-        self, batch: Batch, objective: Objective, count: Tensor, prepare: Callable[[], None]
+        self, batch: Batch, objective: Objective, share: Tensor, prepare: Callable[[], None]
     ) -> list[Tensor]:
         prepare()
-        return backward(self.forward(batch, objective), count)
+        return backward(self.forward(batch, objective), share)
 
     def _replay(
         self,
@@ -165,7 +165,7 @@ class GraphedMicrobatches(NoPipeline):
         _copy_into(captured.inputs, batch)
         graph = captured.graphs.get(kind)
         if graph is None:
-            work = partial(self._work, captured.inputs, objective, captured.count, prepare)
+            work = partial(self._work, captured.inputs, objective, captured.share, prepare)
             graph = captured.graphs[kind] = self._capture_graph(work)
         else:
             graph.effects.repeat()
@@ -202,8 +202,8 @@ class GraphedMicrobatches(NoPipeline):
         )
         if self._captured is None or self._captured.depends_on != depends_on:
             self._captured = None  # frees the memory of the former
-            inputs, count = _empty_like(batch), batch.loss_mask.new_ones(())
-            self._captured = _Captured(depends_on, inputs, count)
+            inputs, share = _empty_like(batch), batch.loss_mask.new_ones(())
+            self._captured = _Captured(depends_on, inputs, share)
         return self._captured
 
 
@@ -253,7 +253,7 @@ class _Captured:
 
     depends_on: _Dependencies
     inputs: Batch
-    count: Tensor
+    share: Tensor
     graphs: dict[str, _Graph] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=lambda: {FIRST: 0, FURTHER: 0})
 

@@ -44,14 +44,6 @@ def nothing() -> None:
     """Nothing to do."""
 
 
-def count_tensor(count: int, device: torch.device) -> Tensor:
-    """A number of micro-batches, 0-d fp32.
-
-    On the device: a GPU divides by a number of the host in another way, and a replayed CUDA graph
-    by the one of its capture.
-    """
-    return torch.full((), float(count), device=device)
-
 
 class Executor(Protocol):
     """Runs the model on micro-batches, whatever number of stages it has."""
@@ -82,9 +74,12 @@ class Executor(Protocol):
         """`head` of every micro-batch's output, without backward; none but on the last stage."""
 
 
-def backward(losses: Sequence[Tensor], count: Tensor) -> list[Tensor]:
-    """Backward of the first; losses and metrics of one of `count` micro-batches as their shares."""
-    loss, *metrics = (value / count for value in losses)
+def backward(losses: Sequence[Tensor], share: Tensor | float) -> list[Tensor]:
+    """Backward of the first; losses and metrics of a micro-batch that is a `share` of all (fp32).
+
+    A product has the same bits whether `share` is on the device or the host; a quotient has not.
+    """
+    loss, *metrics = (value * share for value in losses)
     loss.backward()
     return [loss.detach(), *metrics]
 
@@ -105,15 +100,12 @@ class NoPipeline:
         before_first: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See `Executor`."""
-        count, found = None, []
+        found = []
         before_first()
         for number, batch in enumerate(microbatches, start=1):
             if number == len(microbatches):
                 before_last()
-            losses = self.forward(batch, objective)
-            if count is None:
-                count = count_tensor(len(microbatches), losses[0].device)
-            found.append(backward(losses, count))
+            found.append(backward(self.forward(batch, objective), 1.0 / len(microbatches)))
         return [torch.stack(values).sum() for values in zip(*found, strict=True)]
 
     def forward(self, batch: Batch, objective: Objective) -> list[Tensor]:
@@ -189,7 +181,7 @@ class Pipeline:
     ) -> list[Tensor]:
         """See `Executor`."""
         before_first()
-        losses = self._losses_of(objective, len(microbatches))
+        losses = _losses_of(objective, len(microbatches))
         schedule, early = self._planned(len(microbatches), training=True)
         actions = schedule.stages[self.stage]
         self.most_in_flight = 0
@@ -208,7 +200,7 @@ class Pipeline:
     def evaluate(self, microbatches: Iterable[Batch], objective: Objective) -> list[Tensor]:
         """See `Executor`."""
         microbatches = list(microbatches)
-        self._run_forwards(microbatches, self._losses_of(objective, len(microbatches)))
+        self._run_forwards(microbatches, _losses_of(objective, len(microbatches)))
         return self._sums(objective)
 
     @torch.no_grad()
@@ -308,15 +300,6 @@ class Pipeline:
         while len(sending) > self._most_messages:
             sending.popleft().wait()
 
-    def _losses_of(self, objective: Objective, count: int) -> Last:
-        """Losses and metrics of one of `count` micro-batches, as shares of the mean."""
-        divisor = count_tensor(count, self.device)
-
-        def losses(output: Tensor, batch: Batch) -> list[Tensor]:
-            return [value / divisor for value in objective.loss_and_metrics(output, batch)]
-
-        return losses
-
     def _sums(self, objective: Objective) -> list[Tensor]:
         """Of the losses and metrics of all micro-batches."""
         found = self._take_results()
@@ -341,3 +324,12 @@ class Pipeline:
     @property
     def _last_virtual(self) -> int:
         return len(self.chunks) * self.num_stages - 1
+
+
+def _losses_of(objective: Objective, count: int) -> Last:
+    """Losses and metrics of one of `count` micro-batches, as shares of the mean."""
+
+    def losses(output: Tensor, batch: Batch) -> list[Tensor]:
+        return [value * (1.0 / count) for value in objective.loss_and_metrics(output, batch)]
+
+    return losses

@@ -124,7 +124,7 @@ def numbers(capture):
 def test_other_formats_are_captured_anew_and_captures_differ_in_nothing_else(
     tiny_config, one_process
 ):
-    """Of a run of 7 steps the first and the last captures: what changes in between is in tensors."""
+    """The first captures of a run and its last: what changes in between is in tensors."""
     changes = {"train": {"global_batch_size": 8, "train_iters": 6, "eval_iters": 0}}
     capture = both(tiny_config, changes, LAYER, act=fall_back_in_step_3)
     first, further, *fallen, first_again, further_again = capture.captures
@@ -211,6 +211,6 @@ def test_a_step_of_one_micro_batch_with_its_reduction(tiny_config, run_distribut
 
 
 def test_where_there_are_no_cuda_graphs(one_process):
-    with model_parallel_groups(ParallelDims(tp=1, pp=1, dp=1)) as groups:
-        with pytest.raises(InputError, match=r"enable_cuda_graph.*GPU"):
-            cuda_graphs(groups, CPU, {})
+    refused = pytest.raises(InputError, match=r"enable_cuda_graph.*GPU")
+    with model_parallel_groups(ParallelDims()) as groups, refused:
+        cuda_graphs(groups, CPU, {})
