@@ -7,7 +7,7 @@ A replay reads what differs from one micro-batch to the next in tensors that sta
 batch with the numbers of its samples, from which dropout draws; the share of a micro-batch in the
 step; weights, their scales, histories of amaxes. What the host does beside the launches is done
 again with a replay, see `_HostEffects`. All else that a launch depends on is compared before every
-step, see `_Dependencies`: where it differs, some steps run as ever, and then there are new captures.
+step, see `_Dependencies`: where it differs, some steps run as ever, then there are new captures.
 
 Not captured: the optimizer step and what data-parallel ranks exchange. Where that is to overlap
 with the last backward of a step, the last micro-batch is not, either.

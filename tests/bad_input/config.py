@@ -191,8 +191,8 @@ TRAINING = [
     train(GRAPHS, PP2, says="set parallel.pipeline_model_parallel_size=1, or train.enable_cuda_gr"),
     train(GRAPHS, "parallel.overlap_param_gather=true", says="set parallel.overlap_param_gather=f"),
     train(GRAPHS, "model.attention_dropout=0.1", says="set model.attention_dropout=0 instead of 0"),
-    train(GRAPHS, "data.reset_attention_mask=true", says="with data.reset_attention_mask documents"),
-    train(GRAPHS, "train.objective=sft", says="with tuning.packing documents of other lengths are"),
+    train(GRAPHS, "data.reset_attention_mask=true", says="with data.reset_attention_mask docu"),
+    train(GRAPHS, "train.objective=sft", says="with tuning.packing documents of other lengths"),
     train(GRAPHS, "train.objective=dpo", says="with train.objective = dpo documents of other len"),
 ]
 
