@@ -44,7 +44,6 @@ def nothing() -> None:
     """Nothing to do."""
 
 
-
 class Executor(Protocol):
     """Runs the model on micro-batches, whatever number of stages it has."""
 
