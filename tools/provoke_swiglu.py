@@ -297,19 +297,24 @@ def _number(value: float | None) -> float:
 
 
 def plot(rows: list[Row]) -> bytes:
-    """Training losses, and what became zero, by step: means over seeds, thin lines are seeds."""
+    """By step: training losses above the first recipe's, and what became zero.
+
+    Means over seeds; thin lines are seeds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    recipes = by_recipe(rows)
+    base, *_ = recipes
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.5))
-    for index, (name, own) in enumerate(by_recipe(rows).items()):
+    for index, (name, own) in enumerate(recipes.items()):
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10]}
-        smooth = [_running_mean(row.losses) for row in own]
-        for curve in smooth:
-            left.plot(curve, linewidth=0.6, alpha=0.35, **style)
-        left.plot([statistics.fmean(at) for at in zip(*smooth, strict=True)], label=name, **style)
+        gaps = [_gap(row, other) for row, other in zip(own, recipes[base], strict=True)]
+        for gap in gaps:
+            left.plot(gap, linewidth=0.6, alpha=0.35, **style)
+        left.plot([statistics.fmean(at) for at in zip(*gaps, strict=True)], label=name, **style)
         underflow = [statistics.fmean(at) for at in zip(*(r.underflow for r in own), strict=True)]
         right.plot(underflow, **style)
     for axis in (left, right):
@@ -317,9 +322,9 @@ def plot(rows: list[Row]) -> bytes:
             axis.axvline(step, color="0.85", linewidth=0.8, zorder=0)
         axis.set_xlabel("step (grey: those with the rare token)")
         axis.grid(alpha=0.2)
-    left.set_ylabel("training loss, mean of ten steps")
+    left.set_ylabel(f"training loss above {base}, mean of ten steps")
     right.set_ylabel("share of the second matrices' inputs that becomes zero")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     picture = BytesIO()
     figure.savefig(picture, dpi=110, format="png")
@@ -327,11 +332,11 @@ def plot(rows: list[Row]) -> bytes:
     return picture.getvalue()
 
 
-def _running_mean(losses: list[float | None], length: int = 10) -> list[float]:
-    values = [_number(loss) for loss in losses]
-    return [
-        statistics.fmean(values[max(0, end - length) : end]) for end in range(1, len(values) + 1)
-    ]
+def _gap(row: Row, base: Row, length: int = 10) -> list[float]:
+    """The loss above that of `base`, means of the last `length` steps."""
+    pairs = zip(row.losses, base.losses, strict=True)
+    gaps = [_number(loss) - _number(other) for loss, other in pairs]
+    return [statistics.fmean(gaps[max(0, end - length) : end]) for end in range(1, len(gaps) + 1)]
 
 
 if __name__ == "__main__":
