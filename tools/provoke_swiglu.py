@@ -21,8 +21,8 @@ tenth of all. --strength 0 plants nothing.
 A recipe is as for tools/compare_recipes.py: a preset, or NAME=key=value[,key=value ...]. Seeds
 choose initial weights and noise, the order of the data is the same. Per recipe, over seeds: the
 validation loss and its gap to the first recipe with the 95 % interval of its mean, and of what
-the second matrices of the MLPs read the largest share of a step that saturated and the share that
-became zero, averaged over the steps that follow the first with t.
+the second matrices of the MLPs read the share that saturated in the first step with t and the
+share that became zero in those after it.
 """
 
 from __future__ import annotations
@@ -286,9 +286,9 @@ def print_table(rows: list[Row]) -> None:
         interval = half_width(gaps)
         gap = f"{statistics.fmean(gaps):+.2f}" + ("" if interval is None else f" +- {interval:.2f}")
         amax = max(_number(value) for row in own for value in row.amaxes)
-        saturated = max(value for row in own for value in row.saturated)
+        saturated = statistics.fmean(row.saturated[row.steps_with_token[0]] for row in own)
         lost = statistics.fmean(row.lost for row in own)
-        figures = f"{amax:10.3g}{100 * saturated:10.4f}%{100 * lost:8.2f}%"
+        figures = f"{amax:10.3g}{100 * saturated:10.5f}%{100 * lost:8.2f}%"
         print(f"{name:{width}}{statistics.fmean(losses):9.4f}{gap:>18}{figures}")
 
 
