@@ -26,13 +26,17 @@ from tqdm import tqdm
 
 from fp8lm.arguments import path_text
 from fp8lm.batch import Batch
+from fp8lm.comm import WireCounter
 from fp8lm.config import Config, build_config
 from fp8lm.data.files import write_aside
 from fp8lm.kernels import select_kernels
+from fp8lm.kernels.cuda_graph import CudaGraphs, GraphCapture
 from fp8lm.model import GPTModel
 from fp8lm.model.objectives import LanguageModeling, Objective
 from fp8lm.optim import AdamW
-from fp8lm.runtime.errors import CommandParser, run_command
+from fp8lm.parallel.cuda_graphs import GraphedMicrobatches
+from fp8lm.parallel.pipeline import Executor
+from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.training.builders import build_one_process, resolve_device
 from fp8lm.training.flops import TERA, training_flops
 from fp8lm.training.step import train_step
@@ -42,12 +46,15 @@ from baselines import TITLES, build_baseline
 from plain_gpt import PlainGPT, PlainTraining
 
 LR = 1e-3
+GRAPHS = "graphs"
 
 
 def main(argv: list[str]) -> None:
     """Build all contestants, time them, print the table."""
     options = parse_options(argv)
     device = resolve_device(options.device)
+    if options.cuda_graphs and device.type != "cuda":
+        raise InputError("--cuda-graphs needs a GPU: leave it out, or use --device cuda")
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     contestants = build_contestants(options, device)
@@ -73,6 +80,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--presets", default="bf16,te,o1,o2,o3")
     parser.add_argument("--baselines", default="plain", help=f"any of {', '.join(TITLES)}; or none")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="each preset with train.enable_cuda_graph, too"
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps after 2 for warm-up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int)
@@ -81,7 +91,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def build_contestants(
-    options: argparse.Namespace, device: torch.device
+    options: argparse.Namespace,
+    device: torch.device,
+    capture: Callable[[torch.device], GraphCapture] = CudaGraphs,
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """A function per contestant that takes one training step on the same batch."""
     batch = make_batch(options, device)
@@ -90,12 +102,19 @@ def build_contestants(
         model = build_baseline(name, plain_model(options).to(device))
         contestants[TITLES[name]] = partial(PlainTraining(model, LR).step, batch)
     for preset in options.presets.split(","):
-        config = make_config(options, preset)
-        kernels = select_kernels(device)
-        trained, optimizer = build_one_process(config, options.vocab_size, kernels, device)
-        contestants[preset] = partial(
-            _loss_of_step, trained, optimizer, LanguageModeling(kernels=kernels), batch
-        )
+        for name in (preset, f"{preset} {GRAPHS}") if options.cuda_graphs else (preset,):
+            config = make_config(options, preset)
+            kernels = select_kernels(device)
+            trained, optimizer = build_one_process(config, options.vocab_size, kernels, device)
+            objective, pipeline = LanguageModeling(kernels=kernels), None
+            if name != preset:
+                # The first of two steps is not captured, the second is.
+                pipeline = GraphedMicrobatches(
+                    trained, capture(device), WireCounter(), warmup_steps=1
+                )
+            contestants[name] = partial(
+                _loss_of_step, trained, optimizer, objective, batch, pipeline
+            )
     return contestants
 
 
@@ -118,9 +137,13 @@ def plain_model(options: argparse.Namespace) -> PlainGPT:
 
 
 def _loss_of_step(
-    model: GPTModel, optimizer: AdamW, objective: Objective, batches: list[Batch]
+    model: GPTModel,
+    optimizer: AdamW,
+    objective: Objective,
+    batches: list[Batch],
+    pipeline: Executor | None,
 ) -> torch.Tensor:
-    return train_step(model, optimizer, objective, batches, LR).loss
+    return train_step(model, optimizer, objective, batches, LR, pipeline=pipeline).loss
 
 
 def make_batch(options: argparse.Namespace, device: torch.device) -> list[Batch]:

@@ -12,6 +12,7 @@
 #   kernels    tools/bench_kernels.py: bandwidth and FLOP/s by operation
 #   step_7b    tools/bench_step.py on layers of 7B shape, micro-batches of 1, 2 and 4
 #   step_175b  the same on the layers of a rank of 175B under TP 8
+#   graphs     micro-batches as CUDA graphs beside launches one by one, 125M and 7B shapes
 #   baselines  7B shape beside compiled PyTorch, torchao and TransformerEngine where installed
 #   nccl       one process under torchrun with NCCL, asynchronous saves, resumed
 #   train      a few minutes of a 125M-class model on text, in BF16 and o3
@@ -22,7 +23,7 @@ while (($#)); do
   case $1 in
   --output) output=${2:?--output needs a folder} && shift ;;
   --dry-run) dry=yes ;;
-  doctor | numerics | kernels | step_7b | step_175b | baselines | nccl | train) legs+=("$1") ;;
+  doctor | numerics | kernels | step_7b | step_175b | graphs | baselines | nccl | train) legs+=("$1") ;;
   -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
   *)
     echo "error: $1 is no option and no leg: see tools/gpu_evidence.sh --help" >&2
@@ -31,7 +32,7 @@ while (($#)); do
   esac
   shift
 done
-((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b baselines nccl train)
+((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b graphs baselines nccl train)
 mkdir -p "${output:=$root/docs/benchmarks/gpu}" || exit 2
 output=$(readlink -f -- "$output")
 
@@ -88,6 +89,19 @@ step_175b() { # an eighth of the heads and of the MLP, all of the width
   bench_steps "$1" "${sizes[@]}"
 }
 
+graphs() { # a step that the host's launches bound, and one that they do not
+  local small=(--hidden-size 768 --num-attention-heads 12 --num-layers 12 --seq-length 1024
+    --vocab-size 50304) large=(--hidden-size 4096 --num-attention-heads 32 --num-layers 2
+    --seq-length 2048 --vocab-size 50304)
+  local sizes=(--num-microbatches 8 --steps 5 --presets 'bf16,o3' --cuda-graphs)
+  [[ ! $dry ]] || small=(--hidden-size 32 --num-attention-heads 2 --num-layers 1 --seq-length 16
+    --vocab-size 64) large=("${small[@]}") sizes=(--steps 1 --presets 'bf16,o3')
+  "$PYTHON" tools/bench_step.py --device "$device" "${small[@]}" "${sizes[@]}" \
+    --micro-batch-size 1 --output "$1/small.json"
+  "$PYTHON" tools/bench_step.py --device "$device" "${large[@]}" "${sizes[@]}" \
+    --micro-batch-size 1 --output "$1/7b.json"
+}
+
 baselines() {
   local names=plain,compiled sizes=(--hidden-size 4096 --num-attention-heads 32 --num-layers 2
     --seq-length 2048 --vocab-size 50304 --micro-batch-size 2 --num-microbatches 4 --steps 5
@@ -138,7 +152,7 @@ train() {
     --plot "$1/loss.png"
 }
 
-export -f doctor numerics kernels bench_steps step_7b step_175b baselines nccl train
+export -f doctor numerics kernels bench_steps step_7b step_175b graphs baselines nccl train
 export PYTHON device dry
 failed=()
 for leg in "${legs[@]}"; do

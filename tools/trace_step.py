@@ -32,7 +32,7 @@ from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from fp8lm.planner.tracing.floor import ideal_bytes, matrix_parameters
 from fp8lm.planner.tracing.model import one_stage, trace_model
 from fp8lm.planner.tracing.purposes import ATTENTION, GEMM, PURPOSES
-from fp8lm.planner.tracing.roofline import TERA, Hardware
+from fp8lm.planner.tracing.roofline import MICRO, TERA, Hardware
 from fp8lm.planner.tracing.run import KERNELS, trace_step
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
@@ -100,6 +100,29 @@ class Prediction:
         """The whole step of a rank."""
         model = self.layer.times(self.layers) + self.ends
         return model.total(FIRST) + model.total(FURTHER).times(self.microbatches - 1) + self.once
+
+    @property
+    def launching_seconds(self) -> float:
+        """What the host takes for the launches of a layer; a CUDA graph is one launch."""
+        return self._launching(self.layer.total(FURTHER), self.config.train.enable_cuda_graph)
+
+    @property
+    def step_seconds_of_both(self) -> float:
+        """The step, of which micro-batches and the rest each take what the slower one takes."""
+        model = self.layer.times(self.layers) + self.ends
+        first, further = model.total(FIRST), model.total(FURTHER)
+        graphs = self.config.train.enable_cuda_graph
+        return (
+            self._seconds_of_both(first, graphs)
+            + self._seconds_of_both(further, graphs) * (self.microbatches - 1)
+            + self._seconds_of_both(self.once)
+        )
+
+    def _seconds_of_both(self, cost: Cost, graphed: bool = False) -> float:
+        return max(cost.seconds, self._launching(cost, graphed))
+
+    def _launching(self, cost: Cost, graphed: bool) -> float:
+        return 0.0 if graphed else cost.launches * self.hardware.host_launch_us * MICRO
 
     @property
     def floor_seconds(self) -> float:
@@ -190,6 +213,11 @@ def as_facts(prediction: Prediction, bf16: Prediction) -> dict[str, Any]:
             "layer_ms": MS * prediction.floor_seconds,
             "ratio_to_bf16": bf16.floor_seconds / prediction.floor_seconds,
         },
+        "host": {
+            "layer_ms": MS * prediction.launching_seconds,
+            "step_ms": MS * prediction.step_seconds_of_both,
+            "ratio_to_bf16": bf16.step_seconds_of_both / prediction.step_seconds_of_both,
+        },
         "ratio_to_bf16": bf16.step.seconds / prediction.step.seconds,
     }
 
@@ -238,6 +266,9 @@ def table(
     row("micro-batches", "{}", lambda f: f["microbatches"])
     row("step, ms", "{:.0f}", lambda f: f["predicted_ms"]["step"])
     row("speed to bf16", "{:.2f}", lambda f: f["ratio_to_bf16"])
+    row("layer, ms of launches on the host", "{:.2f}", lambda f: f["host"]["layer_ms"])
+    row("step, ms, the host's included", "{:.0f}", lambda f: f["host"]["step_ms"])
+    row("speed to bf16, the host's included", "{:.2f}", lambda f: f["host"]["ratio_to_bf16"])
     row("speed to bf16, ideally fused layers", "{:.2f}", lambda f: f["floor"]["ratio_to_bf16"])
     lines = [f"{label:38}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows]
     return "\n".join((head, *lines))

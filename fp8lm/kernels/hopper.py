@@ -139,6 +139,10 @@ class HopperKernels:
         """See `Kernels`."""
         self._eager.accumulate_(total, x)
 
+    def add_rows_(self, total: Tensor, rows: Tensor, values: Tensor) -> None:
+        """See `Kernels`: PyTorch sorts the rows, where its `index_add_` adds by atomics."""
+        total.index_put_((rows,), values.float(), accumulate=True)
+
     def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         return self._eager.square_sums_and_amaxes(tensors)

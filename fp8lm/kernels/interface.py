@@ -105,6 +105,12 @@ class Kernels(Protocol):
     def accumulate_(self, total: ScaledTensor, x: Tensor) -> None:
         """`total += x` (bf16 or fp32), with the scale or scales of the sum."""
 
+    def add_rows_(self, total: Tensor, rows: Tensor, values: Tensor) -> None:
+        """`total[rows[i]] += values[i]` for fp32 [R,C], int64 [N] and bf16 or fp32 [N,C].
+
+        Rows that come up several times are summed in one order: the result is the same every time.
+        """
+
     def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """Sum of squares (fp64 [n]) and absolute maximum (fp32 [n]) of each of n > 0 tensors."""
 

@@ -229,6 +229,10 @@ class ReferenceKernels:
             values = self.dequantize(part).add_(x[rows])
             part.copy_(self.quantize(values, total.format, granularity=total.granularity))
 
+    def add_rows_(self, total: Tensor, rows: Tensor, values: Tensor) -> None:
+        """See `Kernels`; on a CPU one row after the other."""
+        total.index_add_(0, rows, values.float())
+
     def square_sums_and_amaxes(self, tensors: Sequence[ScaledTensor]) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         squares, amaxes = zip(*map(self._square_sum_and_amax, tensors), strict=True)

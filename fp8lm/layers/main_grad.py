@@ -87,7 +87,7 @@ class MainGrad:
         if self.value.format != FP32:
             raise TypeError(f"rows are accumulated in fp32, not in {self.value.format}")
         self.zero_if_unused()
-        self.value.payload.index_add_(0, rows, dw.float())
+        self._kernels.add_rows_(self.value.payload, rows, dw)
 
     def zero_if_unused(self) -> None:
         """Set `value` to zero if no gradient was added since `zero` (an unused weight)."""

@@ -61,23 +61,31 @@ def check_cuda_graphs(config: Config, groups: ProcessGroups) -> None:
         )
 
 
-def cuda_graphs(
-    groups: ProcessGroups, device: torch.device, environment: Mapping[str, str]
-) -> CudaGraphs:
-    """What captures micro-batches on `device`; InputError where that or NCCL cannot."""
-    key = "train.enable_cuda_graph = true"
+def check_nccl(groups: ProcessGroups, environment: Mapping[str, str]) -> None:
+    """InputError where what tensor-parallel ranks exchange cannot be captured."""
+    if groups.dims.tp == 1:
+        return
+    key, backend = "train.enable_cuda_graph = true", dist.get_backend(groups.tensor_parallel)
+    if backend != "nccl":
+        raise InputError(
+            f"{key} with tensor parallelism captures NCCL's collectives, not those of {backend}: "
+            "set train.enable_cuda_graph=false"
+        )
+    allocator = "".join(environment.get(name, "") for name in _ALLOCATORS)
+    if "expandable_segments:True" in allocator and environment.get(_REGISTERS) != "0":
+        raise InputError(
+            f"{key} with expandable_segments:True in {_ALLOCATORS[0]}: NCCL would register memory "
+            f"that is mapped elsewhere later; set {_REGISTERS}=0 in the environment"
+        )
+
+
+def cuda_graphs(device: torch.device) -> CudaGraphs:
+    """What captures micro-batches on `device`, which is a GPU, or InputError."""
     if device.type != "cuda":
-        raise InputError(f"{key} needs a GPU, and this process has none: set it to false")
-    if groups.dims.tp > 1:
-        backend = dist.get_backend(groups.tensor_parallel)
-        if backend != "nccl":
-            raise InputError(f"{key} with tensor parallelism needs NCCL, not {backend}")
-        allocator = "".join(environment.get(name, "") for name in _ALLOCATORS)
-        if "expandable_segments:True" in allocator and environment.get(_REGISTERS) != "0":
-            raise InputError(
-                f"{key} with expandable_segments:True in {_ALLOCATORS[0]}: NCCL would register "
-                f"memory that is mapped elsewhere later; set {_REGISTERS}=0 in the environment"
-            )
+        raise InputError(
+            "train.enable_cuda_graph = true needs a GPU, and this process computes without: set "
+            "train.enable_cuda_graph=false"
+        )
     return CudaGraphs(device)
 
 

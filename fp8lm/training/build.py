@@ -27,7 +27,7 @@ from fp8lm.model.objectives import MeanOfMicrobatches, Objective
 from fp8lm.model.preference import PreferenceOptimization
 from fp8lm.optim import AdamW
 from fp8lm.optim.schedule import BatchSize, LearningRate
-from fp8lm.parallel.cuda_graphs import check_cuda_graphs, cuda_graphs
+from fp8lm.parallel.cuda_graphs import check_cuda_graphs, check_nccl, cuda_graphs
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
 from fp8lm.parallel.pipeline import Executor
@@ -115,7 +115,9 @@ def build(
     check_scaling(device, config.precision)
     if config.train.enable_cuda_graph:
         check_cuda_graphs(config, groups)
-        capture = capture or cuda_graphs(groups, device, os.environ)
+        if capture is None:
+            capture = cuda_graphs(device)
+            check_nccl(groups, os.environ)
     else:
         capture = None
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()

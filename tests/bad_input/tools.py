@@ -31,6 +31,7 @@ def corpus(max_mb):
 REPORTED = writes(**{"r/metrics__jsonl": "x\n"})
 
 CASES = [
+    run("bench_step", "--cuda-graphs", "--device=cpu", says="--cuda-graphs needs a GPU: leave it"),
     compare("--plot", "x.xyz", says="--plot x.xyz: "),
     compare("--summary", "x", says="metrics.jsonl, line 2: no report", metrics=TRAIN + "7\n"),
     compare(says=("line 1: ", "'{\"iter"), metrics='{"iter\n' + VALID),

@@ -12,6 +12,7 @@ from fp8lm.layers.param import named_params
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.builders import build_one_process
 from tests.launch.conftest import ROOT
+from tests.training.literal_replay import LiteralReplay
 
 CPU = torch.device("cpu")
 SIZES = ["--hidden-size=64", "--num-layers=2", "--num-attention-heads=2", "--seq-length=32"]
@@ -38,6 +39,18 @@ def test_the_models_are_of_one_size(tools, widths):
     model, _ = build_one_process(config, options.vocab_size, ReferenceKernels(), CPU)
     expected = sum(each.model_param.payload.numel() for each in named_params(model).values())
     assert sum(each.numel() for each in bench_step.plain_model(options).parameters()) == expected
+
+
+def test_graphs_take_the_same_steps(tools):
+    _, bench_step = tools
+    options = ["--presets=o3", "--baselines=none", "--num-microbatches=2", "--cuda-graphs"]
+    capture = LiteralReplay()
+    contestants = bench_step.build_contestants(
+        bench_step.parse_options([*SIZES, *options]), CPU, lambda device: capture
+    )
+    losses = {name: [step().item() for _ in range(3)] for name, step in contestants.items()}
+    assert losses["o3"] == losses["o3 graphs"] and len(contestants) == 2
+    assert capture.replays == 4  # the first step is not captured
 
 
 def test_what_is_not_there(tools):

@@ -24,13 +24,14 @@ def evidence(*arguments):
 def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
     (tmp_path / "doctor").mkdir()
     (tmp_path / "doctor/done").touch()
-    ended = evidence("--dry-run", "--output", tmp_path, "doctor", "kernels", "step_175b")
+    ended = evidence("--dry-run", "--output", tmp_path, "doctor", "kernels", "step_175b", "graphs")
     assert ended.returncode == 0, ended.stderr
     assert "doctor: done before" in ended.stdout
     assert not (tmp_path / "doctor/log.txt").exists()
     assert (tmp_path / "kernels/kernels.json").stat().st_size > 1000
     assert len(list((tmp_path / "step_175b").glob("*.json"))) == 3
-    assert all((tmp_path / leg / "done").exists() for leg in ("kernels", "step_175b"))
+    assert len(list((tmp_path / "graphs").glob("*.json"))) == 2
+    assert all((tmp_path / leg / "done").exists() for leg in ("kernels", "step_175b", "graphs"))
     with tarfile.open(tmp_path / "kernels.tar.gz") as archive:
         assert "kernels/kernels.json" in archive.getnames()
 

@@ -342,8 +342,28 @@ def test_the_command(run_tool, tmp_path, capsys):
     ms = o3["predicted_ms"]
     microbatches = 4 * (6 * ms["layer"] + ms["ends"])
     assert ms["step"] == pytest.approx(microbatches + ms["once"], rel=0.05)  # the first differs
+    host = o3["host"]
+    assert host["layer_ms"] == pytest.approx(o3["launches_per_layer"] * 0.01)
+    assert host["step_ms"] > 2 * ms["step"]  # of so small a layer
+    assert host["ratio_to_bf16"] == pytest.approx(bf16["host"]["step_ms"] / host["step_ms"])
     assert picture.stat().st_size > 10_000
     assert f"{o3['launches_per_layer']}" in capsys.readouterr().out
+
+
+def test_a_graph_takes_no_time_of_the_host(tracing, hardware):
+    """But for what a step does once, which is not captured."""
+    cost, once = tracing.costs.StepCost(), tracing.costs.Cost(1000, seconds=0.001)
+    cost.add(tracing.costs.FURTHER, "cast", tracing.costs.Cost(100, seconds=0.0005))
+    cost.add(tracing.costs.FIRST, "cast", tracing.costs.Cost(50, seconds=0.0006))
+    both = []
+    for graphs in ("false", "true"):
+        config = load_config(GPT_7B, [f"train.enable_cuda_graph={graphs}"])
+        none = tracing.costs.StepCost()
+        predicted = tracing.Prediction(config, hardware, cost, none, once, 2, 3)
+        both.append((predicted.launching_seconds, predicted.step_seconds_of_both))
+    launched, replayed = both
+    assert launched == pytest.approx((0.001, 0.0012 + 2 * 0.002 + 0.01))  # 10 us each
+    assert replayed == pytest.approx((0.0, 0.0012 + 2 * 0.001 + 0.01))
 
 
 @pytest.mark.parametrize(

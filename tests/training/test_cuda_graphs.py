@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ import torch.distributed as dist
 from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import model_parallel_groups
 from fp8lm.model.objectives import LanguageModeling
-from fp8lm.parallel.cuda_graphs import cuda_graphs
+from fp8lm.parallel.cuda_graphs import check_nccl
 from fp8lm.runtime.errors import InputError
 from fp8lm.telemetry.observing import linears_of
 from fp8lm.training.build import build
 from fp8lm.training.hooks import build_trainer
 from fp8lm.training.state import model_tensors, optimizer_tensors
-from fp8lm.training.trainer import TrainerHook
+from fp8lm.training.trainer import STEP, TrainerHook
 from tests.training.literal_replay import LiteralReplay
 from tests.training.runs import BeforeStep
 
@@ -53,13 +55,13 @@ class Results(TrainerHook):
         self.steps.append(([x.item() for x in numbers], trainer.sent))
 
 
-def train(config, capture=None, act=None):
+def train(config, capture=None, act=None, *, hooks=(), device=CPU):
     """Train on all ranks; what every step has given, and all state at the end."""
     dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
     results = Results()
-    hooks = [results] if act is None else [results, BeforeStep(act)]
+    hooks = [results, *hooks] if act is None else [results, BeforeStep(act), *hooks]
     with model_parallel_groups(dims) as groups:
-        trainer = build_trainer(build(config, groups, CPU, capture), hooks=hooks)
+        trainer = build_trainer(build(config, groups, device, capture), hooks=hooks)
         trainer.load()
         trainer.train()
     run = trainer.run
@@ -210,7 +212,40 @@ def test_a_step_of_one_micro_batch_with_its_reduction(tiny_config, run_distribut
         run_distributed(train, 2, config)
 
 
-def test_where_there_are_no_cuda_graphs(one_process):
-    refused = pytest.raises(InputError, match=r"enable_cuda_graph.*GPU")
-    with model_parallel_groups(ParallelDims()) as groups, refused:
-        cuda_graphs(groups, CPU, {})
+@pytest.mark.parametrize("keys", [{"tp": 1}, {"tp": 2}])
+def test_ranks_whose_exchanges_are_not_captured(keys, one_process):
+    """A group of one rank stands for the two: its backend is gloo."""
+    with model_parallel_groups(ParallelDims()) as groups:
+        groups = replace(groups, dims=ParallelDims(**keys))
+        if keys["tp"] == 1:
+            check_nccl(groups, {})
+        else:
+            with pytest.raises(InputError, match=r"enable_cuda_graph.*NCCL.*gloo"):
+                check_nccl(groups, {})
+
+
+class SyncDebug(TrainerHook):
+    """From step `first` on, what waits for the device in a step is an error."""
+
+    def __init__(self, first):
+        self.first = first
+
+    @contextmanager
+    def phase(self, trainer, name):
+        checks = name == STEP and trainer.progress.iteration + 1 >= self.first
+        torch.cuda.set_sync_debug_mode("error" if checks else "default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["bf16", "te_delayed", "o3", "o3_long", "o4"])
+def test_graphs_of_a_gpu_are_eager_steps_and_wait_for_nothing(preset, tiny_config, one_process):
+    """The runs of `test_replays_are_eager_steps`, whose samples are one block of attention's keys."""
+    changes = (RAMP, LAYER, STATISTICS, {"precision": {"preset": preset}})
+    device = torch.device("cuda", 0)
+    eager = train(tiny_config(*changes), device=device)
+    hooks = [SyncDebug(first=7)]  # both kinds are replayed then
+    assert_equal(train(tiny_config(*changes, GRAPHS), hooks=hooks, device=device), eager)

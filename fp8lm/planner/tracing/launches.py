@@ -166,9 +166,22 @@ def _norm_gradients(operation: Operation) -> Iterator[Launch]:
         yield Launch(operation.name, read, _bytes(results))
 
 
+def _sorted_and_added(operation: Operation) -> Iterator[Launch]:
+    """Sorts the indices, by which one kernel adds the values: radix sort reads a byte at a time."""
+    indices = _bytes([t for t in operation.inputs if not t.is_floating_point()])
+    for _ in range(_SORTING):
+        yield Launch("sort", 2 * indices, 2 * indices)
+    values = _bytes([t for t in operation.inputs if t.is_floating_point()])
+    yield Launch(operation.name, 2 * indices + 2 * values, values)
+
+
+_SORTING = 8  # of 64-bit indices, each with its place
+
+
 _SEVERAL: dict[str, Callable[[Operation], Iterator[Launch]]] = {
     "masked_fill": _two_passes,
     "slice_backward": _zeros_and_part,
+    "index_put_": _sorted_and_added,
     "select_backward": _zeros_and_part,
     "nll_loss_backward": _loss_gradient,
     "native_layer_norm_backward": _norm_gradients,

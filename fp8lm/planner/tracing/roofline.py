@@ -3,6 +3,7 @@
     seconds = max(bytes / (bandwidth * efficiency), flops / rate, the shortest kernel)
 
 Launches follow each other without gaps, which a host that is fast enough or a CUDA graph provides.
+A host that is not sets the pace with `host_launch_us` for each launch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Hardware(Section):
     attention_forward_tflops: Positive = Field(description="Causal attention, half of it counted.")
     attention_backward_tflops: Positive = Field(description="The same in backward.")
     smallest_kernel_us: Positive = Field(description="The time of a kernel that does nothing.")
+    host_launch_us: Positive = Field(
+        10.0, description="The host's time for a launch, with what PyTorch and Python do around it."
+    )
     peak_bf16_tflops: Positive = Field(description="The data sheet's, dense, for MFU.")
     peak_fp8_tflops: Positive = Field(description="The data sheet's, dense, for MFU.")
     gpus_per_node: Count = Field(description="GPUs that NVLink connects.")
