@@ -243,7 +243,7 @@ class SyncDebug(TrainerHook):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["bf16", "te_delayed", "o3", "o3_long", "o4"])
 def test_graphs_of_a_gpu_are_eager_steps_and_wait_for_nothing(preset, tiny_config, one_process):
-    """The runs of `test_replays_are_eager_steps`, whose samples are one block of attention's keys."""
+    """The runs of `test_replays_are_eager_steps`; samples are one block of keys."""
     changes = (RAMP, LAYER, STATISTICS, {"precision": {"preset": preset}})
     device = torch.device("cuda", 0)
     eager = train(tiny_config(*changes), device=device)
