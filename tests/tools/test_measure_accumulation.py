@@ -33,6 +33,19 @@ def test_rows(run_tool, tmp_path):
     assert fine["snr_db"] + 3 < e2m5["snr_db"] < long["snr_db"] + 3 < e2m5["snr_db"] + 6
 
 
+def test_outliers_of_input_channels(run_tool, tmp_path):
+    output = tmp_path / "measured.json"
+    size = ("model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2")
+    keys = ("data.mock_data=true", "train.global_batch_size=2", "train.micro_batch_size=1", *size)
+    options = ("--micro-batches", 2, "--outlier", 300, "--json", output)
+    config = ROOT / "configs/gpt_tiny.yaml"
+    assert run_tool("measure_accumulation", "--config", config, *options, *keys) == 0
+    rows = {row["scheme"]: row for row in json.loads(output.read_text())}
+    plain, even = rows["fp8_e2m5"], rows["E2M5, even columns"]
+    assert plain["outlier"] == 300 and plain["zeroed"] > 10 * even["zeroed"]
+    assert plain["median_column_snr_db"] + 15 < even["median_column_snr_db"]
+
+
 @pytest.mark.parametrize("option", [("--micro-batches", 0), ("--outlier", 0)])
 def test_options_are_checked(run_tool, option):
     assert (
