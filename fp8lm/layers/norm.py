@@ -1,16 +1,20 @@
 """LayerNorm and RMSNorm; weights in BF16 (or FP32), statistics in fp32 inside the kernels.
 
-Each is a module of its own, and the `Prologue` of the linear layer that reads it.
+Each is a module of its own, and the `Prologue` of the linear layer that reads it; both compute with
+the same kernels.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import VectorParam, vector_spec
+from fp8lm.layers.prologue import Prologue
 from fp8lm.numerics import Format
 
 
@@ -40,7 +44,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        return functional.layer_norm(x, x.shape[-1:], self.weight.param, self.bias.param, self.eps)
+        return _apart(x, self)
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
@@ -85,7 +89,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        return functional.rms_norm(x, x.shape[-1:], self.weight.param, self.eps)
+        return _apart(x, self)
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
@@ -104,6 +108,26 @@ class RMSNorm(nn.Module):
         x, *of_rows = saved
         parameters = self.weight.param, None
         return self.kernels.norm_backward(x, *parameters, tuple(of_rows), dy, self.eps, residual)
+
+
+def _apart(x: Tensor, norm: Prologue) -> Tensor:
+    """`norm` of `x` where no linear layer applies it: before the head, and of queries and keys."""
+    return _NormFunction.apply(x, norm, *norm.differentiated)
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Prologue, *parameters: Tensor) -> Tensor:
+        y, saved = norm.forward_saving(x)
+        ctx.norm = norm
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, *of_parameters = ctx.norm.backward_from(ctx.saved_tensors, dy)
+        return dx, None, *of_parameters
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

@@ -7,7 +7,7 @@ that no part of a training step has, it is the reference that runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fp8lm.kernels.triton import (
     sums,
     swiglu,
     transpose,
+    wide_norm,
 )
 from fp8lm.kernels.triton.adam import MultiTensorAdam
 from fp8lm.kernels.triton.amax import partial_amaxes
@@ -318,9 +319,7 @@ class TritonKernels:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Kernels`."""
-        if x.shape[-1] > norm.MAX_COLUMNS:
-            return self._eager.norm(x, weight, bias, eps)
-        y, statistics, amaxes = norm.norm(x, weight, bias, eps)
+        y, statistics, amaxes = _norms_of(x).norm(x, weight, bias, eps)
         return self._known_amaxes.remember(y, amaxes), statistics
 
     def norm_backward(
@@ -334,9 +333,7 @@ class TritonKernels:
         residual: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See `Kernels`."""
-        if x.shape[-1] > norm.MAX_COLUMNS:
-            return self._eager.norm_backward(x, weight, bias, statistics, dy, eps, residual)
-        gradients, amaxes = norm.norm_backward(x, weight, bias, statistics, dy, residual)
+        gradients, amaxes = _norms_of(x).norm_backward(x, weight, bias, statistics, dy, residual)
         self._known_amaxes.remember(gradients[0], amaxes)
         return gradients
 
@@ -352,6 +349,11 @@ class TritonKernels:
             return amax.view(torch.int32).view(1)
         known = self._known_amaxes.recall(x)
         return partial_amaxes(x) if known is None else known
+
+
+def _norms_of(x: Tensor) -> ModuleType:
+    """The kernels for rows of such length."""
+    return norm if x.shape[-1] <= norm.MAX_COLUMNS else wide_norm
 
 
 def _is_known(fmt: Format) -> bool:

@@ -23,9 +23,9 @@ from fp8lm.kernels.triton.column_sums import add_over_programs
 from fp8lm.kernels.triton.launch import launch
 from fp8lm.kernels.triton.numbers import magnitude
 
-MAX_COLUMNS = 8192  # whose gradients fit into the registers of a program
+MAX_COLUMNS = 8192  # whose gradients fit into the registers of a program; others: `wide_norm`
 _BACKWARD_PROGRAMS = 256  # about two on every multiprocessor of a Hopper GPU
-_TOGETHER = tl.constexpr(8)  # neighbouring numbers that a thread holds
+TOGETHER = tl.constexpr(8)  # neighbouring numbers that a thread holds
 
 Statistics = tuple[Tensor, ...]  # of every row: mean and 1 / deviation, or 1 / root mean square
 
@@ -60,7 +60,7 @@ def norm(
         reads=[x, *parameters],
         writes=[y, *statistics, amaxes],
         IS_CENTERED=bias is not None,
-        WIDTH=max(width, _TOGETHER.value),
+        WIDTH=max(width, TOGETHER.value),
         num_warps=_warps(width),
     )
     return y, statistics, amaxes
@@ -102,7 +102,7 @@ def norm_backward(
         writes=[dx, sums, amaxes],
         IS_CENTERED=bias is not None,
         ADDS=bool(added),
-        WIDTH=max(width, _TOGETHER.value),
+        WIDTH=max(width, TOGETHER.value),
         num_warps=_warps(width),
     )
     of_parameters = add_over_programs(sums, weight.dtype)
@@ -139,7 +139,7 @@ def normalize(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if IS_CENTERED:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.zeros((WIDTH // _TOGETHER,), tl.int32)
+    largest = tl.zeros((WIDTH // TOGETHER,), tl.int32)
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     for row in range(first, num_rows, step):
         place = row * num_columns + columns
@@ -157,7 +157,7 @@ def normalize(
             y += bias
         y = y.to(loaded.dtype)
         tl.store(y_ptr + place, y, mask=inside)
-        largest = _larger(largest, y, inside)
+        largest = larger(largest, y, inside)
     tl.store(amax_ptr + tl.program_id(0), tl.max(largest, axis=0))
 
 
@@ -183,7 +183,7 @@ def norm_gradients(
     inside = columns < num_columns
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     d_weight, d_bias = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    largest = tl.zeros((WIDTH // _TOGETHER,), tl.int32)
+    largest = tl.zeros((WIDTH // TOGETHER,), tl.int32)
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     for row in range(first, num_rows, step):
         place = row * num_columns + columns
@@ -205,7 +205,7 @@ def norm_gradients(
             added = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
             dx = (dx.to(tl.float32) + added).to(loaded.dtype)
         tl.store(dx_ptr + place, dx, mask=inside)
-        largest = _larger(largest, dx, inside)
+        largest = larger(largest, dx, inside)
     tl.store(amax_ptr + tl.program_id(0), tl.max(largest, axis=0))
     sum_ptr += tl.program_id(0).to(tl.int64) * num_columns
     tl.store(sum_ptr + columns, d_weight, mask=inside)
@@ -215,8 +215,8 @@ def norm_gradients(
 
 
 @triton.jit
-def _larger(largest, values, inside):
+def larger(largest, values, inside):
     """Bits of the larger of `largest` and |`values`|, for what each thread holds."""
     bits = tl.where(inside, magnitude(values.to(tl.float32)), 0)
-    bits = tl.reshape(bits, (bits.shape[0] // _TOGETHER, _TOGETHER))
+    bits = tl.reshape(bits, (bits.shape[0] // TOGETHER, TOGETHER))
     return tl.maximum(largest, tl.max(bits, axis=1))

@@ -274,6 +274,20 @@ def rms_norm():
     KERNELS.norm(activations(), activations(shape=(4096,)), None, 1e-5)
 
 
+def layer_norm_of_wide_rows():
+    x, weight = activations(shape=(4096, 12288)), activations(shape=(12288,))
+    KERNELS.norm(x, weight, weight, 1e-5)
+
+
+def layer_norm_backward_of_wide_rows():
+    x, weight, rows = (
+        activations(shape=(4096, 12288)),
+        activations(shape=(12288,)),
+        torch.empty(4096),
+    )
+    KERNELS.norm_backward(x, weight, weight, (rows, rows), x, 1e-5, x)
+
+
 def rms_norm_backward_of_long_rows():
     x, weight, rows = activations(shape=(4096, 8192)), activations(shape=(8192,)), torch.empty(4096)
     KERNELS.norm_backward(x, weight, None, (rows,), x, 1e-5, x)

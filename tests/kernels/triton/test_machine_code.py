@@ -27,6 +27,8 @@ ALIGNED = {
     "join": (40, 6),
     "layer_norm": (48, 4),
     "layer_norm_backward": (64, 13),
+    "layer_norm_backward_of_wide_rows": (56, 16),
+    "layer_norm_of_wide_rows": (40, 12),
     "pack": (64, 10),
     "pack_tokens": (64, 12),
     "quantize_blocks": (64, 6),

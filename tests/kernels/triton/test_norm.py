@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8lm.kernels import ReferenceKernels
-from fp8lm.kernels.triton import norm
+from fp8lm.kernels.triton import norm, wide_norm
 from fp8lm.kernels.triton.backend import TritonKernels
 from tests.kernels.triton.compare import normal
 from tests.kernels.triton.traffic import counting
@@ -83,10 +83,31 @@ def test_gradients_are_reproducible(device):
         assert torch.equal(first, again)
 
 
-def test_rows_too_long_for_registers_are_pytorchs(device):
-    given = to(device, tensors((2, norm.MAX_COLUMNS + 16)))
-    for mine, other in zip(results(KERNELS, *given), results(REFERENCE, *given), strict=True):
-        assert torch.equal(mine, other)
+@pytest.mark.parametrize("columns", [norm.MAX_COLUMNS + 16, 12288])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_longer_than_registers(columns, bias, device):
+    """In blocks of columns, of which the last may not be full."""
+    given = tensors((3, columns), torch.float32, bias)
+    mine = results(KERNELS, *to(device, given))
+    for actual, expected in zip(mine, results(REFERENCE, *double(given)), strict=True):
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(KERNELS.amax(mine[1]), mine[1].abs().max())
+
+
+@pytest.mark.slow
+def test_blocks_are_as_whole_rows(device):
+    """Both kernels on rows that either takes, more than programs; sums have another order."""
+    x, weight, shift, dy, residual = to(device, tensors((130, 40)))
+    (y, statistics, amaxes), blocks = (
+        made.norm(x, weight, shift, EPS) for made in (norm, wide_norm)
+    )
+    assert torch.equal(y, blocks[0]) and torch.equal(amaxes, blocks[2])
+    of_rows, of_blocks = (
+        made.norm_backward(x, weight, shift, statistics, dy, residual)[0]
+        for made in (norm, wide_norm)
+    )
+    for first, second in zip(of_rows, of_blocks, strict=True):
+        torch.testing.assert_close(first, second, rtol=2.0**-7, atol=2.0**-7)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
@@ -104,6 +125,17 @@ def test_declared_traffic(bias):
         ("norm_gradients", 3 * x.nbytes + statistics + of_columns, x.nbytes + sums + 4 * 5),
         ("add_rows", sums, vectors),
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+def test_declared_traffic_of_long_rows():
+    """What is read twice counts once: the second time it comes from the cache."""
+    given = tensors((2, norm.MAX_COLUMNS + 16))
+    with counting() as traffic:
+        results(KERNELS, *given)
+    assert traffic.measured == traffic.declared
+    names = [name for name, *_ in traffic.declared]
+    assert names == ["normalize_blocks", "row_means", "block_gradients", "add_rows"]
 
 
 @pytest.mark.slow
