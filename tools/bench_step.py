@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from fp8lm.arguments import path_text
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(options.num_threads)
     contestants = build_contestants(options, device)
     times, allocated = measure(contestants, options.steps, device)
+    if options.profile:
+        write_aside(options.profile, profile(contestants, device))
     rows = summarize(times, allocated, options)
     print_table(rows, options, device)
     if options.output:
@@ -87,6 +90,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int)
     parser.add_argument("--output", type=path_text, help="write the numbers to this JSON file")
+    parser.add_argument(
+        "--profile", type=path_text, help="write PyTorch's profile of a further step to this file"
+    )
     return parser.parse_args(argv)
 
 
@@ -204,6 +210,20 @@ def measure(
                 times[name].append(time.perf_counter() - started)
                 allocated[name] = max(allocated[name], most_allocated(device) - before)
     return times, allocated
+
+
+def profile(contestants: dict[str, Callable[[], torch.Tensor]], device: torch.device) -> str:
+    """A table for each contestant: the kernels (on a CPU the operations) of one step by time."""
+    activity, order = ProfilerActivity.CPU, "self_cpu_time_total"
+    if device.type == "cuda":
+        activity, order = ProfilerActivity.CUDA, "self_cuda_time_total"
+    tables = []
+    for name, step in contestants.items():
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            step()
+            synchronize(device)
+        tables.append(f"{name}\n{profiler.key_averages().table(sort_by=order, row_limit=60)}")
+    return "\n".join(tables)
 
 
 def start_counting(device: torch.device) -> int:

@@ -68,7 +68,7 @@ bench_steps() { # folder, sizes: micro-batches of 1, 2 and 4
   shift
   for count in 1 2 4; do
     "$PYTHON" tools/bench_step.py --device "$device" "$@" --micro-batch-size "$count" \
-      --output "$folder/micro_batch_$count.json"
+      --output "$folder/micro_batch_$count.json" --profile "$folder/micro_batch_$count.txt"
   done
 }
 

@@ -51,6 +51,8 @@ def test_graphs_take_the_same_steps(tools):
     losses = {name: [step().item() for _ in range(3)] for name, step in contestants.items()}
     assert losses["o3"] == losses["o3 graphs"] and len(contestants) == 2
     assert capture.replays == 4  # the first step is not captured
+    of_eager, of_graphs = bench_step.profile(contestants, CPU).split("o3 graphs\n")
+    assert of_eager.startswith("o3\n") and "aten::mm" in of_eager and "aten::mm" in of_graphs
 
 
 def test_what_is_not_there(tools):
