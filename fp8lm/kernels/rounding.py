@@ -14,9 +14,12 @@ from torch import Tensor
 
 from fp8lm.kernels.encoding import encode
 from fp8lm.numerics import Format
+from fp8lm.numerics.scaling import float_bits
 
 _FP32_MANTISSA_BITS = 23
 _INF_BITS = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
+_SIGN_PLACE = 31
 
 
 class Rounding(Enum):
@@ -88,19 +91,35 @@ def cast_stochastic(
     if fmt.root:
         return encode(_round_root(x, scale, fmt, noise), fmt)
     scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
-    if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
-        return (scaled if subnormals_only else _round_normal(scaled, fmt, noise)).to(fmt.dtype)
     normal = scaled if subnormals_only else _round_normal(scaled, fmt, noise)
-    is_subnormal = scaled.abs() < fmt.smallest_normal  # false for NaN
-    rounded = torch.where(is_subnormal, _round_subnormal(scaled, fmt, noise), normal)
+    if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
+        return normal.to(fmt.dtype)
+    rounded = _choose(_is_subnormal(scaled, fmt), _round_subnormal(scaled, fmt, noise), normal)
     return rounded.to(fmt.dtype).view(fmt.storage)
+
+
+# A CPU has vectors for arithmetic on floats and integers, and takes one element after another for
+# comparisons and `where`: choices are made of bits.
 
 
 def _round_normal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     dropped = _FP32_MANTISSA_BITS - fmt.mantissa_bits
-    bits = scaled.view(torch.int32).add(noise.bitwise_and((1 << dropped) - 1))
+    bits = noise.bitwise_and((1 << dropped) - 1).add_(scaled.view(torch.int32))
     rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
-    return torch.where(torch.isfinite(scaled), rounded, scaled)
+    return rounded.sub_(scaled - scaled)  # of NaN; else of 0, which leaves -0.0 what it is
+
+
+def _is_subnormal(scaled: Tensor, fmt: Format) -> Tensor:
+    """int32: all bits where `fmt` has fewer than its mantissa's, none elsewhere and for NaN."""
+    size = scaled.view(torch.int32).bitwise_and(_MAGNITUDE)
+    return size.sub_(float_bits(fmt.smallest_normal)).bitwise_right_shift_(_SIGN_PLACE)
+
+
+def _choose(mask: Tensor, value: Tensor, other: Tensor) -> Tensor:
+    """`value` where `mask` has all bits and `other` where it has none; in their memory."""
+    other_bits = other.view(torch.int32)
+    chosen = value.view(torch.int32).bitwise_xor_(other_bits).bitwise_and_(mask)
+    return chosen.bitwise_xor_(other_bits).view(torch.float32)
 
 
 def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
@@ -123,7 +142,8 @@ def _round_root(x: Tensor, scale: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     mixed = torch.mul(noise, -1640531535).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
     uniform = mixed.float().add_(0.5).mul_(2.0**-24)
     above, distance = square - low.square(), high.square() - low.square()
-    return torch.where(uniform * distance < above, high, low)
+    goes_up = uniform.mul_(distance).lt_(above)  # 1.0 or 0.0
+    return goes_up.mul_(step).add_(low)
 
 
 def _xorshift(x: Tensor, shift: int) -> Tensor:

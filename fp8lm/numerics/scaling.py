@@ -59,7 +59,7 @@ def _power_of_two(bits: Tensor, fmt: Format) -> Tensor:
     largest, shift = fmt.max, _EXPONENT_SHIFT
     if fmt.root:
         largest, shift = fmt.max**2, _EXPONENT_SHIFT + 1
-    exponent = (_float_bits(largest) - bits) >> shift
+    exponent = (float_bits(largest) - bits) >> shift
     exponent = exponent.clamp_(-_MAX_EXPONENT, _MAX_EXPONENT)
     return ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
 
@@ -70,5 +70,6 @@ def _quotient(amax: Tensor, fmt: Format) -> Tensor:
     return torch.div(fmt.max, amax.abs()).clamp_(1.0 / largest, largest)
 
 
-def _float_bits(value: float) -> int:
+def float_bits(value: float) -> int:
+    """The bits of the fp32 number `value`."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
