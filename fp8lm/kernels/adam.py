@@ -1,11 +1,14 @@
 """One AdamW step over tensors in any storage format: fp32 inside, precision only at the edges.
 
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
-    w <- (1 - lr wd) w - lr * (m / bc1) / (sqrt(v / bc2) + eps)
+    w <- (1 - lr wd) w - (lr / bc1) m / (sqrt(v / bc2) + eps)
 
-(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) The reference walks a tensor in
-blocks, so that a step takes little memory beyond the states and, on a CPU, one pass over it
-although it is many operations.
+(FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Every operation is rounded once, in
+the order written here: no fused multiply-add, and the root is that of `inverse_root`. So all
+processors and backends give the same bytes.
+
+The reference walks a tensor in blocks, so that a step takes little memory beyond the states and, on
+a CPU, one pass over it although it is many operations.
 """
 
 from __future__ import annotations
@@ -26,13 +29,25 @@ def adam_(
 ) -> None:
     """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
     g.mul_(c.clip_factor)
-    m.lerp_(g, 1.0 - c.beta1)
-    v.mul_(c.beta2).addcmul_(g, g, value=1.0 - c.beta2)
-    denominator = torch.div(v, c.bias_correction2).sqrt_().add_(c.eps)
-    update = torch.div(m, denominator, out=denominator).div_(c.bias_correction1)
+    m.mul_(c.beta1).add_(g * (1.0 - c.beta1))
+    v.mul_(c.beta2).add_(g.square_().mul_(1.0 - c.beta2))
+    inverse = inverse_root(v * c.bias_correction2.reciprocal())
+    denominator = inverse.reciprocal_().add_(c.eps)
+    update = torch.div(m, denominator, out=denominator)
     if c.largest_update is not None:
-        update.clamp_(-c.largest_update, c.largest_update)
-    w.mul_(1.0 - c.lr * weight_decay).add_(update, alpha=-c.lr)
+        largest = c.largest_update * c.bias_correction1
+        update.clamp_(-largest, largest)
+    step_size = c.bias_correction1.reciprocal() * c.lr
+    w.mul_(1.0 - c.lr * weight_decay).sub_(update.mul_(step_size))
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """`1 / sqrt(x)`, root and quotient rounded correctly; its inverse is the root, 0 of 0 as well.
+
+    PyTorch's `sqrt` on a CPU is off by a unit in the last place now and then, its `rsqrt` on a GPU
+    as well: each has the other.
+    """
+    return x.rsqrt() if x.device.type == "cpu" else x.sqrt().reciprocal_()
 
 
 def adam_step(

@@ -1,8 +1,7 @@
 """Eager PyTorch kernels: the CPU path, and the oracle of every faster kernel.
 
-Casts, scales, decodes, transposes, accumulation and noise are matched bit for bit; sums of products
-(GEMM, attention, norms) and AdamW, whose multiplications and additions a compiler may fuse, up to
-the rounding that their tests state.
+Casts, scales, decodes, transposes, accumulation, AdamW and its noise are matched bit for bit; sums
+of products (GEMM, attention, norms) up to the rounding that their tests state.
 
     cast          payload = round_to_nearest_even(saturate(x * scale))
     dequantize    x = payload / scale                 (exact in bf16: scales are powers of two)
@@ -68,7 +67,7 @@ class ReferenceKernels:
     over blocks of `step_elements`, with several tensors at once.
     """
 
-    def __init__(self, block_elements: int = 1 << 17, step_elements: int = 1 << 16) -> None:
+    def __init__(self, block_elements: int = 1 << 17, step_elements: int = 1 << 17) -> None:
         self.block_elements = block_elements
         self.step_elements = step_elements
 

@@ -20,6 +20,7 @@ _FP32_MANTISSA_BITS = 23
 _INF_BITS = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _SIGN_PLACE = 31
+_SIGN_BIT = 1 << _SIGN_PLACE
 
 
 class Rounding(Enum):
@@ -48,9 +49,10 @@ class ElementIndex:
     def numbers(self, start: int, count: int, device: torch.device) -> Tensor:
         """Those (int32, wrapping) of elements `start` to `start + count` of the part."""
         first = self.first + start
-        local = torch.arange(first, first + count, device=device)
         if self.size == 1:
-            return local.to(torch.int32)
+            local = torch.arange(count, dtype=torch.int32, device=device)
+            return local.add_((first + _SIGN_BIT) % (2 * _SIGN_BIT) - _SIGN_BIT)
+        local = torch.arange(first, first + count, device=device)
         position, offset = local // self.inner, local % self.inner
         section, row = position // self.block, position % self.block
         position = (section * self.size + self.rank) * self.block + row

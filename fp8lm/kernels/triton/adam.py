@@ -1,10 +1,8 @@
 """The AdamW step of many tensors, in one launch for all that are alike: `fp8lm.kernels.adam`.
 
 A program takes a chunk of one tensor. Every element is read once and written once, and everything
-between is fp32 in registers. The operations and their order are those of `adam_`: where PyTorch
-rounds a product and a sum once (`lerp_`, `addcmul_`, `add_` with `alpha`), so does a fused
-multiply-add here, and no other product is fused. Division and root are rounded correctly; the root
-that PyTorch computes on a CPU is off by a unit in the last place now and then.
+between is fp32 in registers. The operations and their order are those of `adam_`, each of them
+rounded once: nothing is fused, quotients and roots are rounded correctly.
 
 For each parameter of `o3` that is
 
@@ -177,12 +175,13 @@ def _launch(
         table.noise_keys,
         amax.view(torch.int32),
         *(amax if scalar is None else scalar for scalar in scalars),
+        float(c.beta1),
         1.0 - c.beta1,
         float(c.beta2),
         1.0 - c.beta2,
         float(c.eps),
         1.0 - c.lr * kind.weight_decay,
-        -float(c.lr),
+        float(c.lr),
         reads=[
             *(x for tensor in read for x in (tensor.payload, tensor.scale)),
             *(tensors.rows, tensors.owners, amaxes),
@@ -210,12 +209,13 @@ def adam_chunk(
     bias_correction2_ptr,
     largest_update_ptr,
     skip_ptr,
+    beta1,
     m_weight,
     beta2,
     v_weight,
     eps,
     decay,
-    minus_lr,
+    lr,
     GRADIENT: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     MODEL: tl.constexpr,
@@ -253,7 +253,9 @@ def adam_chunk(
     m_scale, v_scale = tl.load(scales_ptr + 4 * row + 2), tl.load(scales_ptr + 4 * row + 3)
     noise_key = tl.load(noise_keys_ptr + row)
     clip_factor = tl.load(clip_factor_ptr)
-    correction1, correction2 = tl.load(bias_correction1_ptr), tl.load(bias_correction2_ptr)
+    correction1 = tl.load(bias_correction1_ptr)
+    inverse_correction2 = inverse_of(tl.load(bias_correction2_ptr))
+    step_size = inverse_of(correction1) * lr
     written = tl.where(tl.load(skip_ptr) == 0, numel, 0) if MAY_SKIP else numel
 
     offsets = tl.arange(0, BLOCK)
@@ -272,13 +274,13 @@ def adam_chunk(
             g = tl.math.div_rn(g, g_scale)
 
         g = g * clip_factor
-        m = _lerp(m, g, m_weight)
-        v = tl.fma(g * v_weight, g, v * beta2)
-        denominator = tl.math.sqrt_rn(_divide(v, correction2)) + eps
-        update = _divide(tl.math.div_rn(m, denominator), correction1)
+        m = m * beta1 + g * m_weight
+        v = v * beta2 + g * g * v_weight
+        inverse_root = inverse_of(tl.math.sqrt_rn(v * inverse_correction2))
+        update = tl.math.div_rn(m, inverse_of(inverse_root) + eps)
         if CUTS_OFF:
-            update = _cut_off(update, tl.load(largest_update_ptr))
-        w = tl.fma(update, minus_lr, w * decay)
+            update = _cut_off(update, tl.load(largest_update_ptr) * correction1)
+        w = w * decay - update * step_size
 
         w_amax = _largest(w_amax, w, inside, PER_THREAD)
         m_amax = _largest(m_amax, m, inside, PER_THREAD)
@@ -314,19 +316,6 @@ def _read(ptr, inside, inverse, FORMAT: tl.constexpr):
     if fact(FORMAT, "scaled"):
         value = value * inverse
     return value * value if fact(FORMAT, "root") else value
-
-
-@triton.jit
-def _divide(x, divisor):
-    return tl.math.div_rn(x, tl.broadcast_to(divisor, x.shape))
-
-
-@triton.jit
-def _lerp(m, g, weight):
-    """`m + weight (g - m)`, computed from the nearer end, as PyTorch does."""
-    weight = tl.full(m.shape, weight, tl.float32)
-    coefficient = tl.where(weight < 0.5, weight, weight - 1.0)
-    return tl.fma(coefficient, g - m, tl.where(weight < 0.5, m, g))
 
 
 @triton.jit

@@ -33,31 +33,6 @@ def exact_casts(monkeypatch):
         yield
 
 
-@pytest.fixture(autouse=True)
-def fused_multiply_add(monkeypatch):
-    """The interpreter's fma rounds once, as a GPU's does; before Triton 3.9 it rounds twice."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def fma(_, x, y, z):
-        # 64 bits of mantissa hold a product of two fp32 numbers whole.
-        total = x.data.astype(np.longdouble) * y.data + z.data
-        return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
-
-
-@pytest.fixture
-def pytorchs_root(monkeypatch):
-    """Roots of the interpreter are PyTorch's, not always rounded correctly on a CPU."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def sqrt(_, x):
-        root = torch.from_numpy(np.ascontiguousarray(x.data)).sqrt().numpy()
-        return TensorHandle(root, x.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_precise_sqrt", sqrt)
-
-
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The machine code of every function without arguments in `cases`, by its name."""

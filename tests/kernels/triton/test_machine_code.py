@@ -96,10 +96,9 @@ def test_the_optimizer_reads_and_writes_every_tensor_once(case, compiled):
 
 
 @pytest.mark.parametrize("case", ADAM)
-def test_the_optimizer_rounds_where_pytorch_does(case, compiled):
+def test_the_optimizers_quotients_and_roots_are_rounded_correctly(case, compiled):
     (kernel,) = compiled[case]
     numbers = 4 if case in ("adam_bf16", "adam_o1") else 8  # of a thread
-    assert kernel.count(r"fma\.rn\.f32") == kernel.count(r"fma\.") == 3 * numbers
     assert kernel.count(r"sqrt\.rn\.f32") == (2 if case == "adam_o4" else 1) * numbers
     assert kernel.count(r"div\.rn\.f32") >= 3 * numbers
     assert kernel.count(r"(div|sqrt|rcp|rsqrt)\.(approx|full)") == 0
@@ -119,8 +118,8 @@ def test_the_hardware_decodes(compiled):
 
 def test_multiplications_and_additions_are_not_fused(compiled):
     for case, kernels in compiled.items():
-        # The logarithm and erf are polynomials; the optimizer fuses what PyTorch does.
-        if case == "cross_entropy" or case.startswith(("adam", "gelu_erf")):
+        # The logarithm and erf are polynomials.
+        if case == "cross_entropy" or case.startswith("gelu_erf"):
             continue
         assert sum(kernel.count(r"fma\.") for kernel in kernels) == 0
 
