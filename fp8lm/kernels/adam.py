@@ -4,7 +4,7 @@
     w <- (1 - lr wd) w - (lr / bc1) m / (sqrt(v / bc2) + eps)
 
 (FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Every operation is rounded once, in
-the order written here: no fused multiply-add, and the root is that of `inverse_root`. So all
+the order written here: no fused multiply-add, and the root is that of `fp8lm.kernels.root`. So all
 processors and backends give the same bytes.
 
 The reference walks a tensor in blocks, so that a step takes little memory beyond the states and, on
@@ -14,40 +14,63 @@ a CPU, one pass over it although it is many operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
+from fp8lm.kernels.root import root
 from fp8lm.kernels.rounding import Rounding, cast_rounded, noise_bits
 from fp8lm.scaled_tensor import ScaledTensor
 
+Factor = float | Tensor
 
-def adam_(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, weight_decay: float, c: AdamCoefficients
-) -> None:
+
+@dataclass(frozen=True)
+class AdamFactors:
+    """What `adam_` multiplies and adds for one weight: numbers, or 0-d fp32 tensors of them."""
+
+    clip: Factor
+    beta1: Factor
+    new1: Factor  # 1 - beta1
+    beta2: Factor
+    new2: Factor  # 1 - beta2
+    inverse_correction2: Factor
+    eps: Factor
+    largest: Tensor | None  # of m / (sqrt(v / bc2) + eps)
+    step_size: Factor  # lr / bc1
+    decay: Factor  # 1 - lr wd
+
+    @classmethod
+    def of(cls, c: AdamCoefficients, weight_decay: float) -> AdamFactors:
+        """Those of a step with `c` of a weight with this decay."""
+        cut = c.largest_update
+        return cls(
+            clip=c.clip_factor,
+            beta1=c.beta1,
+            new1=1.0 - c.beta1,
+            beta2=c.beta2,
+            new2=1.0 - c.beta2,
+            inverse_correction2=c.bias_correction2.reciprocal(),
+            eps=c.eps,
+            largest=None if cut is None else cut * c.bias_correction1,
+            step_size=c.bias_correction1.reciprocal() * c.lr,
+            decay=1.0 - c.lr * weight_decay,
+        )
+
+
+def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, f: AdamFactors) -> None:
     """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
-    g.mul_(c.clip_factor)
-    m.mul_(c.beta1).add_(g * (1.0 - c.beta1))
-    v.mul_(c.beta2).add_(g.square_().mul_(1.0 - c.beta2))
-    inverse = inverse_root(v * c.bias_correction2.reciprocal())
-    denominator = inverse.reciprocal_().add_(c.eps)
-    update = torch.div(m, denominator, out=denominator)
-    if c.largest_update is not None:
-        largest = c.largest_update * c.bias_correction1
-        update.clamp_(-largest, largest)
-    step_size = c.bias_correction1.reciprocal() * c.lr
-    w.mul_(1.0 - c.lr * weight_decay).sub_(update.mul_(step_size))
-
-
-def inverse_root(x: Tensor) -> Tensor:
-    """`1 / sqrt(x)`, root and quotient rounded correctly; its inverse is the root, 0 of 0 as well.
-
-    PyTorch's `sqrt` on a CPU is off by a unit in the last place now and then, its `rsqrt` on a GPU
-    as well: each has the other.
-    """
-    return x.rsqrt() if x.device.type == "cpu" else x.sqrt().reciprocal_()
+    g.mul_(f.clip)
+    m.mul_(f.beta1).add_(g * f.new1)
+    v.mul_(f.beta2).add_(g.square_().mul_(f.new2))
+    denominator = root(v * f.inverse_correction2).add_(f.eps)
+    update = m / denominator
+    if f.largest is not None:
+        update.clamp_(-f.largest, f.largest)
+    w.mul_(f.decay).sub_(update.mul_(f.step_size))
 
 
 def adam_step(
@@ -58,7 +81,7 @@ def adam_step(
     Returns fp32 [3]: the true amax of new master, m and v (0 where no copy of them has a scale).
     Scales are the caller's to replace afterwards.
     """
-    model_scale = table.scales[param.row, 0]
+    model_scale, factors = table.scales[param.row, 0], AdamFactors.of(c, param.weight_decay)
     needs_amax = [state.format.scaled for state in param.states]
     needs_amax[0] |= param.model_param is not None and param.model_param.format.scaled
     amax = torch.zeros(3, device=table.scales.device)
@@ -67,7 +90,7 @@ def adam_step(
         w, m, v = (_read(kernels, state, block, c.skip) for state in param.states)
         g = kernels.dequantize(param.gradient.elements(block.start, block.stop)).view(-1)
         g = g.clone() if param.gradient.format.dtype == torch.float32 else g
-        adam_(w, g, m, v, param.weight_decay, c)
+        adam_(w, g, m, v, factors)
         for kind, value in enumerate((w, m, v)):
             if needs_amax[kind]:
                 amax[kind] = torch.maximum(amax[kind], kernels.amax(value))

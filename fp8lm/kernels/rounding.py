@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fp8lm.kernels.encoding import encode
+from fp8lm.kernels.root import root
 from fp8lm.numerics import Format
 from fp8lm.numerics.scaling import float_bits
 
@@ -134,11 +135,11 @@ def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
 def _round_root(x: Tensor, scale: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     """Roots that `fmt` holds, whose squares are right on average: no mean of squares grows."""
     square = torch.mul(x, scale).mul_(scale)
-    root = square.sqrt()
+    exact = root(square)
     # The distance of the codes around: the exponent of the root, less the mantissa's bits.
-    step = root.view(torch.int32).bitwise_and(_INF_BITS).view(torch.float32)
+    step = exact.view(torch.int32).bitwise_and(_INF_BITS).view(torch.float32)
     step = step.mul_(2.0**-fmt.mantissa_bits).clamp_(min=fmt.smallest_subnormal)
-    low = torch.div(root, step).floor_().mul_(step)
+    low = torch.div(exact, step).floor_().mul_(step)
     high = low + step
     # Bits of its own: the master weight and the first moment round by those of `noise`.
     mixed = torch.mul(noise, -1640531535).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)

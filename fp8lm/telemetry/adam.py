@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from fp8lm.kernels.adam import adam_, state_payloads
+from fp8lm.kernels.adam import AdamFactors, adam_, state_payloads
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
 from fp8lm.numerics import FP32
@@ -32,10 +32,11 @@ def step_casts(
     coefficients: AdamCoefficients,
 ) -> Iterator[StateCast]:
     """The casts of one step over a sample of `param`; `weight` is the model parameter."""
+    factors = AdamFactors.of(coefficients, param.weight_decay)
     for block in sampled_runs(param.gradient.payload.numel()):
         old, m, v = (_values(kernels, state, block) for state in param.states)
         w, g = old.clone(), _values(kernels, param.gradient, block)
-        adam_(w, g, m, v, param.weight_decay, coefficients)
+        adam_(w, g, m, v, factors)
         yield from _casts(kernels, param, table, (w, m, v), old, block.start)
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fp8lm.kernels.adam import AdamCoefficients, adam_
+from fp8lm.kernels.adam import AdamFactors, adam_
+from fp8lm.kernels.adam_table import AdamCoefficients
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
 from fp8lm.optim.bounds import update_bound
 from tests.optim.bench import (
@@ -140,7 +141,8 @@ def test_bytes_are_those_of_two_passes(setting):
         state = adam.states["linear"]
         exact = [KERNELS.dequantize(stored) for stored in state.stored]
         gradient = KERNELS.dequantize(w["linear"].main_grad.value)
-        adam_(exact[0], gradient, *exact[1:], 0.1, coefficients(0.9, 0.95, seed + 1))
+        factors = AdamFactors.of(coefficients(0.9, 0.95, seed + 1), 0.1)
+        adam_(exact[0], gradient, *exact[1:], factors)
         adam.step(LR)
         for stored, value in zip(state.stored, exact, strict=True):
             expected = KERNELS.dequantize(KERNELS.quantize(value, stored.format))

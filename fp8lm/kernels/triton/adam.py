@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.triton.launch import launch
-from fp8lm.kernels.triton.numbers import decode, encode, fact, inverse_of, magnitude
+from fp8lm.kernels.triton.numbers import decode, encode, fact, inverse_of, magnitude, root_of
 from fp8lm.kernels.triton.rounding import cast_rounded, element_numbers, noise_bits
 from fp8lm.kernels.triton.tensor_table import (
     ALIGNMENT,
@@ -276,8 +276,7 @@ def adam_chunk(
         g = g * clip_factor
         m = m * beta1 + g * m_weight
         v = v * beta2 + g * g * v_weight
-        inverse_root = inverse_of(tl.math.sqrt_rn(v * inverse_correction2))
-        update = tl.math.div_rn(m, inverse_of(inverse_root) + eps)
+        update = tl.math.div_rn(m, root_of(v * inverse_correction2) + eps)
         if CUTS_OFF:
             update = _cut_off(update, tl.load(largest_update_ptr) * correction1)
         w = w * decay - update * step_size

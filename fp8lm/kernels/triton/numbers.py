@@ -58,6 +58,12 @@ def inverse_of(scale):
 
 
 @triton.jit
+def root_of(x):
+    """`fp8lm.kernels.root`."""
+    return inverse_of(inverse_of(tl.math.sqrt_rn(x)))
+
+
+@triton.jit
 def encode(x, FORMAT: tl.constexpr):
     """fp32 `x` in `FORMAT`, saturated and rounded to nearest even, as stored.
 

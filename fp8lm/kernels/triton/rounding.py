@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8lm.kernels.triton.numbers import INF_BITS, encode, fact
+from fp8lm.kernels.triton.numbers import INF_BITS, encode, fact, root_of
 
 
 @triton.constexpr_function
@@ -92,7 +92,7 @@ def _round_subnormal(scaled, noise, FORMAT: tl.constexpr):
 def _round_root(x, scale, noise, FORMAT: tl.constexpr):
     """A root that `FORMAT` holds, whose square is right on average."""
     square = x * scale * scale
-    root = tl.math.sqrt_rn(square)
+    root = root_of(square)
     # The distance of the codes around: the exponent of the root, less the mantissa's bits.
     step = (root.to(tl.int32, bitcast=True) & INF_BITS).to(tl.float32, bitcast=True)
     step = step * 2.0 ** -fact(FORMAT, "mantissa_bits")
