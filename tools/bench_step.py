@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -29,6 +30,7 @@ from fp8lm.arguments import path_text
 from fp8lm.batch import Batch
 from fp8lm.comm import WireCounter
 from fp8lm.config import Config, build_config
+from fp8lm.config.precision import KernelsName
 from fp8lm.data.files import write_aside
 from fp8lm.kernels import select_kernels
 from fp8lm.kernels.cuda_graph import CudaGraphs, GraphCapture
@@ -82,6 +84,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-microbatches", type=int, default=1)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--presets", default="bf16,te,o1,o2,o3")
+    parser.add_argument(
+        "--kernels", choices=get_args(KernelsName), default="auto", help="precision.kernels"
+    )
     parser.add_argument("--baselines", default="plain", help=f"any of {', '.join(TITLES)}; or none")
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="each preset with train.enable_cuda_graph, too"
@@ -110,7 +115,7 @@ def build_contestants(
     for preset in options.presets.split(","):
         for name in (preset, f"{preset} {GRAPHS}") if options.cuda_graphs else (preset,):
             config = make_config(options, preset)
-            kernels = select_kernels(device)
+            kernels = select_kernels(device, options.kernels)
             trained, optimizer = build_one_process(config, options.vocab_size, kernels, device)
             objective, pipeline = LanguageModeling(kernels=kernels), None
             if name != preset:

@@ -26,7 +26,7 @@ ScalingGranularity = Literal["tensor", "row", "block_1x128", "block_128x128", "m
 ScalingMethod = Literal["current", "delayed", "static"]
 AmaxComputeAlgo = Literal["max", "most_recent"]
 GradOutputFormat = Literal["fp8_e5m2", "fp8_e4m3"]
-KernelsName = Literal["auto", "eager", "triton"]
+KernelsName = Literal["auto", "eager", "compiled", "triton"]
 GradReduce = Literal["fp32_accumulate", "fp8_sum", "fp8_pre_scaling", "fp8_post_scaling"]
 GradsWireFormat = Literal["fp8", "bf16", "fp32"]
 
@@ -142,9 +142,10 @@ class PrecisionConfig(Section):
     )
     kernels: KernelsName = Field(
         "auto",
-        description="What runs on a GPU beside GEMMs and attention: triton, fused kernels; eager, "
-        "PyTorch's operations one by one; auto, triton where it is installed. Casts, sums and "
-        "optimizer steps have the same bits, exponentials differ in the last one. A CPU has eager.",
+        description="What runs beside GEMMs and attention: eager, PyTorch's operations one by one; "
+        "triton, fused kernels, on a GPU; compiled, by PyTorch's compiler, on a CPU with a C++ "
+        "compiler; auto, triton on a GPU where it is installed, else eager. Casts, sums and "
+        "optimizer steps have the same bits, exponentials on a GPU differ in the last one.",
     )
     smooth_swiglu: Bool = Field(
         False,

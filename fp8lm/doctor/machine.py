@@ -61,7 +61,12 @@ def plan_execution(gpus: Sequence[Gpu], cuda: str | None) -> tuple[Execution, ..
 
 def _executions(gpus: Sequence[Gpu], cuda: str | None) -> Iterator[Execution]:
     from fp8lm.kernels.interface import ATTENTION, ELEMENTWISE, GEMM
-    from fp8lm.kernels.select import describe_scaling, kernels_for_cpu, kernels_for_gpu
+    from fp8lm.kernels.select import (
+        describe_compiled,
+        describe_scaling,
+        kernels_for_cpu,
+        kernels_for_gpu,
+    )
 
     choices: list[tuple[str, tuple[int, int] | None, Callable[[], Kernels]]]
     choices = [("cpu", None, kernels_for_cpu)]
@@ -75,7 +80,10 @@ def _executions(gpus: Sequence[Gpu], cuda: str | None) -> Iterator[Execution]:
             yield Execution(device, refusal=str(error))
         else:
             by, scaling = kernels.backends, describe_scaling(capability, cuda)
-            yield Execution(device, by[GEMM], by[ATTENTION], by[ELEMENTWISE], scaling)
+            elementwise = by[ELEMENTWISE]
+            if device == "cpu":
+                elementwise += f"; {describe_compiled()}"
+            yield Execution(device, by[GEMM], by[ATTENTION], elementwise, scaling)
 
 
 def _gpu(properties) -> Gpu:  # noqa: ANN001

@@ -23,6 +23,7 @@ from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.interface import Kernels
 from fp8lm.kernels.root import root
 from fp8lm.kernels.rounding import Rounding, cast_rounded, noise_bits
+from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
 Factor = float | Tensor
@@ -111,7 +112,7 @@ def state_payloads(
     scales = table.scales[param.row, 1:].unbind()
     return [
         kernels.cast(value, scale, state.format)
-        if _to_nearest(state, rounding)
+        if rounds_to_nearest(state.format, rounding)
         else cast_rounded(value, scale, state.format, rounding, noise)
         for state, value, scale, rounding in zip(
             param.states, values, scales, table.rounding, strict=True
@@ -119,16 +120,17 @@ def state_payloads(
     ]
 
 
-def _to_nearest(state: ScaledTensor, rounding: Rounding) -> bool:
+def rounds_to_nearest(fmt: Format, rounding: Rounding) -> bool:
+    """Whether a cast to `fmt` needs no noise."""
     # The subnormals of a format without a scale are far below any moment.
     subnormals = rounding is Rounding.STOCHASTIC_SUBNORMALS
-    return rounding is Rounding.NEAREST or (subnormals and not state.format.scaled)
+    return rounding is Rounding.NEAREST or (subnormals and not fmt.scaled)
 
 
 def _noise(param: AdamParam, table: AdamTable, start: int, values: Tensor) -> Tensor:
     """Bits for every element of a block, drawn once for all states; none if all are to nearest."""
     states = zip(param.states, table.rounding, strict=True)
-    if all(_to_nearest(state, rounding) for state, rounding in states):
+    if all(rounds_to_nearest(state.format, rounding) for state, rounding in states):
         return torch.empty(0, dtype=torch.int32, device=values.device)
     numbers = param.index.numbers(start, values.numel(), values.device)
     return noise_bits(numbers, table.noise_keys[param.row])

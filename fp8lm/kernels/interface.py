@@ -1,8 +1,9 @@
 """The interface of kernels: all operations on low-precision tensors that a backend implements.
 
 A backend is one class that defines every operation itself; none inherits another's, so an
-operation that it lacks is a type error and not a silent run of the reference. Where a backend has
-nothing faster than eager PyTorch it calls the reference by name, and says so in `backends`.
+operation that it lacks is a type error and not a silent run of the reference. (`CompiledKernels`
+are the reference, of which they compile some operations.) Where a backend has nothing faster than
+eager PyTorch it calls the reference by name, and says so in `backends`.
 
 Shapes: M, N, K of a matrix product. Operands are `ScaledTensor`s, [M,K] and [N,K]: the dimension
 that is summed over comes last in both, and is contiguous (`transpose` makes it so).

@@ -171,12 +171,12 @@ class ReferenceKernels:
             return self.dequantize(x.t(), dtype).t()  # in its memory order
         payload = payload.contiguous()
         if x.granularity.is_per_tensor:
-            return self._decode(payload, x.scale, fmt, dtype)
+            return self.decode(payload, x.scale, fmt, dtype)
         one = torch.ones((), dtype=torch.float32, device=x.device)
         if not fmt.power_of_two_scales:
-            codes = self._decode(payload, one, fmt, torch.float32)
+            codes = self.decode(payload, one, fmt, torch.float32)
             return codes.div_(x.granularity.expand(x.scale, x.shape)).to(dtype)
-        codes = self._decode(payload, one, fmt, dtype)  # exact: bf16 holds codes and powers of two
+        codes = self.decode(payload, one, fmt, dtype)  # exact: bf16 holds codes and powers of two
         return x.granularity.multiply_(codes, x.scale.reciprocal().to(dtype))
 
     def join(self, parts: Sequence[ScaledTensor], dtype: torch.dtype) -> Tensor:
@@ -191,7 +191,8 @@ class ReferenceKernels:
         """See `Kernels`: a view, which `gemm` dequantizes in its memory order."""
         return x.t()
 
-    def _decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    def decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+        """`dequantize` of a contiguous payload with one scale."""
         values = torch.empty(payload.shape, dtype=dtype, device=payload.device)
         source, target = payload.view(-1), values.view(-1)
         factor = scale.reciprocal()

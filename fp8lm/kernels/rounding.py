@@ -84,25 +84,30 @@ def cast_rounded(
 def cast_stochastic(
     x: Tensor, scale: Tensor, fmt: Format, noise: Tensor, *, subnormals_only: bool = False
 ) -> Tensor:
-    """`x * scale` (fp32) in `fmt`, rounded up with the probability of the distance cut off.
-
-    Random bits are added below the last mantissa bit that `fmt` keeps, and what is below is
-    dropped. With `subnormals_only`, numbers that `fmt` holds with its full precision are rounded
-    to nearest. Of a root format the squares are right on average. Saturates; NaN stays NaN. Payload
-    of dtype `fmt.storage`.
-    """
+    """The numbers of `round_stochastically` as stored; payload of dtype `fmt.storage`."""
+    rounded = round_stochastically(x, scale, fmt, noise, subnormals_only=subnormals_only)
     if fmt.root:
-        return encode(_round_root(x, scale, fmt, noise), fmt)
-    scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
-    normal = scaled if subnormals_only else _round_normal(scaled, fmt, noise)
-    if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
-        return normal.to(fmt.dtype)
-    rounded = _choose(_is_subnormal(scaled, fmt), _round_subnormal(scaled, fmt, noise), normal)
+        return encode(rounded, fmt)
     return rounded.to(fmt.dtype).view(fmt.storage)
 
 
-# A CPU has vectors for arithmetic on floats and integers, and takes one element after another for
-# comparisons and `where`: choices are made of bits.
+def round_stochastically(
+    x: Tensor, scale: Tensor, fmt: Format, noise: Tensor, *, subnormals_only: bool = False
+) -> Tensor:
+    """`x * scale` (fp32) rounded up with the probability of the distance cut off, in fp32.
+
+    Random bits are added below the last mantissa bit that `fmt` keeps, and what is below is
+    dropped. With `subnormals_only`, numbers that `fmt` holds with its full precision are left for
+    its cast to round to nearest. Of a root format the squares are right on average. Saturates; NaN
+    stays NaN.
+    """
+    if fmt.root:
+        return _round_root(x, scale, fmt, noise)
+    scaled = torch.mul(x, scale).clamp_(-fmt.max, fmt.max)
+    normal = scaled if subnormals_only else _round_normal(scaled, fmt, noise)
+    if not fmt.scaled:  # the exponents of fp32, and so the same bits to drop among its subnormals
+        return normal
+    return _choose(scaled, fmt, _round_subnormal(scaled, fmt, noise), normal)
 
 
 def _round_normal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
@@ -112,17 +117,19 @@ def _round_normal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
     return rounded.sub_(scaled - scaled)  # of NaN; else of 0, which leaves -0.0 what it is
 
 
-def _is_subnormal(scaled: Tensor, fmt: Format) -> Tensor:
-    """int32: all bits where `fmt` has fewer than its mantissa's, none elsewhere and for NaN."""
+def _choose(scaled: Tensor, fmt: Format, subnormal: Tensor, normal: Tensor) -> Tensor:
+    """`subnormal` where `fmt` has fewer bits than its mantissa's, else (and of NaN) `normal`.
+
+    Eager PyTorch on a CPU has vectors for arithmetic on floats and integers, and takes one element
+    after another for comparisons and `where`: there it chooses by masks, in the memory of both.
+    """
+    if scaled.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(scaled.abs() < fmt.smallest_normal, subnormal, normal)
     size = scaled.view(torch.int32).bitwise_and(_MAGNITUDE)
-    return size.sub_(float_bits(fmt.smallest_normal)).bitwise_right_shift_(_SIGN_PLACE)
-
-
-def _choose(mask: Tensor, value: Tensor, other: Tensor) -> Tensor:
-    """`value` where `mask` has all bits and `other` where it has none; in their memory."""
-    other_bits = other.view(torch.int32)
-    chosen = value.view(torch.int32).bitwise_xor_(other_bits).bitwise_and_(mask)
-    return chosen.bitwise_xor_(other_bits).view(torch.float32)
+    mask = size.sub_(float_bits(fmt.smallest_normal)).bitwise_right_shift_(_SIGN_PLACE)
+    bits = normal.view(torch.int32)
+    chosen = subnormal.view(torch.int32).bitwise_xor_(bits).bitwise_and_(mask)
+    return chosen.bitwise_xor_(bits).view(torch.float32)
 
 
 def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:

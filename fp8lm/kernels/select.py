@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 
 from fp8lm.config.precision import KernelsName, PrecisionConfig
@@ -24,12 +27,7 @@ def select_kernels(device: torch.device, wanted: KernelsName = "auto") -> Kernel
     if device.type != "cpu":
         capability = torch.cuda.get_device_capability(device)
         return kernels_for_gpu(capability, torch.cuda.get_device_name(device), wanted)
-    if wanted == "triton":
-        raise InputError(
-            "precision.kernels=triton needs a GPU, and this process computes on the CPU: use "
-            "precision.kernels=auto"
-        )
-    return kernels_for_cpu()
+    return kernels_for_cpu(wanted)
 
 
 def check_scaling(device: torch.device, precision: PrecisionConfig) -> None:
@@ -69,7 +67,9 @@ def describe_scaling(capability: tuple[int, int] | None, cuda: str | None) -> st
 def describe_kernels(device: torch.device, wanted: KernelsName = "auto") -> str:
     """What computes on `device`, and the reason for the choice."""
     if device.type == "cpu":
-        return "PyTorch with FP8 emulated exactly, as on every CPU"
+        compiled = ", operations compiled (precision.kernels=compiled)"
+        kernels = compiled if wanted == "compiled" else ""
+        return f"PyTorch with FP8 emulated exactly, as on every CPU{kernels}"
     major, minor = torch.cuda.get_device_capability(device)
     by = select_kernels(device, wanted).backends
     return (
@@ -83,9 +83,34 @@ def describe_attention(device: torch.device, wanted: KernelsName = "auto") -> st
     return select_kernels(device, wanted).backends[ATTENTION]
 
 
-def kernels_for_cpu() -> Kernels:
-    """Eager PyTorch."""
-    return ReferenceKernels()
+def kernels_for_cpu(wanted: KernelsName = "auto") -> Kernels:
+    """Eager PyTorch, or compiled where that is `wanted`; InputError if nothing can be compiled."""
+    if wanted == "triton":
+        raise InputError(
+            "precision.kernels=triton needs a GPU, and this process computes on the CPU: use "
+            "precision.kernels=auto"
+        )
+    if wanted != "compiled":
+        return ReferenceKernels()
+    if reason := why_not_compiled():
+        raise InputError(f"precision.kernels=compiled: {reason}; or use precision.kernels=eager")
+    from fp8lm.kernels.compiled import CompiledKernels  # and PyTorch's compiler: it takes a second
+
+    return CompiledKernels()
+
+
+def why_not_compiled() -> str | None:
+    """Why a CPU cannot have precision.kernels=compiled here, if so."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler}: install g++, or name another in CXX"
+    return None
+
+
+def describe_compiled() -> str:
+    """Whether a CPU can have precision.kernels=compiled."""
+    reason = why_not_compiled()
+    return f"not compiled: {reason}" if reason else "can be compiled (precision.kernels=compiled)"
 
 
 def kernels_for_gpu(
@@ -102,6 +127,11 @@ def kernels_for_gpu(
         raise InputError(
             f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 tensor cores need "
             f"{needed} or newer: use another GPU or train.device=cpu"
+        )
+    if wanted == "compiled":
+        raise InputError(
+            "precision.kernels=compiled is for CPUs, and this process computes on a GPU: use "
+            "precision.kernels=auto"
         )
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     attention = fused_attention(capability)

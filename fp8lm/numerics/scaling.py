@@ -16,7 +16,7 @@ Three special cases, none of them silent:
 
 from __future__ import annotations
 
-import struct
+import math
 
 import torch
 from torch import Tensor
@@ -71,5 +71,7 @@ def _quotient(amax: Tensor, fmt: Format) -> Tensor:
 
 
 def float_bits(value: float) -> int:
-    """The bits of the fp32 number `value`."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
+    """The bits of a positive normal fp32 number; PyTorch's compiler knows `frexp`, not `struct`."""
+    mantissa, exponent = math.frexp(value)  # value = mantissa 2^exponent, mantissa in [0.5, 1)
+    fraction = int((2.0 * mantissa - 1.0) * (1 << _EXPONENT_SHIFT))
+    return ((exponent - 1 + _EXPONENT_BIAS) << _EXPONENT_SHIFT) + fraction
