@@ -119,6 +119,7 @@ def test_every_layer_is_on_one_stage(layers, stages, chunks, first, last):
     try:
         ranges = layer_ranges(layers, stages, chunks, first, last)
     except ValueError:
+        assert stages * chunks > 1  # one stage has all layers, whatever its ends are told
         return
     assert len(ranges) == stages * chunks
     assert [layer for own in ranges for layer in own] == list(range(layers))

@@ -31,6 +31,10 @@ def test_sixteen_ranks_with_experts():
     assert dims.rank_lists("tp", "cp", "dp") == [list(range(8)), list(range(8, 16))]
 
 
+def test_one_process_by_default():
+    assert [ParallelDims().size(axis) for axis in AXES] == [1] * len(AXES)
+
+
 def test_context_parallel_ranks_are_within_a_replica():
     dims = ParallelDims.divide(8, tp=2, cp=2, ep=4)
     assert (dims.dp, dims.expert_dp) == (2, 1)

@@ -90,6 +90,19 @@ def test_a_norm_learns_from_an_input_that_does_not(kind):
         assert torch.equal(gradient, other)
 
 
+@pytest.mark.parametrize("trained", [0, 1])
+def test_one_parameter_of_a_norm_learns_alone(trained):
+    """From an input that does not: dgrad runs for any parameter that wants it."""
+    prologue, _ = PROLOGUES["LayerNorm"](FP8_GEMM)
+    linear = layer(FP8_GEMM, E4M3)
+    x, dy = inputs("LayerNorm", FP8_GEMM)
+    parameters = list(prologue.children())
+    expected = results(linear, lambda x: linear(x, prologue), x, dy, parameters)
+    parameters[1 - trained].param.requires_grad_(False)
+    actual = results(linear, lambda x: linear(x.detach(), prologue), x, dy, parameters)
+    assert torch.equal(actual[3 + trained], expected[3 + trained])
+
+
 @pytest.mark.parametrize("kind", PROLOGUES)
 def test_the_output_of_a_prologue_is_not_kept(kind):
     """Beside the FP8 operand: the input, and a norm's two statistics per token."""
