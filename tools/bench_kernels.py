@@ -8,6 +8,7 @@ python tools/bench_kernels.py [--hidden-size 4096 --ffn-hidden-size 16384] \\
                   and FP8, in TFLOP/s
     operations    of every backend that runs here, in microseconds and as a share of the copy's
                   bandwidth, for the bytes that a fused operation has to move: each operand once
+    adam          a step of one weight in the formats of a preset
 
 The same on a CPU, where it only shows that all of it runs. Times are medians of
 torch.utils.benchmark, which waits for the device.
@@ -35,11 +36,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_step import describe_device
 
 from fp8lm.arguments import as_path
+from fp8lm.config.precision import KernelsName, PrecisionConfig
+from fp8lm.config.presets import PresetName
 from fp8lm.data.files import write_aside
-from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.interface import Kernels
-from fp8lm.numerics import BF16, E2M5, E4M3, E5M2, FP32, Format, granularity_of
+from fp8lm.kernels.rounding import ElementIndex
+from fp8lm.kernels.select import select_kernels, why_not_compiled
+from fp8lm.numerics import BF16, E2M5, E4M3, E5M2, FP32, Format, format_by_name, granularity_of
+from fp8lm.optim import StatePrecision
 from fp8lm.runtime.errors import CommandParser, run_command
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.builders import resolve_device
@@ -110,7 +116,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def backends(device: torch.device) -> dict[str, Kernels]:
     """Those that run on `device`."""
     if device.type == "cpu":
-        return {"eager": ReferenceKernels()}
+        names: tuple[KernelsName, ...] = ("eager", "compiled")
+        here = names[: 1 if why_not_compiled() else 2]
+        return {name: select_kernels(device, name) for name in here}
     found: dict[str, Kernels] = {"eager": HopperKernels()}
     if find_spec("triton") is not None:
         from fp8lm.kernels.triton.backend import TritonKernels
@@ -147,6 +155,8 @@ def operations(
         yield from casts(kernels, device, tokens, ffn)
     for fmt in (E4M3, E2M5, BF16, FP32):
         yield accumulation(kernels, device, fmt, ffn, hidden)
+    for preset in ("bf16", "o3", "o3_long", "o4"):
+        yield adam_step(kernels, device, preset, (ffn, hidden))
 
 
 def gemms(
@@ -214,6 +224,41 @@ def accumulation(
     moved = math.prod(shape) * (passes * (2 + fmt.bytes) + fmt.bytes)
     moved += 2 * held.scale.nbytes if fmt.scaled else 0
     return Operation(f"accumulate in {fmt}", shape, partial(kernels.accumulate_, total, x), moved)
+
+
+def adam_step(
+    kernels: Kernels, device: torch.device, preset: PresetName, shape: tuple[int, int]
+) -> Operation:
+    """A step of a weight; reads the gradient, reads and writes the states, writes the weight."""
+    precision = PrecisionConfig(preset=preset)
+    states, stored = StatePrecision.from_config(precision), format_by_name(precision.params_dtype)
+    gradient = format_by_name(precision.main_grads_dtype)
+    w, g = (random(shape, device).float() for _ in range(2))
+
+    def quantize(x: Tensor, fmt: Format) -> ScaledTensor:
+        return kernels.quantize(x.clone(), fmt, granularity=granularity_of(fmt, shape))
+
+    param = AdamParam(
+        row=0,
+        gradient=quantize(g, gradient),
+        model_param=quantize(w, stored) if states.master is not None else None,
+        master=quantize(w, states.master or stored),
+        exp_avg=quantize(g, states.exp_avg),
+        exp_avg_sq=quantize(g.square(), states.exp_avg_sq),
+        weight_decay=0.1,
+        index=ElementIndex(),
+    )
+    # Scales stay as they are: the values hardly move.
+    scales = torch.stack([x.scale for x in (param.model_param or param.master, *param.states)])
+    keys = torch.zeros(1, dtype=torch.int32, device=device)
+    table = AdamTable(scales[None], keys, states.rounding)
+    one = torch.ones((), device=device)
+    cut = 10.0 * one if states.exp_avg_sq.root else None
+    scalars = AdamCoefficients(0.9, 0.95, 1e-8, 1e-6, one, one, one, cut, None)
+    element = gradient.bytes + sum(2 * state.format.bytes for state in param.states)
+    element += 0 if param.model_param is None else stored.bytes
+    run = partial(kernels.adam, [param], table, scalars)
+    return Operation(f"adam {preset}", shape, run, element * w.numel())
 
 
 def random(shape: tuple[int, ...], device: torch.device) -> Tensor:

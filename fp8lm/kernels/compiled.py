@@ -24,11 +24,11 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fp8lm.kernels.adam import AdamFactors, adam_, rounds_to_nearest
 from fp8lm.kernels.adam_table import AdamCoefficients, AdamParam, AdamTable
-from fp8lm.kernels.encoding import decode, encode
+from fp8lm.kernels.encoding import decode_root, encode
 from fp8lm.kernels.interface import ELEMENTWISE
 from fp8lm.kernels.reference import ReferenceKernels
 from fp8lm.kernels.rounding import Rounding, noise_bits, round_stochastically
-from fp8lm.numerics import E2M5, E4M3, E5M2, Format
+from fp8lm.numerics import E2M5, E4M3, E5M2, FP32, Format
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -76,18 +76,25 @@ class CompiledKernels(ReferenceKernels):
             return super().adam(params, table, coefficients)
         return torch.stack([self._step(param, table, coefficients) for param in params])
 
+    def _gradient(self, stored: ScaledTensor) -> ScaledTensor:
+        """As a compiled step reads it: E2M5 in blocks is decoded before, in cache."""
+        if _gradient_format(stored.format) == stored.format:
+            return stored
+        return ScaledTensor(self.dequantize(stored).view(-1), torch.ones(()), FP32)
+
     def _step(self, param: AdamParam, table: AdamTable, c: AdamCoefficients) -> Tensor:
         step = self._compiled(_adam, AdamKind.of(param, table, c))
         scalars = _scalars(AdamFactors.of(c, param.weight_decay))
         # Copies: code for views is also of the size of what they are views of.
         scales, key = table.scales[param.row].clone(), table.noise_keys[param.row].clone()
-        stored = [param.gradient, *param.states, *_present(param.model_param)]
+        stored = [*param.states, *_present(param.model_param)]
         amax = torch.zeros(3)
         for start in range(0, param.gradient.payload.numel(), CHUNK):
-            parts = [x.elements(start, start + CHUNK) for x in stored]
+            parts = [self._gradient(param.gradient.elements(start, start + CHUNK))]
+            parts += [x.elements(start, start + CHUNK) for x in stored]
             payloads = [part.payload.view(part.format.dtype) for part in parts]
-            numbers = param.index.numbers(start, payloads[1].numel(), amax.device)
-            old = [part.scale if part.format == E2M5 else part.inverse_scale() for part in parts]
+            numbers = param.index.numbers(start, payloads[0].numel(), amax.device)
+            old = [part.inverse_scale() for part in parts]
             amax = torch.maximum(amax, step(payloads, old, scales, numbers, key, scalars))
         return amax
 
@@ -109,7 +116,7 @@ class AdamKind:
         model = None if param.model_param is None else param.model_param.format
         cuts_off = c.largest_update is not None
         states = (master, exp_avg, exp_avg_sq)
-        return cls(param.gradient.format, states, model, table.rounding, cuts_off)
+        return cls(_gradient_format(param.gradient.format), states, model, table.rounding, cuts_off)
 
     @property
     def needs_amax(self) -> tuple[bool, bool, bool]:
@@ -117,6 +124,10 @@ class AdamKind:
         master, exp_avg, exp_avg_sq = (fmt.scaled for fmt in self.states)
         of_model = self.model is not None and self.model.scaled
         return master or of_model, exp_avg, exp_avg_sq
+
+
+def _gradient_format(stored: Format) -> Format:
+    return FP32 if stored == E2M5 else stored
 
 
 def _present(x: ScaledTensor | None) -> list[ScaledTensor]:
@@ -144,7 +155,7 @@ def _compile(function: Callable[..., Any], *kind: Any) -> Callable[..., Any]:
             with torch.no_grad():  # what is compiled under autograd is compiled again without
                 return compiled(*tensors)
         except TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split("\n")[:2])
             raise InputError(
                 f"precision.kernels=compiled: PyTorch's compiler fails here ({reason}); "
                 "TORCHDYNAMO_VERBOSE=1 says more; or use precision.kernels=eager"
@@ -166,7 +177,7 @@ def _decode(fmt: Format, dtype: torch.dtype, codes: Tensor, inverse: Tensor) -> 
 def _adam(
     kind: AdamKind,
     payloads: list[Tensor],
-    old_scales: list[Tensor],
+    inverses: list[Tensor],
     scales: Tensor,
     numbers: Tensor,
     key: Tensor,
@@ -174,14 +185,14 @@ def _adam(
 ) -> Tensor:
     """One step of a part of a weight; `payloads` of gradient, states and model parameter.
 
-    `old_scales` are inverses but for E2M5. Returns fp32 [3], as `fp8lm.kernels.adam.adam_step`.
+    `inverses` are those of their scales. Returns fp32 [3], as `fp8lm.kernels.adam.adam_step`.
     """
     factors = AdamFactors(*scalars.unbind())
     if not kind.cuts_off:
         factors = replace(factors, largest=None)
     formats = (kind.gradient, *kind.states)
-    g, w, m, v = map(_values, payloads, old_scales, formats)
-    adam_(w, g.view(-1), m, v, factors)
+    g, w, m, v = map(_values, payloads, inverses, formats)
+    adam_(w, g, m, v, factors)
     zero = torch.zeros(())
     amaxes = [
         x.abs().amax() if needed else zero
@@ -197,14 +208,13 @@ def _adam(
     return torch.stack(amaxes)
 
 
-def _values(payload: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def _values(payload: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """fp32 values of stored numbers; what `adam_` writes into is no argument."""
     if not fmt.scaled:
         return payload.to(torch.float32, copy=True)
-    codes = decode(payload, fmt) if fmt.dtype == torch.uint8 else payload.float()
-    if fmt == E2M5:
-        return codes / scale
-    return (codes * scale).square() if fmt.root else codes * scale
+    if fmt.root:
+        return (decode_root(payload) * inverse).square()
+    return payload.float() * inverse
 
 
 def _rounded(x: Tensor, scale: Tensor, fmt: Format, rounding: Rounding, noise: Tensor) -> Tensor:

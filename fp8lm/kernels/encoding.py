@@ -19,20 +19,8 @@ def encode(scaled: Tensor, fmt: Format) -> Tensor:
     return _encode_e2m5(scaled) if fmt == E2M5 else _encode_root(scaled, fmt)
 
 
-def decode(codes: Tensor, fmt: Format) -> Tensor:
-    """fp32 values, times their scale, of codes (uint8); of a root format the roots."""
-    return _decode_e2m5(codes) if fmt == E2M5 else _decode_root(codes)
-
-
-def _decode_e2m5(codes: Tensor) -> Tensor:
-    """The largest of the three lines of `_encode_e2m5`, turned round."""
-    is_negative = codes >= 0x80
-    size = codes.float() - is_negative.float() * 0x80
-    size = torch.maximum(size / 32.0, torch.maximum((size - 32.0) / 16.0, (size - 64.0) / 8.0))
-    return torch.where(is_negative, -size, size)
-
-
-def _decode_root(codes: Tensor) -> Tensor:
+def decode_root(codes: Tensor) -> Tensor:
+    """fp32 roots, times their scale, of codes (uint8) of ROOT_E4M4."""
     bits = codes.to(torch.int32).bitwise_left_shift_(_SHIFT)
     return bits.view(torch.float32) * 2.0**120
 
