@@ -64,7 +64,6 @@ def trained(preset, kernels, **precision):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GEMMs of a GPU sum in another order")
-@pytest.mark.usefixtures("pytorchs_root")
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("preset", ["te", "o1", "o3", "o3_long"])
 def test_steps_are_those_of_the_reference(preset, kept):
@@ -88,7 +87,6 @@ def gradients(kernels):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GEMMs of a GPU sum in another order")
-@pytest.mark.usefixtures("pytorchs_root")
 def test_gradients_are_close_to_those_of_the_reference():
     with counting() as traffic:
         loss, actual = gradients(WithGemmsOfTheCpu())
