@@ -4,8 +4,10 @@ python tools/bench_step.py [--hidden-size 512 --num-layers 4 ...] [--output resu
     [--baselines plain,compiled,torchao_tensorwise,torchao_rowwise,te_current,te_delayed]
 
 All contestants take turns, step by step, so that whatever else the machine does hits them alike;
-the table gives the median time of a step, its ratios to the baselines and to `bf16`, and the
-model's TFLOP/s (causal attention counted once; fp8lm.training.flops). On a GPU also what a step
+the table gives the median time of a step, of its optimizer (norm, clipping and update, timed once
+more on the gradients of each step) and of a micro-batch (the rest, divided), the ratios of the step
+to the baselines and to `bf16`, and the model's TFLOP/s (causal attention counted once;
+fp8lm.training.flops). On a GPU also what a step
 allocates beyond the states of all contestants. Baselines are those of tools/baselines.py.
 """
 
@@ -18,9 +20,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -101,17 +104,26 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """`step` takes a training step; `update` steps its optimizer again, on the same gradients."""
+
+    step: Callable[[], Any]
+    update: Callable[[], Any]
+
+
 def build_contestants(
     options: argparse.Namespace,
     device: torch.device,
     capture: Callable[[torch.device], GraphCapture] = CudaGraphs,
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """A function per contestant that takes one training step on the same batch."""
+) -> dict[str, Contestant]:
+    """All contestants, on the same batch."""
     batch = make_batch(options, device)
-    contestants: dict[str, Callable[[], torch.Tensor]] = {}
+    contestants: dict[str, Contestant] = {}
     for name in baselines_of(options):
         model = build_baseline(name, plain_model(options).to(device))
-        contestants[TITLES[name]] = partial(PlainTraining(model, LR).step, batch)
+        training = PlainTraining(model, LR)
+        contestants[TITLES[name]] = Contestant(partial(training.step, batch), training.update)
     for preset in options.presets.split(","):
         for name in (preset, f"{preset} {GRAPHS}") if options.cuda_graphs else (preset,):
             config = make_config(options, preset)
@@ -123,8 +135,9 @@ def build_contestants(
                 pipeline = GraphedMicrobatches(
                     trained, capture(device), WireCounter(), warmup_steps=1
                 )
-            contestants[name] = partial(
-                _loss_of_step, trained, optimizer, objective, batch, pipeline
+            contestants[name] = Contestant(
+                partial(_loss_of_step, trained, optimizer, objective, batch, pipeline),
+                partial(optimizer.step, LR),
             )
     return contestants
 
@@ -195,37 +208,54 @@ def make_config(options: argparse.Namespace, preset: str) -> Config:
     )
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each timed step, and of its optimizer."""
+
+    step: list[float]
+    update: list[float]
+
+
 def measure(
-    contestants: dict[str, Callable[[], torch.Tensor]], steps: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each timed step by contestant, and bytes that a step allocates on a GPU.
+    contestants: dict[str, Contestant], steps: int, device: torch.device
+) -> tuple[dict[str, Times], dict[str, int]]:
+    """Times by contestant, and bytes that a step allocates on a GPU.
 
     They take turns within every round.
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times = {name: Times([], []) for name in contestants}
     allocated = dict.fromkeys(contestants, 0)
     for round_index in tqdm(range(steps + 2), desc="rounds", mininterval=2.0):
-        for name, step in contestants.items():
-            synchronize(device)
+        for name, contestant in contestants.items():
             before = start_counting(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
+            spent = seconds_of(contestant.step, device)
+            most = most_allocated(device) - before
+            update = seconds_of(contestant.update, device)
             if round_index >= 2:
-                times[name].append(time.perf_counter() - started)
-                allocated[name] = max(allocated[name], most_allocated(device) - before)
+                times[name].step.append(spent)
+                times[name].update.append(update)
+                allocated[name] = max(allocated[name], most)
     return times, allocated
 
 
-def profile(contestants: dict[str, Callable[[], torch.Tensor]], device: torch.device) -> str:
+def seconds_of(act: Callable[[], Any], device: torch.device) -> float:
+    """What `act` takes, the device's queue empty before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    act()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def profile(contestants: dict[str, Contestant], device: torch.device) -> str:
     """A table for each contestant: the kernels (on a CPU the operations) of one step by time."""
     activity, order = ProfilerActivity.CPU, "self_cpu_time_total"
     if device.type == "cuda":
         activity, order = ProfilerActivity.CUDA, "self_cuda_time_total"
     tables = []
-    for name, step in contestants.items():
+    for name, contestant in contestants.items():
         with torch.profiler.profile(activities=[activity]) as profiler:
-            step()
+            contestant.step()
             synchronize(device)
         tables.append(f"{name}\n{profiler.key_averages().table(sort_by=order, row_limit=60)}")
     return "\n".join(tables)
@@ -251,7 +281,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def summarize(
-    times: dict[str, list[float]], allocated: dict[str, int], options: argparse.Namespace
+    times: dict[str, Times], allocated: dict[str, int], options: argparse.Namespace
 ) -> list[dict]:
     """Median milliseconds, tokens per second and ratios; ratios are medians of paired rounds."""
     sequences = options.micro_batch_size * options.num_microbatches
@@ -259,13 +289,16 @@ def summarize(
     model = make_config(options, "bf16").model
     flops = training_flops(model, options.vocab_size, [options.seq_length] * sequences)
     rows = []
-    for name, seconds in times.items():
+    for name, of_name in times.items():
+        seconds, update = of_name.step, statistics.median(of_name.update)
         median = statistics.median(seconds)
         row = {"name": name, "ms": 1e3 * median, "tokens_per_s": tokens / median}
+        row["optimizer_ms"] = 1e3 * update
+        row["microbatch_ms"] = 1e3 * (median - update) / options.num_microbatches
         row |= {"model_tflops": flops / median / TERA, "step_bytes": allocated[name]}
         for base in (*(TITLES[each] for each in baselines_of(options)), "bf16"):
             if base in times:
-                pairs = zip(seconds, times[base], strict=True)
+                pairs = zip(seconds, times[base].step, strict=True)
                 row[f"ratio to {base}"] = statistics.median(a / b for a, b in pairs)
         rows.append(row | {"all_ms": [round(1e3 * s, 2) for s in seconds]})
     return rows
@@ -280,11 +313,13 @@ def print_table(rows: list[dict], options: argparse.Namespace, device: torch.dev
         f"median of {options.steps} interleaved steps"
     )
     ratios = [key for key in rows[0] if key.startswith("ratio")]
-    header = f"{'':20}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MiB/step':>10}"
+    header = f"{'':20}{'ms/step':>10}{'optimizer':>10}{'microbatch':>11}"
+    header += f"{'tokens/s':>12}{'TFLOP/s':>10}{'MiB/step':>10}"
     print(header + "".join(f"{key:>28}" for key in ratios))
     for row in rows:
         cells = "".join(f"{row[key]:>28.3f}" for key in ratios)
-        line = f"{row['name']:20}{row['ms']:>10.1f}{row['tokens_per_s']:>12.0f}"
+        line = f"{row['name']:20}{row['ms']:>10.1f}{row['optimizer_ms']:>10.1f}"
+        line += f"{row['microbatch_ms']:>11.1f}{row['tokens_per_s']:>12.0f}"
         line += f"{row['model_tflops']:>10.2f}{row['step_bytes'] / 2**20:>10.0f}"
         print(line + cells)
 

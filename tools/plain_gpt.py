@@ -101,7 +101,8 @@ class PlainTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
     def step(self, microbatches: list[Batch]) -> Tensor:
-        """Forward, backward, clip, update; the mean loss."""
+        """Forward, backward, update; the mean loss."""
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=microbatches[0].tokens.device)
         for batch in microbatches:
             logits = self.model(batch.tokens)
@@ -111,13 +112,16 @@ class PlainTraining:
             loss.backward()
             total = total + loss.detach()
             self._collect_gradients()
+        self.update()
+        return total
+
+    def update(self) -> None:
+        """Clip, step, and make the BF16 weights anew."""
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 parameter.copy_(master)
-        return total
 
     def _collect_gradients(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -48,11 +49,36 @@ def test_graphs_take_the_same_steps(tools):
     contestants = bench_step.build_contestants(
         bench_step.parse_options([*SIZES, *options]), CPU, lambda device: capture
     )
-    losses = {name: [step().item() for _ in range(3)] for name, step in contestants.items()}
+    losses = {
+        name: [contestant.step().item() for _ in range(3)]
+        for name, contestant in contestants.items()
+    }
     assert losses["o3"] == losses["o3 graphs"] and len(contestants) == 2
     assert capture.replays == 4  # the first step is not captured
     of_eager, of_graphs = bench_step.profile(contestants, CPU).split("o3 graphs\n")
     assert of_eager.startswith("o3\n") and "aten::mm" in of_eager and "aten::mm" in of_graphs
+
+
+def test_a_step_is_its_optimizer_and_its_micro_batches(tools, run_tool, tmp_path):
+    output = tmp_path / "bench.json"
+    options = [*SIZES, "--presets=o3", "--num-microbatches=2", "--steps=1", "--device=cpu"]
+    assert run_tool("bench_step", *options, "--output", output) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["plain PyTorch", "o3"]
+    for row in rows:
+        assert row["optimizer_ms"] > 0
+        parts = row["optimizer_ms"] + 2 * row["microbatch_ms"]
+        assert parts == pytest.approx(row["ms"])
+
+
+def test_an_update_takes_no_gradients_away(tools):
+    _, bench_step = tools
+    options = bench_step.parse_options([*SIZES, "--presets=o3"])
+    for contestant in bench_step.build_contestants(options, CPU).values():
+        first = contestant.step()
+        contestant.update()  # again, on the same gradients
+        contestant.update()
+        assert contestant.step() < first
 
 
 def test_what_is_not_there(tools):
