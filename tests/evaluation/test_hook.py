@@ -97,7 +97,7 @@ def tensor_bytes():
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
-            with contextlib.suppress(RuntimeError):  # what PyTorch's compiler traces with has no memory
+            with contextlib.suppress(RuntimeError):  # a compiler's tensors have no memory
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
