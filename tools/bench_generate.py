@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import time
+from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -151,11 +152,12 @@ def new_context(model: InferenceModel, way: str, sequences: int, capacity: int) 
 def tensor_bytes() -> int:
     """Bytes of the memory of all tensors that Python holds, each counted once."""
     gc.collect()
-    storages = {
-        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
-        for thing in gc.get_objects()
-        if issubclass(type(thing), torch.Tensor)  # isinstance asks proxies, which warn
-    }
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):  # isinstance asks proxies, which warn
+            storage = thing.untyped_storage()
+            with suppress(RuntimeError):  # a compiler's tensors have no memory
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
