@@ -4,8 +4,8 @@
     w <- (1 - lr wd) w - (lr / bc1) m / (sqrt(v / bc2) + eps)
 
 (FP8-LM, arXiv 2310.18313, section 2.2: precision decoupling.) Every operation is rounded once, in
-the order written here: no fused multiply-add, and the root is that of `fp8lm.kernels.root`. So all
-processors and backends give the same bytes.
+the order written here: no fused multiply-add, and the root is that of `fp8lm.kernels.root`. So the
+bytes do not depend on the backend.
 
 The reference walks a tensor in blocks, so that a step takes little memory beyond the states and, on
 a CPU, one pass over it although it is many operations.

@@ -1,7 +1,7 @@
-"""Square roots with the same bits on every processor.
+"""Square roots whose bits are defined: root and quotient are rounded correctly, each once.
 
-PyTorch's `sqrt` on a CPU is off by a unit in the last place now and then, and so is its `rsqrt` on
-a GPU: each has the other right.
+PyTorch's `sqrt` on a CPU is off by a unit in the last place now and then, its `rsqrt` there never.
+On a GPU it is `rsqrt` that is an approximation.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ def inverse_root(x: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """The inverse of `inverse_root`: within a unit in the last place of the root; 0 of 0."""
+    """The inverse of `inverse_root`: three roundings away from the root; 0 of 0."""
     return inverse_root(x).reciprocal_()
