@@ -188,25 +188,44 @@ def norm_gradients(
     for row in range(first, num_rows, step):
         place = row * num_columns + columns
         rstd = tl.load(rstd_ptr + row)
-        loaded = tl.load(x_ptr + place, mask=inside, other=0.0)
+        x = normalized(x_ptr + place, mean_ptr + row, rstd, inside, IS_CENTERED)
         dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        x = loaded.to(tl.float32)
-        if IS_CENTERED:
-            x = tl.where(inside, x - tl.load(mean_ptr + row), 0.0)
-        x = x * rstd  # normalized
         d_weight += dy * x
         g = dy * weight
         dx = g - x * (tl.sum(g * x, axis=0) / num_columns)
         if IS_CENTERED:
             d_bias += dy
             dx -= tl.sum(g, axis=0) / num_columns
-        dx = (dx * rstd).to(loaded.dtype)
-        if ADDS:
-            added = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            dx = (dx.to(tl.float32) + added).to(loaded.dtype)
-        tl.store(dx_ptr + place, dx, mask=inside)
+        dx = store_gradient(dx_ptr + place, dx * rstd, residual_ptr + place, inside, ADDS)
         largest = larger(largest, dx, inside)
     tl.store(amax_ptr + tl.program_id(0), tl.max(largest, axis=0))
+    store_sums(sum_ptr, columns, d_weight, d_bias, num_columns, IS_CENTERED)
+
+
+@triton.jit
+def normalized(x_ptr, mean_ptr, rstd, inside, IS_CENTERED: tl.constexpr):
+    """Numbers of a row in fp32, less its mean if they are centered, over its deviation."""
+    x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    if IS_CENTERED:
+        x = tl.where(inside, x - tl.load(mean_ptr), 0.0)
+    return x * rstd
+
+
+@triton.jit
+def store_gradient(dx_ptr, dx, residual_ptr, inside, ADDS: tl.constexpr):
+    """Write `dx` in its dtype, and return that: with the gradient from elsewhere if it `ADDS`."""
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    if ADDS:
+        added = tl.load(residual_ptr, mask=inside, other=0.0).to(tl.float32)
+        dx = (dx.to(tl.float32) + added).to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr, dx, mask=inside)
+    return dx
+
+
+@triton.jit
+def store_sums(sum_ptr, columns, d_weight, d_bias, num_columns, IS_CENTERED: tl.constexpr):
+    """Write a program's sums over its rows for `columns`; [2 (or 1), programs, C]."""
+    inside = columns < num_columns
     sum_ptr += tl.program_id(0).to(tl.int64) * num_columns
     tl.store(sum_ptr + columns, d_weight, mask=inside)
     if IS_CENTERED:

@@ -19,7 +19,14 @@ from torch import Tensor
 from fp8lm.kernels.triton.amax import MAX_PARTS
 from fp8lm.kernels.triton.column_sums import add_over_programs
 from fp8lm.kernels.triton.launch import launch
-from fp8lm.kernels.triton.norm import TOGETHER, Statistics, larger
+from fp8lm.kernels.triton.norm import (
+    TOGETHER,
+    Statistics,
+    larger,
+    normalized,
+    store_gradient,
+    store_sums,
+)
 
 _BLOCK = 4096  # columns that a program holds
 _BACKWARD_PROGRAMS = 128  # of the rows, for every block of columns
@@ -241,27 +248,15 @@ def block_gradients(
     for row in range(first, num_rows, step):
         place = row * num_columns + columns
         rstd = tl.load(rstd_ptr + row)
-        loaded = tl.load(x_ptr + place, mask=inside, other=0.0)
+        x = normalized(x_ptr + place, mean_ptr + row, rstd, inside, IS_CENTERED)
         dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        x = loaded.to(tl.float32)
-        if IS_CENTERED:
-            x = tl.where(inside, x - tl.load(mean_ptr + row), 0.0)
-        x = x * rstd  # normalized
         d_weight += dy * x
         dx = dy * weight - x * tl.load(means_ptr + row)
         if IS_CENTERED:
             d_bias += dy
             dx -= tl.load(means_ptr + num_rows + row)
-        dx = (dx * rstd).to(loaded.dtype)
-        if ADDS:
-            added = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            dx = (dx.to(tl.float32) + added).to(loaded.dtype)
-        tl.store(dx_ptr + place, dx, mask=inside)
+        dx = store_gradient(dx_ptr + place, dx * rstd, residual_ptr + place, inside, ADDS)
         largest = larger(largest, dx, inside)
     part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(amax_ptr + part, tl.max(largest, axis=0))
-    sum_ptr += tl.program_id(0).to(tl.int64) * num_columns
-    tl.store(sum_ptr + columns, d_weight, mask=inside)
-    if IS_CENTERED:
-        sum_ptr += tl.num_programs(0).to(tl.int64) * num_columns
-        tl.store(sum_ptr + columns, d_bias, mask=inside)
+    store_sums(sum_ptr, columns, d_weight, d_bias, num_columns, IS_CENTERED)
