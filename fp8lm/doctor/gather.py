@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fp8lm
 from fp8lm.doctor.facts import Accelerators, Execution, Facts
 from fp8lm.doctor.machine import find_accelerators, find_driver, plan_execution
 from fp8lm.doctor.packages import declared, error_of_import, find_packages
-from fp8lm.runtime.revision import PACKAGE, Revision, source_revision
+from fp8lm.runtime.revision import Revision, source_revision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ def gather(
     import_check: ImportCheck = error_of_import,
 ) -> Facts:
     """The facts of this machine; `accelerators` says what there is of GPUs."""
-    python_tested, requirements = declared(PACKAGE.parent)
+    python_tested, requirements = declared(Path(fp8lm.__file__).resolve().parents[1])
     packages = find_packages(requirements, import_check)
     torch = next((package for package in packages if package.name == "torch"), None)
     usable = torch is not None and torch.present and torch.error is None

@@ -74,19 +74,28 @@ def test_a_python_that_cannot_read_pyproject(monkeypatch):
     assert declared(ROOT) == (expected, [])
 
 
+@pytest.fixture
+def checkout(tmp_path):
+    """The sources as git has them: what an installation leaves in a checkout names packages, too."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "fp8lm", folder / "fp8lm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
 def runs(python):
     done = subprocess.run([python, "-c", ""], capture_output=True)
     return done.returncode == 0
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
-def test_a_python_that_is_too_old_is_told_so(version, tmp_path):
+def test_a_python_that_is_too_old_is_told_so(version, checkout, tmp_path):
     beside = sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
     found = [shutil.which(f"python{version}"), *beside]
     python = next((python for python in found if python and runs(python)), None)
     if python is None:
         pytest.skip(f"no Python {version} here")
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(checkout)}
     command = [python, "-S", "-m", "fp8lm.doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -166,10 +175,10 @@ def test_the_command_on_this_machine(capsys):
     assert {"torch", "cpu", "NCCL"} <= {finding["subject"] for finding in report["findings"]}
 
 
-def test_the_command_without_any_package(tmp_path):
+def test_the_command_without_any_package(checkout, tmp_path):
     """A Python with nothing installed: everything is missing, each one a line with its cure."""
     command = [sys.executable, "-S", "-m", "fp8lm.doctor"]
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(checkout)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     errors = done.stderr.splitlines()
