@@ -57,7 +57,7 @@ class CompiledKernels(ReferenceKernels):
         in_vectors = fmt == E4M3 or (fmt == E5M2 and x.dtype == torch.float32)
         if not in_vectors or x.numel() < FEWEST or scale.ndim:
             return super().cast(x, scale, fmt, saturate=saturate)
-        codes = self._compiled(_cast, fmt, saturate)(x.detach().reshape(-1), scale)
+        codes = self._compiled(_cast, fmt, saturate)([x.detach().reshape(-1)], scale)
         return codes.view(fmt.storage).view(x.shape)
 
     def decode(self, payload: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class CompiledKernels(ReferenceKernels):
         if fmt != E4M3 or payload.numel() < FEWEST:
             return super().decode(payload, scale, fmt, dtype)
         codes = payload.view(-1).view(fmt.dtype)
-        return self._compiled(_decode, fmt, dtype)(codes, scale.reciprocal()).view(payload.shape)
+        return self._compiled(_decode, fmt, dtype)([codes], scale.reciprocal()).view(payload.shape)
 
     def adam(
         self, params: Sequence[AdamParam], table: AdamTable, coefficients: AdamCoefficients
@@ -95,7 +95,7 @@ class CompiledKernels(ReferenceKernels):
             payloads = [part.payload.view(part.format.dtype) for part in parts]
             numbers = param.index.numbers(start, payloads[0].numel(), amax.device)
             old = [part.inverse_scale() for part in parts]
-            amax = torch.maximum(amax, step(payloads, old, scales, numbers, key, scalars))
+            amax = torch.maximum(amax, step([*payloads, numbers], old, scales, key, scalars))
         return amax
 
 
@@ -141,19 +141,23 @@ def _scalars(factors: AdamFactors) -> Tensor:
 
 
 def _compile(function: Callable[..., Any], *kind: Any) -> Callable[..., Any]:
-    """`function` of this kind, its first arguments; the others are tensors."""
+    """`function` of this kind, its first arguments; then come vectors of one size, and tensors."""
 
-    def of_kind(*tensors: Any) -> Any:
-        return function(*kind, *tensors)
+    def of_kind(vectors: list[Tensor], *tensors: Any) -> Any:
+        return function(*kind, vectors, *tensors)
 
     # PyTorch counts how often a code object is compiled, and gives up soon: each kind has its own.
     of_kind.__code__ = of_kind.__code__.replace(co_name=function.__name__)
-    compiled = torch.compile(of_kind, fullgraph=True, dynamic=True)
+    compiled = torch.compile(of_kind, fullgraph=True)
 
-    def call(*tensors: Any) -> Any:
+    def call(vectors: list[Tensor], *tensors: Any) -> Any:
+        for vector in vectors:
+            # Not dynamic=True, which makes variables of the formats' numbers, too: slower, and
+            # PyTorch 2.11 cannot shift by them.
+            torch._dynamo.maybe_mark_dynamic(vector, 0)
         try:
             with torch.no_grad():  # what is compiled under autograd is compiled again without
-                return compiled(*tensors)
+                return compiled(vectors, *tensors)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
             raise InputError(
@@ -164,29 +168,31 @@ def _compile(function: Callable[..., Any], *kind: Any) -> Callable[..., Any]:
     return call
 
 
-def _cast(fmt: Format, saturate: bool, x: Tensor, scale: Tensor) -> Tensor:
+def _cast(fmt: Format, saturate: bool, vectors: list[Tensor], scale: Tensor) -> Tensor:
     # fp32: bf16 is not clamped in vectors. A product with a power of two has the same bits in both.
-    scaled = x.float() * scale
+    scaled = vectors[0].float() * scale
     return (scaled.clamp(-fmt.max, fmt.max) if saturate else scaled).to(fmt.dtype)
 
 
-def _decode(fmt: Format, dtype: torch.dtype, codes: Tensor, inverse: Tensor) -> Tensor:
-    return (codes.float() * inverse).to(dtype)
+def _decode(fmt: Format, dtype: torch.dtype, vectors: list[Tensor], inverse: Tensor) -> Tensor:
+    return (vectors[0].float() * inverse).to(dtype)
 
 
 def _adam(
     kind: AdamKind,
-    payloads: list[Tensor],
+    vectors: list[Tensor],
     inverses: list[Tensor],
     scales: Tensor,
-    numbers: Tensor,
     key: Tensor,
     scalars: Tensor,
 ) -> Tensor:
-    """One step of a part of a weight; `payloads` of gradient, states and model parameter.
+    """One step of a part of a weight.
 
-    `inverses` are those of their scales. Returns fp32 [3], as `fp8lm.kernels.adam.adam_step`.
+    `vectors` are payloads of gradient, states and model parameter, and the numbers of the elements
+    in their weight; `inverses` those of the payloads' scales. Returns fp32 [3], as
+    `fp8lm.kernels.adam.adam_step`.
     """
+    *payloads, numbers = vectors
     factors = AdamFactors(*scalars.unbind())
     if not kind.cuts_off:
         factors = replace(factors, largest=None)
