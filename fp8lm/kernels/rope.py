@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 
-def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R features of every head by its position; same shape and dtype."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate the first R features of every head by its position; same shape and dtype.
+
+    x: [S,...,D]. cos, sin: [S,1,...,R], of as many dimensions. `out` is what is written, if given.
+    """
+    out = torch.empty_like(x) if out is None else out
     rotated = cos.shape[-1]
-    x, rest = x_SBND[..., :rotated], x_SBND[..., rotated:]
-    low, high = x.chunk(2, dim=-1)
-    turned = x * cos + torch.cat((-high, low), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    low, high = x[..., :rotated].chunk(2, dim=-1)
+    sin_of_low, sin_of_high = sin.chunk(2, dim=-1)
+    turned = out[..., :rotated]
+    turned_low, turned_high = torch.mul(x[..., :rotated], cos, out=turned).chunk(2, dim=-1)
+    turned_low.sub_(high * sin_of_low)
+    turned_high.add_(low * sin_of_high)
+    if rotated < x.shape[-1]:
+        out[..., rotated:] = x[..., rotated:]
+    return out
 
 
 def split_and_rotate(
@@ -26,7 +35,7 @@ def split_and_rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.rope`."""
     q, k, v = qkv_SBGHD[..., queries, :], qkv_SBGHD[..., -2, :], qkv_SBGHD[..., -1, :]
-    return rotate(q.flatten(2, 3), cos, sin), rotate(k, cos, sin), v
+    return rotate(q, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(2, 3), rotate(k, cos, sin), v
 
 
 def rotate_back_and_join(
@@ -38,12 +47,13 @@ def rotate_back_and_join(
 ) -> Tensor:
     """See `Kernels.rope_backward`."""
     dq_SBND, dk_SBGD, dv_SBGD = gradients
-    groups, left_out = dk_SBGD.shape[2], heads_per_group - 2 - queries.stop
-    dq = rotate(dq_SBND, cos, -sin).unflatten(2, (groups, -1))
-    dk = rotate(dk_SBGD, cos, -sin)
-    heads = [dq, dk.unsqueeze(3), dv_SBGD.unsqueeze(3)]
-    if queries.start:
-        heads.insert(0, dq.new_zeros(*dq.shape[:3], queries.start, dq.shape[4]))
-    if left_out:
-        heads.insert(-2, dq.new_zeros(*dq.shape[:3], left_out, dq.shape[4]))
-    return torch.cat(heads, dim=3)
+    seq, batch, groups, size = dk_SBGD.shape
+    joined = dk_SBGD.new_empty(seq, batch, groups, heads_per_group, size)
+    if queries.stop - queries.start < heads_per_group - 2:
+        joined.zero_()  # of the queries that are left out
+    back = -sin
+    dq = dq_SBND.unflatten(2, (groups, -1))
+    rotate(dq, cos.unsqueeze(2), back.unsqueeze(2), out=joined[..., queries, :])
+    rotate(dk_SBGD, cos, back, out=joined[..., -2, :])
+    joined[..., -1, :] = dv_SBGD
+    return joined
