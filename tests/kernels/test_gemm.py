@@ -328,7 +328,13 @@ def test_rows_of_their_own_scale_on_tensor_cores(bias):
     x = torch.randn(16, 64, generator=generator) * 10.0 ** torch.linspace(-20, 20, 16)[:, None]
     a, b = KERNELS.quantize(x, E4M3, granularity=PER_ROW), operand(32, 64, E4M3, seed=4)
     added = torch.randn(32, generator=generator).bfloat16() if bias else None
-    result, expected = (k.gemm(a, b, bias=added) for k in (HopperKernels(), KERNELS))
+    expected = KERNELS.gemm(a, b, bias=added)
+    try:
+        result = HopperKernels().gemm(a, b, bias=added)
+    except RuntimeError as error:  # PyTorch 2.11
+        if "only supports per-tensor scaling for CPU" in str(error):
+            pytest.skip("this PyTorch multiplies rows of their own scale on GPUs only")
+        raise
     bound = 2.0**-7 * expected.abs() + 2.0**-7 * expected.abs().amax(dim=1, keepdim=True)
     assert ((result - expected).abs() <= bound).all()
     a.scale[3] = torch.nan

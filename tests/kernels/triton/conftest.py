@@ -29,6 +29,13 @@ def exact_casts(monkeypatch):
     from tests.kernels.triton.exact_casts import convert_float
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+    patch = vars(interpreter)["_patch_lang_tensor"]
+
+    def patch_with_index(tensor, scope):  # Triton 3.6's is refused by NumPy 2.4 and newer
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
     with np.errstate(all="ignore"):
         yield
 
