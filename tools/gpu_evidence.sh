@@ -3,10 +3,12 @@
 # own limit and folder under --output and is skipped if it is done, so that the same command goes on
 # where it was ended; a leg that fails does not stop the others. Exit code 1 if any has failed. What
 # is done is packed as LEG.tar.gz, too.
-#   tools/gpu_evidence.sh [--output docs/benchmarks/gpu] [--dry-run] [LEG ...]
+#   tools/gpu_evidence.sh [--output docs/benchmarks/gpu] [--wheels FOLDER] [--dry-run] [LEG ...]
 #   --dry-run  every leg on the CPU, with the smallest sizes: shows that each line of it runs
 # Without FP8LM_PYTHON the packages are installed into .venv, as by the other scripts; with it, it
-# names a Python that has torch with CUDA, Triton, the packages of pyproject.toml and pytest. Legs:
+# names a Python that has torch with CUDA, Triton, the packages of pyproject.toml and pytest.
+#   --wheels   what that Python lacks, for a machine that reaches no index: tools/gpu_wheels.txt
+#              lists it, and how to get it. Unpacked under the output, nothing is installed. Legs:
 #   doctor     what the machine has
 #   numerics   kernels against the reference, bit for bit, and pytest -m gpu
 #   kernels    tools/bench_kernels.py: bandwidth and FLOP/s by operation
@@ -18,10 +20,11 @@
 #   train      a few minutes of a 125M-class model on text, in BF16 and o3
 set -euo pipefail
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
-output='' dry='' legs=()
+output='' wheels='' dry='' legs=()
 while (($#)); do
   case $1 in
   --output) output=${2:?--output needs a folder} && shift ;;
+  --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
   --dry-run) dry=yes ;;
   doctor | numerics | kernels | step_7b | step_175b | graphs | baselines | nccl | train) legs+=("$1") ;;
   -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
@@ -35,6 +38,12 @@ done
 ((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b graphs baselines nccl train)
 mkdir -p "${output:=$root/docs/benchmarks/gpu}" || exit 2
 output=$(readlink -f -- "$output")
+if [[ $wheels ]]; then
+  site=$output/packages
+  "${FP8LM_PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
+    --target "$site" "$wheels"/*.whl || exit 2
+  export FP8LM_PYTHON=${FP8LM_PYTHON:-python3} PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 # shellcheck source=scripts/_env.sh disable=SC1091
 source "$root/scripts/_env.sh"
@@ -47,7 +56,7 @@ device=cuda limit=300
 [[ ! $dry ]] || device=cpu
 
 doctor() { # folder
-  "$PYTHON" -m fp8lm.doctor || (($? == 1)) # 1: it has found something, and says what
+  "$PYTHON" -m fp8lm.doctor || (($? == 2)) # 2: it has found something, and says what
 }
 
 numerics() {
