@@ -76,7 +76,7 @@ def test_a_python_that_cannot_read_pyproject(monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The sources as git has them: what an installation leaves in a checkout names packages, too."""
+    """The sources as git has them: an installation leaves a list of packages in a checkout."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "fp8lm", folder / "fp8lm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
