@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import TorchDynamoException
 
 from fp8lm.kernels.adam import AdamFactors, adam_, rounds_to_nearest
@@ -152,9 +153,9 @@ def _compile(function: Callable[..., Any], *kind: Any) -> Callable[..., Any]:
 
     def call(vectors: list[Tensor], *tensors: Any) -> Any:
         for vector in vectors:
-            # Not dynamic=True, which makes variables of the formats' numbers, too: slower, and
-            # PyTorch 2.11 cannot shift by them.
-            torch._dynamo.maybe_mark_dynamic(vector, 0)
+            # Not dynamic=True: it makes variables of the formats' numbers, too, and PyTorch 2.11
+            # cannot shift by them.
+            maybe_mark_dynamic(vector, 0)
         try:
             with torch.no_grad():  # what is compiled under autograd is compiled again without
                 return compiled(vectors, *tensors)
