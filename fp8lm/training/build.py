@@ -31,6 +31,7 @@ from fp8lm.parallel.cuda_graphs import check_cuda_graphs, check_nccl, cuda_graph
 from fp8lm.parallel.data_parallel import NoDataParallel
 from fp8lm.parallel.parallelize import build_tp_context, parallelize, stage_specs
 from fp8lm.parallel.pipeline import Executor
+from fp8lm.runtime.allocator import keep_freed_blocks
 from fp8lm.telemetry.guard import Guard
 from fp8lm.telemetry.observing import linears_of
 from fp8lm.training.builders import (
@@ -108,6 +109,8 @@ def build(
     """
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
+    if device.type == "cpu":
+        keep_freed_blocks()
     check_batches(config, groups.dims.dp)
     data = build_data(config)
     num_ids = data.tokenizer.vocab_size
