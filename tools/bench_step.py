@@ -42,6 +42,7 @@ from fp8lm.model.objectives import LanguageModeling, Objective
 from fp8lm.optim import AdamW
 from fp8lm.parallel.cuda_graphs import GraphedMicrobatches
 from fp8lm.parallel.pipeline import Executor
+from fp8lm.runtime.allocator import keep_freed_blocks
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.training.builders import build_one_process, resolve_device
 from fp8lm.training.flops import TERA, training_flops
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> None:
         raise InputError("--cuda-graphs needs a GPU: leave it out, or use --device cuda")
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    if device.type == "cpu":
+        keep_freed_blocks()  # as a training does, for all contestants
     contestants = build_contestants(options, device)
     times, allocated = measure(contestants, options.steps, device)
     if options.profile:
