@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,24 +24,27 @@ class GraphCapture(Protocol):
     def run(self, work: Callable[[], T]) -> T:
         """`work()`, as it is, where captures are made: to warm up, or between replays."""
 
-    def capture(self, work: Callable[[], T]) -> tuple[Replay, T]:
+    def pool(self) -> Any:
+        """Memory for captures that come and go together; see `capture`."""
+
+    def capture(self, work: Callable[[], T], pool: Any) -> tuple[Replay, T]:
         """A function that replays what `work` launches, and what `work` returns.
 
         Nothing is computed before the first replay. Tensors in the result are where every replay
-        writes them. RuntimeError where `work` waits for the device, or cannot be replayed.
+        writes them. Captures in one `pool` overwrite each other's intermediate results: they are
+        replayed in the order in which they were made, one after the other. RuntimeError where
+        `work` waits for the device, or cannot be replayed.
         """
 
 
 class CudaGraphs:
-    """`GraphCapture` by CUDA graphs, all in one memory pool and captured on one stream.
+    """`GraphCapture` by CUDA graphs on one stream; all else, other threads too, runs as ever.
 
-    Graphs that share a pool overwrite each other's intermediate results: they are replayed in the
-    order of their captures, one after the other. All else, other threads too, runs as ever.
+    A pool of which all graphs are gone takes no new ones: PyTorch fails an assertion.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], T]) -> T:
         """See `GraphCapture`."""
@@ -53,12 +56,16 @@ class CudaGraphs:
         current.wait_stream(self._stream)
         return result
 
-    def capture(self, work: Callable[[], T]) -> tuple[Replay, T]:
+    def pool(self) -> Any:
+        """See `GraphCapture`."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], T], pool: Any) -> tuple[Replay, T]:
         """See `GraphCapture`."""
         graph = torch.cuda.CUDAGraph()
         # "thread_local": a thread that saves a checkpoint may wait for its copies meanwhile.
         capturing = torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
         )
         with _no_collection(), capturing:
             result = work()

@@ -104,6 +104,8 @@ def why_not_compiled() -> str | None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler}: install g++, or name another in CXX"
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1 switches PyTorch's compiler off: unset it"
     return None
 
 

@@ -174,17 +174,17 @@ class GraphedMicrobatches(NoPipeline):
         graph = captured.graphs.get(kind)
         if graph is None:
             work = partial(self._work, captured.inputs, objective, captured.share, prepare)
-            graph = captured.graphs[kind] = self._capture_graph(work)
+            graph = captured.graphs[kind] = self._capture_graph(work, captured.pool)
         else:
             graph.effects.repeat()
         graph.replay()
         return [result.clone() for result in graph.results]
 
-    def _capture_graph(self, work: Callable[[], list[Tensor]]) -> _Graph:
+    def _capture_graph(self, work: Callable[[], list[Tensor]], pool: Any) -> _Graph:
         empty = [grad for grad in self._main_grads if grad.is_zero]
         sent_before = self._counter.sent
         try:
-            replay, results = self._capture.capture(work)
+            replay, results = self._capture.capture(work, pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -211,7 +211,7 @@ class GraphedMicrobatches(NoPipeline):
         if self._captured is None or self._captured.depends_on != depends_on:
             self._captured = None  # frees the memory of the former
             inputs, share = _empty_like(batch), batch.loss_mask.new_ones(())
-            self._captured = _Captured(depends_on, inputs, share)
+            self._captured = _Captured(depends_on, inputs, share, self._capture.pool())
         return self._captured
 
 
@@ -262,6 +262,7 @@ class _Captured:
     depends_on: _Dependencies
     inputs: Batch
     share: Tensor
+    pool: Any
     graphs: dict[str, _Graph] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=lambda: {FIRST: 0, FURTHER: 0})
 

@@ -128,6 +128,13 @@ def test_without_a_compiler(monkeypatch):
 
 
 @needs_compiler
+def test_pytorchs_compiler_switched_off(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(InputError, match=r"TORCHDYNAMO_DISABLE=1.*unset it"):
+        select_kernels(CPU, "compiled")
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_a_compiler_that_fails(tmp_path):
     broken = tmp_path / "c++"

@@ -70,19 +70,23 @@ class LiteralReplay:
     """`GraphCapture` that keeps its `captures`, and counts their `replays`."""
 
     def __init__(self):
-        self.captures, self.replays, self.runs = [], 0, 0
+        self.captures, self.pools, self.replays, self.runs = [], [], 0, 0
 
     def run(self, work):
         self.runs += 1
         return work()
 
-    def capture(self, work):
+    def pool(self):
+        return object()
+
+    def capture(self, work, pool):
         capture, changed = Capture(), Changes()
         with Recorder(capture, changed):
             result = work()
         changed.undo()
         spoil(capture)
         self.captures.append(capture)
+        self.pools.append(pool)
 
         @torch.no_grad()
         def replay():
