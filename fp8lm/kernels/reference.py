@@ -452,9 +452,10 @@ def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> No
     bits = values.view(torch.int16).copy_(payload.view(torch.int8))  # repeats the sign bit
     bits.bitwise_left_shift_(shift).bitwise_and_(mask)
     # Two factors: their product can leave bf16's range although the result does not.
-    values.mul_(correction).mul_(factor)
+    values.mul_(correction)
     if values is not out:
         out.copy_(values)
+    out.mul_(factor)  # in `out`: fp32 has smaller subnormals than bf16
 
 
 def _decode_fp16(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:

@@ -94,8 +94,13 @@ def kernels_for_cpu(wanted: KernelsName = "auto") -> Kernels:
         return ReferenceKernels()
     if reason := why_not_compiled():
         raise InputError(f"precision.kernels=compiled: {reason}; or use precision.kernels=eager")
-    from fp8lm.kernels.compiled import CompiledKernels  # and PyTorch's compiler: it takes a second
-
+    try:  # PyTorch's compiler, too: it takes a second, and makes the folder of its cache
+        from fp8lm.kernels.compiled import CompiledKernels
+    except OSError as error:
+        raise InputError(
+            f"precision.kernels=compiled: PyTorch's compiler has no folder for its cache ({error}):"
+            " name one in TORCHINDUCTOR_CACHE_DIR, or use precision.kernels=eager"
+        ) from error
     return CompiledKernels()
 
 

@@ -55,6 +55,12 @@ def test_decode_every_finite_code(fmt, dtype, scale):
     assert torch.equal(decoded.signbit(), expected.signbit())  # of zeros too
 
 
+@pytest.mark.parametrize("fmt", FP8, ids=repr)
+def test_decode_subnormals_that_bf16_has_not(fmt):
+    expected = finite_values(fmt).double() * 2.0**-126
+    assert torch.equal(decode(finite_codes(fmt), fmt, torch.float32, 2.0**126).double(), expected)
+
+
 @pytest.mark.parametrize("fmt", SCALED, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_with_a_nan_scale_is_nan_for_every_code(fmt, dtype):

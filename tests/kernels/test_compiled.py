@@ -103,7 +103,7 @@ def test_casts(fmt, dtype, compiled):
 def test_decoded_codes(dtype, compiled):
     codes = torch.arange(256).to(torch.uint8).repeat(FEWEST // 256)
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN is in the scale as well
-    for scale in (2.0**-30, 1.0, 2.0**100, math.nan):
+    for scale in (2.0**-30, 1.0, 2.0**100, 2.0**126, math.nan):
         stored = ScaledTensor(codes.view(-1, 64), torch.tensor(scale), E4M3)
         ours, expected = (k.dequantize(stored, dtype) for k in (compiled, REFERENCE))
         assert_same_values(ours, expected)
@@ -132,6 +132,27 @@ def test_pytorchs_compiler_switched_off(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     with pytest.raises(InputError, match=r"TORCHDYNAMO_DISABLE=1.*unset it"):
         select_kernels(CPU, "compiled")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    code = "import torch; from fp8lm.kernels.select import select_kernels as select\n"
+    code += "from fp8lm.runtime.ending import exit_with\n"
+    code += "exit_with(lambda _: select(torch.device('cpu'), 'compiled') and 0)"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "TORCHINDUCTOR_CACHE_DIR" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @needs_compiler
