@@ -453,9 +453,10 @@ def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> No
     bits.bitwise_left_shift_(shift).bitwise_and_(mask)
     # Two factors: their product can leave bf16's range although the result does not.
     values.mul_(correction)
-    if values is not out:
-        out.copy_(values)
-    out.mul_(factor)  # in `out`: fp32 has smaller subnormals than bf16
+    if values is out:
+        out.mul_(factor)
+    else:  # in fp32, which has smaller subnormals; a factor with a dimension is one of the operands
+        torch.mul(values, torch.atleast_1d(factor), out=out)
 
 
 def _decode_fp16(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> None:
