@@ -268,7 +268,7 @@ class _Stored:
             prefix = "" if name is None else f"{optimizer.PREFIX}{name}."
             found[kind] = self.params(config.model, rows, FP32, prefix)
         line = "optimizer: master weights and moments in fp32; a run casts them to its formats"
-        return optimizer.training_state(self.checkpoint.folder, config, found), line
+        return optimizer.training_state(self.checkpoint, config, found), line
 
     def _place(self, param: str) -> tuple[str, int | None]:
         """The tensor that holds `param`, and the place in it if it is a stack of all layers."""

@@ -6,7 +6,8 @@
 
 KEY is that of the weight (`distrib_optimizer.py`, `sharded_param_state_fully_reshardable`). The
 distributed optimizer's other layouts (`dp_reshardable`) are buckets that only its own ranks
-understand. Step, position and arguments are in `common.pt`, of which only numbers are taken.
+understand. Step, position and arguments are in `common.pt`, since megatron-core 0.19 in an object
+of the checkpoint itself; only numbers of them are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fp8lm.checkpoint import Checkpoint, StateKey
 from fp8lm.checkpoint.reader import StoredTensor, read_tensor
 from fp8lm.config import Config
 from fp8lm.convert.release import Incoming, TrainingState
-from fp8lm.convert.torch_saved import read_facts
+from fp8lm.convert.torch_saved import facts_in, read_facts
 from fp8lm.convert.weights import Weights
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.state import KINDS
@@ -28,7 +29,7 @@ PREFIX = "optimizer.state."
 NAMES_OUT = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _MASTERS = ("param", "fp32_param")
 _BUCKETS = "optimizer.distributed."
-COMMON = "common.pt"
+COMMON, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 
 
 def kinds_in(checkpoint: Checkpoint) -> dict[str, str | None] | None:
@@ -57,14 +58,35 @@ def why_not(checkpoint: Checkpoint) -> str:
     return "without optimizer states: there are none"
 
 
+def common_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What Megatron has saved beside the tensors, wherever its version puts it."""
+    path = checkpoint.folder / COMMON
+    if path.exists():
+        return read_facts(path)
+    places = {index.fqn: place for index, place in checkpoint.metadata.storage_data.items()}
+    place = places.get(COMMON_OBJECT)
+    if place is None:
+        raise InputError(
+            f"{checkpoint.folder} holds no {COMMON} and no object {COMMON_OBJECT}: give "
+            "--weights-only"
+        )
+    file = checkpoint.folder / Path(place.relative_path).name
+    try:
+        with file.open("rb") as stored:
+            stored.seek(place.offset)
+            return facts_in(stored.read(place.length), f"{COMMON_OBJECT} in {file}")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+
+
 def training_state(
-    folder: Path, config: Config, kinds: Mapping[str, Mapping[str, Incoming]]
+    checkpoint: Checkpoint, config: Config, kinds: Mapping[str, Mapping[str, Incoming]]
 ) -> TrainingState:
-    """Where the training of `folder` was, with its states `kinds`, to go on under `config`."""
-    facts = read_facts(folder / COMMON)
+    """Where the training of `checkpoint` was, with its states `kinds`, to go on under `config`."""
+    facts = common_facts(checkpoint)
     iteration = _number(facts.get("iteration"))
     if iteration is None:
-        raise InputError(f"{folder / COMMON} says no iteration: give --weights-only")
+        raise InputError(f"{checkpoint.folder} says no iteration: give --weights-only")
     arguments = facts.get("args")
     arguments = arguments if isinstance(arguments, dict) else {}
     batch_size = _number(arguments.get("global_batch_size")) or config.train.global_batch_size

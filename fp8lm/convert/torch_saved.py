@@ -19,6 +19,7 @@ import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -81,32 +82,46 @@ def read_facts(path: Path) -> dict[str, Any]:
     return _load(path)
 
 
+def facts_in(data: bytes, place: str) -> dict[str, Any]:
+    """The same of the bytes that torch.save wrote to `place`, of a dict or a list of one."""
+    _check_archive(BytesIO(data), place)
+    found = _unpickled(BytesIO(data), place)
+    return _dict(found[0] if isinstance(found, list) and len(found) == 1 else found, place)
+
+
 def _load(path: Path) -> dict[str, Any]:
-    _check_archive(path)
+    _check_archive(path, str(path))
+    return _dict(_unpickled(path, str(path), mmap=True), str(path))
+
+
+def _unpickled(source: Path | BytesIO, place: str, *, mmap: bool = False) -> Any:
     unpickling = types.SimpleNamespace(Unpickler=_Unpickler, __name__="fp8lm")
     try:
-        found = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=unpickling
+        return torch.load(
+            source, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=unpickling
         )
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
     except Exception as error:  # damaged bytes can fail in any way
-        raise InputError(f"{path} is damaged: {str(error)[:200]}") from error
+        raise InputError(f"{place} is damaged: {str(error)[:200]}") from error
+
+
+def _dict(found: Any, place: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds no state dict")
+        raise InputError(f"{place} holds no state dict")
     return found
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(source: Path | BytesIO, place: str) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path} is damaged, or no file of torch.save (PyTorch 1.6 or newer)"
+            f"{place} is damaged, or no file of torch.save (PyTorch 1.6 or newer)"
         ) from error
     if any(name.endswith("/constants.pkl") for name in names):
-        raise InputError(f"{path} is a TorchScript program, which is not run")
+        raise InputError(f"{place} is a TorchScript program, which is not run")
 
 
 def _flat(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:

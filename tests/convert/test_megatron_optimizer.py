@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from argparse import Namespace
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.overrides import TorchFunctionMode
 
-from fp8lm.checkpoint import open_checkpoint
+from fp8lm.checkpoint import Checkpoint, open_checkpoint
 from fp8lm.config import load_config
-from fp8lm.convert.megatron_optimizer import kinds_in, why_not
+from fp8lm.convert.megatron import read_metadata
+from fp8lm.convert.megatron_optimizer import COMMON_OBJECT, common_facts, kinds_in, why_not
 from fp8lm.convert.weights import Weights
+from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.quiet import quiet_megatron
 from tests.convert.models import KERNELS, LLAMA, save_model
 from tests.convert.test_megatron import process_group, their_model, write_config
@@ -62,6 +66,7 @@ def theirs(process_group):
         parallel = DistributedDataParallelConfig(use_distributed_optimizer=True)
         parallel.grad_reduce_in_fp32 = True
         adam = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16)
+        adam.min_lr = 1e-4  # megatron-core 0.19 takes a group for another by its learning rates
         adam.use_distributed_optimizer = True
         optimizer = get_megatron_optimizer(
             adam, [DistributedDataParallel(model.config, parallel, model)]
@@ -126,6 +131,32 @@ def test_names_of_the_master(master):
     assert kinds_in(stored) == {"master": master, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
     stored.tensors.pop("optimizer.state.exp_avg_sq.x")
     assert kinds_in(stored) is None and "there are none" in why_not(stored)
+
+
+@pytest.mark.parametrize("damage", [None, "bytes", "object", "file"])
+def test_facts_in_an_object_of_the_checkpoint(damage, tmp_path):
+    """Where megatron-core 0.19 has what was in `common.pt`."""
+    facts = {"iteration": 7, "args": Namespace(global_batch_size=4)}
+    stored = {"x": torch.zeros(3)}
+    if damage != "object":
+        stored[COMMON_OBJECT] = [facts]
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(stored, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.storage_meta = None  # as Megatron's writer leaves it; a path here
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    checkpoint = Checkpoint(tmp_path, {}, read_metadata(tmp_path))
+    if damage is None:
+        assert common_facts(checkpoint) == {"iteration": 7, "args": {"global_batch_size": 4}}
+        return
+    (file,) = tmp_path.glob("*.distcp")
+    if damage == "bytes":
+        file.write_bytes(bytes(file.stat().st_size))
+    elif damage == "file":
+        file.unlink()
+    says = {"bytes": "is damaged", "object": "give --weights-only", "file": "cannot be read"}
+    with pytest.raises(InputError, match=says[damage]):
+        common_facts(checkpoint)
 
 
 def test_states_in_buckets_stay(theirs, convert, tmp_path):
