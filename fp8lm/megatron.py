@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,23 +65,29 @@ def fp8_layer_spec(layer: ModuleSpec, precision: Mapping[str, Any] | None = None
     return spec
 
 
-def _replace_linears(spec: ModuleSpec, precision: PrecisionConfig) -> int:
+def _replace_linears(spec: ModuleSpec | partial[Any], precision: PrecisionConfig) -> int:
     """Replace the layers in all submodules; how many there were."""
-    count = 0
-    if not dataclasses.is_dataclass(spec.submodules):
+    # In megatron-core 0.19 an MLP is a function with its submodules bound to it.
+    count, submodules = 0, _submodules_of(spec)
+    if submodules is None:
         return count
-    for field in dataclasses.fields(spec.submodules):
-        inner = getattr(spec.submodules, field.name)
+    for field in dataclasses.fields(submodules):
+        inner = getattr(submodules, field.name)
         module = inner.module if isinstance(inner, ModuleSpec) else inner
         if isinstance(module, type) and module in _REPLACEMENTS:
             given = inner.params if isinstance(inner, ModuleSpec) else {}
             params = {**given, "precision": precision}
             replaced = ModuleSpec(module=_REPLACEMENTS[module], params=params)
-            setattr(spec.submodules, field.name, replaced)
+            setattr(submodules, field.name, replaced)
             count += 1
-        elif isinstance(inner, ModuleSpec):
+        elif isinstance(inner, ModuleSpec | partial):
             count += _replace_linears(inner, precision)
     return count
+
+
+def _submodules_of(spec: ModuleSpec | partial[Any]) -> Any:
+    given = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords.get("submodules")
+    return given if dataclasses.is_dataclass(given) else None
 
 
 class Fp8Gemms:
