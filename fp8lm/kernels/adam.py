@@ -63,8 +63,8 @@ class AdamFactors:
 
 
 def adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, f: AdamFactors) -> None:
-    """The update itself, in place on fp32 tensors `w`, `m`, `v` (`g` is overwritten too)."""
-    g.mul_(f.clip)
+    """The update itself, in place on fp32 tensors `w`, `m`, `v`."""
+    g = g * f.clip
     m.mul_(f.beta1).add_(g * f.new1)
     v.mul_(f.beta2).add_(g.square_().mul_(f.new2))
     denominator = root(v * f.inverse_correction2).add_(f.eps)
@@ -90,7 +90,6 @@ def adam_step(
         block = slice(start, start + step_elements)
         w, m, v = (_read(kernels, state, block, c.skip) for state in param.states)
         g = kernels.dequantize(param.gradient.elements(block.start, block.stop)).view(-1)
-        g = g.clone() if param.gradient.format.dtype == torch.float32 else g
         adam_(w, g, m, v, factors)
         for kind, value in enumerate((w, m, v)):
             if needs_amax[kind]:

@@ -59,7 +59,8 @@ def train_step(
     delayed. `stop` goes to all ranks with the step's other scalars.
     Where no token counts the gradient is zero: moments and weights decay.
     """
-    model.train()
+    if not model.training:
+        model.train()
     weights, tp = optimizer.weights, optimizer.sharding.tp
     data_parallel = data_parallel or NoDataParallel(weights)
     if pipeline is None:
@@ -99,7 +100,11 @@ def seed_generators(seed: int, consumed_samples: int, *ranks: int) -> None:
     Recomputation restores the generator by itself.
     """
     digest = hashlib.sha256(f"{seed}/{consumed_samples}/{ranks}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    drawn = int.from_bytes(digest[:8], "little") >> 1
+    # torch.manual_seed formats a traceback for every kind of accelerator that is not in use.
+    torch.default_generator.manual_seed(drawn)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(drawn)
 
 
 def zero_gradients(weights: dict[str, Param]) -> None:
