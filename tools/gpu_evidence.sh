@@ -8,7 +8,7 @@
 # Without FP8LM_PYTHON the packages are installed into .venv, as by the other scripts; with it, it
 # names a Python that has torch with CUDA, Triton, the packages of pyproject.toml and pytest.
 #   --wheels   what that Python lacks, for a machine that reaches no index: tools/gpu_wheels.txt
-#              lists it, and how to get it. Unpacked under the output, nothing is installed. Legs:
+#              lists it, and how to get it. Unpacked for as long as this runs. Legs:
 #   doctor     what the machine has
 #   numerics   kernels against the reference, bit for bit, and pytest -m gpu
 #   kernels    tools/bench_kernels.py: bandwidth and FLOP/s by operation
@@ -39,8 +39,12 @@ done
 mkdir -p "${output:=$root/docs/benchmarks/gpu}" || exit 2
 output=$(readlink -f -- "$output")
 if [[ $wheels ]]; then
-  site=$output/packages
-  "${FP8LM_PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
+  compgen -G "$wheels/*.whl" >/dev/null || {
+    echo "error: --wheels $wheels holds no wheel: tools/gpu_wheels.txt says how to get them" >&2
+    exit 2
+  }
+  site=$(mktemp -d) && trap 'rm -rf "$site"' EXIT
+  "${FP8LM_PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile \
     --target "$site" "$wheels"/*.whl || exit 2
   export FP8LM_PYTHON=${FP8LM_PYTHON:-python3} PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi

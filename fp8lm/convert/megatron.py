@@ -73,7 +73,7 @@ def export_model(
             "args": Namespace(**arguments(weights)),
             **plan.facts,
         }
-        torch.save(common, folder / "common.pt")
+        torch.save(common, folder / optimizer.COMMON)
         write_whole(folder / "metadata.json", json.dumps(BACKEND))
         write_whole(work / LATEST, f"{iteration}\n")
 

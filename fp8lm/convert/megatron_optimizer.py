@@ -63,7 +63,8 @@ def common_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / COMMON
     if path.exists():
         return read_facts(path)
-    places = {index.fqn: place for index, place in checkpoint.metadata.storage_data.items()}
+    stored = checkpoint.metadata.storage_data or {}
+    places = {index.fqn: place for index, place in stored.items()}
     place = places.get(COMMON_OBJECT)
     if place is None:
         raise InputError(
@@ -72,9 +73,9 @@ def common_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         )
     file = checkpoint.folder / Path(place.relative_path).name
     try:
-        with file.open("rb") as stored:
-            stored.seek(place.offset)
-            return facts_in(stored.read(place.length), f"{COMMON_OBJECT} in {file}")
+        with file.open("rb") as opened:
+            opened.seek(place.offset)
+            return facts_in(opened.read(place.length), f"{COMMON_OBJECT} in {file}")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
 

@@ -455,7 +455,7 @@ def _decode_fp8(payload: Tensor, factor: Tensor, fmt: Format, out: Tensor) -> No
     values.mul_(correction)
     if values is out:
         out.mul_(factor)
-    else:  # in fp32, which has smaller subnormals; a factor with a dimension is one of the operands
+    else:  # in fp32, which has smaller subnormals: beside a 0-d factor the product would be bf16's
         torch.mul(values, torch.atleast_1d(factor), out=out)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -40,6 +41,27 @@ def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
 def test_no_such_leg(arguments):
     ended = evidence(*arguments)
     assert ended.returncode == 2 and arguments[0] in ended.stderr
+
+
+def test_wheels_are_there_while_it_runs(tmp_path):
+    """The package of a wheel takes the place of an installed one: here of one that ends the leg."""
+    (wheels := tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(wheels / "psutil-99.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("psutil/__init__.py", "raise ImportError('of the wheel')")
+        facts = "Metadata-Version: 2.1\nName: psutil\nVersion: 99.0\n"
+        wheel.writestr("psutil-99.0.dist-info/METADATA", facts)
+        wheel.writestr("psutil-99.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("psutil-99.0.dist-info/RECORD", "")
+    output = tmp_path / "output"
+    ended = evidence("--dry-run", "--wheels", wheels, "--output", output, "doctor")
+    assert ended.returncode == 0, ended.stderr
+    assert "of the wheel" in (output / "doctor/log.txt").read_text()
+    assert sorted(path.name for path in output.iterdir()) == ["doctor", "doctor.tar.gz"]
+
+
+def test_no_wheels(tmp_path):
+    ended = evidence("--dry-run", "--wheels", tmp_path, "--output", tmp_path / "output", "doctor")
+    assert ended.returncode == 2 and f"--wheels {tmp_path} holds no wheel" in ended.stderr
 
 
 def test_a_folder_of_others_is_kept(tmp_path):

@@ -3,8 +3,8 @@
 A kernel here moves memory and does little else, so that the width of its accesses and the number of
 threads that fit decide its speed: 65,536 registers a multiprocessor are 64 for each of 1024.
 
-The bounds are those of Triton 3.9. Older compilers take more registers and barriers for the same
-kernels (3.6: up to 106 where 72 do), without spilling.
+The bounds hold from Triton 3.7 on; 3.6 takes more registers and barriers for some kernels, without
+spilling.
 """
 
 from importlib.metadata import version
@@ -13,9 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TIGHT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
-OF_OLD_COMPILERS = 1.5  # times the registers
-BARRIERS = 5 if TIGHT else 8  # of the optimizer: none between numbers
+OLD = version("triton").startswith("3.6.")
+BARRIERS = 8 if OLD else 5  # of the optimizer: none between numbers
 
 ALIGNED = {
     "accumulate_e2m5": (72, 8),
@@ -70,8 +69,16 @@ ADAM = {
 }
 
 
-def allowed(registers):
-    return registers if TIGHT else OF_OLD_COMPILERS * registers
+REGISTERS_OF_OLD = {
+    "adam_o3_sharded": 96,
+    "both_orientations_and_sums": 106,
+    "gelu_erf_backward": 72,
+    "layer_norm": 50,
+}
+
+
+def allowed(case, registers):
+    return REGISTERS_OF_OLD.get(case, registers) if OLD else registers
 
 
 @pytest.mark.parametrize("case", ALIGNED)
@@ -79,7 +86,7 @@ def test_aligned_shapes(case, compiled):
     registers, wide_accesses = ALIGNED[case]
     kernels = compiled[case]
     assert all(kernel.stack == 0 for kernel in kernels)
-    assert max(kernel.registers for kernel in kernels) <= allowed(registers)
+    assert max(kernel.registers for kernel in kernels) <= allowed(case, registers)
     assert sum(kernel.count(r"(LDG|STG)\.E\.128") for kernel in kernels) >= wide_accesses
     # What is narrow are scales, and what is one number of a program or of a row (a label's logit).
     assert all(kernel.count(r"(LDG|STG)\.E\.U(8|16)") <= 1 for kernel in kernels)
@@ -92,7 +99,7 @@ def test_no_shape_spills(compiled):
         assert kernel.stack == 0
     (kernel,) = compiled["adam_o3_of_an_odd_shape"]
     assert kernel.stack == 0
-    assert kernel.registers <= allowed(96)
+    assert kernel.registers <= 96
 
 
 @pytest.mark.parametrize("case", ADAM)
@@ -100,7 +107,7 @@ def test_the_optimizer_reads_and_writes_every_tensor_once(case, compiled):
     registers, of_128_bits, of_64_bits = ADAM[case]
     (kernel,) = compiled[case]
     assert kernel.stack == 0
-    assert kernel.registers <= allowed(registers)
+    assert kernel.registers <= allowed(case, registers)
     assert kernel.count(r"(ld|st)\.global\.v4\.b32") == of_128_bits
     assert kernel.count(r"(ld|st)\.global\.v2\.b32") == of_64_bits
     assert kernel.count(r"st\.global\.b") == 0
