@@ -15,7 +15,8 @@ from torch import Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate the first R features of every head by its position; same shape and dtype.
 
-    x: [S,B,...,D]. cos, sin: [S,1,...,R] or [S,B,1,...,R], of as many dimensions. `out` is what is written, if given.
+    x: [S,B,...,D]. cos, sin: [S,1,...,R] or [S,B,1,...,R], of as many dimensions. `out` is what is
+    written, if given.
     """
     out = torch.empty_like(x) if out is None else out
     rotated = cos.shape[-1]
