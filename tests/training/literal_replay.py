@@ -54,6 +54,8 @@ class Capture:
 
     operations: list[Operation] = field(default_factory=list)
     made: set[int] = field(default_factory=set)  # memory that the operations have allocated
+    # Keeps it, used or not: what others allocate later is not at an address of `made`.
+    kept: list[Tensor] = field(default_factory=list)
 
     def replay(self):
         for operation in self.operations:
@@ -133,6 +135,7 @@ class Recorder(TorchDispatchMode):
         if name not in ALLOCATING:
             self.capture.operations.append(Operation(function, args, kwargs, result))
         self.capture.made |= {memory(x) for x in tensors_of(result)} - given
+        self.capture.kept += tensors_of(result)
         return result
 
 
