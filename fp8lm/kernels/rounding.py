@@ -133,8 +133,11 @@ def _choose(scaled: Tensor, fmt: Format, subnormal: Tensor, normal: Tensor) -> T
 
 
 def _round_subnormal(scaled: Tensor, fmt: Format, noise: Tensor) -> Tensor:
-    # The other half of the noise: the master weight's lower bits use the lower one.
-    uniform = noise.bitwise_right_shift(16).bitwise_and_(0xFFFF).float().add_(0.5).mul_(2.0**-16)
+    # The other half of the noise: the master weight's lower bits use the lower one. Of FP16 fewer
+    # bits: 1023 steps and 1 - 2^-17 are 1024 in fp32, and a number of the format would move.
+    bits = min(16, _FP32_MANTISSA_BITS - fmt.mantissa_bits)
+    uniform = noise.bitwise_right_shift(32 - bits).bitwise_and_((1 << bits) - 1).float()
+    uniform = uniform.add_(0.5).mul_(2.0**-bits)
     steps = torch.mul(scaled, 1.0 / fmt.smallest_subnormal).add_(uniform).floor_()
     return steps.mul_(fmt.smallest_subnormal)
 

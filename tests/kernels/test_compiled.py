@@ -38,9 +38,11 @@ def numbers_of(x):
     return x.payload.view(x.format.dtype).float() if x.format in (E4M3, E5M2) else x.payload
 
 
-def assert_same_step(kernels, shapes, preset, *, index=None, **changes):
+def assert_same_step(kernels, shapes, preset, *, index=None, shrink=1.0, **changes):
     formats, rounding = formats_of(preset)
     ours, expected = (Tensors(shapes, formats, CPU, index=index) for _ in range(2))
+    for param in (*ours.params, *expected.params):
+        param.master.scale.mul_(shrink)
     if preset == "o4":
         changes["largest_update"] = torch.tensor(1.5)
     table, c = ours.table(rounding), coefficients(CPU, **changes)
@@ -61,6 +63,7 @@ def test_steps(preset, compiled):
     assert CHUNK < 2055 * 128
     with torch.compiler.set_stance("fail_on_recompile"):  # other sizes, scalars and places
         assert_same_step(compiled, [(2055, 128), (77, 32)], preset, lr=1e-4)
+        assert_same_step(compiled, [(2055, 128)], preset, lr=0.0, shrink=2.0**30)  # subnormals
         assert_same_step(compiled, [(300, 64)], preset, index=ElementIndex(77, 8, 40, 1, 2))
         assert_same_step(compiled, [], preset)
         assert_same_step(compiled, [(40, 16)], preset, skip=torch.tensor(False))

@@ -102,6 +102,17 @@ def test_subnormals_go_to_a_neighbour_and_are_unbiased(fmt, subnormals_only):
     assert ((total / keys - x).abs() <= 5 * 0.5 * step / keys**0.5).all()
 
 
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, FP16], ids=repr)
+def test_subnormals_of_the_format_never_move(fmt):
+    # All of them, with the noise nearest to 0 and to 1, and with that of a key.
+    largest = round(fmt.smallest_normal / fmt.smallest_subnormal)
+    exact = torch.arange(-largest, largest + 1) * fmt.smallest_subnormal
+    least, most = torch.zeros(len(exact), dtype=torch.int32), torch.full((len(exact),), -1).int()
+    for bits in (least, most, noise(len(exact), 3)):
+        payload = cast_stochastic(exact, ONE, fmt, bits)
+        assert torch.equal(KERNELS.dequantize(ScaledTensor(payload, ONE, fmt)), exact)
+
+
 @pytest.mark.parametrize("fmt", [*FORMATS, FP32], ids=repr)
 @pytest.mark.parametrize("subnormals_only", [False, True])
 def test_zeros_stay_zero(fmt, subnormals_only):

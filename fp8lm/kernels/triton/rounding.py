@@ -16,6 +16,11 @@ def uses_noise(FORMAT, ROUNDING):
     )
 
 
+@triton.constexpr_function
+def _bits_of_subnormals(FORMAT):
+    return min(16, 23 - fact(FORMAT, "mantissa_bits"))
+
+
 @triton.jit
 def element_numbers(start, offsets, section, size, rank, SHARDED: tl.constexpr):
     """`ElementIndex.numbers` (int32, wrapping) of the elements `start + offsets` of a rank.
@@ -83,8 +88,9 @@ def _round_normal(scaled, noise, FORMAT: tl.constexpr):
 @triton.jit
 def _round_subnormal(scaled, noise, FORMAT: tl.constexpr):
     step: tl.constexpr = fact(FORMAT, "smallest_subnormal")
-    # The other half of the noise: the master weight's lower bits use the lower one.
-    uniform = ((noise >> 16).to(tl.int32).to(tl.float32) + 0.5) * 0.0000152587890625  # 2^-16
+    # The other half of the noise, and no bit that a sum would round: see the reference.
+    BITS: tl.constexpr = _bits_of_subnormals(FORMAT)
+    uniform = ((noise >> (32 - BITS)).to(tl.int32).to(tl.float32) + 0.5) * 2.0**-BITS
     return tl.floor(scaled * (1.0 / step) + uniform) * step
 
 

@@ -84,6 +84,11 @@ def test_gradients_of_every_size(scale, device):
         assert_same_step([(24, 40)], FORMATS[setting], device, scale=scale)
 
 
+def test_subnormals_of_fp16(device):
+    """Their noise has 13 bits; so many elements that more bits give other bytes."""
+    assert_same_step([(256, 128)], FORMATS["fp16 moments"], device, (STOCHASTIC,) * 3, scale=1e-9)
+
+
 @pytest.mark.parametrize("beta1", [0.0, 0.4, 0.6])
 def test_both_ends_of_the_average(beta1, device):
     assert_same_step([(24, 40)], FORMATS["#0"], device, changes={"beta1": beta1})
