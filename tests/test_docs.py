@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_paths_exist(page):
     assert set(missing) <= {"configs/mine.yaml"}  # what the reader writes
 
 
+def test_modules_named_after_another_exist():
+    """In tables of what a change touches: `fp8lm/model/mlp.py`, `attention.py`."""
+    page = ROOT / "docs/developer/extending.md"
+    named = re.findall(r"`([a-z_]+\.py)`", page.read_text())
+    modules = {path.name for path in (ROOT / "fp8lm").rglob("*.py")}
+    assert named and set(named) <= modules
+
+
 def test_lines_are_short(page):
     """Of prose; tables and code may be wider."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -64,6 +73,14 @@ def test_architecture_names_every_package():
     named = re.findall(r"^\| `fp8lm/(\w+)/` \|", ARCHITECTURE.read_text(), re.MULTILINE)
     packages = [path.parent.name for path in ROOT.glob("fp8lm/*/__init__.py")]
     assert sorted(named) == sorted(packages)
+
+
+def test_architecture_shows_the_imports_that_are_checked():
+    (shown,) = re.findall(r"^```\n(launch\n.*?)^```$", ARCHITECTURE.read_text(), re.M | re.S)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (c["layers"] for c in settings["contracts"] if c["type"] == "layers")
+    assert shown.splitlines() == layers
+    assert all("ignore_imports" not in contract for contract in settings["contracts"])
 
 
 def test_navigation_names_every_page():
