@@ -47,18 +47,6 @@ class Documents:
         return Documents(starts, cu_seqlens, self.max_seqlen)
 
 
-def starts_from_position_ids(position_ids: Tensor) -> Tensor:
-    """`Documents.starts` of positions [..., S] int64 that count from 0 in every document.
-
-    ValueError where they begin with another number, or skip one.
-    """
-    restarts = position_ids == 0
-    follows = position_ids[..., 1:] == position_ids[..., :-1] + 1
-    if not (restarts[..., 0].all() and (restarts[..., 1:] | follows).all()):
-        raise ValueError("positions of documents count from 0 by one")
-    return torch.arange(position_ids.shape[-1]) - position_ids
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """`tokens`, `labels` [B, S] int64; `loss_mask` [B, S] fp32, the weight of every label's loss.

@@ -46,9 +46,6 @@ class TPComm:
         return Handle.done(y)
 
 
-NO_COMM = (TPComm(), TPComm())
-
-
 class TPContext:
     """The tensor-parallel group of a layer. The base class: one rank, nothing is sharded."""
 

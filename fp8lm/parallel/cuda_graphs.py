@@ -115,11 +115,6 @@ class GraphedMicrobatches(NoPipeline):
         self._eagerly = False
         self._captured: _Captured | None = None
 
-    @property
-    def num_captures(self) -> int:
-        """Graphs that are replayed now, of which there may be two."""
-        return 0 if self._captured is None else len(self._captured.graphs)
-
     def train(
         self,
         microbatches: list[Batch],

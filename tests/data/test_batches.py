@@ -14,7 +14,6 @@ import torch
 from torch.utils import data
 from torch.utils.data import Dataset
 
-from fp8lm.batch import starts_from_position_ids
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.runtime.errors import EXIT_FAILED, InputError, run_command
@@ -134,24 +133,6 @@ def test_documents_of_a_micro_batch():
 def test_samples_of_one_document_need_no_mask():
     (batch,) = iterate(dataset=OfDocuments(48), micro=1).next(1)
     assert batch.documents is None
-
-
-@pytest.mark.parametrize(
-    "positions, starts",
-    [
-        ([0, 1, 2, 3], [0, 0, 0, 0]),
-        ([0, 0, 1, 0], [0, 1, 1, 3]),
-        ([0, 0, 0, 0], [0, 1, 2, 3]),
-    ],
-)
-def test_starts_follow_from_positions(positions, starts):
-    assert starts_from_position_ids(torch.tensor([positions])).tolist() == [starts]
-
-
-@pytest.mark.parametrize("positions", [[1, 2, 3], [0, 2, 3], [0, 1, 1]])
-def test_positions_that_do_not_count(positions):
-    with pytest.raises(ValueError, match="count from 0 by one"):
-        starts_from_position_ids(torch.tensor(positions))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fp8lm.batch import Batch, Documents, starts_from_position_ids
+from fp8lm.batch import Batch, Documents
 from fp8lm.data.boundaries import document_starts
 from fp8lm.layers.param import named_params
 from fp8lm.model.objectives import LanguageModeling
@@ -123,11 +123,3 @@ def test_where_positions_begin():
         )
         difference = (restarting - running).abs().max() / running.abs().max()
         assert difference > 1e-2 if matters else difference < 1e-5
-
-
-def test_packed_conversations_need_their_positions_only():
-    """The bounds that instruction tuning derives are those of the tokens."""
-    data = packed(ENDS["many in a row"])
-    derived = Documents.from_starts(starts_from_position_ids(data.position_ids))
-    assert torch.equal(derived.starts, data.documents.starts)
-    assert torch.equal(derived.cu_seqlens, data.documents.cu_seqlens)
