@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_step import describe_device
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import as_path, finite, number_type
 from fp8lm.config.precision import KernelsName, PrecisionConfig
 from fp8lm.config.presets import PresetName
 from fp8lm.data.files import write_aside
@@ -99,16 +99,18 @@ def main(argv: list[str]) -> None:
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Sizes of a layer and of the measurement."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--ffn-hidden-size", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--copy-mib", type=int, default=1024, help="size of the copied tensor")
-    parser.add_argument("--seconds", type=float, default=0.1, help="for each; default: 0.1")
+    parser.add_argument("--hidden-size", type=number_type(16), default=4096)
+    parser.add_argument("--ffn-hidden-size", type=number_type(16), default=16384)
+    parser.add_argument("--tokens", type=number_type(16), nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument(
+        "--copy-mib", type=number_type(1), default=1024, help="size of the copied tensor"
+    )
+    parser.add_argument("--seconds", type=finite, default=0.1, help="for each; default: 0.1")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=as_path, help="where to write the rows")
     options = parser.parse_args(argv)
     sizes = (options.hidden_size, options.ffn_hidden_size, *options.tokens)
-    if any(size < 16 or size % 16 for size in sizes):
+    if any(size % 16 for size in sizes):
         parser.error("--hidden-size, --ffn-hidden-size and --tokens are multiples of 16")
     return options
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import as_path, number_type
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Measure, print, write."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=number_type(1), default=20)
     parser.add_argument("--output", type=as_path)
     options, overrides = parser.parse_known_args(argv)
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]

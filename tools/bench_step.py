@@ -29,7 +29,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
-from fp8lm.arguments import path_text
+from fp8lm.arguments import number_type, path_text
 from fp8lm.batch import Batch
 from fp8lm.comm import WireCounter
 from fp8lm.config import Config, build_config
@@ -68,27 +68,29 @@ def main(argv: list[str]) -> None:
         keep_freed_blocks()  # as a training does, for all contestants
     contestants = build_contestants(options, device)
     times, allocated = measure(contestants, options.steps, device)
-    if options.profile:
-        write_aside(options.profile, profile(contestants, device))
     rows = summarize(times, allocated, options)
     print_table(rows, options, device)
     if options.output:
         facts = {"options": vars(options), "device": describe_device(device), "rows": rows}
         write_aside(options.output, json.dumps(facts, indent=1) + "\n")
+    if options.profile:
+        write_aside(options.profile, profile(contestants, device))
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Sizes of the model and the measurement."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--num-attention-heads", type=int, default=8)
-    parser.add_argument("--kv-channels", type=int, help="default: hidden size / heads")
-    parser.add_argument("--ffn-hidden-size", type=int, help="default: four times the hidden size")
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--num-microbatches", type=int, default=1)
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--hidden-size", type=number_type(1), default=512)
+    parser.add_argument("--num-layers", type=number_type(1), default=4)
+    parser.add_argument("--num-attention-heads", type=number_type(1), default=8)
+    parser.add_argument("--kv-channels", type=number_type(1), help="default: hidden size / heads")
+    parser.add_argument(
+        "--ffn-hidden-size", type=number_type(1), help="default: four times the hidden size"
+    )
+    parser.add_argument("--seq-length", type=number_type(1), default=256)
+    parser.add_argument("--micro-batch-size", type=number_type(1), default=8)
+    parser.add_argument("--num-microbatches", type=number_type(1), default=1)
+    parser.add_argument("--vocab-size", type=number_type(1), default=2048)
     parser.add_argument("--presets", default="bf16,te,o1,o2,o3")
     parser.add_argument(
         "--kernels", choices=get_args(KernelsName), default="auto", help="precision.kernels"
@@ -97,9 +99,11 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="each preset with train.enable_cuda_graph, too"
     )
-    parser.add_argument("--steps", type=int, default=10, help="timed steps after 2 for warm-up")
+    parser.add_argument(
+        "--steps", type=number_type(1), default=10, help="timed steps after 2 for warm-up"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--num-threads", type=number_type(1))
     parser.add_argument("--output", type=path_text, help="write the numbers to this JSON file")
     parser.add_argument(
         "--profile", type=path_text, help="write PyTorch's profile of a further step to this file"

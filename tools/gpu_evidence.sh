@@ -21,41 +21,45 @@
 set -euo pipefail
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
 output='' wheels='' dry='' legs=()
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
 while (($#)); do
   case $1 in
-  --output) output=${2:?--output needs a folder} && shift ;;
-  --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
+  --output | --wheels)
+    [[ ${2:-} ]] || fail "$1 needs a folder"
+    declare "${1#--}=$2" && shift
+    ;;
   --dry-run) dry=yes ;;
   doctor | numerics | kernels | step_7b | step_175b | graphs | baselines | nccl | train) legs+=("$1") ;;
   -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
-  *)
-    echo "error: $1 is no option and no leg: see tools/gpu_evidence.sh --help" >&2
-    exit 2
-    ;;
+  *) fail "$1 is no option and no leg: see tools/gpu_evidence.sh --help" ;;
   esac
   shift
 done
 ((${#legs[@]})) || legs=(doctor numerics kernels step_7b step_175b graphs baselines nccl train)
-mkdir -p "${output:=$root/docs/benchmarks/gpu}" || exit 2
-output=$(readlink -f -- "$output")
+output=$(readlink -m -- "${output:-$root/docs/benchmarks/gpu}")
 if [[ $wheels ]]; then
-  compgen -G "$wheels/*.whl" >/dev/null || {
-    echo "error: --wheels $wheels holds no wheel: tools/gpu_wheels.txt says how to get them" >&2
-    exit 2
-  }
+  export FP8LM_PYTHON=${FP8LM_PYTHON:-python3}
+  compgen -G "$wheels/*.whl" >/dev/null ||
+    fail "--wheels $wheels holds no wheel: tools/gpu_wheels.txt says how to get them"
+  command -v "$FP8LM_PYTHON" >/dev/null || fail "FP8LM_PYTHON=$FP8LM_PYTHON does not run"
   site=$(mktemp -d) && trap 'rm -rf "$site"' EXIT
-  "${FP8LM_PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile \
-    --target "$site" "$wheels"/*.whl || exit 2
-  export FP8LM_PYTHON=${FP8LM_PYTHON:-python3} PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  "$FP8LM_PYTHON" -m pip install --quiet --no-index --no-deps --no-compile \
+    --target "$site" "$wheels"/*.whl ||
+    fail "--wheels $wheels: not for $FP8LM_PYTHON, see above; tools/gpu_wheels.txt says how to get them"
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
 # shellcheck source=scripts/_env.sh disable=SC1091
 source "$root/scripts/_env.sh"
 cd "$root"
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || [[ $dry ]] || {
-  echo "error: no CUDA device here: use --dry-run to check the legs on the CPU" >&2
-  exit 2
-}
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || [[ $dry ]] ||
+  fail "no CUDA device here: use --dry-run to check the legs on the CPU"
+{ mkdir -p "$output" && [[ -w $output ]]; } || fail "--output $output cannot be written: name another"
 device=cuda limit=300
 [[ ! $dry ]] || device=cpu
 
@@ -165,6 +169,17 @@ train() {
     --plot "$1/loss.png"
 }
 
+pack() { # leg; the archive is whole, or not there
+  local archive=$output/$1.tar.gz
+  {
+    tar --create --gzip --file "$archive.part" --directory "$output" "$1" &&
+      mv "$archive.part" "$archive"
+  } || {
+    rm -f "$archive.part"
+    fail "$archive cannot be written: make room, and the same command goes on"
+  }
+}
+
 export -f doctor numerics kernels bench_steps step_7b step_175b graphs baselines nccl train
 export PYTHON device dry
 failed=()
@@ -172,17 +187,17 @@ for leg in "${legs[@]}"; do
   folder=$output/$leg
   if [[ -e $folder/done ]]; then
     echo "$leg: done before, in $folder"
+    [[ -e $output/$leg.tar.gz ]] || pack "$leg"
     continue
   fi
   if [[ -d $folder && ! -e $folder/log.txt && -n $(ls -A "$folder") ]]; then
-    echo "error: $folder is not of this script: use another --output" >&2
-    exit 2
+    fail "$folder is not of this script: use another --output"
   fi
-  rm -rf "$folder" && mkdir -p "$folder"
+  { rm -rf "$folder" && mkdir "$folder"; } || fail "$folder cannot be made anew"
   echo "$leg: at most $limit s, $folder/log.txt"
   if timeout "$limit" bash -euo pipefail -c "$leg \"\$1\"" "$leg" "$folder" >"$folder/log.txt" 2>&1; then
     touch "$folder/done"
-    tar --create --gzip --file "$output/$leg.tar.gz" --directory "$output" "$leg"
+    pack "$leg"
   else
     failed+=("$leg")
     tail -n 5 "$folder/log.txt" >&2

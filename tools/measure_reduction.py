@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,9 @@ def _draw_all(results: dict[str, dict], path: Path, draw: Callable[..., None]) -
             axis.grid(alpha=0.3)
     axes[0][2].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_aside(path, picture.getvalue())
     pyplot.close(figure)
 
 

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,9 @@ def plot(facts: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_aside(path, picture.getvalue())
     pyplot.close(figure)
 
 

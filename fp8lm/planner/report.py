@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 
+from fp8lm.data.files import write_aside
 from fp8lm.planner.describe import aligned
 from fp8lm.planner.estimate import Estimate
 from fp8lm.planner.tracing.roofline import GIGA
@@ -101,7 +103,9 @@ def plot(estimates: Mapping[str, Estimate], title: str, path: Path) -> None:
     for axes in (memory, time):
         axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, bbox_inches="tight", format="png")
+    write_aside(path, picture.getvalue())
     pyplot.close(figure)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bad_input.cases import run, writes
+from tests.bad_input.cases import TINY, run, writes
 
 TRAIN = '{"iteration": 1, "lm loss": 2.0, "state_bytes_per_parameter": 7, "x": 1}\n'
 VALID = '{"iteration": 1, "lm loss validation": 2.0}\n'
@@ -31,6 +31,11 @@ def corpus(max_mb):
 REPORTED = writes(**{"r/metrics__jsonl": "x\n"})
 
 CASES = [
+    run("bench_step", "--num-attention-heads=0", says="--num-attention-heads: '0' is not a number"),
+    run("bench_step", "--num-threads=-1", says="--num-threads: '-1' is not a number of at least 1"),
+    run("bench_kernels", "--seconds=-1", says="--seconds: '-1' is not a finite number"),
+    run("bench_kernels", "--copy-mib", "0", says="--copy-mib: '0' is not a number of at least 1"),
+    run("bench_optimizer", *TINY, "--steps", "0", says="--steps: '0' is not a number of at least"),
     run("bench_step", "--cuda-graphs", "--device=cpu", says="--cuda-graphs needs a GPU: leave it"),
     compare("--plot", "x.xyz", says="--plot x.xyz: "),
     compare("--summary", "x", says="metrics.jsonl, line 2: no report", metrics=TRAIN + "7\n"),

@@ -25,22 +25,33 @@ def evidence(*arguments):
 def test_legs_run_once_and_a_failure_stops_no_other(tmp_path):
     (tmp_path / "doctor").mkdir()
     (tmp_path / "doctor/done").touch()
+    (tmp_path / "doctor.tar.gz.part").touch()
     ended = evidence("--dry-run", "--output", tmp_path, "doctor", "kernels", "step_175b", "graphs")
     assert ended.returncode == 0, ended.stderr
     assert "doctor: done before" in ended.stdout
     assert not (tmp_path / "doctor/log.txt").exists()
+    with tarfile.open(tmp_path / "doctor.tar.gz") as archive:  # was not packed to the end
+        assert "doctor/done" in archive.getnames()
     assert (tmp_path / "kernels/kernels.json").stat().st_size > 1000
     assert len(list((tmp_path / "step_175b").glob("*.json"))) == 3
     assert len(list((tmp_path / "graphs").glob("*.json"))) == 2
     assert all((tmp_path / leg / "done").exists() for leg in ("kernels", "step_175b", "graphs"))
     with tarfile.open(tmp_path / "kernels.tar.gz") as archive:
         assert "kernels/kernels.json" in archive.getnames()
+    assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("arguments", [("--dry-rum",), ("step_8b",)])
-def test_no_such_leg(arguments):
+@pytest.mark.parametrize("arguments", [("--dry-rum",), ("step_8b",), ("--output",), ("--wheels",)])
+def test_no_such_leg_and_no_folder(arguments):
     ended = evidence(*arguments)
-    assert ended.returncode == 2 and arguments[0] in ended.stderr
+    assert ended.returncode == 2 and f"error: {arguments[0]} " in ended.stderr
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    ended = evidence("--dry-run", "--output", tmp_path / "file/output", "doctor")
+    assert ended.returncode == 2
+    assert f"error: --output {tmp_path}/file/output cannot be written: name" in ended.stderr
 
 
 def test_wheels_are_there_while_it_runs(tmp_path):
@@ -62,6 +73,15 @@ def test_wheels_are_there_while_it_runs(tmp_path):
 def test_no_wheels(tmp_path):
     ended = evidence("--dry-run", "--wheels", tmp_path, "--output", tmp_path / "output", "doctor")
     assert ended.returncode == 2 and f"--wheels {tmp_path} holds no wheel" in ended.stderr
+
+
+def test_wheels_of_another_python(tmp_path):
+    (tmp_path / "torch-1.0-cp27-cp27m-win32.whl").touch()
+    output = tmp_path / "output"
+    ended = evidence("--dry-run", "--wheels", tmp_path, "--output", output, "doctor")
+    assert ended.returncode == 2 and not output.exists()
+    assert "torch-1.0-cp27-cp27m-win32.whl is not a supported wheel" in ended.stderr
+    assert f"error: --wheels {tmp_path}: not for {sys.executable}" in ended.stderr
 
 
 def test_a_folder_of_others_is_kept(tmp_path):

@@ -19,7 +19,7 @@ def test_a_run_is_measured_twice(run_tool, tmp_path):
     size = ("model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2")
     keys = ("data.mock_data=true", "train.global_batch_size=2", "train.micro_batch_size=1", *size)
     moments = ("--early", 1, "--late", 2, "--output", output)
-    pictures = [tmp_path / name for name in ("replicas.png", "blocks.png")]
+    pictures = [tmp_path / name for name in ("pictures/replicas.png", "blocks.png")]
     plots = ("--plot", pictures[0], "--plot-blocks", pictures[1])
     assert run_tool("measure_reduction", "--config", config, *moments, *plots, *keys) == 0
     results = json.loads(output.read_text())

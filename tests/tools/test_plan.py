@@ -14,7 +14,7 @@ SMALL = ("model.num_layers=4", "train.global_batch_size=32")
 
 @pytest.mark.slow
 def test_the_command(run_tool, tmp_path, capsys):
-    numbers, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    numbers, picture = tmp_path / "plan.json", tmp_path / "pictures/plan.png"
     files = ("--json", numbers, "--output", picture)
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     argv = ("--config", TINY, "--world-size", 4, "--gpu", "h200", *files, *layout, *SMALL)

@@ -326,7 +326,7 @@ def test_the_budget_of_a_7b_shaped_layer(tracing, traced, kernels, preset):
 
 
 def test_the_command(run_tool, tmp_path, capsys):
-    facts, picture = tmp_path / "step.json", tmp_path / "step.png"
+    facts, picture = tmp_path / "step.json", tmp_path / "pictures/step.png"
     options = ("--preset", "o3", "--kernels", "hopper", "--json", facts, "--output", picture)
     layers = ("model.num_layers=6", "train.global_batch_size=8")
     assert run_tool("trace_step", "--config", GPT_7B, *options, *SMALL, *layers) == 0
