@@ -55,15 +55,19 @@ class Kill:
 
 @dataclass(frozen=True)
 class JobResult:
-    """Exit codes by rank (negative: a signal), and whether `Kill` was carried out."""
+    """Exit codes by rank (negative: a signal); whether `Kill` was carried out, or time was up."""
 
     codes: list[int]
     killed: bool
+    timed_out: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether every rank ended well."""
         return not any(self.codes)
+
+    def __str__(self) -> str:
+        return f"ended with {self.codes}" + ", time was up" * self.timed_out
 
 
 class JobServer:
@@ -158,11 +162,11 @@ def _run(command: Callable[[list[str]], int], request: dict[str, Any]) -> JobRes
     port = _free_port()
     ranks = [_fork(command, request, rank, port) for rank in range(request["processes"])]
     kill = Kill(**request["kill"]) if request["kill"] else None
-    due = deadline = time.monotonic() + request["timeout"]
+    due = deadline = limit = time.monotonic() + request["timeout"]
     if kill is None:
         due = float("inf")
     codes: dict[int, int] = {}
-    armed = killed = False
+    armed = killed = timed_out = False
     while len(codes) < len(ranks):
         codes |= _reap([pid for pid in ranks if pid not in codes])
         now = time.monotonic()
@@ -172,12 +176,13 @@ def _run(command: Callable[[list[str]], int], request: dict[str, Any]) -> JobRes
             deadline = min(deadline, now + GRACE)
         if now >= min(due, deadline) and len(codes) < len(ranks):
             killed = killed or (armed and now >= due)
+            timed_out = now >= limit
             due = float("inf")
             for pid in ranks:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(POLL)
-    return JobResult([codes[pid] for pid in ranks], killed)
+    return JobResult([codes[pid] for pid in ranks], killed, timed_out)
 
 
 def _fork(

@@ -86,15 +86,20 @@ DOCUMENTS = {
 }
 # What else is learned, from mock examples, and how.
 OBJECTIVES: tuple[dict[str, tuple[Any, ...]], ...] = (
-    {"train.objective": ("sft",), "tuning.packing": ("true", "true", "false")},
+    {
+        "train.objective": ("sft",),
+        "tuning.packing": ("true", "true", "false"),
+        "train.calculate_per_token_loss": ("true", "true", "false"),
+    },
     {
         "train.objective": ("dpo",),
         "tuning.label_smoothing": (0.0, 0.1),
         "tuning.length_normalized": ("true", "false"),
         "tuning.sft_loss_weight": (0.0, 0.2),
     },
+    {"train.objective": ("dpo",), "tuning.loss_type": ("ipo",)},
 )
-# Values of these change when work is done, and where, and no result.
+# Values of these change when work is done, and where, or what is looked at, and no result.
 NEUTRAL = {
     "train.recompute_granularity": ("null", "full", "selective"),
     "parallel.overlap_grad_reduce": ("true", "false"),
@@ -103,6 +108,7 @@ NEUTRAL = {
     "checkpoint.async_save": ("true", "false"),
     "precision.cache_weight_operands": ("true", "false"),
     "data.num_workers": (0, 0, 1),
+    "logging.fp8_stats_interval": ("null", "null", 2),
 }
 # These decide where row blocks are cut, and with that which rank owns a row.
 OWNERS = ("parallel.overlap_param_gather", "parallel.ddp_bucket_size")
@@ -178,7 +184,8 @@ class Case:
         phases = ", then ".join(f"{p.layout} to {p.until}" for p in self.phases)
         keys = [k for k, values in {**VARIANTS, **DOCUMENTS}.items() if "true" in values]
         drawn = [key.partition(".")[2] for key in keys if self.overrides.get(key) == "true"]
-        named = ", ".join([self.precision, *drawn, phases])
+        objective = [self.overrides[key] for key in ("train.objective",) if key in self.overrides]
+        named = ", ".join([self.precision, *objective, *drawn, phases])
         return f"case {self.number}: {named}" + f", {kills} kills" * bool(kills)
 
 
@@ -406,15 +413,18 @@ def train(
         if not result.ok:
             lines = [line for line in log.read_text().splitlines() if line.strip()]
             error = next((x for x in lines if "error: " in x), lines[-1] if lines else "no output")
-            raise RuntimeError(f"{folder.name} run ended with {result.codes}: {error}")
+            raise RuntimeError(f"{folder.name} run {result}: {error}")
 
 
 def reports(folder: Path) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl without what is measured."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    """Lines of metrics.jsonl without what is measured, and without statistics of casts."""
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if any(key.startswith("fp8_stats/") for key in line):
+            continue
         yield {
             key: value
-            for key, value in json.loads(line).items()
+            for key, value in line.items()
             if key not in MEASURED and not key.startswith(("memory/", "comm_bytes/", "state_bytes"))
         }
 

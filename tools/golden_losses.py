@@ -246,7 +246,7 @@ def run(server: JobServer, golden: GoldenRun, folder: Path) -> dict[str, Any]:
         result = server.run(argv, golden.processes, folder / "log.txt")
         if not result.ok:
             tail = "\n".join((folder / "log.txt").read_text().splitlines()[-20:])
-            raise RuntimeError(f"{folder.name} ended with {result.codes}:\n{tail}")
+            raise RuntimeError(f"{folder.name} {result}:\n{tail}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reports = [{key: line[key] for key in REPORTED if key in line} for line in lines]
     return {"reports": reports, "tensors": digests(checkpoints)}
