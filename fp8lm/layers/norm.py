@@ -18,11 +18,13 @@ from fp8lm.layers.prologue import Prologue
 from fp8lm.numerics import Format
 
 
-class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
+class Norm(nn.Module):
+    """A normalization over the last dimension with a weight, and a bias where `has_bias`.
 
     `sequence_parallel`: see `ParamSpec`.
     """
+
+    has_bias: bool
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class LayerNorm(nn.Module):
         weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
         self.weight = VectorParam(weight, kernels, device)
         bias = vector_spec(size, 0.0, fmt, sequence_parallel=sequence_parallel)
-        self.bias = VectorParam(bias, kernels, device)
+        self.bias = VectorParam(bias, kernels, device) if self.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
@@ -48,12 +50,13 @@ class LayerNorm(nn.Module):
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
-        """See `Prologue`: weight and bias."""
-        return self.weight.param, self.bias.param
+        """See `Prologue`: the weight, and the bias if there is one."""
+        weight, bias = self._weight_and_bias
+        return (weight,) if bias is None else (weight, bias)
 
     def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Prologue`."""
-        y, statistics = self.kernels.norm(x, self.weight.param, self.bias.param, self.eps)
+        y, statistics = self.kernels.norm(x, *self._weight_and_bias, self.eps)
         return y, (x, *statistics)
 
     def backward_from(
@@ -61,53 +64,24 @@ class LayerNorm(nn.Module):
     ) -> tuple[Tensor, ...]:
         """See `Prologue`."""
         x, *of_rows = saved
-        parameters = self.weight.param, self.bias.param
+        parameters = self._weight_and_bias
         return self.kernels.norm_backward(x, *parameters, tuple(of_rows), dy, self.eps, residual)
-
-
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
-
-    `sequence_parallel`: see `ParamSpec`.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        eps: float,
-        fmt: Format,
-        kernels: Kernels,
-        device: torch.device,
-        *,
-        sequence_parallel: bool = False,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.kernels = kernels
-        weight = vector_spec(size, 1.0, fmt, sequence_parallel=sequence_parallel)
-        self.weight = VectorParam(weight, kernels, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
-        return _apart(x, self)
 
     @property
-    def differentiated(self) -> tuple[Tensor, ...]:
-        """See `Prologue`: the weight."""
-        return (self.weight.param,)
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight.param, None if self.bias is None else self.bias.param
 
-    def forward_saving(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `Prologue`."""
-        y, statistics = self.kernels.norm(x, self.weight.param, None, self.eps)
-        return y, (x, *statistics)
 
-    def backward_from(
-        self, saved: tuple[Tensor, ...], dy: Tensor, residual: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """See `Prologue`."""
-        x, *of_rows = saved
-        parameters = self.weight.param, None
-        return self.kernels.norm_backward(x, *parameters, tuple(of_rows), dy, self.eps, residual)
+class LayerNorm(Norm):
+    """`(x - mean) / sqrt(var + eps) * weight + bias`."""
+
+    has_bias = True
+
+
+class RMSNorm(Norm):
+    """`x / sqrt(mean(x^2) + eps) * weight`."""
+
+    has_bias = False
 
 
 def _apart(x: Tensor, norm: Prologue) -> Tensor:

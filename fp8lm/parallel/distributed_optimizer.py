@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fp8lm.config import ParallelConfig
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.layers.linear import Linear
-from fp8lm.layers.norm import LayerNorm, RMSNorm
+from fp8lm.layers.norm import Norm
 from fp8lm.layers.param import Param, named_params
 from fp8lm.parallel.data_parallel import BucketedDataParallel
 from fp8lm.parallel.param_buffer import ParamBuffer
@@ -135,7 +135,7 @@ class ZeroDataParallel(BucketedDataParallel):
 
         waited_for = set()
         for path, module in model.named_modules():
-            if isinstance(module, Linear | LayerNorm | RMSNorm):
+            if isinstance(module, Linear | Norm):
                 names = [f"{path}.{name}" for name in named_params(module)]
                 # Frozen weights are in no part.
                 parts_of[module] = [part_of[name] for name in names if name in part_of]
