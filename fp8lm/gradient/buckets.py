@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, all_gather_uneven
-from fp8lm.gradient.reduction import GradientReduction, Rows, sent_format
+from fp8lm.gradient.reduction import GradientReduction, sent_format
 from fp8lm.layers.param import Param, by_group
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.numerics import FP32, Format, Granularity, granularity_of
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -30,7 +31,7 @@ class ShardedReduction:
     """How the gradients of one parameter group are reduced; rank r of its group owns `rows[r]`."""
 
     reduction: GradientReduction
-    rows: Sequence[Rows]
+    rows: Sequence[LocalShards]
 
 
 class GradientBuckets:
@@ -119,7 +120,7 @@ class GradientBuckets:
             gradients.update(zip(names, layout.views(message), strict=True))
         return gradients
 
-    def _layout(self, rows: Rows) -> MessageLayout:
+    def _layout(self, rows: LocalShards) -> MessageLayout:
         parts, granularities = [], []
         for name, weight in self.weights.items():
             if name in rows:

@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, MessageLayout, Wire, max_over_group, shift_bytes
-from fp8lm.gradient.reduction import Fp32ReduceScatter, Parts, Rows, cut, parts_of
+from fp8lm.gradient.reduction import Fp32ReduceScatter, Parts, cut, parts_of
 from fp8lm.kernels.interface import Kernels
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.numerics import Format
 from fp8lm.scaled_tensor import ScaledTensor
 
@@ -97,7 +98,7 @@ class Fp8Sum:
         self._others = Fp32ReduceScatter(group, wire, kernels, divisor)
 
     def start(
-        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`; the ring runs in `wait()`."""
         fp8 = {n: g for n, g in gradients.items() if n in self.scaling.index}
@@ -130,7 +131,7 @@ class Fp8Sum:
         return {name: mu[index] for name, index in self.scaling.index.items()}
 
     def _mean(
-        self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[Rows]
+        self, gradients: dict[str, ScaledTensor], scales: Tensor, rows: Sequence[LocalShards]
     ) -> dict[str, Tensor]:
         rank = self.group.rank()
         sent = {

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8lm.comm import Handle, Wire, max_over_group
-from fp8lm.gradient.reduction import Parts, Rows, cut, parts_of, reduce_scatter_fp32
+from fp8lm.gradient.reduction import Parts, cut, parts_of, reduce_scatter_fp32
 from fp8lm.kernels.interface import Kernels
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.scaled_tensor import ScaledTensor
 
 Sums = Sequence[Sequence[tuple[str, Tensor]]]  # by owner's node: names, and what was summed
@@ -47,7 +48,7 @@ class HierarchicalReduceScatter:
         self.kernels = kernels
 
     def start(
-        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`; the second hop runs in `wait()`."""
         per_node, number = self.node.size(), self.node.rank()

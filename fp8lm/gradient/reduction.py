@@ -20,10 +20,10 @@ from torch import Tensor
 from fp8lm.comm import Handle, MessageLayout, Wire, all_to_all_bytes
 from fp8lm.comm.message import pack_all
 from fp8lm.kernels.interface import Kernels
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.numerics import BF16, E4M3, FP32, Format
 from fp8lm.scaled_tensor import ScaledTensor
 
-Rows = Mapping[str, tuple[int, int]]
 Parts = Sequence[Sequence[ScaledTensor]]
 
 
@@ -35,7 +35,7 @@ class GradientReduction(Protocol):
     kernels: Kernels
 
     def start(
-        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]
     ) -> Handle[dict[str, Tensor]]:
         """This rank's whole `gradients` -> the means of the rows it owns (fp32), by name.
 
@@ -66,7 +66,7 @@ class Fp32ReduceScatter:
         self.divisor = divisor or group.size()
 
     def start(
-        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+        self, gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]
     ) -> Handle[dict[str, Tensor]]:
         """See `GradientReduction`."""
         names, parts = cut(gradients, rows), parts_of(gradients, rows)
@@ -131,13 +131,13 @@ def reduce_scatter_fp32(
     return all_to_all_bytes(buffer, sizes, receive, group, wire).then(add_up)
 
 
-def cut(gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]) -> list[list[str]]:
+def cut(gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]) -> list[list[str]]:
     """Which of `gradients` each rank owns rows of, in their order."""
     return [[name for name in gradients if name in own] for own in rows]
 
 
 def parts_of(
-    gradients: Mapping[str, ScaledTensor], rows: Sequence[Rows]
+    gradients: Mapping[str, ScaledTensor], rows: Sequence[LocalShards]
 ) -> list[list[ScaledTensor]]:
     """The rows that each rank owns, as views in the order of `cut`."""
     return [

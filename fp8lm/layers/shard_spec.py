@@ -9,12 +9,16 @@ sharded separately over `size` ranks:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fp8lm.kernels.rounding import ElementIndex
+
+Rows = tuple[int, int]  # along the first dimension: the first, and one beyond the last
+LocalShards = Mapping[str, Rows]  # of a rank's part of each parameter, by name
 
 
 @dataclass(frozen=True)

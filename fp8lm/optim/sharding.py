@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fp8lm.layers.param import Param
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.layers.tp_context import NO_TP, TPContext
-
-Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class OptimizerSharding:
     """
 
     tp: TPContext
-    local_shards: Mapping[str, Rows]
+    local_shards: LocalShards
     norm_owner: Mapping[str, bool]
     gather: Callable[[Tensor], Tensor]
     max: Callable[[Tensor], Tensor]
@@ -39,7 +38,7 @@ class OptimizerSharding:
         params: Mapping[str, Param],
         tp: TPContext = NO_TP,
         *,
-        local_shards: Mapping[str, Rows] | None = None,
+        local_shards: LocalShards | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
         max: Callable[[Tensor], Tensor] | None = None,
         is_norm_owner: Callable[[str], bool] = lambda name: True,

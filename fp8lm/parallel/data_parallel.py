@@ -14,9 +14,8 @@ from torch import Tensor
 from fp8lm.comm.groups import ParamGroup
 from fp8lm.gradient.buckets import GradientBuckets
 from fp8lm.layers.param import Param
+from fp8lm.layers.shard_spec import Rows
 from fp8lm.scaled_tensor import ScaledTensor
-
-Rows = tuple[int, int]
 
 
 class NoDataParallel:

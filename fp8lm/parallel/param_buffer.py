@@ -8,8 +8,6 @@ Scales are not sent: every rank computes them from shared amaxes, bit for bit th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,10 +15,9 @@ from torch import Tensor
 from fp8lm.comm import Handle, Wire, all_gather_uneven
 from fp8lm.kernels.interface import Kernels
 from fp8lm.layers.param import Param
+from fp8lm.layers.shard_spec import LocalShards, Rows
 from fp8lm.parallel.param_layout import ParamLayout
 from fp8lm.scaled_tensor import ScaledTensor
-
-Rows = tuple[int, int]
 
 
 class ParamBuffer:
@@ -100,5 +97,5 @@ class ParamBuffer:
     def _part(self, name: str, rows: Rows) -> ScaledTensor:
         return self._weights[name].model_param.rows(*rows)
 
-    def _count(self, rows: Mapping[str, Rows]) -> int:
+    def _count(self, rows: LocalShards) -> int:
         return sum(self._part(name, span).payload.numel() for name, span in rows.items())

@@ -22,9 +22,10 @@ from fp8lm.comm.dims import ParallelDims
 from fp8lm.comm.groups import replicas_per_node
 from fp8lm.comm.p2p import PipelineP2P
 from fp8lm.config import Config
-from fp8lm.gradient.reduction import Rows, sent_format
+from fp8lm.gradient.reduction import sent_format
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import Param
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.model.decoder import StageSpec
 from fp8lm.numerics import BF16, FP32, Format, granularity_of
 from fp8lm.optim.step_scalars import NUM_GATHERED
@@ -59,7 +60,7 @@ def gradient_bytes(
     config: Config,
     dims: ParallelDims,
     weights: Mapping[str, Param],
-    rows: Sequence[Rows],
+    rows: Sequence[LocalShards],
     node_size: int,
 ) -> list[ReductionBytes]:
     """What each replica sends to the owners of `rows`, with `node_size` processes on a machine."""
@@ -85,7 +86,7 @@ def summed_per_node(config: Config, dims: ParallelDims, node_size: int) -> int |
     return replicas_per_node(dims.dp, dims.stride("dp"), size, given=given is not None)
 
 
-def _message(wire: Wire, params: Mapping[str, Param], rows: Rows) -> int:
+def _message(wire: Wire, params: Mapping[str, Param], rows: LocalShards) -> int:
     """The message with the gradients of `rows`: see `fp8lm.comm.message`."""
     payload = scales = 0
     for name, (first, last) in rows.items():
@@ -111,7 +112,7 @@ def _num_scales(fmt: Format, shape: tuple[int, ...], rows: int) -> int:
 
 
 def parameter_bytes(
-    config: Config, weights: Mapping[str, Param], rows: Sequence[Rows], shards: Sequence[int]
+    config: Config, weights: Mapping[str, Param], rows: Sequence[LocalShards], shards: Sequence[int]
 ) -> list[int]:
     """What each replica passes on of the stepped weights; `shards[r]` are the bytes that r owns."""
     if not config.parallel.use_distributed_optimizer:
@@ -126,7 +127,7 @@ def parameter_bytes(
 
 
 def gathered_gradient_bytes(
-    config: Config, weights: Mapping[str, Param], rows: Sequence[Rows]
+    config: Config, weights: Mapping[str, Param], rows: Sequence[LocalShards]
 ) -> list[int]:
     """Without ZeRO: what each replica passes on of the gradients' means, which all need."""
     if config.parallel.use_distributed_optimizer:

@@ -22,7 +22,7 @@ from fp8lm.config import Config
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.layers.param import Param, QuantizedParam, by_group, named_params
 from fp8lm.layers.recipe import Recipe
-from fp8lm.layers.shard_spec import ShardSpec
+from fp8lm.layers.shard_spec import LocalShards, Rows, ShardSpec
 from fp8lm.layers.tp_context import TPContext
 from fp8lm.model.decoder import StageSpec
 from fp8lm.optim import StatePrecision
@@ -33,7 +33,6 @@ from fp8lm.training.reference import reference_recipe
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 KINDS = ("weights", "grads", "operands", *STATES, "reference")
-Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Stage:
     chunks: tuple[StageSpec, ...]
     weights: dict[str, Param]
     state: tuple[Mapping[str, int], ...]
-    rows: tuple[Mapping[str, Rows], ...]
+    rows: tuple[LocalShards, ...]
     shards: tuple[int, ...]
 
     @cached_property
@@ -229,7 +228,7 @@ def _held_bytes(weights: Mapping[str, Param], padding: int) -> dict[str, int]:
 
 
 def _states_bytes(
-    weights: Mapping[str, Param], rows: Mapping[str, Rows], formats: StatePrecision
+    weights: Mapping[str, Param], rows: LocalShards, formats: StatePrecision
 ) -> dict[str, int]:
     sizes = dict.fromkeys(STATES, 0)
     for name, (first, last) in rows.items():

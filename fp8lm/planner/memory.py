@@ -25,8 +25,9 @@ from fp8lm.comm import Wire, WireCounter
 from fp8lm.comm.dims import ParallelDims
 from fp8lm.config import Config
 from fp8lm.gradient.buckets import UNDER_WAY
-from fp8lm.gradient.reduction import Rows, sent_format
+from fp8lm.gradient.reduction import sent_format
 from fp8lm.layers.param import Param
+from fp8lm.layers.shard_spec import LocalShards
 from fp8lm.model.decoder import StageSpec
 from fp8lm.planner.comm import pipeline_message, summed_per_node
 from fp8lm.planner.layout import STATES, Layout
@@ -113,7 +114,7 @@ def working_bytes(traced: TracedModel, chunks: Sequence[StageSpec]) -> float:
 
 
 def reduction_buffers(
-    layout: Layout, weights: Mapping[str, Param], rows: Sequence[Rows]
+    layout: Layout, weights: Mapping[str, Param], rows: Sequence[LocalShards]
 ) -> list[float]:
     """Messages of gradients, of each replica: buckets under way, and what its rows receive.
 

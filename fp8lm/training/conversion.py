@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fp8lm.checkpoint import Checkpoint, Shard, StateKey
 from fp8lm.checkpoint.collectives import Group, all_or_error
 from fp8lm.checkpoint.storage import read_blocks
+from fp8lm.layers.shard_spec import Rows
 from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, ROOT_E4M4, Format
 from fp8lm.optim import AdamW
 from fp8lm.runtime.errors import InputError
 from fp8lm.scaled_tensor import ScaledTensor
 from fp8lm.training.resizing import RowPlan
-from fp8lm.training.state import KINDS, Rows, StateSlot, blocks, slots
+from fp8lm.training.state import KINDS, StateSlot, blocks, slots
 
 Stored = Mapping[StateKey, TensorStorageMetadata]
 _FORMATS = {fmt.dtype: fmt for fmt in (E4M3, E5M2, ROOT_E4M4, FP16, BF16, FP32)}

@@ -15,11 +15,11 @@ from fp8lm.checkpoint import Checkpoint, Shard
 from fp8lm.checkpoint.state_key import FIELDS, StateKey
 from fp8lm.layers.amax_history import AmaxHistories
 from fp8lm.layers.param import Param, ParamSpec
+from fp8lm.layers.shard_spec import Rows
 from fp8lm.optim import AdamW
 from fp8lm.scaled_tensor import ScaledTensor
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # in the order of the columns of `AdamW.amax`
-Rows = tuple[int, int]
 StateShards = dict[StateKey, list[Shard]]
 
 
