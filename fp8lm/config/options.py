@@ -28,8 +28,8 @@ def explain_options(argv: Sequence[str], unknown: Sequence[str], parser: Command
             explained.append(f"unknown option {option}: {_advice(option, keys, parser.prog)}")
     if written:
         plural = "s" if len(written) > 1 else ""
-        told = f"unknown option{plural} {', '.join(written)}: write {' '.join(written.values())}"
-        explained.insert(0, told)
+        cure = f"unknown option{plural} {', '.join(written)}: write {' '.join(written.values())}"
+        explained.insert(0, cure)
     return "; ".join(explained)
 
 
@@ -82,8 +82,8 @@ def _near_option(option: str, known: Sequence[str]) -> str | None:
 
 def _advice(option: str, keys: dict[str, Key], program: str) -> str:
     name = _flag(option.lstrip("-").partition("=")[0])
-    told = megatron_advice(name) or suggest(name, keys)
-    return told if not told.startswith("the sections are") else f"see {program} --help"
+    advice = megatron_advice(name) or suggest(name, keys)
+    return advice if not advice.startswith("the sections are") else f"see {program} --help"
 
 
 def _values_after(argv: Sequence[str], option: str) -> list[str]:

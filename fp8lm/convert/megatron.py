@@ -59,14 +59,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def export_model(
-    plan: Export, weights: Weights, output: Path, conversion: Mapping[str, Any], told: Progressed
+    plan: Export,
+    weights: Weights,
+    output: Path,
+    conversion: Mapping[str, Any],
+    progress: Progressed,
 ) -> None:
     """Write `plan`, made of `weights`, to the folder `output`."""
     with conversion_folder(output, conversion) as work:
         iteration = weights.checkpoint.iteration
         folder = work / f"iter_{iteration:07d}"
         folder.mkdir(exist_ok=True)
-        write_pieces(folder, LazyPlanner(plan.tensors, {}, told))
+        write_pieces(folder, LazyPlanner(plan.tensors, {}, progress))
         common = {
             "checkpoint_version": 3.0,
             "iteration": iteration,

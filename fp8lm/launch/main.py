@@ -133,10 +133,10 @@ def _where(options: Options) -> str:
 def start(options: Options, processes: int) -> int:
     """Run torchrun here, or on simulated nodes."""
     from fp8lm.launch.agent import run_agent
-    from fp8lm.launch.simulate import simulate
+    from fp8lm.launch.simulate import run_simulated
 
     if options.simulate:
-        return simulate(options, processes, say)
+        return run_simulated(options, processes, say)
     os.environ.update(torchrun_environment(options))
     return run_agent(torchrun_arguments(options, processes))
 

@@ -34,7 +34,7 @@ PATIENCE = 10.0  # seconds
 RENDEZVOUS = {"is_host": 0, "keep_alive_interval": 1, "keep_alive_max_attempt": 5}
 
 
-def simulate(options: Options, nproc_per_node: int, say: Callable[[str], None]) -> int:
+def run_simulated(options: Options, nproc_per_node: int, say: Callable[[str], None]) -> int:
     """Run the job on `options.nnodes` simulated machines; its exit code."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     rendezvous = replace(options, rdzv_endpoint=f"{HOST}:{store.port}", local_addr=HOST)

@@ -23,9 +23,9 @@ def wait_for_name(host: str, given: str, patience: float = NAME_PATIENCE) -> Non
     """InputError if `host`, which the user has `given`, has no address after so many seconds.
 
     A cluster may give the first machine its name a little later than it starts the others. What
-    cannot be a name is told at once.
+    cannot be a name is refused at once.
     """
-    deadline, told = time.monotonic() + patience, False
+    deadline, announced = time.monotonic() + patience, False
     while True:
         try:
             socket.getaddrinfo(host, None)
@@ -33,9 +33,9 @@ def wait_for_name(host: str, given: str, patience: float = NAME_PATIENCE) -> Non
         except UnicodeError as error:  # of the codec of names: an empty or too long part
             raise InputError(f"{given}: {host} is no name of a machine: {error}") from error
         except OSError as error:
-            if not told:
+            if not announced:
                 say(f" waiting for a machine named {host}")
-                told = True
+                announced = True
             if time.monotonic() >= deadline:
                 raise InputError(f"{given}: no machine of that name: {error.strerror}") from error
         time.sleep(1.0)

@@ -272,7 +272,7 @@ def test_a_simulation_leaves_gpus_alone(given, two_gpus, monkeypatch, capsys):
     """Simulated machines would share them."""
     started = []
     monkeypatch.setattr(
-        "fp8lm.launch.simulate.simulate", lambda *arguments: started.append(arguments) or 0
+        "fp8lm.launch.simulate.run_simulated", lambda *arguments: started.append(arguments) or 0
     )
     assert run_command(main, ["--simulate=2", CONFIG, *given]) == 0, capsys.readouterr().err
     ((options, processes, _),) = started
