@@ -101,6 +101,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="control tokens such as </s> in the text become their ids (default: plain text)",
     )
     args = parser.parse_args(argv)
+    _check(args, parser)
+    return args
+
+
+def _check(args: argparse.Namespace, parser: CommandParser) -> None:
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     if len(set(args.json_keys)) < len(args.json_keys):
@@ -108,7 +113,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     _check_format(args, parser)
     if args.parse_special_tokens and args.tokenizer_type == "NullTokenizer":
         parser.error("--parse-special-tokens: a NullTokenizer has no control tokens")
-    return args
 
 
 def _check_format(args: argparse.Namespace, parser: CommandParser) -> None:

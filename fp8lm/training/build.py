@@ -116,13 +116,7 @@ def build(
     num_ids = data.tokenizer.vocab_size
     vocab_size = model_vocab_size(config, num_ids)
     check_scaling(device, config.precision)
-    if config.train.enable_cuda_graph:
-        check_cuda_graphs(config, groups)
-        if capture is None:
-            capture = cuda_graphs(device)
-            check_nccl(groups, os.environ)
-    else:
-        capture = None
+    capture = build_capture(config, groups, device, capture)
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)
     recipe = Recipe.from_config(config.precision, kernels, device, tp)
@@ -159,6 +153,19 @@ def build(
         sent=counter,
         reference=reference,
     )
+
+
+def build_capture(
+    config: Config, groups: ProcessGroups, device: torch.device, given: GraphCapture | None
+) -> GraphCapture | None:
+    """What micro-batches are captured with: `given`, else CUDA graphs; None if none is captured."""
+    if not config.train.enable_cuda_graph:
+        return None
+    check_cuda_graphs(config, groups)
+    if given is None:
+        given = cuda_graphs(device)
+        check_nccl(groups, os.environ)
+    return given
 
 
 def build_guard(run: Run) -> Guard | None:
