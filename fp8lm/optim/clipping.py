@@ -1,7 +1,7 @@
 """The global gradient norm, clipping and the decision to skip a step.
 
     ||g|| = per_token ||sum||     factor = per_token min(1, clip / (||g|| + 1e-6))
-    skip = not finite(||g|| and every value)
+    skip = not finite(||g|| and every value, and ||g||^2 without clipping)
 
 The accumulated gradient is that of (loss summed over counted tokens) / (number of all tokens).
 `per_token` = 1 / (share of counted tokens, over all ranks) turns that into the mean over counted
@@ -88,11 +88,14 @@ def gradient_norm(
     ranks = SharedScalars.unpack(gather(own.pack()))
     per_token = per_counted_token(ranks.token_share).float()
     norm = ranks.norm.float() * per_token
-    factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
+    if clip > 0:
+        factor, bound = (clip / (norm + 1e-6)).clamp(max=1.0), norm
+    else:  # AdamW squares in fp32 what it steps with, here the gradient as it is.
+        factor, bound = torch.ones_like(norm), norm.square()
     return GradientNorm(
         norm=norm,
         clip_factor=factor * per_token,
-        skip=~(torch.isfinite(norm) & ranks.finite),
+        skip=~(torch.isfinite(bound) & ranks.finite),
         amax=amaxes,
         per_token=per_token,
         share=ranks.token_share.float(),

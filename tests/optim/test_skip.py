@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8lm.numerics import BF16, E4M3, FP16, FP32
+from fp8lm.training.state import optimizer_tensors
 from tests.optim.bench import (
     LR,
     all_bytes,
@@ -30,10 +31,10 @@ SETTINGS = {
 EVENTS = [math.nan, math.inf, -math.inf]
 
 
-def make(setting, device="cpu"):
+def make(setting, device="cpu", **config):
     fmt, grad, states = SETTINGS[setting]
     w = weights(fmt, grad, FP32 if fmt == FP32 else BF16, torch.device(device))
-    return optimizer(w, state_precision(*states, stochastic=True))
+    return optimizer(w, state_precision(*states, stochastic=True), **config)
 
 
 def bad_step(adam, name, event):
@@ -102,6 +103,23 @@ def test_a_norm_that_overflows_skips():
     set_gradients(adam.weights, gradients)
     assert adam.step(LR).skip
     assert_same_bytes(before, all_bytes(adam))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_gradient_whose_square_overflows_skips_unless_it_is_clipped(setting):
+    for clip_grad in (0.0, 1.0):
+        adam = make(setting, clip_grad=clip_grad)
+        before = all_bytes(adam)
+        gradients = random_gradients(adam.weights, 1)
+        gradients["embedding"][3, 2] = 3e19  # fp32 ends at 3.4e38
+        set_gradients(adam.weights, gradients)
+        norm = adam.step(LR)
+        assert norm.norm.isfinite()
+        assert bool(norm.skip) == (clip_grad == 0.0)
+        if norm.skip:
+            assert_same_bytes(before, all_bytes(adam))
+        else:
+            assert all(t.float().isfinite().all() for t in optimizer_tensors(adam).values())
 
 
 def test_skip_flag_is_a_tensor():
