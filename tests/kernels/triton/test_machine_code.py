@@ -3,8 +3,8 @@
 A kernel here moves memory and does little else, so that the width of its accesses and the number of
 threads that fit decide its speed: 65,536 registers a multiprocessor are 64 for each of 1024.
 
-The bounds hold from Triton 3.7 on; 3.6 takes more registers and barriers for some kernels, without
-spilling.
+The bounds hold for Triton 3.7 and 3.9; 3.6 and 3.8 take more registers for some kernels, 3.6 more
+barriers too, without spilling.
 """
 
 from importlib.metadata import version
@@ -13,8 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-OLD = version("triton").startswith("3.6.")
-BARRIERS = 8 if OLD else 5  # of the optimizer: none between numbers
+RELEASE = ".".join(version("triton").split(".")[:2])
+BARRIERS = 8 if RELEASE == "3.6" else 5  # of the optimizer: none between numbers
 
 ALIGNED = {
     "accumulate_e2m5": (72, 8),
@@ -68,17 +68,19 @@ ADAM = {
     "adam_o4": (80, 2, 6),
 }
 
-
-REGISTERS_OF_OLD = {
-    "adam_o3_sharded": 96,
-    "both_orientations_and_sums": 106,
-    "gelu_erf_backward": 72,
-    "layer_norm": 50,
+REGISTERS_OF_RELEASE = {
+    "3.6": {
+        "adam_o3_sharded": 96,
+        "both_orientations_and_sums": 106,
+        "gelu_erf_backward": 72,
+        "layer_norm": 50,
+    },
+    "3.8": {"accumulate_e2m5": 93, "layer_norm": 54},
 }
 
 
 def allowed(case, registers):
-    return REGISTERS_OF_OLD.get(case, registers) if OLD else registers
+    return REGISTERS_OF_RELEASE.get(RELEASE, {}).get(case, registers)
 
 
 @pytest.mark.parametrize("case", ALIGNED)
