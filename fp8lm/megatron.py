@@ -67,7 +67,7 @@ def fp8_layer_spec(layer: ModuleSpec, precision: Mapping[str, Any] | None = None
 
 def _replace_linears(spec: ModuleSpec | partial[Any], precision: PrecisionConfig) -> int:
     """Replace the layers in all submodules; how many there were."""
-    # In megatron-core 0.19 an MLP is a function with its submodules bound to it.
+    # Since megatron-core 0.18 an MLP is a function with its submodules bound to it.
     count, submodules = 0, _submodules_of(spec)
     if submodules is None:
         return count

@@ -202,7 +202,7 @@ def test_the_lines_in_the_docs():
     names = {}
     exec(code, names)
     for spec in (names["spec"], names["with_fp8_wires"]):
-        mlp = spec.submodules.mlp  # since megatron-core 0.19 a partial function
+        mlp = spec.submodules.mlp  # since megatron-core 0.18 a partial function
         mlp = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         modules = mlp, spec.submodules.self_attention.submodules
         linears = [modules[0].linear_fc1, modules[0].linear_fc2]

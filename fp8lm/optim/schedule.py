@@ -1,7 +1,7 @@
 """Schedules of learning rate and batch size as functions of the run's position.
 
-The learning rate is megatron-core's. Its ramp-up of the batch has another interface in 0.19 than in
-0.16, so that is written out here.
+The learning rate is megatron-core's. Its ramp-up of the batch has another interface since 0.18 than
+before, so that is written out here.
 
 Functions need no state in a checkpoint. The position has the unit of the run's length: iterations
 with `train_iters`, consumed samples with `train_samples`, so that the schedule does not move if a
