@@ -39,6 +39,8 @@ from fp8lm.scaled_tensor import ScaledTensor
 CHUNK = 8192  # elements of a program, which looks up its tensor and adds to its amaxes once
 _COLUMNS = tl.constexpr(17)  # of the table, in the order of `_row`
 _WARPS = 4
+# Of a thread: six programs run on a multiprocessor, and nothing spills. Some kinds take 96 else.
+_REGISTERS = 80
 
 
 class MultiTensorAdam:
@@ -194,6 +196,7 @@ def _launch(
         **{name: how.value for name, how in zip(names, table.rounding, strict=True)},
         CUTS_OFF=c.largest_update is not None,
         MAY_SKIP=skip is not None,
+        maxnreg=_REGISTERS,
     )
 
 

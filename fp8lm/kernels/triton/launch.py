@@ -22,7 +22,8 @@ def launch(
 ) -> None:
     """Run `kernel` on `grid` programs; `reads` and `writes` are what it moves (see `kernels.cost`).
 
-    `constants` are its compile-time arguments and `num_warps`. On the meta device nothing runs.
+    `constants` are its compile-time arguments, `num_warps` and `maxnreg`. On the meta device
+    nothing runs.
     """
     declare_launch(kernel.__name__, reads, writes)
     if not writes[0].is_meta:

@@ -70,7 +70,6 @@ ADAM = {
 
 REGISTERS_OF_RELEASE = {
     "3.6": {
-        "adam_o3_sharded": 96,
         "both_orientations_and_sums": 106,
         "gelu_erf_backward": 72,
         "layer_norm": 50,
@@ -101,7 +100,7 @@ def test_no_shape_spills(compiled):
         assert kernel.stack == 0
     (kernel,) = compiled["adam_o3_of_an_odd_shape"]
     assert kernel.stack == 0
-    assert kernel.registers <= 96
+    assert kernel.registers <= 80
 
 
 @pytest.mark.parametrize("case", ADAM)
