@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8lm.config import Config
+from fp8lm.arguments import split_overrides
+from fp8lm.config import Config, load_config
 from fp8lm.config.keys import list_keys
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,20 @@ def test_architecture_shows_the_imports_that_are_checked():
     (layers,) = (c["layers"] for c in settings["contracts"] if c["type"] == "layers")
     assert shown.splitlines() == layers
     assert all("ignore_imports" not in contract for contract in settings["contracts"])
+
+
+def test_commands_have_configs_that_load(page):
+    """The settings that follow a config in blocks of bash, but those that the reader fills in."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        words = line.partition(" #")[0].split()
+        configs = [word for word in words if re.fullmatch(r"configs/[\w/]+\.yaml", word)]
+        if any(word.endswith("quickstart.sh") for word in words):
+            configs = ["configs/quickstart.yaml"]
+        _, overrides = split_overrides(words)
+        given = [text for text in overrides if not re.search(r"[$'\"\[]|\.\.\.", text)]
+        if configs and (ROOT / configs[0]).exists():
+            load_config(ROOT / configs[0], ["checkpoint.save=runs/a", *given])
 
 
 def test_navigation_names_every_page():

@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from reporting.runs import HeatMap, read_run
 from fp8lm.arguments import as_path, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.layers.quantizer import TENSOR_KINDS
+from fp8lm.pictures import picture_path, save_figure
 from fp8lm.planner.describe import aligned
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 from fp8lm.telemetry.findings import place
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=path_text, nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--json", type=as_path, help="write the numbers to this file")
-    parser.add_argument("--over-time", type=as_path, help="draw statistics over iterations, a PNG")
-    parser.add_argument("--by-depth", type=as_path, help="draw statistics over layers, a PNG")
+    parser.add_argument("--over-time", type=picture_path, help="draw statistics over iterations")
+    parser.add_argument("--by-depth", type=picture_path, help="draw statistics over layers")
     options = parser.parse_args(argv)
     runs = dict(read_argument(argument) for argument in options.runs)
     for name, found in runs.items():
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> None:
     if options.json:
         write_aside(options.json, json.dumps(as_numbers(runs)) + "\n")
     if options.over_time:
-        write_aside(options.over_time, plot(runs, over_time=True))
+        plot(runs, options.over_time, over_time=True)
     if options.by_depth:
-        write_aside(options.by_depth, plot(runs, over_time=False))
+        plot(runs, options.by_depth, over_time=False)
 
 
 def read_argument(argument: str) -> tuple[str, Found]:
@@ -145,16 +145,14 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 
 
-def plot(runs: Mapping[str, Found], *, over_time: bool) -> bytes:
-    """A PNG: statistics from top to bottom, kinds from left to right; a colour per place."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def plot(runs: Mapping[str, Found], path: Path, *, over_time: bool) -> None:
+    """Statistics from top to bottom, kinds from left to right; a colour per place."""
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
     places = list(dict.fromkeys(where for found in runs.values() for where, _, _ in found))
     size = len(DRAWN), len(TENSOR_KINDS)
-    figure, axes = pyplot.subplots(*size, figsize=(12, 11), squeeze=False, sharex=True)
+    figure = Figure(figsize=(12, 11))
+    axes = figure.subplots(*size, squeeze=False, sharex=True)
     for statistic, row in zip(DRAWN, axes, strict=True):
         for kind, axis in zip(TENSOR_KINDS, row, strict=True):
             for line, (name, found) in zip(("-", "--", ":", "-."), runs.items(), strict=False):
@@ -176,10 +174,7 @@ def plot(runs: Mapping[str, Found], *, over_time: bool) -> bytes:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(places), fontsize=8, loc="lower center")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    picture = BytesIO()
-    figure.savefig(picture, dpi=90, format="png")
-    pyplot.close(figure)
-    return picture.getvalue()
+    save_figure(figure, path, dpi=90)
 
 
 def _without_nan(function: Callable, values: np.ndarray, axis: int) -> np.ndarray:

@@ -26,7 +26,6 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from compare_runs import plot, print_table, read_curves, read_reports, summarize
 from fp8lm.arguments import as_path, path_text, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
+from fp8lm.pictures import save_figure
 from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,8 +185,8 @@ def report(folders: dict[str, list[Path]], output: Path) -> None:
     print_table(summary)
     print_snr(summary)
     write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_aside(output / "loss.png", plot(curves, "png"))
-    write_aside(output / "gaps.png", plot_gaps(summary))
+    plot(curves, output / "loss.png")
+    plot_gaps(summary, output / "gaps.png")
 
 
 def operand_snr(files: list[Path]) -> dict[str, float]:
@@ -220,15 +220,13 @@ def print_snr(summary: dict[str, dict[str, Any]]) -> None:
         print(f"{name:{width}}" + "".join(f"{text:>16}" for text in texts))
 
 
-def plot_gaps(summary: dict[str, dict[str, Any]]) -> bytes:
+def plot_gaps(summary: dict[str, dict[str, Any]], path: Path) -> None:
     """Gap of every recipe to the first: its seeds, their mean and its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
     base, *others = summary
-    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.5 * max(len(others), 1)))
+    figure = Figure(figsize=(8, 1.2 + 0.5 * max(len(others), 1)), layout="tight")
+    axis = figure.subplots()
     for height, name in enumerate(reversed(others)):
         row = summary[name]
         seeds = row["gap % by seed"] or [row["gap %"]]
@@ -238,11 +236,7 @@ def plot_gaps(summary: dict[str, dict[str, Any]]) -> bytes:
     axis.set_yticks(range(len(others)), list(reversed(others)))
     axis.set_xlabel(f"validation loss above {base} in %: seeds, mean, 95 % interval of the mean")
     axis.grid(alpha=0.3)
-    figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    pyplot.close(figure)
-    return picture.getvalue()
+    save_figure(figure, path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fp8lm.arguments import as_path, path_text
 from fp8lm.data.files import write_aside
+from fp8lm.pictures import picture_path, save_figure
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
 TRAIN, VALID = "lm loss", "lm loss validation"
@@ -58,19 +58,15 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=path_text, nargs="+", metavar="NAME=FOLDER[,FOLDER]")
     parser.add_argument("--summary", type=as_path, help="JSON file to write")
-    parser.add_argument(
-        "--plot", type=as_path, help="PNG file to write, or one that matplotlib knows"
-    )
+    parser.add_argument("--plot", type=picture_path, help="PNG or other picture to write")
     options = parser.parse_args(argv)
-    if options.plot:
-        check_format(options.plot)
     settings = dict(read_setting(argument) for argument in options.runs)
     summary = summarize(settings)
     print_table(summary)
     if options.summary:
         write_aside(options.summary, (json.dumps(summary, indent=1) + "\n").encode())
     if options.plot:
-        write_aside(options.plot, plot(settings, picture_format(options.plot)))
+        plot(settings, options.plot)
 
 
 def read_setting(argument: str) -> tuple[str, list[Curves]]:
@@ -182,31 +178,12 @@ def print_table(summary: dict[str, dict]) -> None:
     print("saved: of them, against the first; sent: by the main process in one iteration")
 
 
-def picture_format(path: Path) -> str:
-    """What the name of a picture says of its format; PNG if it says nothing."""
-    return path.suffix.removeprefix(".").lower() or "png"
+def plot(settings: dict[str, list[Curves]], path: Path) -> None:
+    """Training curves are thin lines, validation has markers; one colour per setting."""
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
-
-def check_format(path: Path) -> None:
-    """InputError unless matplotlib writes such pictures."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if picture_format(path) not in known:
-        raise InputError(f"--plot {path}: a picture is one of {', '.join(sorted(known))}")
-
-
-def plot(settings: dict[str, list[Curves]], kind: str) -> bytes:
-    """A picture in the format `kind`.
-
-    Training curves are thin lines, validation has markers; one colour per setting.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5), layout="tight")
+    axis = figure.subplots()
     for index, (name, runs) in enumerate(settings.items()):
         color = f"C{index}"
         for number, run in enumerate(runs):
@@ -222,11 +199,7 @@ def plot(settings: dict[str, list[Curves]], kind: str) -> bytes:
     axis.set_ylabel("loss (thin: training, markers: validation)")
     axis.grid(alpha=0.3)
     axis.legend(title="final validation loss")
-    figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=120, format=kind)
-    pyplot.close(figure)
-    return picture.getvalue()
+    save_figure(figure, path, dpi=120)
 
 
 if __name__ == "__main__":

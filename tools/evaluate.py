@@ -26,6 +26,7 @@ from fp8lm.evaluation.needle import NeedleReport, find_needles, heat_map
 from fp8lm.evaluation.perplexity import Perplexity, check_windows, perplexity, read_corpus
 from fp8lm.generate.loading import Job, add_model_arguments, job_of_options
 from fp8lm.generate.model import InferenceModel
+from fp8lm.pictures import picture_path
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
@@ -90,7 +91,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--needle-lengths", type=lengths, help="tokens of context (default: 1/8 .. 1 of the most)")
     add("--needle-depths", type=depths, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="in per cent")
     add("--needle-trials", type=number_type(1), default=8, help="sentences (default: 8)")
-    add("--heat-map", type=as_path, metavar="PNG", help="draw recall over length and depth")
+    add("--heat-map", type=picture_path, metavar="PNG", help="draw recall over length and depth")
     add = parser.add_argument_group("output").add_argument
     add("--batch-size", type=number_type(1), default=16, help="texts at once (default: 16)")
     add("--json", type=as_path, help="write all numbers to this file")
@@ -163,16 +164,12 @@ def of_needles(model: InferenceModel, options: argparse.Namespace) -> NeedleRepo
 
 
 def draw(reports: list[Report], path: Path) -> None:
-    """The heat maps of all models; `InputError` for a name that matplotlib cannot write."""
+    """The heat maps of all models."""
     heads = column_heads(reports)
     shown = {
         head: report.needles for head, report in zip(heads, reports, strict=True) if report.needles
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        heat_map(shown, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--heat-map {path}: {error}") from error
+    heat_map(shown, path)
 
 
 def of_tasks(model: InferenceModel, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

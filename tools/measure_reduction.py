@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from fp8lm.gradient.fp8_sum import AutoScaler, ring_sum
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.model import GPTModel
 from fp8lm.numerics import E4M3
+from fp8lm.pictures import picture_path, save_figure
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser
 from fp8lm.scaled_tensor import ScaledTensor
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--early", type=int, default=20)
     parser.add_argument("--late", type=int, default=400)
     parser.add_argument("--output", type=as_path)
-    parser.add_argument("--plot", type=as_path)
-    parser.add_argument("--plot-blocks", type=as_path)
+    parser.add_argument("--plot", type=picture_path)
+    parser.add_argument("--plot-blocks", type=picture_path)
     options, overrides = parser.parse_known_args(argv)
     # Kept in fp32, so that what E4M3 does to them is known.
     overrides += ["precision.main_grads_dtype=fp32", "logging.dir=null"]
@@ -273,12 +273,10 @@ def plot_blocks(results: dict[str, dict], path: Path) -> None:
 
 def _draw_all(results: dict[str, dict], path: Path, draw: Callable[..., None]) -> None:
     """A row per moment, a column per quality, a line per reduction."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(results), 3, figsize=(13, 4 * len(results)), squeeze=False)
+    figure = Figure(figsize=(13, 4 * len(results)), layout="tight")
+    axes = figure.subplots(len(results), 3, squeeze=False)
     titles = ("SNR (dB)", "underflow (share)", "overflow (share)")
     for row, (moment, result) in zip(axes, results.items(), strict=True):
         for axis, key, title in zip(row, ("snr", "underflow", "overflow"), titles, strict=True):
@@ -287,11 +285,7 @@ def _draw_all(results: dict[str, dict], path: Path, draw: Callable[..., None]) -
             axis.set_title(f"{title}, {moment} (step {result['step']})", fontsize=10)
             axis.grid(alpha=0.3)
     axes[0][2].legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    write_aside(path, picture.getvalue())
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from fp8lm.arguments import as_path, number_type, path_text, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.pictures import picture_path
 from fp8lm.planner.estimate import Estimate, as_facts, estimate
 from fp8lm.planner.layout import plan_layout
 from fp8lm.planner.report import heading, plot, table
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     add("--preset", nargs="+", help="default: the config's; bf16 is always shown too")
     add("--sweep", action="store_true", help="search layout, micro-batch and recomputation")
     add("--json", type=as_path, help="write the numbers to this file")
-    add("--output", type=as_path, help="draw memory and time to this PNG")
+    add("--output", type=picture_path, help="draw memory and time to this PNG or other picture")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     hardware = Hardware.find(options.gpu)

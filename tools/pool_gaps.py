@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
     for path, summary in summaries.items():
         for name, gaps in gaps_to(base, summary, path).items():
             pooled.setdefault(name, []).extend(gaps)
-    width = max(map(len, pooled), default=0) + 2
+    if not pooled:
+        raise InputError(f"nothing beside {base} in {', '.join(map(str, summaries))}")
+    width = max(map(len, pooled)) + 2
     print(f"{f'above {base}':{width}}{'mean':>10}{'95 %':>10}{'pairs':>7}{'least':>10}{'most':>10}")
     for name, gaps in pooled.items():
         half = half_width(gaps)

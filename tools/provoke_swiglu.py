@@ -35,7 +35,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -53,6 +52,7 @@ from fp8lm.data.files import write_aside
 from fp8lm.kernels import ReferenceKernels
 from fp8lm.layers.quantizer import quantizers_of
 from fp8lm.model.init import initial_value
+from fp8lm.pictures import picture_path, save_figure
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.scaled_tensor import ScaledTensor
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
         "--strength", type=float, default=400.0, help="length of the rows; default: 400"
     )
     parser.add_argument("--json", type=as_path, help="where to write a row per training")
-    parser.add_argument("--plot", type=as_path, help="PNG file to write")
+    parser.add_argument("--plot", type=picture_path, help="PNG or other picture to write")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     if not 0 <= options.strength < math.inf:
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
                 write_aside(options.json, f"[\n{lines}\n]\n")
     print_table(rows)
     if options.plot:
-        write_aside(options.plot, plot(rows))
+        plot(rows, options.plot)
 
 
 def check(config: Config) -> None:
@@ -296,19 +296,17 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def plot(rows: list[Row]) -> bytes:
+def plot(rows: list[Row], path: Path) -> None:
     """By step: training losses above the first recipe's, and what became zero.
 
     Means over seeds; thin lines are seeds.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
     recipes = by_recipe(rows)
     base, *_ = recipes
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.5))
+    figure = Figure(figsize=(14, 5.5), layout="tight")
+    left, right = figure.subplots(1, 2)
     for index, (name, own) in enumerate(recipes.items()):
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10]}
         gaps = [_gap(row, other) for row, other in zip(own, recipes[base], strict=True)]
@@ -325,11 +323,7 @@ def plot(rows: list[Row]) -> bytes:
     left.set_ylabel(f"training loss above {base}, mean of ten steps")
     right.set_ylabel("share of the second matrices' inputs that becomes zero")
     left.legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    pyplot.close(figure)
-    return picture.getvalue()
+    save_figure(figure, path, dpi=110)
 
 
 def _gap(row: Row, base: Row, length: int = 10) -> list[float]:

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from fp8lm.arguments import as_path, number_type, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
+from fp8lm.pictures import picture_path, save_figure
 from fp8lm.planner.tracing.costs import FIRST, FURTHER, ONCE, Cost, StepCost
 from fp8lm.planner.tracing.floor import ideal_bytes, matrix_parameters
 from fp8lm.planner.tracing.model import one_stage, trace_model
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     add("--kernels", choices=KERNELS, help="default: those that a Hopper GPU gets")
     add("--replicas", type=number_type(1), default=1, help="data-parallel ranks")
     add("--json", type=as_path, help="write the numbers to this file")
-    add("--output", type=as_path, help="draw the time of a layer by purpose to this PNG")
+    add("--output", type=picture_path, help="draw the time of a layer by purpose, a PNG or other")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     hardware = Hardware.read(options.hardware)
@@ -277,13 +277,12 @@ def table(
 
 def plot(facts: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     """The predicted time of a layer by purpose, a bar per preset, and the ideally fused layer's."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.8 * len(facts)))
-    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(9, 1.2 + 0.8 * len(facts)), layout="tight")
+    axes = figure.subplots()
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     names = list(facts)
     left = [0.0] * len(names)
     for number, purpose in enumerate(PURPOSES):
@@ -300,11 +299,7 @@ def plot(facts: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xlabel("predicted ms per layer and micro-batch")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    write_aside(path, picture.getvalue())
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from fp8lm.data.tokenizer import Tokenizer
 from fp8lm.evaluation.scoring import Passage, score_all
 from fp8lm.generate.model import InferenceModel
+from fp8lm.pictures import save_figure
 from fp8lm.runtime.errors import InputError
 
 NAMES = ("Oslo", "Lima", "Cairo", "Delhi", "Paris", "Quito", "Seoul", "Tunis")
@@ -132,7 +133,7 @@ def _check_lengths(lengths: Sequence[int], drawn: Sequence[Trial], context_lengt
 
 
 def heat_map(reports: dict[str, NeedleReport], path: Path) -> None:
-    """Draw recall and gain of every model to a PNG or other picture, by the name's end."""
+    """Draw recall and gain of every model."""
     from matplotlib.figure import Figure  # without a display, and half a second to import
 
     size = (9.0, 0.8 + 2.6 * len(reports))
@@ -154,7 +155,7 @@ def heat_map(reports: dict[str, NeedleReport], path: Path) -> None:
             axis.set_ylabel("depth")
             _write_values(axis, values, form, limits)
             figure.colorbar(image, ax=axis)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _write_values(

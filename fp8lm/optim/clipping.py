@@ -1,7 +1,8 @@
 """The global gradient norm, clipping and the decision to skip a step.
 
-    ||g|| = per_token ||sum||     factor = per_token min(1, clip / (||g|| + 1e-6))
-    skip = not finite(||g|| and every value, and ||g||^2 without clipping)
+    ||g|| = per_token ||sum||     clipping = min(1, clip / (||g|| + 1e-6))
+    clip_factor = per_token clipping
+    skip = not (||g|| clipping < 2^63 and all other scalars are finite)
 
 The accumulated gradient is that of (loss summed over counted tokens) / (number of all tokens).
 `per_token` = 1 / (share of counted tokens, over all ranks) turns that into the mean over counted
@@ -11,7 +12,8 @@ The norm is over all weights in all formats, each counted once: a weight that se
 whole counts on the first. It reaches FP8 gradients as a factor inside Adam, never by a
 second rounding. A NaN or Inf anywhere in any gradient, or a NaN scale, makes the norm non-finite,
 so this one number, the same bits on all ranks, also decides whether the step happens; the other
-scalars that are exchanged with it, such as the losses, have to be finite as well.
+scalars that are exchanged with it, such as the losses, have to be finite as well. AdamW squares
+in fp32 what it steps with, so that a finite norm of 2^64 is too large, too, unless it is clipped.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from fp8lm.optim.step_scalars import SharedScalars, StepScalars
 from fp8lm.scaled_tensor import ScaledTensor
 
 CPU = torch.device("cpu")
+LARGEST = 2.0**63  # of the norm that AdamW steps with: its square, rounded up, is finite in fp32
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,11 @@ def gradient_norm(
     ranks = SharedScalars.unpack(gather(own.pack()))
     per_token = per_counted_token(ranks.token_share).float()
     norm = ranks.norm.float() * per_token
-    if clip > 0:
-        factor, bound = (clip / (norm + 1e-6)).clamp(max=1.0), norm
-    else:  # AdamW squares in fp32 what it steps with, here the gradient as it is.
-        factor, bound = torch.ones_like(norm), norm.square()
+    clipping = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
     return GradientNorm(
         norm=norm,
-        clip_factor=factor * per_token,
-        skip=~(torch.isfinite(bound) & ranks.finite),
+        clip_factor=clipping * per_token,
+        skip=~((norm * clipping < LARGEST) & ranks.finite),  # no NaN is less
         amax=amaxes,
         per_token=per_token,
         share=ranks.token_share.float(),

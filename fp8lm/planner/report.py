@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from pathlib import Path
 
-from fp8lm.data.files import write_aside
+from fp8lm.pictures import save_figure
 from fp8lm.planner.describe import aligned
 from fp8lm.planner.estimate import Estimate
 from fp8lm.planner.tracing.roofline import GIGA
@@ -77,12 +76,10 @@ def heading(estimate: Estimate) -> str:
 
 def plot(estimates: Mapping[str, Estimate], title: str, path: Path) -> None:
     """Memory of the fullest rank and time of a step, a stacked bar for each preset."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without a display, and half a second to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, time) = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.6 * len(estimates)))
+    figure = Figure(figsize=(13, 1.6 + 0.6 * len(estimates)))
+    memory, time = figure.subplots(1, 2)
     first = next(iter(estimates.values()))
     components = {
         name: [of.fullest.components[name] / GIGA for of in estimates.values()]
@@ -103,21 +100,16 @@ def plot(estimates: Mapping[str, Estimate], title: str, path: Path) -> None:
     for axes in (memory, time):
         axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.suptitle(title, fontsize=10)
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, bbox_inches="tight", format="png")
-    write_aside(path, picture.getvalue())
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110, bbox_inches="tight")
 
 
 def _stack(axes: object, names: list[str], parts: Mapping[str, list[float]]) -> None:
-    from matplotlib import pyplot
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    colors = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     left = [0.0] * len(names)
     for number, (label, widths) in enumerate(parts.items()):
         if any(widths):
-            axes.barh(names, widths, left=left, color=colors[number % len(colors)], label=label)
+            axes.barh(names, widths, left=left, color=f"C{number}", label=label)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()

@@ -13,7 +13,6 @@ from fp8lm.checkpoint import open_checkpoint
 from fp8lm.convert.hf_export import export_model, plan_export
 from fp8lm.evaluation.needle import NeedleReport
 from fp8lm.evaluation.perplexity import Perplexity
-from fp8lm.runtime.errors import InputError
 from tests.evaluation.tasks import save_model as save_for_tasks
 from tests.generate.models import save_model
 
@@ -64,8 +63,6 @@ def test_needles_as_a_picture(run_tool, tool, folder, tmp_path, capfd):
     assert ["needle", "at", "100%", "of", "8", "1.00"] in [
         line.split() for line in evaluate.table([found]).splitlines()
     ]
-    with pytest.raises(InputError, match="--heat-map"):
-        evaluate.draw([found], tmp_path / "map.xyz")
     assert evaluate.facts([found])["models"][0]["needles"]["recall"] == [[0.25], [1.0]]
 
 

@@ -50,6 +50,7 @@ def test_gaps_are_to_the_base_of_the_same_comparison(summary, run_tool, capsys):
         (FIRST, ["--base", "te"], "no recipe te"),
         ({"bf16": [2.0, 2.0], "o3": [2.0]}, [], "different numbers of seeds"),
         ({}, [], "no summary.json"),
+        ({"bf16": [2.0, 2.0]}, [], "nothing beside bf16"),
     ],
 )
 def test_what_cannot_be_paired(losses, options, message, summary, run_tool, capsys):

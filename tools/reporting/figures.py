@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from reporting.runs import LESS_IS_WORSE, HeatMap, Points
 
@@ -122,17 +123,11 @@ def thinned(points: Sequence[T]) -> Sequence[T]:
 @contextmanager
 def figure(width: float, height: float) -> Iterator[tuple[BytesIO, Any]]:
     """A canvas and its axis, drawn to the canvas at the end of the context."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axis = pyplot.subplots(figsize=(width, height))
+    drawn = Figure(figsize=(width, height))
     canvas = BytesIO()
-    try:
-        yield canvas, axis
-        with matplotlib.rc_context(SETTINGS):
-            drawn.savefig(canvas, format="svg", bbox_inches="tight", metadata={"Date": None})
-    finally:
-        pyplot.close(drawn)
+    yield canvas, drawn.subplots()
+    with matplotlib.rc_context(SETTINGS):
+        drawn.savefig(canvas, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
 def _finish(axis: Any, label: str) -> None:
