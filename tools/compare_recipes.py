@@ -27,18 +27,21 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_runs import plot, print_table, read_curves, read_reports, summarize
+from compare_runs import describe_gap, plot, print_table, read_curves, read_reports, summarize
 
 from fp8lm.arguments import as_path, path_text, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.pictures import save_figure
 from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_TIME = "iteration-time"
@@ -183,6 +186,7 @@ def report(folders: dict[str, list[Path]], output: Path) -> None:
     for name, own in folders.items():
         summary[name]["SNR dB"] = operand_snr([folder / "metrics.jsonl" for folder in own])
     print_table(summary)
+    print_gaps_over_time(summary)
     print_snr(summary)
     write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot(curves, output / "loss.png")
@@ -220,13 +224,32 @@ def print_snr(summary: dict[str, dict[str, Any]]) -> None:
         print(f"{name:{width}}" + "".join(f"{text:>16}" for text in texts))
 
 
+def print_gaps_over_time(summary: dict[str, dict[str, Any]]) -> None:
+    """A table of the gaps at every validation after the first steps."""
+    base, *others = summary
+    width = max(len(name) for name in (*others, f"above {base}")) + 2
+    for number, name in enumerate(others):
+        points = [point for point in summary[name]["gap % over time"] if point["iteration"]]
+        if number == 0:
+            heads = "".join(f"{point['iteration']:>16}" for point in points)
+            print(f"\n{f'above {base}':{width}}{heads}")
+        print(f"{name:{width}}" + "".join(f"{describe_gap(point):>16}" for point in points))
+
+
 def plot_gaps(summary: dict[str, dict[str, Any]], path: Path) -> None:
-    """Gap of every recipe to the first: its seeds, their mean and its interval."""
+    """Gaps of all recipes to the first, at the end and over time."""
     from matplotlib.figure import Figure  # without a display, and half a second to import
 
+    figure = Figure(figsize=(14, max(4.0, 1.2 + 0.5 * len(summary))), layout="tight")
+    last, over_time = figure.subplots(1, 2)
+    plot_last_gaps(summary, last)
+    plot_gaps_over_time(summary, over_time)
+    save_figure(figure, path, dpi=120)
+
+
+def plot_last_gaps(summary: dict[str, dict[str, Any]], axis: Axes) -> None:
+    """Of every recipe its seeds, their mean and its interval."""
     base, *others = summary
-    figure = Figure(figsize=(8, 1.2 + 0.5 * max(len(others), 1)), layout="tight")
-    axis = figure.subplots()
     for height, name in enumerate(reversed(others)):
         row = summary[name]
         seeds = row["gap % by seed"] or [row["gap %"]]
@@ -236,7 +259,24 @@ def plot_gaps(summary: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_yticks(range(len(others)), list(reversed(others)))
     axis.set_xlabel(f"validation loss above {base} in %: seeds, mean, 95 % interval of the mean")
     axis.grid(alpha=0.3)
-    save_figure(figure, path, dpi=120)
+
+
+def plot_gaps_over_time(summary: dict[str, dict[str, Any]], axis: Axes) -> None:
+    """Means with their intervals, beside each other where they would hide each other."""
+    base, *others = summary
+    for number, name in enumerate(others):
+        points = [point for point in summary[name]["gap % over time"] if point["iteration"]]
+        apart = 0.01 * (number - len(others) / 2) * summary[name]["iterations"]
+        x = [point["iteration"] + apart for point in points]
+        y = [point["gap %"] for point in points]
+        intervals = [point["gap % +-"] or 0.0 for point in points]
+        axis.errorbar(x, y, yerr=intervals, marker=".", linewidth=1, elinewidth=0.6, label=name)
+    axis.axhline(0.0, color="black", linewidth=0.8)
+    axis.set_xlabel("iteration")
+    axis.set_ylabel(f"mean above {base} in %, 95 % interval")
+    axis.grid(alpha=0.3)
+    if others:
+        axis.legend(fontsize=8)
 
 
 if __name__ == "__main__":

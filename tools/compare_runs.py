@@ -110,11 +110,12 @@ def read_reports(path: Path) -> Iterator[dict[str, float]]:
 def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
     """Per setting: losses per seed, their mean and spread, gap in percent, bytes of state."""
     summary: dict[str, dict] = {}
+    first_runs = next(iter(settings.values()))
     for name, runs in settings.items():
         losses = [run.valid[-1][1] for run in runs]
         mean = statistics.fmean(losses)
         base = next(iter(summary.values()), None)
-        first, gaps = runs[0], paired_gaps(losses, base)
+        first, gaps = runs[0], paired_gaps(losses, base["validation losses"] if base else [])
         summary[name] = {
             "iterations": first.valid[-1][0],
             "untrained validation loss": first.valid[0][1],
@@ -124,6 +125,7 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
             "gap %": statistics.fmean(gaps) if gaps else 0.0,
             "gap % by seed": gaps if base and len(losses) > 1 else [],
             "gap % +-": half_width(gaps) if base else None,
+            "gap % over time": gaps_over_time(runs, first_runs) if base else [],
             "state bytes": first.state_bytes,
             "state bytes saved": base["state bytes"] - first.state_bytes if base else 0,
             "state bytes per parameter": first.last["state_bytes_per_parameter"],
@@ -133,14 +135,26 @@ def summarize(settings: dict[str, list[Curves]]) -> dict[str, dict]:
     return summary
 
 
-def paired_gaps(losses: list[float], base: dict[str, Any] | None) -> list[float]:
-    """Percent above the losses of `base`, seed by seed, or of the means; none without a base."""
-    if base is None:
+def paired_gaps(losses: list[float], base: list[float]) -> list[float]:
+    """Percent above the losses `base`, seed by seed, or of the means; none without a base."""
+    if not base:
         return []
-    others = base["validation losses"]
-    if len(others) != len(losses):
-        losses, others = [statistics.fmean(losses)], [statistics.fmean(others)]
-    return [100 * (loss / other - 1) for loss, other in zip(losses, others, strict=True)]
+    if len(base) != len(losses):
+        losses, base = [statistics.fmean(losses)], [statistics.fmean(base)]
+    return [100 * (loss / other - 1) for loss, other in zip(losses, base, strict=True)]
+
+
+def gaps_over_time(runs: list[Curves], base: list[Curves]) -> list[dict[str, Any]]:
+    """At every validation that all runs had: mean gap to `base` and half its interval."""
+    of_runs, of_base = [dict(run.valid) for run in runs], [dict(run.valid) for run in base]
+    shared = set.intersection(*map(set, (*of_runs, *of_base)))
+    found = []
+    for iteration in sorted(shared):
+        losses, others = ([valid[iteration] for valid in of] for of in (of_runs, of_base))
+        gaps = paired_gaps(losses, others)
+        row = {"gap %": statistics.fmean(gaps), "gap % +-": half_width(gaps)}
+        found.append({"iteration": iteration, **row})
+    return found
 
 
 def half_width(values: list[float]) -> float | None:

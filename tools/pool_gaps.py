@@ -77,7 +77,7 @@ def gaps_to(base: str, summary: Summary, path: Path) -> dict[str, list[float]]:
     if len(set(counts.values())) > 1:
         raise InputError(f"{path}: recipes with different numbers of seeds: {counts}")
     others = {name: row[LOSSES] for name, row in summary.items() if name != base}
-    return {name: paired_gaps(losses, summary[base]) for name, losses in others.items()}
+    return {name: paired_gaps(losses, summary[base][LOSSES]) for name, losses in others.items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -35,7 +36,10 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     assert summary["bf16"]["SNR dB"].keys() == {"weight"}  # cast from the step's fp32
     assert all(20 < snr < 45 for snr in summary["wide"]["SNR dB"].values())
     assert summary["wide"]["SNR dB"].keys() == {"input", "weight", "grad_output"}
-    assert "SNR, dB" in capsys.readouterr().out
+    assert [p["iteration"] for p in summary["wide"]["gap % over time"]] == [0, 2]
+    printed = capsys.readouterr().out
+    assert "SNR, dB" in printed
+    assert re.search(r"above bf16 +2\nwide +[+-]\d", printed)
     for name in losses:
         config = json.loads((output / f"{name}-1/recipe.json").read_text())
         assert config["done"] and "data.shuffle_seed=1" in config["arguments"]

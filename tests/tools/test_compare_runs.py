@@ -58,3 +58,22 @@ def test_gaps_in_pairs_of_seeds(run_tool, tmp_path, capsys):
     # Standard deviation 1, three values: 4.303 / sqrt(3).
     assert row["gap % +-"] == pytest.approx(2.484, abs=1e-3)
     assert "+2.00 +- 2.48 %" in capsys.readouterr().out
+
+
+def test_gaps_over_time(tool):
+    compare = tool("compare_runs")
+
+    def runs(*seeds):
+        reports = {"state_bytes_per_parameter": 1.0, "state_bytes_per_linear_parameter": 1.0}
+        return [compare.Curves([(1, 5.0)], valid, reports) for valid in seeds]
+
+    base = runs([(0, 8.0), (5, 2.0), (10, 1.0)], [(0, 8.0), (5, 2.0), (7, 2.0), (10, 1.0)])
+    other = runs(*([(0, 8.0), (5, 2.02), (7, 9.0), (10, 1.0 + gap)] for gap in (0.01, 0.03)))
+    summary = compare.summarize({"a": base, "b": other})
+    assert summary["a"]["gap % over time"] == []
+    rows = summary["b"]["gap % over time"]
+    assert [row["iteration"] for row in rows] == [0, 5, 10]  # 7 is not in every run
+    assert [row["gap %"] for row in rows] == pytest.approx([0.0, 1.0, 2.0])
+    # Two values that are 2 apart: t(1) x sqrt(2) / sqrt(2).
+    assert [row["gap % +-"] for row in rows] == pytest.approx([0.0, 0.0, 12.706])
+    assert rows[-1]["gap %"] == summary["b"]["gap %"]
