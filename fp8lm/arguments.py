@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fp8lm.runtime.errors import InputError
 from fp8lm.runtime.paths import expand
@@ -58,6 +60,47 @@ def path_text(text: str) -> str:
 def as_path(text: str) -> Path:
     """`path_text` as a `Path`."""
     return Path(path_text(text))
+
+
+def file_to_write(text: str) -> Path:
+    """A path of a file, refused where it cannot be written, before there is anything to write."""
+    path = as_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
+    if path.is_file() or not path.exists():  # no device or pipe
+        _check_folder(text, path.absolute().parent)
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """A path of a folder, refused where it is a file or cannot be made."""
+    path = as_path(text)
+    _check_folder(text, path.absolute())
+    return path
+
+
+def _check_folder(text: str, folder: Path) -> None:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: no permission in {there}")
+
+
+class EachOnce(argparse.Action):
+    """Stores several values, and refuses one that comes twice."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """See argparse."""
+        if twice := {value for value in values if values.count(value) > 1}:
+            raise argparse.ArgumentError(self, f"{', '.join(map(str, sorted(twice)))} comes twice")
+        setattr(namespace, self.dest, values)
 
 
 def instead(cure: str) -> Callable[[str], str]:

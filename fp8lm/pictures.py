@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write
 from fp8lm.data.files import write_aside
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def picture_path(text: str) -> Path:
     """For argparse: the path of a picture to write, refused before anything is measured for it."""
     from matplotlib.backend_bases import FigureCanvasBase  # a third of a second to import
 
-    path = as_path(text)
+    path = file_to_write(text)
     known = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in known:
         raise argparse.ArgumentTypeError(f"{text}: a picture is one of {', '.join(sorted(known))}")

@@ -18,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write, folder_to_write
 from fp8lm.batch import Batch
 from fp8lm.checkpoint import CheckpointSaver
 from fp8lm.comm.groups import process_groups, rank_device
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--folder", type=as_path, default=Path("runs/bench_checkpoint"))
-    parser.add_argument("--output", type=as_path)
+    parser.add_argument("--folder", type=folder_to_write, default=Path("runs/bench_checkpoint"))
+    parser.add_argument("--output", type=file_to_write)
     options, overrides = parser.parse_known_args(argv)
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]
     mock += ["tokenizer.tokenizer_type=NullTokenizer", "tokenizer.vocab_size=511"]

@@ -25,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from fp8lm.arguments import as_path, split_overrides
+from fp8lm.arguments import file_to_write, folder_to_write, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.convert.names import param_shapes
 from fp8lm.convert.release import Import, Incoming, write_model
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     """Make, convert, measure, report."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--folder", type=as_path, default=Path("runs/bench_convert"))
-    parser.add_argument("--output", type=as_path, help="JSON")
+    parser.add_argument("--folder", type=folder_to_write, default=Path("runs/bench_convert"))
+    parser.add_argument("--output", type=file_to_write, help="JSON")
     arguments, overrides = split_overrides(argv)
     options = parser.parse_args(arguments)
     config = load_config(options.config, overrides)

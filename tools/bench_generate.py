@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fp8lm.arguments import as_path, number_type
+from fp8lm.arguments import file_to_write, number_type
 from fp8lm.data.files import write_aside
 from fp8lm.generate.context import CachedContext, Context, RecomputedContext
 from fp8lm.generate.loading import add_model_arguments, model_of_options
@@ -87,7 +87,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--prompt-tokens", type=number_type(1), default=128)
     add("--max-new-tokens", type=number_type(2), default=32)
     add("--repeats", type=number_type(1), default=2)
-    add("--output", type=as_path, help="write the numbers to this JSON file")
+    add("--output", type=file_to_write, help="write the numbers to this JSON file")
     return parser.parse_args(argv)
 
 

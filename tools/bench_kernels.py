@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_step import describe_device
 
-from fp8lm.arguments import as_path, finite, number_type
+from fp8lm.arguments import file_to_write, finite, number_type
 from fp8lm.config.precision import KernelsName, PrecisionConfig
 from fp8lm.config.presets import PresetName
 from fp8lm.data.files import write_aside
@@ -107,7 +107,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=finite, default=0.1, help="for each; default: 0.1")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=as_path, help="where to write the rows")
+    parser.add_argument("--json", type=file_to_write, help="where to write the rows")
     options = parser.parse_args(argv)
     sizes = (options.hidden_size, options.ffn_hidden_size, *options.tokens)
     if any(size % 16 for size in sizes):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from fp8lm.arguments import as_path, number_type
+from fp8lm.arguments import file_to_write, number_type
 from fp8lm.comm.groups import ProcessGroups, process_groups, rank_device
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=number_type(1), default=20)
-    parser.add_argument("--output", type=as_path)
+    parser.add_argument("--output", type=file_to_write)
     options, overrides = parser.parse_known_args(argv)
     mock = ["data.mock_data=true", "data.data_path=null", "tokenizer.tokenizer_model=null"]
     mock += ["tokenizer.tokenizer_type=NullTokenizer", "tokenizer.vocab_size=511"]

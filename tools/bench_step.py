@@ -29,7 +29,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
-from fp8lm.arguments import number_type, path_text
+from fp8lm.arguments import file_to_write, number_type
 from fp8lm.batch import Batch
 from fp8lm.comm import WireCounter
 from fp8lm.config import Config, build_config
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     print_table(rows, options, device)
     if options.output:
         facts = {"options": vars(options), "device": describe_device(device), "rows": rows}
-        write_aside(options.output, json.dumps(facts, indent=1) + "\n")
+        write_aside(options.output, json.dumps(facts, indent=1, default=str) + "\n")
     if options.profile:
         write_aside(options.profile, profile(contestants, device))
 
@@ -104,9 +104,11 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=number_type(1))
-    parser.add_argument("--output", type=path_text, help="write the numbers to this JSON file")
+    parser.add_argument("--output", type=file_to_write, help="write the numbers to this JSON file")
     parser.add_argument(
-        "--profile", type=path_text, help="write PyTorch's profile of a further step to this file"
+        "--profile",
+        type=file_to_write,
+        help="write PyTorch's profile of a further step to this file",
     )
     return parser.parse_args(argv)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from fp8lm.arguments import as_path, path_text
+from fp8lm.arguments import file_to_write, folder_to_write
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.files import saved_iterations
 from fp8lm.checkpoint.reader import differences
@@ -197,8 +197,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--victim", choices=("job", "worker"), default="job")
     parser.add_argument("--save-interval", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=as_path, default=ROOT / "runs" / "chaos")
-    parser.add_argument("--output", type=path_text)
+    parser.add_argument("--folder", type=folder_to_write, default=ROOT / "runs" / "chaos")
+    parser.add_argument("--output", type=file_to_write)
     parser.add_argument("overrides", nargs="*")
     return parser.parse_args(argv)
 

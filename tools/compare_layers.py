@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reporting.figures import LOGARITHMIC
 from reporting.runs import HeatMap, read_run
 
-from fp8lm.arguments import as_path, path_text
+from fp8lm.arguments import file_to_write, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.layers.quantizer import TENSOR_KINDS
 from fp8lm.pictures import picture_path, save_figure
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     """Read, print, and write what was asked for."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=path_text, nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--json", type=as_path, help="write the numbers to this file")
+    parser.add_argument("--json", type=file_to_write, help="write the numbers to this file")
     parser.add_argument("--over-time", type=picture_path, help="draw statistics over iterations")
     parser.add_argument("--by-depth", type=picture_path, help="draw statistics over layers")
     options = parser.parse_args(argv)

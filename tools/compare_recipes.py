@@ -23,29 +23,31 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_runs import describe_gap, plot, print_table, read_curves, read_reports, summarize
+from compare_runs import plot, print_table, read_curves, read_reports, summarize
+from reporting.recipes import operand_snr, plot_gaps, print_costs, print_gaps_over_time
 
-from fp8lm.arguments import as_path, path_text, split_overrides
-from fp8lm.config import load_config
+from fp8lm.arguments import EachOnce, folder_to_write, path_text, split_overrides
+from fp8lm.checkpoint.files import latest_iteration
+from fp8lm.comm.accounting import Wire, WireCounter
+from fp8lm.config import Config, load_config
+from fp8lm.config.keys import flatten
+from fp8lm.config.precision import PrecisionConfig
 from fp8lm.data.files import write_aside
-from fp8lm.pictures import save_figure
+from fp8lm.gradient.reduction import sent_format
+from fp8lm.numerics import format_by_name
 from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_TIME = "iteration-time"
-OPERANDS = ("input", "weight", "grad_output")
+METRICS = "metrics.jsonl"
 OWN_KEYS = (
     "train.seed",
     "data.shuffle_seed",
@@ -59,32 +61,44 @@ OWN_KEYS = (
 
 @dataclass(frozen=True)
 class Training:
-    """One run: `arguments` of pretrain_gpt.py, its `folder`."""
+    """One run: `arguments` of pretrain_gpt.py, its `folder`, and the `config` these make."""
 
     folder: Path
     arguments: tuple[str, ...]
+    config: Config
+
+    @property
+    def record(self) -> Path:
+        """The file that says what was trained in `folder`."""
+        return self.folder / "recipe.json"
 
     @property
     def is_done(self) -> bool:
         """Whether it has come to its end before; InputError if `folder` is of another run."""
         try:
-            record = json.loads((self.folder / "recipe.json").read_text())
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            before, done = flatten(record["config"]), record["done"]
         except FileNotFoundError:
             return False
-        if record["arguments"] != list(self.arguments):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{self.record} is damaged: delete {self.folder}") from None
+        now = flatten(self.config.model_dump(mode="json"))
+        changed = [key for key in now | before if now.get(key) != before.get(key)]
+        if changed:
             raise InputError(
-                f"{self.folder} holds a run of other arguments: use another --output, or delete it"
+                f"{self.folder} holds a run with {changed[0]} = {before.get(changed[0])}, not "
+                f"{now.get(changed[0])}: use another --output, or delete it"
             )
-        return record["done"]
+        return done
 
     def write_record(self, *, done: bool) -> None:
         """Note what is trained here, and whether it is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"arguments": self.arguments, "done": done}
-        write_aside(self.folder / "recipe.json", json.dumps(record, indent=1) + "\n")
+        config = self.config.model_dump(mode="json")
+        record = {"arguments": self.arguments, "done": done, "config": config}
+        write_aside(self.record, json.dumps(record, indent=1) + "\n")
 
     def run(self) -> None:
-        """Train, or go on; RunFailed if it ends otherwise."""
+        """Train, or go on; RunFailed if it ends otherwise, or earlier."""
         self.write_record(done=False)
         log = self.folder / "log.txt"
         command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *self.arguments]
@@ -95,6 +109,9 @@ class Training:
             )
         if ended.returncode:
             raise RunFailed(f"{self.folder} ended with exit code {ended.returncode}: see {log}")
+        last, wanted = latest_iteration(self.folder / "checkpoints"), self.config.train.train_iters
+        if last != wanted:
+            raise RunFailed(f"{self.folder} stopped after iteration {last} of {wanted}: see {log}")
         self.write_record(done=True)
 
 
@@ -103,9 +120,11 @@ def main(argv: list[str]) -> None:
     lines = __doc__.splitlines()
     parser = CommandParser(description=lines[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--output", type=as_path, required=True, help="folder of all runs")
+    parser.add_argument("--output", type=folder_to_write, required=True, help="folder of all runs")
     parser.add_argument("--recipes", type=path_text, nargs="+", required=True, metavar="RECIPE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", action=EachOnce, default=[1], help="default: 1"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
@@ -121,8 +140,14 @@ def main(argv: list[str]) -> None:
         for name, keys in recipes.items()
     }
     train_all([run for runs in trainings.values() for run in runs], options.jobs)
-    folders = {name: [run.folder for run in runs] for name, runs in trainings.items()}
-    report(folders, options.output)
+    summary = summary_of(trainings)
+    print_table(summary)
+    print_gaps_over_time(summary)
+    print_costs(summary)
+    write_aside(options.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    curves = {n: [read_curves(run.folder) for run in runs] for n, runs in trainings.items()}
+    plot(curves, options.output / "loss.png")
+    plot_gaps(summary, options.output / "gaps.png")
 
 
 def refuse_own_keys(overrides: list[str], tool: str) -> None:
@@ -149,7 +174,11 @@ def read_recipe(text: str) -> tuple[str, list[str]]:
         return name, [f"precision.preset={name}"]
     if not name or "/" in name:
         raise InputError(f"--recipes {text}: expected NAME=key=value[,key=value]")
-    return name, [f"precision.{key}" for key in keys.split(",")]
+    pairs = keys.split(",")
+    named = [pair.partition("=")[0] for pair in pairs]
+    if twice := {key for key in named if named.count(key) > 1}:
+        raise InputError(f"--recipes {text}: {', '.join(sorted(twice))} comes twice")
+    return name, [f"precision.{pair}" for pair in pairs]
 
 
 def prepare(config: str, folder: Path, overrides: list[str], seed: int) -> Training:
@@ -157,8 +186,24 @@ def prepare(config: str, folder: Path, overrides: list[str], seed: int) -> Train
     checkpoints = folder / "checkpoints"
     values = (seed, 1, 1, folder, checkpoints, checkpoints, 1)
     own = [f"{key}={value}" for key, value in zip(OWN_KEYS, values, strict=True)]
-    load_config(config, [*own, *overrides])
-    return Training(folder, ("--config", config, *own, *overrides))
+    loaded = load_config(config, [*own, *overrides])
+    if loaded.train.train_iters is None or loaded.train.eval_iters == 0:
+        raise InputError(
+            "runs are compared by their last validation: set train.train_iters and train.eval_iters"
+        )
+    arguments = ("--config", config, *own, *overrides)
+    return Training(folder, arguments, loaded)
+
+
+def sent_bytes(precision: PrecisionConfig) -> float:
+    """Of a linear layer's parameter in a step: its gradient and, with ZeRO, what is made of it.
+
+    To and from each of the other data-parallel ranks; scales are left out.
+    """
+    wire = Wire.of_key("grads", precision.wire, WireCounter())
+    stored = format_by_name(precision.main_grads_dtype)
+    gradient = sent_format(stored, wire, keep_high_precision=False)
+    return gradient.bytes + (1 if precision.wire.params == "fp8" else 2)
 
 
 def train_all(trainings: list[Training], jobs: int) -> None:
@@ -172,111 +217,25 @@ def train_all(trainings: list[Training], jobs: int) -> None:
         future.result()
 
 
-def report(folders: dict[str, list[Path]], output: Path) -> None:
-    """Table, summary.json, loss.png and gaps.png of all runs."""
-    curves = {name: [read_curves(folder) for folder in own] for name, own in folders.items()}
-    summary = summarize(curves)
-    for name, own in folders.items():
-        summary[name]["median seconds per iteration"] = statistics.median(
-            line[STEP_TIME]
-            for folder in own
-            for line in read_reports(folder / "metrics.jsonl")
-            if STEP_TIME in line
-        )
-    for name, own in folders.items():
-        summary[name]["SNR dB"] = operand_snr([folder / "metrics.jsonl" for folder in own])
-    print_table(summary)
-    print_gaps_over_time(summary)
-    print_snr(summary)
-    write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot(curves, output / "loss.png")
-    plot_gaps(summary, output / "gaps.png")
+def summary_of(trainings: dict[str, list[Training]]) -> dict[str, dict[str, Any]]:
+    """What `summarize` finds; and by recipe its keys, its seeds, time, wires and SNR."""
+    folders = {name: [run.folder for run in runs] for name, runs in trainings.items()}
+    summary = summarize({name: list(map(read_curves, own)) for name, own in folders.items()})
+    for name, runs in trainings.items():
+        summary[name] |= {
+            "precision": runs[0].config.precision.model_dump(mode="json"),
+            "seeds": [run.config.train.seed for run in runs],
+            "bytes on wires per linear parameter": sent_bytes(runs[0].config.precision),
+            "median seconds per iteration": seconds_per_iteration(folders[name]),
+            "SNR dB": operand_snr([folder / METRICS for folder in folders[name]]),
+        }
+    return summary
 
 
-def operand_snr(files: list[Path]) -> dict[str, float]:
-    """SNR in dB by kind of operand: the median over layers of the last report, mean over `files`.
-
-    Empty where no statistics were reported; activations in BF16 have none.
-    """
-    of_files: dict[str, list[float]] = {kind: [] for kind in OPERANDS}
-    for file in files:
-        reported = (line for line in read_reports(file) if any(map(_is_snr, line)))
-        last: dict[str, float] = dict(*deque(reported, maxlen=1))
-        for kind, found in of_files.items():
-            layers = [last[key] for key in last if _is_snr(key) and key.split("/")[2] == kind]
-            found += [statistics.median(layers)] if layers else []
-    return {kind: statistics.fmean(found) for kind, found in of_files.items() if found}
-
-
-def _is_snr(key: str) -> bool:
-    return key.startswith("fp8_stats/") and key.endswith("/snr")
-
-
-def print_snr(summary: dict[str, dict[str, Any]]) -> None:
-    """A table of what `operand_snr` found, if anything."""
-    if not any(row["SNR dB"] for row in summary.values()):
-        return
-    width = max(len(name) for name in summary) + 2
-    print(f"\n{'SNR, dB':{width}}" + "".join(f"{kind:>16}" for kind in OPERANDS))
-    for name, row in summary.items():
-        cells = (row["SNR dB"].get(kind) for kind in OPERANDS)
-        texts = ("" if value is None else f"{value:.1f}" for value in cells)
-        print(f"{name:{width}}" + "".join(f"{text:>16}" for text in texts))
-
-
-def print_gaps_over_time(summary: dict[str, dict[str, Any]]) -> None:
-    """A table of the gaps at every validation after the first steps."""
-    base, *others = summary
-    width = max(len(name) for name in (*others, f"above {base}")) + 2
-    for number, name in enumerate(others):
-        points = [point for point in summary[name]["gap % over time"] if point["iteration"]]
-        if number == 0:
-            heads = "".join(f"{point['iteration']:>16}" for point in points)
-            print(f"\n{f'above {base}':{width}}{heads}")
-        print(f"{name:{width}}" + "".join(f"{describe_gap(point):>16}" for point in points))
-
-
-def plot_gaps(summary: dict[str, dict[str, Any]], path: Path) -> None:
-    """Gaps of all recipes to the first, at the end and over time."""
-    from matplotlib.figure import Figure  # without a display, and half a second to import
-
-    figure = Figure(figsize=(14, max(4.0, 1.2 + 0.5 * len(summary))), layout="tight")
-    last, over_time = figure.subplots(1, 2)
-    plot_last_gaps(summary, last)
-    plot_gaps_over_time(summary, over_time)
-    save_figure(figure, path, dpi=120)
-
-
-def plot_last_gaps(summary: dict[str, dict[str, Any]], axis: Axes) -> None:
-    """Of every recipe its seeds, their mean and its interval."""
-    base, *others = summary
-    for height, name in enumerate(reversed(others)):
-        row = summary[name]
-        seeds = row["gap % by seed"] or [row["gap %"]]
-        axis.plot(seeds, [height] * len(seeds), "o", color="0.6", markersize=4)
-        axis.errorbar(row["gap %"], height, xerr=row["gap % +-"] or 0.0, fmt="D", capsize=4)
-    axis.axvline(0.0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(others)), list(reversed(others)))
-    axis.set_xlabel(f"validation loss above {base} in %: seeds, mean, 95 % interval of the mean")
-    axis.grid(alpha=0.3)
-
-
-def plot_gaps_over_time(summary: dict[str, dict[str, Any]], axis: Axes) -> None:
-    """Means with their intervals, beside each other where they would hide each other."""
-    base, *others = summary
-    for number, name in enumerate(others):
-        points = [point for point in summary[name]["gap % over time"] if point["iteration"]]
-        apart = 0.01 * (number - len(others) / 2) * summary[name]["iterations"]
-        x = [point["iteration"] + apart for point in points]
-        y = [point["gap %"] for point in points]
-        intervals = [point["gap % +-"] or 0.0 for point in points]
-        axis.errorbar(x, y, yerr=intervals, marker=".", linewidth=1, elinewidth=0.6, label=name)
-    axis.axhline(0.0, color="black", linewidth=0.8)
-    axis.set_xlabel("iteration")
-    axis.set_ylabel(f"mean above {base} in %, 95 % interval")
-    axis.grid(alpha=0.3)
-    if others:
-        axis.legend(fontsize=8)
+def seconds_per_iteration(folders: list[Path]) -> float:
+    """The median over all reports of all runs."""
+    lines = (line for folder in folders for line in read_reports(folder / METRICS))
+    return statistics.median(line[STEP_TIME] for line in lines if STEP_TIME in line)
 
 
 if __name__ == "__main__":

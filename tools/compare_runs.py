@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8lm.arguments import as_path, path_text
+from fp8lm.arguments import file_to_write, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.pictures import picture_path, save_figure
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     """Read, print, and write what was asked for."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=path_text, nargs="+", metavar="NAME=FOLDER[,FOLDER]")
-    parser.add_argument("--summary", type=as_path, help="JSON file to write")
+    parser.add_argument("--summary", type=file_to_write, help="JSON file to write")
     parser.add_argument("--plot", type=picture_path, help="PNG or other picture to write")
     options = parser.parse_args(argv)
     settings = dict(read_setting(argument) for argument in options.runs)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path, number_type
+from fp8lm.arguments import as_path, file_to_write, number_type
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     add("--preset", nargs="+", default=["te", "o3", "o3_long"])
     add("--hidden-size", type=count, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     add("--tokens", type=count, nargs="+", default=[1024, 4096, 16384], help="of a micro-batch")
-    add("--json", type=as_path, help="write the numbers to this file")
+    add("--json", type=file_to_write, help="write the numbers to this file")
     options = parser.parse_args(argv)
     hardware = Hardware.read(options.hardware)
     cells = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8lm.arguments import as_path, number_type, path_text
+from fp8lm.arguments import as_path, file_to_write, number_type, path_text
 from fp8lm.checkpoint.collectives import all_or_error
 from fp8lm.data.documents import INPUT_FORMATS
 from fp8lm.data.files import write_aside
@@ -94,7 +94,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--heat-map", type=picture_path, metavar="PNG", help="draw recall over length and depth")
     add = parser.add_argument_group("output").add_argument
     add("--batch-size", type=number_type(1), default=16, help="texts at once (default: 16)")
-    add("--json", type=as_path, help="write all numbers to this file")
+    add("--json", type=file_to_write, help="write all numbers to this file")
     options = parser.parse_args(argv)
     if options.data is None and not options.tasks and options.needle is None:
         parser.error("nothing to evaluate: give --data, --tasks or --needle")

@@ -43,7 +43,7 @@ import checkpoint as checkpoint_tool
 from chaos import PATIENCE, POLL, ROOT, Job, compare, disturb, new_folder
 from hostile import FACTS, REWRITTEN, SPECIAL, flip_bit, sign
 
-from fp8lm.arguments import as_path, number_type, path_text, split_overrides
+from fp8lm.arguments import file_to_write, folder_to_write, number_type, split_overrides
 from fp8lm.checkpoint import find_checkpoint, open_checkpoint
 from fp8lm.checkpoint.files import LATEST, saved_iterations
 from fp8lm.data.files import write_aside
@@ -482,8 +482,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=number_type(1), help="of each kind")
     parser.add_argument("--processes", type=number_type(1), default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=as_path, default=ROOT / "runs" / "faults")
-    parser.add_argument("--output", type=path_text)
+    parser.add_argument("--folder", type=folder_to_write, default=ROOT / "runs" / "faults")
+    parser.add_argument("--output", type=file_to_write)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     argv, overrides = split_overrides(argv)
     return parser.parse_args([*argv, "--", *overrides])

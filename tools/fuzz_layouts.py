@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from forked_jobs import JobServer, Kill
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import folder_to_write
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import differences
 from fp8lm.runtime.errors import CommandParser, run_command
@@ -228,7 +228,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="what draws them (default: 1)")
     parser.add_argument("--only", type=int, nargs="+", help="the cases of these numbers alone")
     parser.add_argument("--max-processes", type=int, default=8, help="of a job (default: 8)")
-    parser.add_argument("--keep", type=as_path, help="a folder for the runs of cases that fail")
+    parser.add_argument(
+        "--keep", type=folder_to_write, help="a folder for the runs of cases that fail"
+    )
     return parser.parse_args(argv)
 
 

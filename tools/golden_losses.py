@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from forked_jobs import JobServer
 
-from fp8lm.arguments import as_path, path_text
+from fp8lm.arguments import as_path, file_to_write
 from fp8lm.checkpoint import open_checkpoint
 from fp8lm.checkpoint.reader import read_tensor, stored_tensors
 from fp8lm.data.files import write_aside
@@ -174,7 +174,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="run and keep losses and digests")
-    write.add_argument("--output", type=path_text, required=True, help="the JSON file to write")
+    write.add_argument("--output", type=file_to_write, required=True, help="the JSON file to write")
     check = commands.add_parser("check", help="run again and compare")
     check.add_argument("file", nargs="?", type=as_path, help="what `write` kept on this machine")
     check.add_argument("--against", metavar="REV", help="a commit to run and compare with instead")

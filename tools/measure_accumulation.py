@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from measure_reduction import gradients_of
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write
 from fp8lm.batch import Batch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--outlier", type=float, default=1.0, help="factor of every 128th input channel; default: 1"
     )
-    parser.add_argument("--json", type=as_path, help="where to write the rows")
+    parser.add_argument("--json", type=file_to_write, help="where to write the rows")
     options, overrides = parser.parse_known_args(argv)
     if options.micro_batches < 1 or options.after < 0:
         parser.error("--micro-batches is at least 1, --after at least 0")

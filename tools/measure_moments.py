@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path, split_overrides
+from fp8lm.arguments import EachOnce, file_to_write, split_overrides
 from fp8lm.comm.groups import ProcessGroups, process_groups
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
@@ -148,9 +148,11 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=120, help="default: 120")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", action=EachOnce, default=[1], help="default: 1"
+    )
     parser.add_argument("--only", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--json", type=as_path, help="where to write the rows")
+    parser.add_argument("--json", type=file_to_write, help="where to write the rows")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     if options.steps < 1:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from measure_reduction import gradients_of
 
-from fp8lm.arguments import as_path, split_overrides
+from fp8lm.arguments import file_to_write, split_overrides
 from fp8lm.batch import Batch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--after", type=int, nargs="+", default=[0, 20, 400], help="steps; default: 0 20 400"
     )
-    parser.add_argument("--json", type=as_path, help="where to write the rows")
+    parser.add_argument("--json", type=file_to_write, help="where to write the rows")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     if min(options.after) < 0:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write
 from fp8lm.batch import Batch
 from fp8lm.comm.groups import process_groups
 from fp8lm.config import load_config
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--early", type=int, default=20)
     parser.add_argument("--late", type=int, default=400)
-    parser.add_argument("--output", type=as_path)
+    parser.add_argument("--output", type=file_to_write)
     parser.add_argument("--plot", type=picture_path)
     parser.add_argument("--plot-blocks", type=picture_path)
     options, overrides = parser.parse_known_args(argv)

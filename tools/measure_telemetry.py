@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fp8lm.arguments import as_path, finite, number_type, split_overrides
+from fp8lm.arguments import as_path, file_to_write, finite, number_type, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     add("--launch-us", type=finite, default=5.0, help="microseconds of a launch; default: 5")
     add("--hardware", type=as_path, default=HARDWARE, help="a file of configs/hardware")
     add("--kernels", choices=KERNELS, help="default: those that a Hopper GPU gets")
-    add("--json", type=as_path, help="write the numbers to this file")
+    add("--json", type=file_to_write, help="write the numbers to this file")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     hardware = Hardware.read(options.hardware)

@@ -28,7 +28,7 @@ from build_instructions import FORMAT
 from compare_recipes import Training, train_all
 from compare_runs import half_width, read_reports
 
-from fp8lm.arguments import as_path, number_type
+from fp8lm.arguments import EachOnce, file_to_write, folder_to_write, number_type
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, RunFailed, run_command
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> None:
     """Make data, train what is not done, print and write."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--output", type=as_path, required=True, help="folder of data and runs")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    add("--output", type=folder_to_write, required=True, help="folder of data and runs")
+    add("--seeds", type=int, nargs="+", action=EachOnce, default=[1, 2, 3], help="default: 1 2 3")
     add("--jobs", type=number_type(1), default=1, help="runs at a time; default: 1")
-    add("--json", type=as_path, help="write the numbers to this file")
+    add("--json", type=file_to_write, help="write the numbers to this file")
     options = parser.parse_args(argv)
     folder, seeds = options.output, options.seeds
     make_data(folder / "data")
@@ -142,8 +142,7 @@ def training(folder: Path, phase: str, place: Path, keys: list[str]) -> Training
         *OVERRIDES[phase],
         *keys,
     ]
-    load_config(CONFIG, overrides)
-    return Training(place, ("--config", CONFIG, *overrides))
+    return Training(place, ("--config", CONFIG, *overrides), load_config(CONFIG, overrides))
 
 
 def summary(phase: str, folders: dict[str, list[Path]]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
@@ -338,7 +338,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
     parser.add_argument("--under", nargs="+", default=list(UNDER), help="files and folders")
     parser.add_argument("--list", action="store_true", help="only print the mutations")
-    parser.add_argument("--json", type=as_path, help="file for the outcome of every mutation")
+    parser.add_argument("--json", type=file_to_write, help="file for the outcome of every mutation")
     arguments = parser.parse_args(argv)
     drawn = draw(ROOT, arguments.under, arguments.count, arguments.seed)
     if arguments.list:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path
+from fp8lm.arguments import file_to_write
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -136,7 +136,7 @@ PUBLISHED = [
 def main(argv: list[str]) -> None:
     """Estimate all rows, print the tables, write the numbers."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=as_path, help="write the numbers to this file")
+    parser.add_argument("--json", type=file_to_write, help="write the numbers to this file")
     options = parser.parse_args(argv)
     hardware = Hardware.find("h100")
     rows = [table5(row, hardware) for row in tqdm(PAPER, desc="Table 5", disable=None)]

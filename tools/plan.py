@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path, number_type, path_text, split_overrides
+from fp8lm.arguments import file_to_write, number_type, path_text, split_overrides
 from fp8lm.config import load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     add("--gpu", type=path_text, default="h100", help="of configs/hardware, or a FILE.yaml")
     add("--preset", nargs="+", help="default: the config's; bf16 is always shown too")
     add("--sweep", action="store_true", help="search layout, micro-batch and recomputation")
-    add("--json", type=as_path, help="write the numbers to this file")
+    add("--json", type=file_to_write, help="write the numbers to this file")
     add("--output", type=picture_path, help="draw memory and time to this PNG or other picture")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare_recipes import read_recipes, refuse_own_keys
 from compare_runs import half_width
 
-from fp8lm.arguments import as_path, path_text, split_overrides
+from fp8lm.arguments import EachOnce, file_to_write, path_text, split_overrides
 from fp8lm.comm.groups import ProcessGroups, process_groups
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
@@ -126,11 +126,13 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--recipes", type=path_text, nargs="+", default=RECIPES, metavar="RECIPE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", action=EachOnce, default=[1], help="default: 1"
+    )
     parser.add_argument(
         "--strength", type=float, default=400.0, help="length of the rows; default: 400"
     )
-    parser.add_argument("--json", type=as_path, help="where to write a row per training")
+    parser.add_argument("--json", type=file_to_write, help="where to write a row per training")
     parser.add_argument("--plot", type=picture_path, help="PNG or other picture to write")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)

@@ -15,7 +15,7 @@ import os
 
 from tqdm import tqdm
 
-from fp8lm.arguments import as_path, split_overrides
+from fp8lm.arguments import file_to_write, split_overrides
 from fp8lm.checkpoint.collectives import on_main
 from fp8lm.comm.groups import process_groups, rank_device
 from fp8lm.config import Config, load_config
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Load the reference, read all examples, write."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--output", type=as_path, required=True, help="the file to write")
+    parser.add_argument("--output", type=file_to_write, required=True, help="the file to write")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)
     config = without_folders(load_config(options.config, overrides))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reporting.page import page
 from reporting.runs import Run, read_run
 
-from fp8lm.arguments import as_path, number_type, path_text
+from fp8lm.arguments import file_to_write, number_type, path_text
 from fp8lm.data.files import write_aside
 from fp8lm.runtime.errors import CommandParser, InputError, run_command
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "runs", type=path_text, nargs="+", metavar="RUN", help="FOLDER or NAME=FOLDER[,FOLDER]"
     )
-    parser.add_argument("--output", type=as_path, help="file to write; default: report.html")
+    parser.add_argument("--output", type=file_to_write, help="file to write; default: report.html")
     parser.add_argument("--serve", action="store_true", help="serve it on this machine instead")
     parser.add_argument(
         "--port", type=number_type(0, 65535), default=8321, help="of --serve; default: 8321, 0: any"

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fp8lm.arguments import as_path, number_type, split_overrides
+from fp8lm.arguments import as_path, file_to_write, number_type, split_overrides
 from fp8lm.config import Config, load_config
 from fp8lm.data.files import write_aside
 from fp8lm.data.tokenizer import build_tokenizer
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     add("--hardware", type=as_path, default=H200, help="a file like those of configs/hardware")
     add("--kernels", choices=KERNELS, help="default: those that a Hopper GPU gets")
     add("--replicas", type=number_type(1), default=1, help="data-parallel ranks")
-    add("--json", type=as_path, help="write the numbers to this file")
+    add("--json", type=file_to_write, help="write the numbers to this file")
     add("--output", type=picture_path, help="draw the time of a layer by purpose, a PNG or other")
     argv, overrides = split_overrides(argv)
     options = parser.parse_args(argv)

@@ -159,7 +159,7 @@ class PrecisionConfig(Section):
         "amaxes of earlier steps, with a scale of 1 in the first; static, sizes alone.",
     )
     fp8_amax_history_len: Count = Field(
-        1024, description="Steps that delayed scaling remembers the amax of."
+        1024, le=65536, description="Steps that delayed scaling remembers the amax of."
     )
     fp8_amax_compute_algo: AmaxComputeAlgo = Field(
         "max", description="Which amax of its history delayed scaling takes."

@@ -38,7 +38,7 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     assert summary["wide"]["SNR dB"].keys() == {"input", "weight", "grad_output"}
     assert [p["iteration"] for p in summary["wide"]["gap % over time"]] == [0, 2]
     printed = capsys.readouterr().out
-    assert "SNR, dB" in printed
+    assert re.search(r"s/iteration +B/wires +dB of input +dB of weight +dB of grad_output", printed)
     assert re.search(r"above bf16 +2\nwide +[+-]\d", printed)
     for name in losses:
         config = json.loads((output / f"{name}-1/recipe.json").read_text())
@@ -49,8 +49,29 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     assert run_tool(*command, *TINY) == 0
     assert (output / "wide-1/log.txt").read_text() == before
     capsys.readouterr()
+    assert summary["wide"]["seeds"] == [1]
+    assert summary["wide"]["precision"]["main_grads_dtype"] == "fp32"
+    sent = [summary[name]["bytes on wires per linear parameter"] for name in losses]
+    assert sent == [6, 2]  # an fp32 gradient travels in FP8, as the wire of o3 says
+
     assert run_tool(*command, *TINY, "optimizer.lr=1e-4") == 2
-    assert "holds a run of other arguments" in capsys.readouterr().err
+    assert "bf16-1 holds a run with optimizer.lr = " in capsys.readouterr().err
+    record = output / "wide-1/recipe.json"
+    record.write_text(record.read_text()[:50])
+    assert run_tool(*command, *TINY) == 2
+    assert f"{record} is damaged" in capsys.readouterr().err
+
+
+def test_a_config_that_has_changed_is_another_run(run_tool, tmp_path, capsys):
+    output, config = tmp_path / "recipes", tmp_path / "c.yaml"
+    command = ("compare_recipes", "--config", config, "--output", output, "--recipes", "bf16", "o3")
+    config.write_text(f"base: {CONFIG}\noptimizer: {{lr: 1.0e-3}}\n")
+    assert run_tool(*command, *TINY, "train.exit_interval=1") == 1  # before the last iteration
+    assert "bf16-1 stopped after iteration 1 of 2" in capsys.readouterr().err
+    assert not json.loads((output / "bf16-1/recipe.json").read_text())["done"]
+    config.write_text(f"base: {CONFIG}\noptimizer: {{lr: 9.0e-2}}\n")
+    assert run_tool(*command, *TINY, "train.exit_interval=1") == 2
+    assert "holds a run with optimizer.lr = 0.001, not 0.09" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -64,7 +85,11 @@ def test_what_would_make_runs_no_pairs(override, run_tool, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["bf16", "o9", "=preset=o3", "a/b=preset=o3", "x=main_grads_dtype=fp12"]
+    "recipe",
+    [
+        *("bf16", "o9", "=preset=o3", "a/b=preset=o3", "x=main_grads_dtype=fp12"),
+        "x=preset=o3,preset=o4",
+    ],
 )
 def test_a_recipe_that_is_none(recipe, run_tool, tmp_path, capsys):
     output = tmp_path / "recipes"

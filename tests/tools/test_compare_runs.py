@@ -37,7 +37,7 @@ def test_what_cannot_be_written(option, name, run, run_tool, tmp_path, monkeypat
     before = sorted(tmp_path.rglob("*"))
     assert run_tool("compare_runs", run, option, name) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: cannot write") and error.count("\n") == 1
+    assert error.startswith(f"error: argument {option}: cannot write") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 

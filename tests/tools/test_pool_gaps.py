@@ -16,8 +16,8 @@ SECOND = {"bf16": [4.0], "o3": [4.08]}
 def summary(tmp_path):
     """Write the losses of recipes as compare_recipes.py does."""
 
-    def write(name, losses):
-        rows = {recipe: {"validation losses": values} for recipe, values in losses.items()}
+    def write(name, losses, **more):
+        rows = {recipe: {"validation losses": values, **more} for recipe, values in losses.items()}
         (tmp_path / name).write_text(json.dumps(rows))
         return tmp_path / name
 
@@ -44,6 +44,31 @@ def test_gaps_are_to_the_base_of_the_same_comparison(summary, run_tool, capsys):
     assert rows(capsys.readouterr().out) == {"bf16": (pytest.approx(-1.961, abs=5e-4), None, 1)}
 
 
+def test_gaps_of_the_same_weights_count_once(summary, run_tool, capsys):
+    third = {"bf16": [1.0, 1.0], "o3": [1.03, 1.0], "te": [1.01, 1.03]}
+    same = f"{summary('a.json', FIRST, seeds=[1, 2])},{summary('c.json', third, seeds=[1, 2])}"
+    assert run_tool("pool_gaps", same, summary("b.json", SECOND, seeds=[1])) == 0
+    # Of o3 (1 + 3) / 2 and (3 + 0) / 2 %, and 2 % by itself: t(2) x 0.289 / sqrt(3).
+    expected = {"o3": (1.833, 0.717, 3), "o4": (0.0, 0.0, 2), "te": (2.0, 12.706, 2)}
+    assert rows(capsys.readouterr().out) == expected
+
+
+def test_what_is_no_other_comparison(summary, run_tool, capsys):
+    first = summary("a.json", FIRST, seeds=[1, 2], precision={"preset": "x"})
+    other = summary("b.json", FIRST, seeds=[1, 3], precision={"preset": "y"})
+    for arguments, message in (
+        ((first, first.parent / "." / "a.json"), "a.json is named twice"),
+        ((f"{first},{first}",), "a.json is named twice"),
+        ((first, other), f"bf16 is one recipe in {first} and another one in {other}"),
+    ):
+        assert run_tool("pool_gaps", *arguments) == 2
+        assert message in capsys.readouterr().err
+    other = summary("b.json", FIRST, seeds=[1, 3], precision={"preset": "x"})
+    assert run_tool("pool_gaps", first, other) == 0
+    assert run_tool("pool_gaps", f"{first},{other}") == 2
+    assert "have different seeds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("losses", "options", "message"),
     [
@@ -51,6 +76,12 @@ def test_gaps_are_to_the_base_of_the_same_comparison(summary, run_tool, capsys):
         ({"bf16": [2.0, 2.0], "o3": [2.0]}, [], "different numbers of seeds"),
         ({}, [], "no summary.json"),
         ({"bf16": [2.0, 2.0]}, [], "nothing beside bf16"),
+        ({"bf16": ["a"], "o3": [2.0]}, [], "no summary.json"),
+        ({"bf16": 3, "o3": 3}, [], "no summary.json"),
+        ({"bf16": [], "o3": []}, [], "no summary.json"),
+        ({"bf16": [0.0], "o3": [1.0]}, [], "no summary.json"),
+        ({"bf16": [2.0], "o3": None}, [], "no summary.json"),
+        ({"bf16": [2.0], "o3": [float("nan")]}, [], "no summary.json"),
     ],
 )
 def test_what_cannot_be_paired(losses, options, message, summary, run_tool, capsys):
