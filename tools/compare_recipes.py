@@ -111,7 +111,10 @@ class Training:
             raise RunFailed(f"{self.folder} ended with exit code {ended.returncode}: see {log}")
         last, wanted = latest_iteration(self.folder / "checkpoints"), self.config.train.train_iters
         if last != wanted:
-            raise RunFailed(f"{self.folder} stopped after iteration {last} of {wanted}: see {log}")
+            raise RunFailed(
+                f"{self.folder} stopped after iteration {last} of {wanted} (see {log}): the same "
+                "command goes on"
+            )
         self.write_record(done=True)
 
 
