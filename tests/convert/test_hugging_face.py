@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -9,20 +11,27 @@ import yaml
 from fp8lm.config import build_config
 from fp8lm.convert.safetensors_files import SafetensorsFolder
 from fp8lm.layers.param import named_params
+from fp8lm.layers.recipe import Recipe
+from fp8lm.model import GPTModel
+from fp8lm.numerics import FP32 as FP32_FORMAT
 from fp8lm.numerics import format_by_name
 from tests.convert.models import (
+    CPU,
     FP32,
     IDS,
     KERNELS,
     LLAMA,
     SHAPES,
     as_bytes,
+    config_of,
     error,
     logits_here,
     logits_there,
     restored,
     save_model,
+    tokens,
 )
+from tests.layers.test_smoothing import ExactCasts
 from tests.training.contents import contents, expect, values
 from tests.training.runs import save_again
 
@@ -111,6 +120,31 @@ def test_bf16_export_is_rounded_from_the_master(preset, convert, tmp_path):
         assert torch.equal(rounded.read(name), exact.read(name).bfloat16()), name
     there = logits_there(tmp_path / "bf16")
     assert error(there, logits_there(tmp_path / "fp32")) < 0.02
+
+
+@torch.no_grad()
+def logits_in_training(folder, precision):
+    """[B,S,ids] of LLAMA with the masters of a checkpoint, as training computes; nothing rounds."""
+    config, stored = config_of(LLAMA, precision), contents(folder)
+    recipe = Recipe.from_config(config.precision, ExactCasts(), CPU)
+    gemm = replace(recipe.gemm, output=torch.float32)
+    recipe = replace(recipe, gemm=gemm, weight=FP32_FORMAT, high_precision=FP32_FORMAT)
+    rows = len(stored["model.embedding.word_embeddings.weight.payload"])
+    model = GPTModel(config.model, rows, recipe)
+    for name, weight in named_params(model).items():
+        master = values(stored, f"optimizer.master.{name}")
+        whole = master.reshape(weight.spec.shape)  # gate and up are stored as two
+        weight.model_param.copy_(KERNELS.quantize(whole, FP32_FORMAT))
+    return model(tokens()).transpose(0, 1)[..., :IDS]
+
+
+@pytest.mark.parametrize("preset", ["te", "o3"])
+def test_export_needs_no_factors_of_smoothing(preset, convert, tmp_path):
+    """They are of a micro-batch, powers of two, and on both sides of the product."""
+    precision = {"preset": preset, "smooth_swiglu": True}
+    folder = save_model(tmp_path / "ck", LLAMA, precision)
+    convert("fp8lm", "hf", folder, tmp_path / "hf", "--dtype", "fp32")
+    assert error(logits_there(tmp_path / "hf"), logits_in_training(folder, precision)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt"])
