@@ -70,17 +70,29 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_with_everything_on(preset, tiny_config, run_distributed, folders, tmp_path):
+RECIPES = {preset: {"preset": preset} for preset in PRESETS} | {
+    "o3 smooth": {"preset": "o3", "smooth_swiglu": True}
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_with_everything_on(recipe, tiny_config, run_distributed, folders, tmp_path):
     def config(run, **train):
-        precision = {"preset": preset, "master_rounding": "stochastic"}
-        return tiny_config(*EVERYTHING, folders(run), {"precision": precision, "train": train})
+        precision = RECIPES[recipe] | {"master_rounding": "stochastic"}
+        changes = {
+            "model": {"swiglu": precision.get("smooth_swiglu", False)},
+            "precision": precision,
+            "train": train,
+        }
+        return tiny_config(*EVERYTHING, folders(run), changes)
 
     whole = run_distributed(train, 2, config("whole"))
     run_distributed(train, 2, config("parts", exit_interval=3))
     parts = run_distributed(train, 2, config("parts"))
     for (expected, _), (state, _) in zip(whole, parts, strict=True):
         assert all(torch.equal(state[name], expected[name]) for name in expected)
+    found = [open_checkpoint(tmp_path / run) for run in ("whole", "parts")]
+    assert not list(differences(*found))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     sizes = [line["batch-size"] for line in curve(tmp_path / "whole") if "batch-size" in line]
     assert sizes[0] == 2 and sizes[-1] == 4
