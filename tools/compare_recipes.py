@@ -214,8 +214,12 @@ def train_all(trainings: list[Training], jobs: int) -> None:
     waiting = [training for training in trainings if not training.is_done]
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(training.run) for training in waiting]
-        for future in tqdm(running, unit="run", disable=None):
-            future.exception()
+        try:
+            for future in tqdm(running, unit="run", disable=None):
+                future.exception()
+        except KeyboardInterrupt:  # or what waits would be begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for future in running:
         future.result()
 

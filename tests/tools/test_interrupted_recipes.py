@@ -24,18 +24,18 @@ LONGER = (
 )
 
 
-def command(output):
-    named = ("--config", CONFIG, "--output", output, "--recipes", "o3")
+def command(output, *recipes):
+    named = ("--config", CONFIG, "--output", output, "--recipes", *recipes)
     return [*map(str, named), *TINY, *LONGER]
 
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(output)`: the tool as a process of its own; what it starts does not outlive it."""
+    """The tool as a process of its own; what it starts does not outlive it."""
     jobs = []
 
-    def run(output):
-        tool = [sys.executable, "tools/compare_recipes.py", *command(output)]
+    def run(output, *recipes):
+        tool = [sys.executable, "tools/compare_recipes.py", *command(output, *recipes)]
         with (tmp_path / "tool.txt").open("a") as log:
             streams = {"stdout": log, "stderr": log, "start_new_session": True}
             jobs.append(subprocess.Popen(tool, cwd=ROOT, env=ENVIRONMENT, **streams))
@@ -67,16 +67,17 @@ def wait_for_steps_to_lose(folder, job):
 def test_validation_losses_of_a_comparison_left_alone(start, run_tool, tmp_path):
     """Ctrl-C ends the tool and its training, which repeats the steps after its checkpoint."""
     output, folder = tmp_path / "interrupted", tmp_path / "interrupted" / "o3-1"
-    job = start(output)
+    job = start(output, "o3", "te")
     wait_for_steps_to_lose(folder, job)
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(PATIENCE) != 0
     assert latest_iteration(folder / "checkpoints") < ITERATIONS
     assert not json.loads((folder / "recipe.json").read_text())["done"]
     assert not (output / "summary.json").exists()
+    assert not (output / "te-1").exists()  # what waits is not begun
     summaries = []
     for name in (output, tmp_path / "calm"):
-        assert run_tool("compare_recipes", *command(name)) == 0
+        assert run_tool("compare_recipes", *command(name, "o3")) == 0
         summaries.append(json.loads((name / "summary.json").read_text())["o3"])
     assert "loaded checkpoint of iteration" in (folder / "log.txt").read_text()
     for key in ("iterations", "untrained validation loss", "validation losses"):
