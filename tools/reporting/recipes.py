@@ -78,11 +78,12 @@ def plot_gaps(summary: Summary, path: Path) -> None:
 def plot_last_gaps(summary: Summary, axis: Axes) -> None:
     """Of every recipe its seeds, their mean and its interval."""
     base, *others = summary
-    for height, name in enumerate(reversed(others)):
-        row = summary[name]
+    for number, name in enumerate(others):
+        row, height = summary[name], len(others) - 1 - number
         seeds = row["gap % by seed"] or [row["gap %"]]
         axis.plot(seeds, [height] * len(seeds), "o", color="0.6", markersize=4)
-        axis.errorbar(row["gap %"], height, xerr=row["gap % +-"] or 0.0, fmt="D", capsize=4)
+        style = {"fmt": "D", "capsize": 4, "color": f"C{number}"}
+        axis.errorbar(row["gap %"], height, xerr=row["gap % +-"] or 0.0, **style)
     axis.axvline(0.0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(others)), list(reversed(others)))
     axis.set_xlabel(f"validation loss above {base} in %: seeds, mean, 95 % interval of the mean")
@@ -98,7 +99,8 @@ def plot_gaps_over_time(summary: Summary, axis: Axes) -> None:
         x = [point["iteration"] + apart for point in points]
         y = [point["gap %"] for point in points]
         intervals = [point["gap % +-"] or 0.0 for point in points]
-        axis.errorbar(x, y, yerr=intervals, marker=".", linewidth=1, elinewidth=0.6, label=name)
+        style = {"marker": ".", "linewidth": 1, "elinewidth": 0.6, "color": f"C{number}"}
+        axis.errorbar(x, y, yerr=intervals, label=name, **style)
     axis.axhline(0.0, color="black", linewidth=0.8)
     axis.set_xlabel("iteration")
     axis.set_ylabel(f"mean above {base} in %, 95 % interval")
