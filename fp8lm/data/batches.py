@@ -13,11 +13,13 @@ import errno
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fp8lm.batch import Batch, Documents
@@ -31,6 +33,7 @@ FIELDS = (
     *("sequence_bounds", "reference_losses"),
 )
 END_WAIT = 5.0  # seconds for a worker that was killed to be gone
+DEATH_POLLS = 100
 # What says that shared memory is full (0: libc tells no number then), or cannot be used at all.
 _FULL = (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSYS)
@@ -139,7 +142,9 @@ class BatchIterator:
         # to itself it sends a hanging worker a SIGTERM, which that ignores, and Python's exit would
         # wait for it without end.
         if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
-            self._iterator._shutdown_workers()  # noqa: SLF001
+            # Until it forgets them, PyTorch raises what it says of a dead one wherever it is told.
+            with suppress(RuntimeError):
+                self._iterator._shutdown_workers()  # noqa: SLF001
         for worker in self._workers:
             worker.kill()
             worker.join(END_WAIT)
@@ -160,7 +165,7 @@ class BatchIterator:
 
     def _next(self) -> Batch:
         try:
-            with self._limited():
+            with self._limited(), self._naming_the_dead():
                 fields = next(self._iterator)
         except InputError as error:  # of a worker, with its traceback as text
             raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2]) from None
@@ -195,6 +200,21 @@ class BatchIterator:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    @contextmanager
+    def _naming_the_dead(self) -> Iterator[None]:
+        """Say what PyTorch says of a dead worker where its connection breaks before that sees it.
+
+        A batch is fetched from the worker's own server, which is gone with it.
+        """
+        try:
+            yield
+        except (EOFError, OSError):
+            # By asking, as its handler of SIGCHLD does: joining would race with that for the end.
+            for _ in range(DEATH_POLLS if self._workers else 0):
+                signal_handling._error_if_any_worker_fails()  # noqa: SLF001
+                time.sleep(END_WAIT / DEATH_POLLS)
+            raise
 
     def _give_up(self) -> None:
         self._timed_out = True

@@ -8,12 +8,15 @@ import resource
 import signal
 import time
 import weakref
+from multiprocessing import resource_sharer
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.utils import data
 from torch.utils.data import Dataset
 
+from fp8lm.data import batches
 from fp8lm.data.batches import BatchIterator
 from fp8lm.data.datasets import build_datasets
 from fp8lm.runtime.errors import EXIT_FAILED, InputError, run_command
@@ -251,6 +254,41 @@ def test_a_worker_that_dies_is_named(fail, capsys):
     error, code = failure(fail, capsys)
     assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
     assert "a data worker (process " in error and "data.num_workers" in error
+
+
+@pytest.mark.parametrize(
+    ("broken", "number", "says"),
+    [
+        (ConnectionResetError, signal.SIGKILL, "was killed (Killed)"),
+        (ConnectionRefusedError, signal.SIGKILL, "was killed (Killed)"),
+        (FileNotFoundError, signal.SIGKILL, "was killed (Killed)"),
+        (EOFError, signal.SIGBUS, "was killed by a bus error"),
+    ],
+)
+def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(
+    broken, number, says, monkeypatch, capsys
+):
+    def fetch(self, *_):
+        (worker, *_) = set(multiprocessing.active_children()) - before
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # PyTorch does not see it yet
+        os.kill(worker.pid, number)
+        raise broken
+
+    before = set(multiprocessing.active_children())
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", fetch)
+    try:
+        error, code = failure(lambda: None, capsys)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    assert code == EXIT_FAILED and error.startswith("error: ") and error.count("\n") == 1
+    assert "a data worker (process " in error and says in error and "data.num_workers" in error
+
+
+def test_an_error_beside_workers_that_live_is_raised(monkeypatch, capsys):
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", Mock(side_effect=EOFError("mine")))
+    monkeypatch.setattr(batches, "END_WAIT", 0.2)
+    with pytest.raises(EOFError, match="mine"):
+        failure(lambda: None, capsys)
 
 
 @pytest.mark.parametrize("size", [0, 40])  # for no lock between the processes, for no batch

@@ -82,7 +82,7 @@ def plot_last_gaps(summary: Summary, axis: Axes) -> None:
         row, height = summary[name], len(others) - 1 - number
         seeds = row["gap % by seed"] or [row["gap %"]]
         axis.plot(seeds, [height] * len(seeds), "o", color="0.6", markersize=4)
-        style = {"fmt": "D", "capsize": 4, "color": f"C{number}"}
+        style: dict[str, Any] = {"fmt": "D", "capsize": 4, "color": f"C{number}"}
         axis.errorbar(row["gap %"], height, xerr=row["gap % +-"] or 0.0, **style)
     axis.axvline(0.0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(others)), list(reversed(others)))
@@ -99,7 +99,12 @@ def plot_gaps_over_time(summary: Summary, axis: Axes) -> None:
         x = [point["iteration"] + apart for point in points]
         y = [point["gap %"] for point in points]
         intervals = [point["gap % +-"] or 0.0 for point in points]
-        style = {"marker": ".", "linewidth": 1, "elinewidth": 0.6, "color": f"C{number}"}
+        style: dict[str, Any] = {
+            "marker": ".",
+            "linewidth": 1,
+            "elinewidth": 0.6,
+            "color": f"C{number}",
+        }
         axis.errorbar(x, y, yerr=intervals, label=name, **style)
     axis.axhline(0.0, color="black", linewidth=0.8)
     axis.set_xlabel("iteration")
