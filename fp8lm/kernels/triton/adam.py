@@ -39,7 +39,7 @@ from fp8lm.scaled_tensor import ScaledTensor
 CHUNK = 8192  # elements of a program, which looks up its tensor and adds to its amaxes once
 _COLUMNS = tl.constexpr(17)  # of the table, in the order of `_row`
 _WARPS = 4
-# Of a thread: six programs run on a multiprocessor, and nothing spills; 96 if it is not said.
+# Of a thread: six programs run on a multiprocessor, and nothing spills. Some take 96 by themselves.
 _REGISTERS = 80
 
 
