@@ -12,11 +12,9 @@ loaded, on this rank.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import time
-from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from fp8lm.generate.model import InferenceModel
 from fp8lm.runtime.ending import exit_with
 from fp8lm.runtime.errors import CommandParser, InputError
 from fp8lm.runtime.output import show
+from fp8lm.training.memory import live_tensor_bytes
 
 Kind = type[CachedContext] | type[RecomputedContext]
 WAYS: dict[str, tuple[Kind, str]] = {
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
                 f"--prompt-tokens {options.prompt_tokens} and --max-new-tokens "
                 f"{options.max_new_tokens} exceed the model's context of {model.context_length}"
             )
-        held = tensor_bytes()
+        held = live_tensor_bytes()
         say = show if model.groups.is_main else (lambda text: None)
         heads = ("prompt tok/s", "new tok/s", "CPU ms/step", "cache MB")
         say(f"{'way':10} {'batch':>5} " + " ".join(f"{head:>12}" for head in heads))
@@ -147,18 +146,6 @@ def new_context(model: InferenceModel, way: str, sequences: int, capacity: int) 
     """An empty one that computes in this `way`."""
     kind, cache_dtype = WAYS[way]
     return kind(model, sequences, capacity, cache_dtype)
-
-
-def tensor_bytes() -> int:
-    """Bytes of the memory of all tensors that Python holds, each counted once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance asks proxies, which warn
-            storage = thing.untyped_storage()
-            with suppress(RuntimeError):  # a compiler's tensors have no memory
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def device_name(device: torch.device) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 import psutil
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fp8lm.layers.param import Param, QuantizedParam, trainable
 from fp8lm.optim.states import AdamState
@@ -25,6 +28,23 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
         report["memory/gpu"] = torch.cuda.memory_allocated(device)
         report["memory/gpu_peak"] = torch.cuda.max_memory_allocated(device)
     return report
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of the memory of all tensors that Python holds, each counted once.
+
+    Slow: it collects garbage and looks at every object. On a GPU `memory_bytes` knows it, too.
+    """
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        # isinstance would ask proxies, which warn; fake tensors have sizes, but no memory.
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
+            storage = thing.untyped_storage()
+            with suppress(RuntimeError):  # other tensors of a compiler have none either
+                storages[storage.data_ptr()] = storage.nbytes()
+    storages.pop(0, None)  # on the meta device
+    return sum(storages.values())
 
 
 def state_bytes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import random
 
@@ -20,6 +19,7 @@ from fp8lm.evaluation.scoring import Passage, score_all
 from fp8lm.runtime.errors import InputError
 from fp8lm.training.build import build
 from fp8lm.training.hooks import build_trainer
+from fp8lm.training.memory import live_tensor_bytes
 from tests.generate.models import CPU, PRECISIONS, SHAPES, loaded
 from tests.training.runs import curve
 
@@ -72,9 +72,9 @@ def train(config, interval):
 
     class Holding(TaskHook):
         def after_step(self, trainer, result):
-            before = tensor_bytes()
+            before = live_tensor_bytes()
             super().after_step(trainer, result)
-            held.append((before, tensor_bytes()))
+            held.append((before, live_tensor_bytes()))
 
     hooks = [] if interval is None else [Holding(interval, scores)]
     with contextlib.ExitStack() as stack:
@@ -88,18 +88,6 @@ def train(config, interval):
         trainer.load()
         trainer.train()
     return held
-
-
-def tensor_bytes():
-    """Bytes of all tensors that are alive in this process."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            with contextlib.suppress(RuntimeError):  # a compiler's tensors have no memory
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def of_checkpoint(folder, tp=1, pp=1):
