@@ -344,6 +344,21 @@ def test_a_worker_that_hangs_does_not_outlive_its_iterator(monkeypatch):
     assert set(multiprocessing.active_children()) == before
 
 
+def test_a_worker_that_dies_while_they_end_stops_nothing(monkeypatch):
+    def tell_them(_event):
+        (worker, *_) = set(multiprocessing.active_children()) - before
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(60)  # until PyTorch's handler of SIGCHLD raises
+        raise AssertionError("nothing was raised")
+
+    monkeypatch.setattr(data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # noqa: SLF001 (5 s)
+    before = set(multiprocessing.active_children())
+    with iterate(num_workers=2) as batches:
+        batches.next(1)
+        monkeypatch.setattr(multiprocessing.synchronize.Event, "set", tell_them)
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_a_limit_that_is_not_reached_changes_nothing():
     with iterate(num_workers=2, worker_timeout=60.0) as batches:
         assert samples(batches.next(3)) == samples(iterate().next(3))
