@@ -238,7 +238,7 @@ def failure(fail, capsys, **more):
 
     before = set(multiprocessing.active_children())  # other tests' pools stay
     code = run_command(main, [])
-    assert set(multiprocessing.active_children()) == before
+    assert set(multiprocessing.active_children()) <= before
     return capsys.readouterr().err, code
 
 
@@ -341,7 +341,7 @@ def test_a_worker_that_hangs_does_not_outlive_its_iterator(monkeypatch):
     before = set(multiprocessing.active_children())
     with iterate(dataset=Failing(hang), num_workers=2) as batches:
         batches.next(1)
-    assert set(multiprocessing.active_children()) == before
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_worker_that_dies_while_they_end_stops_nothing(monkeypatch):
@@ -356,7 +356,7 @@ def test_a_worker_that_dies_while_they_end_stops_nothing(monkeypatch):
     with iterate(num_workers=2) as batches:
         batches.next(1)
         monkeypatch.setattr(multiprocessing.synchronize.Event, "set", tell_them)
-    assert set(multiprocessing.active_children()) == before
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_limit_that_is_not_reached_changes_nothing():

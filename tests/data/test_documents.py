@@ -220,6 +220,6 @@ def test_a_worker_that_dies_is_one_error(tmp_path):
         for _ in encode_records(records(), settings, workers=2):
             pass
     deadline = time.monotonic() + 20
-    while set(active_children()) != before and time.monotonic() < deadline:
+    while set(active_children()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert set(active_children()) == before
+    assert set(active_children()) <= before
