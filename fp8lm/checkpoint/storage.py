@@ -23,7 +23,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -207,11 +212,17 @@ class _Reader(dcp.FileSystemReader):
                 for where, item in sorted(reads, key=lambda read: read[0].offset):
                     file.seek(where.offset)
                     target = planner.resolve_tensor(item)
-                    target.copy_(_decode(file.read(where.length), path, item, target.dtype))
+                    sizes = self._sizes(item.storage_index)
+                    target.copy_(_decode(file.read(where.length), path, item, target.dtype, sizes))
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _sizes(self, index: MetadataIndex) -> torch.Size:
+        stored = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(stored, TensorStorageMetadata)
+        return next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
 
     def _by_file(self, plan: LoadPlan) -> dict[Path, list[tuple[_StorageInfo, ReadItem]]]:
         files = defaultdict(list)
@@ -223,10 +234,15 @@ class _Reader(dcp.FileSystemReader):
         return files
 
 
-def _decode(data: bytes, path: Path, item: ReadItem, dtype: torch.dtype) -> Tensor:
+def _decode(
+    data: bytes, path: Path, item: ReadItem, dtype: torch.dtype, sizes: torch.Size
+) -> Tensor:
     try:
         _check_archive(data)
         stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # Or rows would be left out that .metadata does not mention.
+        if stored.shape != sizes:
+            raise ValueError(f"found {list(stored.shape)}, expected {list(sizes)}")
         part = select(stored, item.storage_offsets, item.lengths)
         if part.dtype != dtype:
             raise TypeError(f"found {part.dtype}, expected {dtype}")

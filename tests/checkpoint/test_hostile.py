@@ -7,12 +7,15 @@ import random
 import shutil
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from fp8lm.checkpoint import DamagedCheckpoint, find_checkpoint, open_checkpoint, save_checkpoint
+from fp8lm.checkpoint.metadata import tensor_entries
 from fp8lm.checkpoint.reader import copy_checkpoint, read_tensor, stored_tensors
 from fp8lm.runtime.errors import InputError
 from tests.checkpoint.tensors import LATEST, make_tensors, shards_of
-from tools.hostile import FACTS, REWRITTEN, SPECIAL, facts, flip_bit, sign
+from tools.hostile import FACTS, REWRITTEN, SPECIAL, facts, flip_bit, metadata, sign
 
 META = {
     "consumed_samples": 16,
@@ -158,3 +161,16 @@ def test_flipped_bits_of_tensors_behind_right_checksums(root, tmp_path):
             except InputError:
                 assert not list((tmp_path / f"copy{number}").glob("*"))
         path.write_bytes(original)
+
+
+def test_a_shape_smaller_than_the_tensor_leaves_no_rows_out(root, tmp_path):
+    def shrink(found):
+        stored = next(s for s in tensor_entries(found).values() if len(s.size) == 2)
+        stored.size = torch.Size((1, stored.size[1]))
+        stored.chunks = [ChunkStorageMetadata(torch.Size((0, 0)), stored.size)]
+
+    metadata(shrink)(root / "iter_0000004")
+    sign(root / "iter_0000004")
+    with pytest.raises(InputError, match=r"damaged at .*: found \[.*\], expected \[1, "):
+        copy_checkpoint(open_checkpoint(root, 4), tmp_path / "copy", lambda name: True, {})
+    assert not list((tmp_path / "copy").glob("iter_*"))
