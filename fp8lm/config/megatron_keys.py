@@ -197,6 +197,7 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         "variable_seq_lengths",
         "gradient_reduce_div_fusion",
     ),
+    "checkpoint.async_save writes in one way": ("async_strategy",),
     "scales are found in every step, for all three GEMMs, over all ranks": (
         "fp8_interval",
         "fp8_wgrad",
