@@ -19,6 +19,7 @@ last checkpoint when the same command is given again, and what is done is not tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -39,10 +40,9 @@ from fp8lm.checkpoint.files import latest_iteration
 from fp8lm.comm.accounting import Wire, WireCounter
 from fp8lm.config import Config, load_config
 from fp8lm.config.keys import flatten
-from fp8lm.config.precision import PrecisionConfig
 from fp8lm.data.files import write_aside
 from fp8lm.gradient.reduction import sent_format
-from fp8lm.numerics import format_by_name
+from fp8lm.numerics import FP32, Format, format_by_name, granularity_of
 from fp8lm.runtime.errors import CommandParser, InputError, RunFailed, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,15 +198,37 @@ def prepare(config: str, folder: Path, overrides: list[str], seed: int) -> Train
     return Training(folder, arguments, loaded)
 
 
-def sent_bytes(precision: PrecisionConfig) -> float:
+def sent_bytes(config: Config) -> float:
     """Of a linear layer's parameter in a step: its gradient and, with ZeRO, what is made of it.
 
-    To and from each of the other data-parallel ranks; scales are left out.
+    To and from each of the other data-parallel ranks, the mean over all linear layers. Scales of
+    blocks are counted, one of a whole matrix is not.
     """
-    wire = Wire.of_key("grads", precision.wire, WireCounter())
-    stored = format_by_name(precision.main_grads_dtype)
-    gradient = sent_format(stored, wire, keep_high_precision=False)
-    return gradient.bytes + (1 if precision.wire.params == "fp8" else 2)
+    layers, precision = config.model.num_layers, config.precision
+    in_bf16 = min(2, layers) if precision.first_last_layers_bf16 else 0
+    params = 1 if precision.wire.params == "fp8" else 2
+    if precision.params_dtype == "fp32":  # sent as it is
+        params = 4
+    of_recipe = sent_gradient_bytes(config, format_by_name(precision.main_grads_dtype)) + params
+    of_others = sent_gradient_bytes(config, FP32) + 2  # their gradients are in fp32
+    return (in_bf16 * of_others + (layers - in_bf16) * of_recipe) / layers
+
+
+def sent_gradient_bytes(config: Config, stored: Format) -> float:
+    """Of a layer's parameter whose gradient is kept in `stored`."""
+    model, wire = config.model, Wire.of_key("grads", config.precision.wire, WireCounter())
+    sent = sent_format(stored, wire, keep_high_precision=False)
+    queries, ffn = model.query_projection_size, model.ffn_hidden_size
+    shapes = (
+        (queries + 2 * model.kv_projection_size, model.hidden_size),
+        (model.hidden_size, queries),
+        (ffn * (2 if model.swiglu else 1), model.hidden_size),
+        (model.hidden_size, ffn),
+    )
+    scales = sum(4 * math.prod(granularity_of(sent, shape).scale_shape(shape)) for shape in shapes)
+    if granularity_of(sent, shapes[0]).is_per_tensor:
+        scales = 0
+    return sent.bytes + scales / sum(map(math.prod, shapes))
 
 
 def train_all(trainings: list[Training], jobs: int) -> None:
@@ -232,7 +254,7 @@ def summary_of(trainings: dict[str, list[Training]]) -> dict[str, dict[str, Any]
         summary[name] |= {
             "precision": runs[0].config.precision.model_dump(mode="json"),
             "seeds": [run.config.train.seed for run in runs],
-            "bytes on wires per linear parameter": sent_bytes(runs[0].config.precision),
+            "bytes on wires per linear parameter": sent_bytes(runs[0].config),
             "median seconds per iteration": seconds_per_iteration(folders[name]),
             "SNR dB": operand_snr([folder / METRICS for folder in folders[name]]),
         }

@@ -3,8 +3,10 @@
 bf16      GEMMs in BF16, fp32 states.
 te        GEMMs in FP8, everything else as in BF16 training: TransformerEngine with current
           scaling, one scale per tensor. Here, as in all of these, a scale is a power of two.
-o1 to o3  The levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6), with stochastic
-          rounding of the master.
+o1 to o3  The levels of FP8-LM (arXiv 2310.18313, section 2 and Table 6). Different: the master is
+          rounded stochastically; gradients of data-parallel ranks are added up in fp32, where the
+          paper adds in FP8 with automatic scaling (precision.grad_reduce=fp8_sum); activations
+          are in FP8 between pipeline stages, too.
 o3_long   o3 for many micro-batches a step, of which a running sum in E4M3 loses the small ones:
           it adds gradients up in E2M5 (see `fp8lm.numerics.formats`).
 o4        o3 with the second moment in eight bits too, as its root in E4M4: 2 + 4/d bytes per

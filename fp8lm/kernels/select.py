@@ -7,6 +7,8 @@ import shutil
 
 import torch
 
+from fp8lm.config import Config
+from fp8lm.config.checks.precision import blocks_on_gpu
 from fp8lm.config.precision import KernelsName, PrecisionConfig
 from fp8lm.kernels.attention import fused_attention
 from fp8lm.kernels.cublaslt import why_unsupported
@@ -30,12 +32,15 @@ def select_kernels(device: torch.device, wanted: KernelsName = "auto") -> Kernel
     return kernels_for_cpu(wanted)
 
 
-def check_scaling(device: torch.device, precision: PrecisionConfig) -> None:
-    """InputError if `device` lacks a GEMM of the scales that `precision.scaling` names."""
-    if device.type != "cpu" and precision.gemm == "fp8":
-        check_scaling_on_gpu(
-            torch.cuda.get_device_capability(device), torch.version.cuda, precision
-        )
+def check_scaling(device: torch.device, config: Config, *, trains: bool = True) -> None:
+    """InputError if `device` lacks a GEMM of the scales that `precision.scaling` names.
+
+    So it is for one of the model's sizes; `trains` False: only forward's GEMMs are needed.
+    """
+    if device.type != "cpu" and config.precision.gemm == "fp8":
+        capability = torch.cuda.get_device_capability(device)
+        check_scaling_on_gpu(capability, torch.version.cuda, config.precision)
+        check_blocks_on_gpu(config, trains=trains)
 
 
 def check_scaling_on_gpu(
@@ -50,6 +55,12 @@ def check_scaling_on_gpu(
                 f"precision.scaling.{first} = {scaling[first]} with precision.scaling.{second} = "
                 f"{scaling[second]}: {reason}; train.device=cpu computes it, or use tensor for all"
             )
+
+
+def check_blocks_on_gpu(config: Config, *, trains: bool = True) -> None:
+    """InputError for sizes that blocks of 128 do not divide: a GPU's GEMMs have whole ones only."""
+    if problems := list(blocks_on_gpu(config, trains=trains)):
+        raise InputError("; ".join(problems))
 
 
 def describe_scaling(capability: tuple[int, int] | None, cuda: str | None) -> str:

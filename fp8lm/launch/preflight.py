@@ -78,7 +78,7 @@ def check_devices(config: Config, nproc_per_node: int) -> None:
     for number in range(nproc_per_node):
         device = torch.device("cuda", number)
         select_kernels(device, config.precision.kernels)
-        check_scaling(device, config.precision)
+        check_scaling(device, config)
 
 
 def folder_problems(config: Config, log_dir: str | None, is_main: bool) -> list[str]:

@@ -13,6 +13,8 @@ while that is 0; what exceeds the scaled range saturates. Different from it:
 - an output gradient counts as that of the sum of losses: backward's is that of a mean over the
   step's tokens on this rank, a number that replicas divide and a ramp-up changes;
 - scales are powers of two, as everywhere here;
+- a step whose amax is 0 does not move a history, where theirs takes the 0 in, and an older amax
+  leaves it sooner;
 - a tensor whose amax is not finite is cast with scale NaN, so that its step is skipped, and a step
   that is skipped leaves no trace in the histories.
 """

@@ -19,7 +19,6 @@ from fp8lm.numerics import (
     E4M3,
     E5M2,
     FP32,
-    PER_ROW,
     PER_TENSOR,
     Format,
     Granularity,
@@ -141,7 +140,7 @@ class Recipe:
         it.
         """
         scaling = self.gemm.scaling
-        of_token = scaling.input if scaling.input.rows == 1 else PER_ROW
+        of_token = replace(scaling.input, rows=1)  # a tensor's: of the row; blocks stay blocks
         # A history of amaxes is of all tokens.
         method: ScalingMethod = "static" if scaling.method == "static" else "current"
         gemm = replace(self.gemm, scaling=replace(scaling, input=of_token, method=method))

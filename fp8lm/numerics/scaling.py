@@ -8,10 +8,13 @@ grows, the grid moves with every term, so that what is below half a step is not 
 time. (Where one early spike is the amax, the grid stays.)
 Three special cases, none of them silent:
 
-    amax = 0           scale 1 (there is nothing to scale)
+    amax = 0           scale 1 (there is nothing to scale); of a root format the largest, 2^126
     amax tiny          the exponent is clamped to 2^+-126, so that 1/scale is a normal fp32 number
     amax Inf or NaN    scale NaN: everything dequantized with it is NaN, so the event reaches loss
                        and gradient norm without a flag or a host synchronisation
+
+A root format stores its smallest code for 0. With scale 1 that would be a number, 2^-20, by which
+the gradients that come later are divided; with the largest it is 0 in fp32.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def scale_from_amax(amax: Tensor, fmt: Format) -> Tensor:
     bits = amax.view(torch.int32) & _MAGNITUDE
     scale = _power_of_two(bits, fmt) if fmt.power_of_two_scales else _quotient(amax, fmt)
     scale = scale.masked_fill_(bits >= _INF_BITS, float("nan"))
-    return scale.masked_fill_(bits == 0, 1.0)
+    return scale.masked_fill_(bits == 0, 2.0**_MAX_EXPONENT if fmt.root else 1.0)
 
 
 def largest_value(scale: Tensor, fmt: Format) -> Tensor:

@@ -115,7 +115,7 @@ def build(
     data = build_data(config)
     num_ids = data.tokenizer.vocab_size
     vocab_size = model_vocab_size(config, num_ids)
-    check_scaling(device, config.precision)
+    check_scaling(device, config)
     capture = build_capture(config, groups, device, capture)
     kernels, counter = select_kernels(device, config.precision.kernels), WireCounter()
     tp = build_tp_context(config, groups, kernels, counter)

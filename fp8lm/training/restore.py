@@ -105,7 +105,7 @@ def _restore(
             f"{checkpoint.folder} has rows for {stored}: it is another one's"
         )
     _check_is_stored(checkpoint, config, stored)
-    check_scaling(device, config.precision)
+    check_scaling(device, config, trains=False)
     kernels = select_kernels(device)
     tp = build_tp_context(config, groups, kernels, WireCounter())
     recipe = Recipe.from_config(config.precision, kernels, device, tp).for_inference()

@@ -40,6 +40,10 @@ CASES = [
     compare("--plot", "x.xyz", says="--plot: x.xyz: a picture is one of "),
     run("trace_step", "--output", "x.xyz", says="--output: x.xyz: a picture is one of "),
     run("plan", "--output", "x.xyz", says="--output: x.xyz: a picture is one of "),
+    *(
+        run(tool, *TINY, *more, "precision.preset=deepseek", says="= 64 is not a multiple of 128, ")
+        for tool, more in (("trace_step", ()), ("plan", ("--world-size", "1")))
+    ),
     run("measure_reduction", "--plot", "x.xyz", says="--plot: x.xyz: a picture is one of "),
     run("measure_reduction", "--plot-blocks", "x.xyz", says="--plot-blocks: x.xyz: a picture"),
     run("compare_layers", "--over-time", "x.xyz", says="--over-time: x.xyz: a picture is one"),

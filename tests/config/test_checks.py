@@ -119,6 +119,15 @@ POSSIBLE = [
     ["checkpoint.save_interval=5", "checkpoint.save=folder"],
     ["precision.preset=te"],
     ["precision.preset=o1"],
+    [  # blocks of weights, where ranks hold parts of the tokens that no block of 128 divides
+        "precision.preset=te",
+        "precision.scaling.weight=block_128x128",
+        "precision.wire.gather=fp8",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "model.hidden_size=256",
+        "model.ffn_hidden_size=256",
+    ],
 ]
 
 

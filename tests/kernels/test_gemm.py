@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from fp8lm.config import PrecisionConfig
+from fp8lm.config import PrecisionConfig, build_config
 from fp8lm.kernels import ReferenceKernels, select_kernels
 from fp8lm.kernels.hopper import HopperKernels
 from fp8lm.kernels.interface import ELEMENTWISE, GEMM
 from fp8lm.kernels.reference import check_gemm_operands
 from fp8lm.kernels.select import (
+    check_blocks_on_gpu,
     check_scaling,
     check_scaling_on_gpu,
     describe_scaling,
@@ -287,7 +288,35 @@ def test_a_gpu_that_lacks_a_recipes_gemms_is_refused_at_the_start(capability, cu
     assert "not: " in describe_scaling(capability, cuda)
     check_scaling_on_gpu((9, 0), "12.9", PrecisionConfig(preset="deepseek"))
     check_scaling_on_gpu(capability, cuda, PrecisionConfig(preset="te"))
-    check_scaling(CPU, PrecisionConfig(preset=preset))
+    check_scaling(CPU, config_of(64, preset=preset))
+
+
+def config_of(hidden_size, seq_length=128, **precision):
+    model = {"num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 256}
+    return build_config(
+        {
+            "model": model | {"hidden_size": hidden_size, "seq_length": seq_length},
+            "train": {"micro_batch_size": 1, "global_batch_size": 1, "train_iters": 2},
+            "optimizer": {"lr": 1e-3},
+            "scheduler": {"lr_warmup_iters": 0},
+            "data": {"mock_data": True},
+            "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 63},
+            "precision": precision,
+        }
+    )
+
+
+def test_blocks_that_a_gpu_would_cut_are_refused_at_the_start():
+    """On a CPU the last block may be a part of one."""
+    with pytest.raises(InputError, match=r"model.hidden_size = 64 .*precision.scaling.input = blo"):
+        check_blocks_on_gpu(config_of(64, preset="deepseek"))
+    short = config_of(256, seq_length=64, preset="deepseek")
+    with pytest.raises(InputError, match=r"model.seq_length .* = 64 is not a multiple of 128"):
+        check_blocks_on_gpu(short)
+    check_blocks_on_gpu(short, trains=False)  # forward contracts no tokens
+    check_blocks_on_gpu(config_of(256, preset="deepseek"))
+    check_blocks_on_gpu(config_of(64, preset="te"))
+    check_blocks_on_gpu(config_of(64, preset="deepseek", gemm="bf16"))
 
 
 def test_scales_of_blocks_multiply_the_sums_of_blocks():

@@ -7,6 +7,7 @@ import torch
 
 from fp8lm.config import PrecisionConfig
 from fp8lm.kernels import ReferenceKernels
+from fp8lm.kernels.cublaslt import missing_gemm
 from fp8lm.layers.linear import Linear
 from fp8lm.layers.param import ParamSpec
 from fp8lm.layers.recipe import BF16_GEMM, FP8_GEMM, FP32_GEMM, Recipe
@@ -73,3 +74,15 @@ def test_for_inference_a_token_is_scaled_without_its_neighbours(preset):
     y = linear(x)
     x[1:] *= 1e3
     assert torch.equal(linear(x)[0], y[0]) and not torch.equal(linear(x)[1:], y[1:])
+
+
+NAMES = ("tensor", "row", "block_1x128", "block_128x128", "mx_1x32")
+
+
+@pytest.mark.parametrize("of_input", NAMES)
+@pytest.mark.parametrize("of_weight", NAMES)
+def test_for_inference_a_gpu_has_the_gemm_that_it_had(of_input, of_weight):
+    r = recipe(preset="te", scaling={"input": of_input, "weight": of_weight})
+    before, after = r.gemm.scaling, r.for_inference().gemm.scaling
+    if missing_gemm(before.input, before.weight) is None:
+        assert missing_gemm(after.input, after.weight) is None

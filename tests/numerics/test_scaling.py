@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, scale_from_amax
+from fp8lm.numerics import BF16, E4M3, E5M2, FP16, FP32, ROOT_E4M4, scale_from_amax
 
 SCALED = [E4M3, E5M2, FP16]
 
@@ -61,6 +61,11 @@ def test_scaled_amax_fills_the_upper_binade(fmt):
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_zero_has_scale_one(fmt, zero):
     assert scale_from_amax(torch.tensor(zero), fmt) == 1.0
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zero_has_the_largest_scale_where_the_smallest_code_stands_for_it(zero):
+    assert scale_from_amax(torch.tensor(zero), ROOT_E4M4) == 2.0**126
 
 
 @pytest.mark.parametrize("fmt", SCALED, ids=repr)

@@ -82,6 +82,25 @@ def test_an_average_over_many_steps_has_no_drift(beta2):
     assert abs(ratio.mean().item() - 1) < 0.005
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-3])
+def test_steps_without_a_gradient_leave_nothing_behind(size):
+    """The moment of a weight that had none yet is 0, not what the smallest code is with scale 1."""
+
+    def weights_after(exp_avg_sq):
+        w = {"linear": matrix(E4M3, FP32, (32, 32))}
+        precision = state_precision("fp32", "fp32", exp_avg_sq)
+        adam = optimizer(w, precision, clip_grad=0.0, weight_decay=0.0)
+        start = KERNELS.dequantize(adam.states["linear"].master).clone()
+        for gradient in (torch.zeros(32, 32), torch.zeros(32, 32), torch.full((32, 32), size)):
+            set_gradients(w, {"linear": gradient})
+            adam.step(LR)
+        return KERNELS.dequantize(adam.states["linear"].master) - start
+
+    torch.testing.assert_close(
+        weights_after("fp8_e4m4_root"), weights_after("fp32"), rtol=0.1, atol=0.0
+    )
+
+
 def test_an_update_is_cut_off_where_no_gradients_can_have_led():
     w = {"linear": matrix(E4M3, FP32, (16, 16))}
     adam = optimizer(w, ROOT, clip_grad=0.0, weight_decay=0.0)

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from fp8lm.config import load_config
 from tests.launch.conftest import ROOT
 
 CONFIG = ROOT / "configs/gpt_tiny.yaml"
@@ -60,6 +61,24 @@ def test_recipes_are_trained_once(run_tool, tmp_path, capsys):
     record.write_text(record.read_text()[:50])
     assert run_tool(*command, *TINY) == 2
     assert f"{record} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "sent", "outer_in_bf16"),  # of three layers, gradient and weight
+    [
+        ("bf16", 4 + 2, 4 + 2),
+        ("o1", 1 + 2, 1 + 2),
+        ("o4", 1 + 1, (3 * 1 + 2 * 2 + 1) / 3),
+        ("o3_long", 1 + 4 / 32 + 1, (3 * 1 + 2 * 2 + 1 + 4 / 32) / 3),  # blocks of 32
+        ("coat", 2 + 2, 2 + 2),
+    ],
+)
+def test_bytes_on_wires_are_those_of_all_layers(preset, sent, outer_in_bf16, tool):
+    for outer, expected in (("false", sent), ("true", outer_in_bf16)):
+        keys = (f"precision.preset={preset}", f"precision.first_last_layers_bf16={outer}")
+        sizes = ("model.num_layers=3", "model.ffn_hidden_size=32")
+        config = load_config(CONFIG, [*TINY, *keys, *sizes])
+        assert tool("compare_recipes").sent_bytes(config) == pytest.approx(expected)
 
 
 def test_a_config_that_has_changed_is_another_run(run_tool, tmp_path, capsys):

@@ -45,7 +45,7 @@ def print_costs(summary: Summary) -> None:
     print(f"\n{'':{width}}" + "".join(f"{head:>18}" for head in heads))
     for name, row in summary.items():
         cells = [f"{row['median seconds per iteration']:.3f}"]
-        cells.append(f"{row['bytes on wires per linear parameter']:.0f}")
+        cells.append(f"{row['bytes on wires per linear parameter']:.4g}")
         found = (row["SNR dB"].get(kind) for kind in kinds)
         cells += ["" if value is None else f"{value:.1f}" for value in found]
         print(f"{name:{width}}" + "".join(f"{cell:>18}" for cell in cells))

@@ -100,55 +100,73 @@ def scaling(config: Config) -> Iterator[str]:
     ranks = config.parallel.tensor_model_parallel_size
     if ranks > 1:
         blocks = {k: _BLOCKS.get(name, 1) for k, name in granularities.items()}
-        kind = max(blocks, key=lambda kind: blocks[kind])
-        names = f"blocks of {blocks[kind]} (precision.scaling.{kind})"
-        for name, size in _cut(config).items():
+        for name, size, kinds in _cut(config):
+            kind = max(kinds, key=lambda kind: blocks[kind])
             if size % ranks == 0 and size // ranks % blocks[kind]:
                 yield (
                     f"{name} = {size} / {TENSOR_PARALLEL} = {ranks} is {size // ranks}, which cuts "
-                    f"{names}: use a multiple of {ranks * blocks[kind]}"
+                    f"blocks of {blocks[kind]} (precision.scaling.{kind}): use a multiple of "
+                    f"{ranks * blocks[kind]}"
                 )
 
 
-def _cut(config: Config) -> dict[str, int]:
-    """Dimensions of FP8 operands of which tensor-parallel ranks hold parts."""
-    model, train, parallel = config.model, config.train, config.parallel
-    queries, kv = model.query_projection_size, model.kv_projection_size
-    cut = {
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_attention_heads * model.kv_channels": queries,
-        QKV_WIDTH: queries + 2 * kv,
-    }
-    if parallel.sequence_parallel and config.precision.wire.gather == "fp8":
-        cut["model.seq_length * train.micro_batch_size"] = model.seq_length * train.micro_batch_size
-    return cut
+def _cut(config: Config) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Dimensions of FP8 operands of which tensor-parallel ranks hold parts, and of which kinds."""
+    sent = ("input", "grad_output")
+    every = (*sent, "weight")
+    for name, size, parts in _weight_dimensions(config):
+        if parts > 1:
+            yield name, size, every
+    if config.parallel.sequence_parallel and config.precision.wire.gather == "fp8":
+        name, size, _ = _tokens(config)
+        yield name, size, sent
 
 
 def fp8_gemms(config: Config) -> Iterator[str]:
     """Every dimension of an FP8 GEMM, on every rank, is what cuBLASLt takes."""
     if config.precision.gemm != "fp8":
         return
-    model, train = config.model, config.train
+    for name, size, parts in (*_weight_dimensions(config), _tokens(config)):
+        if odd := _not_a_multiple(name, size, parts):
+            yield f"{odd}, which FP8 GEMMs need (precision.gemm = fp8)"
+
+
+def blocks_on_gpu(config: Config, *, trains: bool) -> Iterator[str]:
+    """On a GPU blocks of 128 are whole, too; a model that is not trained contracts no tokens."""
+    scaling = config.precision.scaling.by_kind()
+    kind = next((kind for kind, name in scaling.items() if _BLOCKS.get(name) == 128), None)
+    if config.precision.gemm != "fp8" or kind is None:
+        return
+    contracted = (*_weight_dimensions(config), *((_tokens(config),) if trains else ()))
+    for name, size, parts in contracted:
+        if odd := _not_a_multiple(name, size, parts, 128):
+            yield (
+                f"{odd}, which blocks of 128 need on a GPU (precision.scaling.{kind} = "
+                f"{scaling[kind]}): train.device=cpu computes it, or use tensor for all"
+            )
+
+
+def _weight_dimensions(config: Config) -> Iterator[tuple[str, int, int]]:
+    """Of linear layers, by name, and the number of ranks that cut each."""
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
     queries, kv = model.query_projection_size, model.kv_projection_size
-    whole = {
-        "model.hidden_size": model.hidden_size,
-        "model.seq_length * train.micro_batch_size": model.seq_length * train.micro_batch_size,
-    }
-    split = {
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_attention_heads * model.kv_channels": queries,
-        QKV_WIDTH: queries + 2 * kv,
-    }
-    ranks = config.parallel.tensor_model_parallel_size
-    for dimensions, parts in ((whole, 1), (split, ranks)):
-        for name, size in dimensions.items():
-            if odd := _not_a_multiple(name, size, parts):
-                yield f"{odd}, which FP8 GEMMs need (precision.gemm = fp8)"
+    yield "model.hidden_size", model.hidden_size, 1
+    yield "model.ffn_hidden_size", model.ffn_hidden_size, ranks
+    yield "model.num_attention_heads * model.kv_channels", queries, ranks
+    yield QKV_WIDTH, queries + 2 * kv, ranks
 
 
-def _not_a_multiple(name: str, size: int, parts: int) -> str | None:
-    """That a rank's part of `size` is none of 16; one that does not divide is another check's."""
-    if size % parts or size // parts % FP8_GEMM_MULTIPLE == 0:
+def _tokens(config: Config) -> tuple[str, int, int]:
+    """Of a micro-batch, as `_weight_dimensions`."""
+    tokens = config.model.seq_length * config.train.micro_batch_size
+    return "model.seq_length * train.micro_batch_size", tokens, 1
+
+
+def _not_a_multiple(
+    name: str, size: int, parts: int, multiple: int = FP8_GEMM_MULTIPLE
+) -> str | None:
+    """That a rank's part of `size` is no `multiple`; sizes that do not divide are not for here."""
+    if size % parts or size // parts % multiple == 0:
         return None
     of_rank = f" / {TENSOR_PARALLEL} = {parts} is {size // parts}, " if parts > 1 else " is "
-    return f"{name} = {size}{of_rank}not a multiple of {FP8_GEMM_MULTIPLE}"
+    return f"{name} = {size}{of_rank}not a multiple of {multiple}"

@@ -29,7 +29,7 @@ from fp8lm.config import Config
 from fp8lm.kernels import Kernels
 from fp8lm.kernels.cost import declare_launch, recording
 from fp8lm.kernels.hopper import HopperKernels
-from fp8lm.kernels.select import check_scaling_on_gpu, kernels_for_gpu
+from fp8lm.kernels.select import check_blocks_on_gpu, check_scaling_on_gpu, kernels_for_gpu
 from fp8lm.layers.param import Param, QuantizedParam, trainable
 from fp8lm.layers.recipe import Recipe
 from fp8lm.model.objectives import MeanOfMicrobatches, Objective
@@ -100,6 +100,7 @@ def trace_step(
     `observed` step computes the statistics of `logging.fp8_stats_interval`.
     """
     check_scaling_on_gpu(HOPPER, CUDA, config.precision)
+    check_blocks_on_gpu(config)
     kernels, counter = kernels_of(kernels_name), WireCounter()
     with fake_groups(config, world_size) as groups:
         tp = build_tp_context(config, groups, kernels, counter)
