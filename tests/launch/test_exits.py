@@ -99,9 +99,9 @@ def test_workers_under_torchrun(workers, code, told, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_reaches_workers_and_leaves_them_time(launch, number):
-    """Longer than a second of saving, of the ten that they have here."""
+    """Longer than a second of saving, of the sixty that they have here."""
     command = [*AGENT, SIGNALS, "--max-restarts=3", WORKER, "saves", "1"]
-    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
     for rank in (0, 1):
         job.wait_for(f"rank {rank} ready")
     job.process.send_signal(number)
@@ -115,7 +115,7 @@ def test_a_warning_reaches_workers_and_leaves_them_time(launch, number):
 @pytest.mark.parametrize(("left", "expected"), [("3", 3), ("0", 138)])
 def test_what_a_worker_could_not_save_is_not_called_saved(launch, left, expected):
     command = [*AGENT, SIGNALS, WORKER, "saves", "1", left]
-    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    job = launch(command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
     for rank in (0, 1):
         job.wait_for(f"rank {rank} ready")
     job.process.send_signal(signal.SIGUSR1)
