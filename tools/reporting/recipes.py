@@ -111,4 +111,4 @@ def plot_gaps_over_time(summary: Summary, axis: Axes) -> None:
     axis.set_ylabel(f"mean above {base} in %, 95 % interval")
     axis.grid(alpha=0.3)
     if others:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
