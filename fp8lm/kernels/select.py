@@ -33,9 +33,9 @@ def select_kernels(device: torch.device, wanted: KernelsName = "auto") -> Kernel
 
 
 def check_scaling(device: torch.device, config: Config, *, trains: bool = True) -> None:
-    """InputError if `device` lacks a GEMM of the scales that `precision.scaling` names.
+    """InputError if `device` has no GEMM of the scales in `precision.scaling`, or of the sizes.
 
-    So it is for one of the model's sizes; `trains` False: only forward's GEMMs are needed.
+    `trains` False: only forward's GEMMs are needed.
     """
     if device.type != "cpu" and config.precision.gemm == "fp8":
         capability = torch.cuda.get_device_capability(device)
