@@ -206,9 +206,9 @@ def sent_bytes(config: Config) -> float:
     """
     layers, precision = config.model.num_layers, config.precision
     in_bf16 = min(2, layers) if precision.first_last_layers_bf16 else 0
-    params = 1 if precision.wire.params == "fp8" else 2
-    if precision.params_dtype == "fp32":  # sent as it is
-        params = 4
+    params = format_by_name(precision.params_dtype).bytes  # sent as they are stored
+    if precision.params_dtype == "fp8_e4m3" and precision.wire.params == "bf16":
+        params = 2
     of_recipe = sent_gradient_bytes(config, format_by_name(precision.main_grads_dtype)) + params
     of_others = sent_gradient_bytes(config, FP32) + 2  # their gradients are in fp32
     return (in_bf16 * of_others + (layers - in_bf16) * of_recipe) / layers

@@ -142,7 +142,7 @@ def blocks_on_gpu(config: Config, *, trains: bool) -> Iterator[str]:
         if odd := _not_a_multiple(name, size, parts, 128):
             yield (
                 f"{odd}, which blocks of 128 need on a GPU (precision.scaling.{kind} = "
-                f"{scaling[kind]}): train.device=cpu computes it, or use tensor for all"
+                f"{scaling[kind]}): use another preset, or train.device=cpu"
             )
 
 
